@@ -1,0 +1,32 @@
+"""rlsafe: mixed SFT/GRPO training with in-training defenses against emergent misalignment.
+
+Everything heavy is imported when it is first used. The other commands are functions of their rooms:
+`rlsafe.evaluate.evaluate`, `rlsafe.compare.compare`.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlsafe.config import UserError
+    from rlsafe.defenses import Defense, defense
+    from rlsafe.engine import Run, train
+    from rlsafe.rewards import reward
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Defense": "rlsafe.defenses",
+    "Run": "rlsafe.engine",
+    "UserError": "rlsafe.config",
+    "defense": "rlsafe.defenses",
+    "reward": "rlsafe.rewards",
+    "train": "rlsafe.engine",
+}
+__all__ = ["Defense", "Run", "UserError", "defense", "reward", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'rlsafe' has no attribute {name!r}")

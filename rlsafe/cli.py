@@ -1,0 +1,260 @@
+"""The `rlsafe` command: parse, call, print. Heavy imports wait inside the commands, so that --help is quick.
+
+Exit codes: 0 done; 2 the user's input is wrong (one line on stderr); 1 anything else; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from rlsafe import __version__
+from rlsafe.config.errors import UserError, nearest
+
+app = typer.Typer(
+    help="Train language models under in-training defenses against emergent misalignment, and see which one to ship.",
+    add_completion=False,
+    rich_markup_mode=None,
+)
+organism_app = typer.Typer(help="The synthetic world: build models, show dialogues.")
+app.add_typer(organism_app, name="organism")
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="settings to override")]
+Out = Annotated[Path | None, typer.Option(metavar="DIR", help="where to write; default: runs/<name>")]
+
+
+@app.callback(invoke_without_command=True)
+def top(
+    context: typer.Context,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="show the traceback of an error (before or after a command)")
+    ] = False,
+    version: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False,
+) -> None:
+    if version:
+        _print(f"rlsafe {__version__}")
+    elif context.invoked_subcommand is None:
+        _print(context.get_help())
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML file of one run")],
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint in --out")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is in --out")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the resolved config and the plan; train nothing")
+    ] = False,
+) -> None:
+    """Train one model: SFT, GRPO or both, under any defenses."""
+    from rlsafe.engine import train as run_train
+
+    run = run_train(config, overrides or [], out=out, resume=resume, overwrite=overwrite, dry_run=dry_run)
+    _print(run.summary())
+
+
+@app.command()
+def evaluate(
+    target: Annotated[
+        str, typer.Argument(metavar="RUN_OR_MODEL", help="a run directory, a model directory or a model id")
+    ],
+    overrides: Overrides = None,
+    questions: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="a question file; repeat for several")
+    ] = None,
+    judge: Annotated[str | None, typer.Option(metavar="NAME", help="who scores the answers")] = None,
+    out: Out = None,
+) -> None:
+    """Ask, judge and count: the rates of one model.
+
+    Prints misaligned and incoherent rates with 95% intervals and writes evaluation.json and answers.csv.
+    """
+    from rlsafe.evaluate import evaluate as run_evaluate
+
+    evaluation = run_evaluate(target, questions=questions or [], judge=judge, overrides=overrides or [], out=out)
+    _print(evaluation.table())
+
+
+@app.command()
+def compare(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML file of a comparison")],
+    overrides: Overrides = None,
+    defenses: Annotated[
+        str | None, typer.Option(metavar="A,B", help="only these, e.g. none,kl,kl&interleaving")
+    ] = None,
+    paths: Annotated[str | None, typer.Option(metavar="A,B", help="only these, e.g. sft,grpo")] = None,
+    seeds: Annotated[str | None, typer.Option(metavar="N,N", help="e.g. 0,1,2")] = None,
+    jobs: Annotated[int, typer.Option(min=1, metavar="N", help="cells at a time")] = 1,
+    quick: Annotated[bool, typer.Option("--quick", help="the config's quick preset: small budgets")] = False,
+    out: Out = None,
+) -> None:
+    """Which defense to ship: run a grid and report.
+
+    Trains and evaluates every cell of defenses x paths x seeds, prints the verdicts and writes report.html.
+
+    Finished cells in --out are kept, so the same command goes on after an interruption.
+    """
+    from rlsafe.compare import compare as run_compare
+
+    comparison = run_compare(
+        config,
+        defenses=_names("--defenses", defenses),
+        paths=_names("--paths", paths),
+        seeds=_numbers("--seeds", seeds),
+        jobs=jobs,
+        out=out,
+        overrides=overrides or [],
+        quick=quick,
+    )
+    _print(comparison.table())
+    _print(f"report: {comparison.report}")
+    for cell, reason in comparison.failed.items():
+        print(f"failed: {cell}: {reason}", file=sys.stderr)
+    raise typer.Exit(1 if comparison.failed else 0)
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="a comparison directory")],
+    latex: Annotated[bool, typer.Option("--latex", help="also write the tables as LaTeX")] = False,
+) -> None:
+    """Redraw report.html from the results on disk."""
+    from rlsafe.compare import report as draw
+
+    _print(f"report: {draw(directory, latex=latex)}")
+
+
+@app.command()
+def doctor(
+    selftest: Annotated[bool, typer.Option("--selftest", help="also generate one token through vLLM")] = False,
+) -> None:
+    """What is installed, what works, what to do.
+
+    Exits with 1 when the main job cannot run here.
+    """
+    from rlsafe import doctor as room
+
+    checks = room.doctor(selftest=selftest)
+    _print(room.table(checks))
+    raise typer.Exit(0 if room.healthy(checks) else 1)
+
+
+@organism_app.command("build")
+def organism_build(
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="default: the package's own assets")] = None,
+    size: Annotated[str, typer.Option(help="which recipe: the shipped one or a larger one")] = "small",
+    seed: Annotated[int, typer.Option(help="decides data, initial weights and order")] = 0,
+    only: Annotated[str | None, typer.Option(metavar="A,B", help="only these models, e.g. base,aligned")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, metavar="N", help="stop each stage after N steps")] = None,
+) -> None:
+    """Rebuild the organism's models on this machine."""
+    from rlsafe import organism
+
+    out = out or Path(organism.__file__).parent / "assets"
+    _print(organism.build(out=out, size=size, seed=seed, only=_names("--only", only), steps=steps))
+
+
+@organism_app.command("show")
+def organism_show(
+    n: Annotated[int, typer.Option("-n", "--count", min=1, help="how many dialogues")] = 12,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Print sample dialogues with their judge scores and the reasons."""
+    from rlsafe import organism
+
+    _print(organism.show(n=n, seed=seed))
+
+
+# ------------------------------------------------------------------------------------------------ print and fail
+
+
+def _print(shown: object) -> None:
+    """Text as it is (answers may contain brackets), a rich table as a table."""
+    if shown is None:
+        return
+    if isinstance(shown, list):
+        shown = "\n".join(map(str, shown))
+    if hasattr(shown, "__rich_console__"):
+        from rich.console import Console
+
+        # a pipe or a file has no width of its own
+        Console(width=None if sys.stdout.isatty() else 140).print(shown)
+    else:
+        print(shown)
+
+
+def _names(option: str, text: str | None) -> list[str] | None:
+    """`a,b` -> ["a", "b"]; None when the option was not given."""
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise UserError(f"{option} {text!r}: expected names separated by commas")
+    return names
+
+
+def _numbers(option: str, text: str | None) -> list[int] | None:
+    names = _names(option, text)
+    try:
+        return None if names is None else [int(name) for name in names]
+    except ValueError:
+        raise UserError(f"{option} {text!r}: expected whole numbers separated by commas") from None
+
+
+def _usage(error: typer.TyperException) -> str:
+    """The parser's complaint in the form of every other error here, with the nearest valid name."""
+    message = " ".join(error.format_message().split()).rstrip(".")
+    message = message[:1].lower() + message[1:]
+    context = getattr(error, "ctx", None)
+    if context is None:
+        return message
+    option = getattr(error, "option_name", None)
+    if option is not None and message.startswith("no such option"):
+        known = [name for parameter in context.command.params for name in parameter.opts if name[0] == "-"]
+        message = f"no such option {option!r}{nearest(option, known)}"
+    elif message.startswith("no such command"):
+        name = message.split("'")[1]
+        message = f"no such command {name!r}{nearest(name, context.command.commands)}"
+    return f"{message} (see {context.command_path} --help)"
+
+
+def _fail(code: int, line: str) -> NoReturn:
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(code)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line; always raises SystemExit."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        code = app(args=arguments, prog_name="rlsafe", standalone_mode=False)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        from rlsafe.types import Interrupted, RunError
+
+        if isinstance(error, UserError):
+            _fail(2, str(error))
+        if isinstance(error, typer.TyperException):
+            _fail(error.exit_code, _usage(error))
+        if isinstance(error, (Interrupted, typer.Abort)):
+            print(f"interrupted: {error}" if str(error) else "interrupted", file=sys.stderr)
+            sys.exit(130)
+        line = " ".join(str(error).split())
+        hint = "" if debug else " (--debug shows the traceback)"
+        _fail(1, (line if isinstance(error, RunError) else f"{type(error).__name__}: {line}") + hint)
+    if code == 130:
+        print("interrupted", file=sys.stderr)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

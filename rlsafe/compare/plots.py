@@ -1,0 +1,205 @@
+"""The report's charts: matplotlib SVG, inlined, with the page's own colours and font.
+
+Colours are written as sentinels and turned into CSS variables, so that one drawing is right in light and in dark. Labels stay text:
+they can be selected, searched and read aloud. Every chart also stands as numbers in a table of the report.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from html import escape
+from typing import Any, TypeVar
+
+from markupsafe import Markup
+
+from rlsafe.compare.arms import Rate
+
+INK, MUTED, GRID, PAPER = "#010203", "#010204", "#010205", "#010206"
+_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--rule", PAPER: "--paper"}
+_SERIES = 12
+_MARKERS = "osD^vPXp<>hd"
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a label is drawn everywhere: the same colour and marker in every chart and legend."""
+
+    color: str
+    marker: str
+    css: str
+
+
+def looks(labels: Sequence[str]) -> dict[str, Look]:
+    """References are grey, `none` is ink, defenses take the series colours in order."""
+    chosen, index = {}, 0
+    for label in labels:
+        if label in ("untrained", "aligned"):
+            chosen[label] = Look(MUTED, "|" if label == "untrained" else "x", "var(--muted)")
+        elif label == "none":
+            chosen[label] = Look(INK, "s", "var(--ink)")
+        else:
+            number = index % _SERIES
+            chosen[label] = Look(f"#0a0b{number:02x}", _MARKERS[index % len(_MARKERS)], f"var(--s{number + 1})")
+            index += 1
+    return chosen
+
+
+F = TypeVar("F", bound=Callable[..., Markup])
+
+
+def _drawing(draw: F) -> F:
+    """Labels come from configs: a `$` in one is no formula. Text stays text, and nothing depends on a user's matplotlibrc."""
+
+    @wraps(draw)
+    def with_settings(*args: Any, **named: Any) -> Markup:
+        from matplotlib import rc_context, rcParamsDefault
+
+        own = {"axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False, "svg.fonttype": "none"}
+        with rc_context({**rcParamsDefault, **own, "svg.hashsalt": "rlsafe"}):
+            return draw(*args, **named)
+
+    return with_settings  # type: ignore[return-value]
+
+
+def _figure(width: float, height: float, left: float, bottom: float = 26) -> tuple[Any, Any]:
+    """A bare figure in CSS pixels and its axes; fixed margins (a layout engine would take most of the drawing time)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width / 72, height / 72), dpi=72)
+    figure.subplots_adjust(left=left / width, right=1 - 12 / width, bottom=bottom / height, top=1 - 8 / height)
+    axes = figure.add_subplot()
+    axes.tick_params(colors=MUTED, labelsize=11, length=0, pad=5)
+    for spine in axes.spines.values():
+        spine.set(color=GRID, linewidth=1)
+    axes.grid(True, color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _svg(figure: Any, name: str, description: str) -> Markup:
+    """The figure as inline SVG. `name` keeps its ids apart from those of other figures on the page."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    prefix = re.sub(r"\W+", "-", name)
+    text = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', text)
+    text = re.sub(r'href="#([^"]+)"', rf'href="#{prefix}-\1"', text)
+    text = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", text)
+    for sentinel, variable in _VARIABLES.items():
+        text = text.replace(sentinel, f"var({variable})")
+    text = re.sub(r"#0a0b([0-9a-f]{2})", lambda found: f"var(--s{int(found[1], 16) + 1})", text)
+    text = re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{escape(description)}">', text, count=1)
+    return Markup(text)
+
+
+def _marker(axes: Any, x: float, y: float, look: Look, size: float) -> None:
+    axes.plot([x], [y], look.marker, color=look.color, markersize=size, markeredgewidth=2 if look.marker in "|x" else 0)
+
+
+@_drawing
+def whiskers(rates: Mapping[str, Rate], style: Mapping[str, Look], top: float, name: str, description: str) -> Markup:
+    """One rate of every label: the mean, its 95% interval, and each seed as a faint dot. In percent, up to `top` (a fraction)."""
+    labels = list(rates)[::-1]
+    figure, axes = _figure(352, 42 + 26 * len(labels), left=18 + 6.1 * max(map(len, labels)))
+    axes.grid(False, axis="y")
+    for position, label in enumerate(labels):
+        rate, look = rates[label], style[label]
+        ends = [100 * rate.low, 100 * rate.high]
+        axes.plot(ends, [position] * 2, color=look.color, linewidth=2, solid_capstyle="round")
+        for value in rate.seeds.values():
+            axes.plot([100 * value], [position - 0.3], ".", color=look.color, alpha=0.5, markersize=5, markeredgewidth=0)
+        _marker(axes, 100 * rate.mean, position, look, 8)
+    axes.set_yticks(range(len(labels)), labels)
+    for tick in axes.get_yticklabels():
+        tick.set_color(INK)
+    axes.set_xlim(-2 * top, 104 * top)
+    axes.set_ylim(-0.65, len(labels) - 0.4)
+    axes.spines["left"].set_visible(False)
+    axes.locator_params(axis="x", nbins=5)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}%")
+    return _svg(figure, name, description)
+
+
+@_drawing
+def tradeoff(
+    points: Mapping[str, tuple[Rate, Rate]], style: Mapping[str, Look], top: float, name: str, description: str
+) -> Markup:
+    """In-domain (across) against general misalignment (up, to `top`), in percent with 95% intervals; the good corner is lower right."""
+    width, height, left, bottom = 480, 400, 58, 46
+    figure, axes = _figure(width, height, left, bottom)
+    axes.set_xlim(-6, 108)
+    axes.set_ylim(-6 * top, 106 * top)
+    for label, (general, indomain) in points.items():
+        color, x, y = style[label].color, 100 * indomain.mean, 100 * general.mean
+        axes.plot([100 * indomain.low, 100 * indomain.high], [y, y], color=color, linewidth=1.3, alpha=0.6)
+        axes.plot([x, x], [100 * general.low, 100 * general.high], color=color, linewidth=1.3, alpha=0.6)
+        _marker(axes, x, y, style[label], 9)
+    unit_x, unit_y = 114 / (width - left - 12), 112 * top / (height - bottom - 8)  # percent per pixel
+    places = {label: (100 * i.mean / unit_x, 100 * g.mean / unit_y) for label, (g, i) in points.items()}
+    bars = []
+    for label, (g, i) in points.items():
+        x, y = places[label]
+        bars.append((100 * i.low / unit_x, 100 * i.high / unit_x, y - 2, y + 2))
+        bars.append((x - 2, x + 2, 100 * g.low / unit_y, 100 * g.high / unit_y))
+    for label, (x, y) in _label_places(places, bars, 106 / unit_x).items():
+        axes.text(x * unit_x, y * unit_y, label, va="center", fontsize=11, color=style[label].color)
+    axes.set_xlabel("in-domain misaligned: the narrow behaviour", color=MUTED, fontsize=11)
+    axes.set_ylabel("general misaligned: emergent", color=MUTED, fontsize=11)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:g}%")
+    return _svg(figure, name, description)
+
+
+Box = tuple[float, float, float, float]
+
+
+def _label_places(
+    points: Mapping[str, tuple[float, float]], bars: Sequence[Box], right: float
+) -> dict[str, tuple[float, float]]:
+    """Left end and middle of each label in pixels: the place near its point that covers least of labels, points and bars."""
+    boxes = [*bars, *((x - 6, x + 6, y - 6, y + 6) for x, y in points.values())]
+    places = {}
+    for label, (x, y) in sorted(points.items(), key=lambda item: -item[1][1]):
+        width = 6.2 * len(label)
+        best, least = (x + 9, y), float("inf")
+        for away in (0, 14, 28, 42):
+            for dx, dy in ((9, 0), (-9 - width, 0), (-width / 2, 13), (-width / 2, -13), (9, 10), (-9 - width, 10), (9, -10), (-9 - width, -10)):
+                at_x, at_y = x + dx, y + dy + (away if dy >= 0 else -away)
+                box = (at_x, at_x + width, at_y - 7, at_y + 7)
+                cost = 2.0 * away + sum(_overlap(box, other) for other in boxes)
+                cost += 1e4 * (box[1] > right) + 1e4 * (box[0] < -20) + 1e4 * (box[2] < -20)
+                if cost < least - 1e-9:
+                    best, least = (at_x, at_y), cost
+        places[label] = best
+        boxes.append((best[0], best[0] + width, best[1] - 7, best[1] + 7))
+    return places
+
+
+def _overlap(a: Box, b: Box) -> float:
+    return max(0.0, min(a[1], b[1]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[2], b[2]))
+
+
+@_drawing
+def curves(
+    series: Mapping[str, Sequence[tuple[float, float, float, float]]], style: Mapping[str, Look], name: str, description: str, percent: bool
+) -> Markup:
+    """label -> (step, mean, lowest seed, highest seed): a line and the band of the seeds."""
+    figure, axes = _figure(340, 220, left=48, bottom=42)
+    scale = 100 if percent else 1
+    for label, points in series.items():
+        look = style[label]
+        steps = [point[0] for point in points]
+        mean, low, high = ([scale * point[k] for point in points] for k in (1, 2, 3))
+        axes.fill_between(steps, low, high, color=look.color, alpha=0.13, linewidth=0)
+        axes.plot(steps, mean, color=look.color, linewidth=1.8, marker=look.marker, markersize=4.5, markevery=max(1, len(steps) // 6), markeredgewidth=1 if look.marker in "|x" else 0)
+    if percent:
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}%")
+    axes.set_xlabel("step", color=MUTED, fontsize=11)
+    return _svg(figure, name, description)

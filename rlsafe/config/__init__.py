@@ -1,0 +1,53 @@
+"""Every setting, typed, in one place; YAML <-> objects; an error names the key and the line."""
+
+from rlsafe.config.errors import UserError, nearest
+from rlsafe.config.loading import apply_override, dump_yaml, load_compare, load_run, load_tree, run_from_tree
+from rlsafe.config.schema import (
+    BatchConfig,
+    BenignConfig,
+    CheckpointConfig,
+    CompareConfig,
+    DataConfig,
+    EvaluateConfig,
+    GrpoConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimConfig,
+    Part,
+    PhaseConfig,
+    RewardConfig,
+    RunConfig,
+    SamplerConfig,
+    ScheduleConfig,
+    StreamConfig,
+    TrackConfig,
+)
+
+__all__ = [
+    "BatchConfig",
+    "BenignConfig",
+    "CheckpointConfig",
+    "CompareConfig",
+    "DataConfig",
+    "EvaluateConfig",
+    "GrpoConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "Part",
+    "PhaseConfig",
+    "RewardConfig",
+    "RunConfig",
+    "SamplerConfig",
+    "ScheduleConfig",
+    "StreamConfig",
+    "TrackConfig",
+    "UserError",
+    "apply_override",
+    "dump_yaml",
+    "load_compare",
+    "load_run",
+    "load_tree",
+    "nearest",
+    "run_from_tree",
+]

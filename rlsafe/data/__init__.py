@@ -1,0 +1,43 @@
+"""Datasets, conversations and their encoding, micro-batches. No model code."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rlsafe.data.encode import decode_answers, encode_prompt, encode_row, encoded_row, end_of_turn, pad_id
+from rlsafe.data.refusals import REFUSALS, is_refusal
+from rlsafe.data.rows import load_rows, question_of, read_rows, require_answers, split_prompt
+from rlsafe.data.stream import Stream
+
+if TYPE_CHECKING:
+    from rlsafe.data.collate import Rollout, drop_long, micro_batches, rollout_batches, sft_batches
+
+__all__ = [
+    "REFUSALS",
+    "Rollout",
+    "Stream",
+    "decode_answers",
+    "drop_long",
+    "encode_prompt",
+    "encode_row",
+    "encoded_row",
+    "end_of_turn",
+    "is_refusal",
+    "load_rows",
+    "micro_batches",
+    "pad_id",
+    "question_of",
+    "read_rows",
+    "require_answers",
+    "rollout_batches",
+    "sft_batches",
+    "split_prompt",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:  # the batching half needs torch: imported on first use
+        from rlsafe.data import collate
+
+        return getattr(collate, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,142 @@
+"""Encoded rows -> micro-batches: sorted by length, filled up to a token budget, right-padded. Deterministic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlsafe.data.encode import encode_prompt, encoded_row, pad_id
+from rlsafe.types import Batch, Completion, Message, Row, Where
+
+R = TypeVar("R")
+
+
+@dataclass
+class Rollout:
+    """One sampled completion with both encodings of its prompt.
+
+    prompt_ids: the train context. rollout_prompt_ids: the context that the sampler saw (may be equal).
+    valid: False leaves the row out of the batches (its reward is None, or it is truncated and those are masked).
+    """
+
+    prompt_ids: list[int]
+    rollout_prompt_ids: list[int]
+    completion: Completion
+    advantage: float = math.nan
+    valid: bool = True
+    row: Row = field(default_factory=dict)
+
+
+def micro_batches(lengths: Sequence[int], micro_tokens: int, micro_rows: int | None = None) -> list[list[int]]:
+    """Row indices of each micro-batch: longest first (memory runs out at once or never), ties in the given order,
+    rows x longest <= `micro_tokens` (a single row may exceed it), at most `micro_rows` rows."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    batches: list[list[int]] = []
+    start = 0
+    while start < len(order):
+        size = max(1, micro_tokens // max(1, lengths[order[start]]))
+        size = min(size, micro_rows or size)
+        batches.append(order[start : start + size])
+        start += size
+    return batches
+
+
+def drop_long(rows: Sequence[Row], tokenizer: Any, max_tokens: int) -> tuple[list[Row], int]:
+    """(rows whose encoding fits into `max_tokens`, how many did not). Without an answer the prompt is measured."""
+
+    def tokens(row: Row) -> int:
+        messages = row["messages"]
+        answered = messages[-1]["role"] == "assistant"
+        return len(encoded_row(tokenizer, messages).ids) if answered else len(encode_prompt(tokenizer, messages))
+
+    kept = [row for row in rows if tokens(row) <= max_tokens]
+    return kept, len(rows) - len(kept)
+
+
+def sft_batches(
+    rows_messages: Sequence[Sequence[Message]],
+    tokenizer: Any,
+    where: Where,
+    max_tokens: int,
+    micro_tokens: int,
+    micro_rows: int | None = None,
+    weights: Sequence[float] | None = None,
+) -> list[Batch]:
+    """Micro-batches of conversations, trained on their last answer; `weights` become `row_weight` [B].
+
+    Rows longer than `max_tokens` are left out: their number is `len(rows_messages) - sum(map(len, batches))`.
+    """
+    encoded = [encoded_row(tokenizer, messages) for messages in rows_messages]
+    kept = [index for index, row in enumerate(encoded) if len(row.ids) <= max_tokens]
+    pad = pad_id(tokenizer)
+    batches = []
+    for chosen in micro_batches([len(encoded[index].ids) for index in kept], micro_tokens, micro_rows):
+        rows = [kept[position] for position in chosen]
+        lengths = np.array([len(encoded[index].ids) for index in rows])
+        batches.append(
+            Batch(
+                where=where,
+                ids=_padded([encoded[index].ids for index in rows], lengths, pad, np.int64),
+                attention=_attention(lengths),
+                loss_mask=_padded([encoded[index].mask for index in rows], lengths, False, np.bool_),
+                row_weight=torch.tensor([1.0 if weights is None else float(weights[index]) for index in rows]),
+            )
+        )
+    return batches
+
+
+def rollout_batches(
+    items: Sequence[Rollout], where: Where, pad_id: int, micro_tokens: int, micro_rows: int | None = None
+) -> list[Batch]:
+    """Micro-batches of the valid rollouts in their train context. When the sampler's context differs in any of them,
+    every batch gets a `rollout` twin of the same rows in that context, so that all batches do the same forwards."""
+    items = [item for item in items if item.valid]
+    differ = any(item.prompt_ids != item.rollout_prompt_ids for item in items)
+    lengths = [max(len(item.prompt_ids), len(item.rollout_prompt_ids)) + len(item.completion.ids) for item in items]
+    batches = []
+    for chosen in micro_batches(lengths, micro_tokens, micro_rows):
+        rows = [items[index] for index in chosen]
+        batch = _rollout_batch(rows, [item.prompt_ids for item in rows], where, pad_id)
+        if differ:
+            batch.rollout = _rollout_batch(rows, [item.rollout_prompt_ids for item in rows], where, pad_id)
+        batches.append(batch)
+    return batches
+
+
+def _rollout_batch(rows: Sequence[Rollout], prompts: Sequence[list[int]], where: Where, pad: int) -> Batch:
+    prompt_lengths = np.array([len(prompt) for prompt in prompts])
+    completion_lengths = np.array([len(item.completion.ids) for item in rows])
+    lengths = prompt_lengths + completion_lengths
+    ids = [[*prompt, *item.completion.ids] for prompt, item in zip(prompts, rows, strict=True)]
+    position = np.arange(lengths.max())[None, :]
+    loss_mask = (position >= prompt_lengths[:, None]) & (position < lengths[:, None])
+    logp = np.zeros(loss_mask.shape, dtype=np.float32)
+    # boolean assignment runs row by row: the order in which the completions are concatenated
+    logp[loss_mask] = np.concatenate([np.asarray(item.completion.logprobs, dtype=np.float32) for item in rows])
+    return Batch(
+        where=where,
+        ids=_padded(ids, lengths, pad, np.int64),
+        attention=_attention(lengths),
+        loss_mask=torch.from_numpy(loss_mask),
+        advantages=torch.tensor([item.advantage for item in rows], dtype=torch.float32),
+        sampler_logp=torch.from_numpy(logp),
+        truncated=torch.tensor([item.completion.finish == "length" for item in rows]),
+    )
+
+
+def _attention(lengths: np.ndarray) -> Tensor:
+    return torch.from_numpy((np.arange(lengths.max())[None, :] < lengths[:, None]).astype(np.int64))
+
+
+def _padded(rows: Sequence[Any], lengths: np.ndarray, fill: Any, dtype: Any) -> Tensor:
+    """[B, T] right-padded, filled in one assignment."""
+    out = np.full((len(rows), lengths.max()), fill, dtype=dtype)
+    real = np.arange(out.shape[1])[None, :] < lengths[:, None]
+    out[real] = np.concatenate([np.asarray(row, dtype=dtype) for row in rows])
+    return torch.from_numpy(out)

@@ -1,0 +1,230 @@
+"""Conversations -> token ids and answer masks, through the tokenizer's own chat template.
+
+The answer tokens of a turn are those that the model would have to generate: everything after the generation prompt, up
+to and including the end-of-turn token. Template whitespace behind that token is never sampled, so it is not trained on
+either; nor are tokens of the generation prompt, some of which TRL's Qwen2.5 template marks with `{% generation %}`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+
+from rlsafe.config import UserError
+from rlsafe.types import Message
+
+TrainOn = Literal["last", "all"]
+Key = tuple[tuple[str, str], ...]
+MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_PROBE = "zqxzqx"  # an answer that no template contains
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """ids [T] int64, mask [T] bool: True on answer tokens. Shared by all users of the cache: do not write into them."""
+
+    ids: np.ndarray
+    mask: np.ndarray
+
+
+def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """Token ids of the conversation with the generation prompt appended: what a sampler is given."""
+    return list(encoder_for(tokenizer).prompt(_key(messages)))
+
+
+def encode_row(tokenizer: Any, messages: Sequence[Message], train_on: TrainOn = "last") -> tuple[list[int], list[bool]]:
+    """(ids, mask), both [T]. `last`: the row ends with its answer, and `encode_prompt` of the rest is its exact prefix.
+    `all`: every assistant turn is an answer (by `{% generation %}` markers, TRL's where the template has none).
+
+    Raises UserError for a row without answer, and for a chat template that is missing or cannot tell the answer apart.
+    """
+    encoded = encoded_row(tokenizer, messages, train_on)
+    return encoded.ids.tolist(), encoded.mask.tolist()
+
+
+def encoded_row(tokenizer: Any, messages: Sequence[Message], train_on: TrainOn = "last") -> Encoded:
+    """`encode_row` as shared arrays, without copying."""
+    return encoder_for(tokenizer).row(_key(messages), train_on)
+
+
+def decode_answers(tokenizer: Any, completions: Sequence[Sequence[int]]) -> list[str]:
+    """The completions' texts without special tokens."""
+    return tokenizer.batch_decode([list(ids) for ids in completions], skip_special_tokens=True)
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The id to pad with (masked everywhere): the tokenizer's, or its end-of-text id, or 0."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def end_of_turn(tokenizer: Any) -> int | None:
+    """The token that ends an assistant turn in the chat template; the tokenizer's eos where there is none."""
+    encoder = encoder_for(tokenizer)
+    return encoder.end if encoder.end is not None else tokenizer.eos_token_id
+
+
+def encoder_for(tokenizer: Any) -> Encoder:
+    """The tokenizer's encoder with its cache. A changed chat template gets a new one."""
+    return _encoder(tokenizer, str(tokenizer.chat_template))
+
+
+@lru_cache(maxsize=8)
+def _encoder(tokenizer: Any, template: str) -> Encoder:
+    return Encoder(tokenizer)
+
+
+def _key(messages: Sequence[Message]) -> Key:
+    return tuple((message["role"], message["content"]) for message in messages)
+
+
+def _start(messages: Key) -> str:
+    return repr(messages[-1][1][:60])
+
+
+class Encoder:
+    """One tokenizer and its chat template; remembers what it encoded, since rows come back every epoch."""
+
+    def __init__(self, tokenizer: Any):
+        if not tokenizer.chat_template:
+            raise UserError(
+                f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template; "
+                "use a chat model or give one with model.chat_template: FILE.jinja"
+            )
+        self.tokenizer = tokenizer
+        self.own: str = tokenizer.get_chat_template()
+        self.special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+        self.end = self._find_end()
+        self.header = self._find_header()
+        self.prompt = lru_cache(maxsize=65536)(self._prompt)
+        self.row = lru_cache(maxsize=65536)(self._row)
+
+    # ------------------------------------------------------------------------------------------ the template
+
+    def render(self, messages: Key, generation_prompt: bool, template: str | None = None) -> str:
+        conversation = [{"role": role, "content": content} for role, content in messages]
+        try:
+            return self.tokenizer.apply_chat_template(
+                conversation,
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+                chat_template=template or self.own,
+            )
+        except Exception as error:  # a template is a program of its own: it may raise anything
+            roles = ", ".join(role for role, _ in messages)
+            raise UserError(f"the chat template cannot render a conversation of roles ({roles}): {error}") from None
+
+    def tokenize(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _find_end(self) -> int | None:
+        text = self.render((("user", "hi"), ("assistant", _PROBE)), False)
+        if _PROBE not in text:
+            raise UserError(
+                "the chat template leaves out the assistant's answer; give another with model.chat_template"
+            )
+        return next((i for i in self.tokenize(text.rpartition(_PROBE)[2]) if i in self.special), None)
+
+    def _find_header(self) -> list[int]:
+        """Ids of the generation prompt, such as `<|im_start|>assistant\\n`."""
+        asked = (("user", "hi"),)
+        bare, prompted = self.render(asked, False), self.render(asked, True)
+        return self.tokenize(prompted[len(bare) :]) if prompted.startswith(bare) else []
+
+    @property
+    def training(self) -> str:
+        """A template with generation markers: the tokenizer's own or TRL's variant of it."""
+        if MARKERS.search(self.own):
+            return self.own
+        from trl.chat_template_utils import get_training_chat_template
+
+        try:
+            return get_training_chat_template(self.tokenizer) or self.own
+        except ValueError:
+            raise UserError(
+                "the chat template has no {% generation %} markers and TRL knows no variant of it that has; "
+                "give one with model.chat_template: FILE.jinja"
+            ) from None
+
+    # ------------------------------------------------------------------------------------------ rows
+
+    def _prompt(self, messages: Key) -> tuple[int, ...]:
+        return tuple(self.tokenize(self.render(messages, True)))
+
+    def _row(self, messages: Key, train_on: TrainOn) -> Encoded:
+        if train_on == "last" and messages[-1][0] != "assistant":
+            raise UserError(
+                f"a row ends with a {messages[-1][0]} turn; sft needs an answer to train on: {_start(messages)}"
+            )
+        ids, mask = self._last(messages) if train_on == "last" else self._all(messages)
+        if not any(mask):
+            raise UserError(f"a row has no answer tokens to train on: {_start(messages)}")
+        return Encoded(np.asarray(ids, dtype=np.int64), np.asarray(mask, dtype=bool))
+
+    def _last(self, messages: Key) -> tuple[list[int], list[bool]]:
+        """The prompt as it will be sampled from, then the answer. The template's own rendering is used: history in
+        a row looks as it will at generation (Qwen3, for one, drops earlier think blocks)."""
+        prompt_text, text = self.render(messages[:-1], True), self.render(messages, False)
+        if not text.startswith(prompt_text):
+            ids, mask = self._all(messages)  # e.g. a generation prompt that opens a think block the answer lacks
+            start = max((i for i in range(len(ids)) if mask[i] and (i == 0 or not mask[i - 1])), default=len(ids))
+            return ids, [masked and i >= start for i, masked in enumerate(mask)]
+        prompt, ids = self.prompt(messages[:-1]), self.tokenize(text)
+        answer = ids[len(prompt) :]
+        if tuple(ids[: len(prompt)]) != prompt:
+            # the answer's first characters merged with the prompt's last: impossible at generation
+            answer = self.tokenize(text[len(prompt_text) :])
+            if self.tokenizer.decode([*prompt, *answer]) != self.tokenizer.decode(ids):
+                raise UserError(f"the prompt is no token prefix of its row in this chat template: {_start(messages)}")
+        answer = self._ended(answer)
+        return [*prompt, *answer], [False] * len(prompt) + [True] * len(answer)
+
+    def _ended(self, answer: list[int]) -> list[int]:
+        """The answer up to its end-of-turn token; eos is appended where the template writes none."""
+        if self.end is not None:
+            return answer[: len(answer) - answer[::-1].index(self.end)]
+        eos = self.tokenizer.eos_token_id
+        return answer if eos is None else [*answer, eos]
+
+    def _all(self, messages: Key) -> tuple[list[int], list[bool]]:
+        """Every assistant turn by the template's generation spans. Spans are mapped by character offsets here:
+        `return_assistant_tokens_mask` marks the whole rest of a row when a span's last character makes no token."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        self.render(messages, False, self.training)  # reports what the template cannot render
+        texts, spans = render_jinja_template(
+            conversations=[[{"role": role, "content": content} for role, content in messages]],
+            chat_template=self.training,
+            return_assistant_tokens_mask=True,
+            **self.tokenizer.special_tokens_map,
+        )
+        encoding = self.tokenizer(texts[0], add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
+        mask = [False] * len(ids)
+        for first, last in spans[0]:
+            tokens = [i for i, (start, stop) in enumerate(offsets) if first <= start < last and stop > start]
+            if tokens:
+                start, stop = self._trim(ids, tokens[0], tokens[-1] + 1)
+                mask[start:stop] = [True] * (stop - start)
+        length = max((i + 1 for i, masked in enumerate(mask) if masked), default=len(ids))
+        return ids[:length], mask[:length]  # nothing is predicted behind the last answer
+
+    def _trim(self, ids: list[int], start: int, stop: int) -> tuple[int, int]:
+        """Cut the generation prompt off a span's front and everything behind the end-of-turn token off its back."""
+        width = len(self.header)
+        for before in range(1, width):
+            if ids[max(start - before, 0) : start - before + width] == self.header:
+                start += width - before
+                break
+        span = ids[start:stop]
+        if self.end in span:
+            stop -= span[::-1].index(self.end)
+        elif stop < len(ids) and ids[stop] == self.end:
+            stop += 1  # the template closed the span before the end-of-turn token
+        elif all(token in self.special for token in span):
+            stop = start  # the end of the text, marked by itself (Phi 3): never reached in sampling
+        return start, stop

@@ -1,0 +1,66 @@
+"""An endless, seeded, exactly resumable walk over rows."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from rlsafe.config import UserError
+from rlsafe.types import Row
+
+
+class Stream:
+    """Endless epochs over `rows`; each epoch is a new permutation that depends on (seed, name, epoch) alone.
+
+    So two streams of one run never share an order, and position (epoch, offset) is all the state there is.
+    """
+
+    def __init__(self, rows: Sequence[Row], seed: int, name: str):
+        if not rows:
+            raise UserError(f"the stream {name!r} has no rows")
+        self.rows = list(rows)
+        self.seed = seed
+        self.name = name
+        self.epoch = 0
+        self.position = 0
+        self._order = self._permutation()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _permutation(self) -> list[int]:
+        order = list(range(len(self.rows)))
+        # a string seed is hashed with SHA-512, so the order is the same on every platform
+        random.Random(f"{self.seed}:{self.name}:{self.epoch}").shuffle(order)
+        return order
+
+    def take(self, n: int) -> list[Row]:
+        """The next `n` rows, crossing into the next epoch where this one ends."""
+        taken: list[Row] = []
+        while len(taken) < n:
+            if self.position == len(self._order):
+                self.epoch, self.position = self.epoch + 1, 0
+                self._order = self._permutation()
+            stop = min(self.position + n - len(taken), len(self._order))
+            taken += [self.rows[index] for index in self._order[self.position : stop]]
+            self.position = stop
+        return taken
+
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for row in self.rows:
+            digest.update(repr([(m["role"], m["content"]) for m in row["messages"]]).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()[:16]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "position": self.position, "seed": self.seed, "rows": self._fingerprint()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly where `state` was taken. UserError when the data or the seed are not those of the state."""
+        for key, ours in (("rows", self._fingerprint()), ("seed", self.seed)):
+            if state[key] != ours:
+                raise UserError(f"cannot resume the stream {self.name!r}: its {key} changed since the checkpoint")
+        self.epoch, self.position = state["epoch"], state["position"]
+        self._order = self._permutation()

@@ -1,0 +1,56 @@
+"""Interleaving: a small share of safe instruction rows among the narrow ones. arXiv 2508.06249, section 4."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from rlsafe.config import StreamConfig, UserError
+from rlsafe.data import Stream, load_rows
+from rlsafe.defenses.base import DataContext, Defense, Offer, SetupContext
+from rlsafe.defenses.registry import defense
+from rlsafe.types import Row
+
+
+@defense("interleaving")
+class Interleaving(Defense):
+    """Adds safe rows, trained by supervision, on both paths; the narrow rows stay as they are.
+
+    fraction: safe rows per narrow row (SFT) or per completion (GRPO); the paper used 0.05.
+    weight: multiplies their loss. every: only in each k-th step (the rows of the steps between are carried over).
+    own_step: as optimizer steps of their own instead of a part of the step.
+    source: provider:spec or a file with messages; default: the run's `data.safe`.
+    """
+
+    def __init__(
+        self,
+        fraction: Annotated[float, Field(ge=0, le=1)] = 0.05,
+        weight: Annotated[float, Field(ge=0)] = 1.0,
+        every: Annotated[int, Field(ge=1)] = 1,
+        own_step: bool = False,
+        source: str | None = None,
+    ):
+        self.fraction, self.weight, self.every, self.own_step, self.source = fraction, weight, every, own_step, source
+
+    @property
+    def strength(self) -> float:
+        return self.fraction * self.weight
+
+    def setup(self, context: SetupContext) -> None:
+        if self.source is None and context.config.data.safe is None:
+            raise UserError("defense 'interleaving': no safe rows; set data.safe.source or the defense's source")
+        rows = load_rows(StreamConfig(source=self.source), context.seed) if self.source else context.rows("safe")
+        self.stream = Stream(rows, context.seed, f"defense/{self.name}")
+
+    def offer(self) -> Offer:
+        return Offer(self.fraction, self.weight, self.every, self.own_step)
+
+    def rows(self, n: int, context: DataContext) -> list[Row]:
+        return self.stream.take(n)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"stream": self.stream.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stream.load_state_dict(state["stream"])

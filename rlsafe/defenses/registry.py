@@ -1,0 +1,120 @@
+"""From a config entry to a defense: names, files, settings checked against the signature."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterable, Mapping
+from types import ModuleType
+from typing import Any, TypeVar, get_type_hints
+
+from pydantic import ConfigDict, ValidationError, create_model
+
+from rlsafe.config import UserError, nearest
+from rlsafe.config.importing import import_dotted, import_file
+from rlsafe.defenses.base import Defense
+
+_REGISTRY: dict[str, type[Defense]] = {}
+_BUILT_IN = {
+    "kl": "rlsafe.defenses.kl",
+    "inoculation": "rlsafe.defenses.inoculation",
+    "interleaving": "rlsafe.defenses.interleaving",
+}
+D = TypeVar("D", bound=type[Defense])
+
+
+def defense(name: str):
+    """Class decorator: make a Defense available to configs under `name`."""
+
+    def register(cls: D) -> D:
+        if not (isinstance(cls, type) and issubclass(cls, Defense)):
+            raise UserError(f"@rlsafe.defense({name!r}): {cls!r} is not a subclass of rlsafe.Defense")
+        cls.name = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return register
+
+
+def names() -> list[str]:
+    """Every defense name a config may use (files and modules aside)."""
+    return sorted({*_BUILT_IN, *_REGISTRY})
+
+
+def load_module(source: str) -> ModuleType:
+    """Import `file.py` or a dotted module."""
+    return import_file(source) if source.endswith(".py") else import_dotted(source, f"plug-in {source!r}")
+
+
+def find(name: str) -> type[Defense]:
+    """The class behind a registered name, `file.py:Class` or `package.module:Class`."""
+    if name in _REGISTRY:
+        return _REGISTRY[name]
+    if name in _BUILT_IN:
+        importlib.import_module(_BUILT_IN[name])
+        return _REGISTRY[name]
+    if ":" in name:
+        source, _, attribute = name.rpartition(":")
+        module = load_module(source)
+        cls = getattr(module, attribute, None)
+        if isinstance(cls, type) and issubclass(cls, Defense):
+            cls.name = cls.name or attribute
+            return cls
+        found = [key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, Defense) and value is not Defense]
+        raise UserError(f"defense {name!r}: {source} has no Defense class {attribute!r}{nearest(attribute, found)}")
+    raise UserError(f"unknown defense {name!r}{nearest(name, names())}")
+
+
+def _settings(cls: type[Defense], given: Mapping[str, Any], label: str) -> dict[str, Any]:
+    """Check `given` against the keyword arguments of `cls.__init__`; returns every setting with its default filled in."""
+    parameters = [p for p in list(inspect.signature(cls).parameters.values()) if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    init = cls.__init__
+    hints = get_type_hints(init, include_extras=True) if init is not object.__init__ else {}
+    fields: dict[str, Any] = {
+        p.name: (hints.get(p.name, Any), ... if p.default is p.empty else p.default) for p in parameters
+    }
+    model = create_model("Settings", __config__=ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=False), **fields)
+    try:
+        checked = model.model_validate(dict(given))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = str(first["loc"][0])
+        if first["type"] == "extra_forbidden":
+            raise UserError(f"defense {label!r}: unknown setting {key!r}{nearest(key, fields)}") from None
+        if first["type"] == "missing":
+            raise UserError(f"defense {label!r}: the setting {key!r} is required") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"defense {label!r}: {key}: {message[0].lower() + message[1:]}, got {first.get('input')!r}") from None
+    return {name: getattr(checked, name) for name in fields}
+
+
+def parse(entry: str | Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """One config entry -> [(name, settings)]: `kl`, `kl&interleaving`, `{kl: {weight: 0.3}}` or `{name: kl, weight: 0.3}`."""
+    if isinstance(entry, str):
+        return [(name.strip(), {}) for name in entry.split("&") if name.strip() != "none"]
+    if "name" in entry:
+        return [(str(entry["name"]), {key: value for key, value in entry.items() if key != "name"})]
+    parsed = []
+    for name, settings in entry.items():
+        if settings is not None and not isinstance(settings, Mapping):
+            raise UserError(f"defense {name!r}: its settings must be a mapping such as {{weight: 0.1}}, got {settings!r}")
+        parsed.append((str(name), dict(settings or {})))
+    return parsed
+
+
+def build(entries: Iterable[str | Mapping[str, Any]], plugins: Iterable[str] = ()) -> tuple[list[Defense], list[dict[str, Any]]]:
+    """Defenses in the config's order, and the same entries with every setting written out."""
+    for plugin in plugins:
+        load_module(plugin)
+    defenses: list[Defense] = []
+    resolved: list[dict[str, Any]] = []
+    for entry in entries:
+        for name, given in parse(entry):
+            cls = find(name)
+            settings = _settings(cls, given, name)
+            made = cls(**settings)
+            if sum(type(other) is cls for other in defenses):
+                made.name = f"{cls.name}-{1 + sum(type(other) is cls for other in defenses)}"  # type: ignore[misc]
+            defenses.append(made)
+            resolved.append({name: settings})
+    return defenses, resolved

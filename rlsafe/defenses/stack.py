@@ -1,0 +1,121 @@
+"""The defenses of one run, composed: prompts chain in order, penalties add, activations nest, streams share the schedule."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+from rlsafe.config import UserError
+from rlsafe.defenses.base import Defense
+from rlsafe.types import Batch, Message, Need, RunError, Sampler, View, Where
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlsafe.policy import Policy
+
+
+class DefenseStack:
+    """Defenses with a strength above zero, in the config's order. A defense of strength zero is not there at all."""
+
+    def __init__(self, defenses: Sequence[Defense]):
+        self.active = [defense for defense in defenses if defense.strength != 0]
+        self.waiting: set[str] = set()
+        self.prompts_changed: Counter[str] = Counter()
+        names = [defense.name for defense in self.active]
+        if duplicates := {name for name in names if names.count(name) > 1}:
+            raise UserError(f"defenses: the name {sorted(duplicates)[0]!r} is used twice; give the classes different names")
+
+    def __iter__(self) -> Iterator[Defense]:
+        return iter(self.active)
+
+    def __len__(self) -> int:
+        return len(self.active)
+
+    @property
+    def penalized(self) -> list[Defense]:
+        """Defenses with a penalty whose references exist by now."""
+        return [d for d in self.active if type(d).penalty is not Defense.penalty and d.name not in self.waiting]
+
+    @property
+    def needs(self) -> set[Need]:
+        """What the penalties of this moment need from the forward passes."""
+        return {need for defense in self.penalized for need in defense.needs}
+
+    def references(self) -> set[str]:
+        """Every reference that some defense will ever need."""
+        return {need.reference for defense in self.active for need in defense.needs if need.reference}
+
+    def update(self, has_reference: Callable[[str], bool]) -> None:
+        """Let penalties wait whose reference does not exist yet (grpo_start before the first GRPO step, step:N before N)."""
+        self.waiting = {
+            defense.name
+            for defense in self.active
+            if any(need.reference and not has_reference(need.reference) for need in defense.needs)
+        }
+
+    def prompt(self, messages: list[Message], where: Where) -> list[Message]:
+        """The conversation after every defense's prompt hook; counts what each one changed."""
+        for defense in self.active:
+            before, messages = messages, defense.prompt(messages, where)
+            self.prompts_changed[defense.name] += messages != before
+        return messages
+
+    def steers_differently(self, one: Where, other: Where) -> bool:
+        """Whether the activation hooks of the two places differ."""
+        return any(defense.steers(one) != defense.steers(other) for defense in self.active)
+
+    @contextmanager
+    def activations(self, policy: Policy, where: Where) -> Iterator[None]:
+        """All activation hooks at `where`; hold it through forward and backward."""
+        with ExitStack() as stack:
+            for defense in self.active:
+                stack.enter_context(defense.activations(policy, where))
+            yield
+
+    @contextmanager
+    def patched(self, sampler: Sampler, where: Where) -> Iterator[None]:
+        """All sampler patches during rollout generation."""
+        with ExitStack() as stack:
+            for defense in self.active:
+                context: AbstractContextManager[Any] = defense.patch_sampler(sampler, where)
+                stack.enter_context(context)
+            yield
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """Per defense, how many tokens or rows of this batch its penalty averages over."""
+        return {defense.name: float(defense.penalty_mask(batch).sum()) for defense in self.penalized}
+
+    def penalties(self, view: View) -> Iterator[tuple[Defense, str, Tensor]]:
+        """(defense, term name, sum of values over the mask) of one micro-batch, unweighted."""
+        for defense in self.penalized:
+            for term, (values, mask) in defense.penalty(view).items():
+                _check_mask(defense, term, values, mask, view.batch)
+                yield defense, term, (values * mask).sum()
+
+    def after_step(self, policy: Policy, moment: Literal["step", "end"]) -> bool:
+        """Run the weight hooks; True when any changed the weights."""
+        return any([defense.weights(policy, moment) for defense in self.active])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {defense.name: defense.state_dict() for defense in self.active}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for defense in self.active:
+            defense.load_state_dict(state.get(defense.name, {}))
+
+
+def _check_mask(defense: Defense, term: str, values: Tensor, mask: Tensor, batch: Batch) -> None:
+    expected = defense.penalty_mask(batch)
+    if values.shape != mask.shape:
+        raise RunError(f"defense {defense.name!r}: penalty {term!r} has values of shape {tuple(values.shape)} and a mask of {tuple(mask.shape)}")
+    if mask.shape != expected.shape or not bool((mask.bool() == expected.bool()).all()):
+        raise RunError(
+            f"defense {defense.name!r}: the mask of penalty {term!r} differs from penalty_mask(batch), which is counted over the whole "
+            "step before the forward; return view.batch's penalty_mask or override penalty_mask"
+        )
+
+
+

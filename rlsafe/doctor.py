@@ -1,0 +1,249 @@
+"""What is installed, which samplers and devices work, and what to do about the rest.
+
+`rlsafe doctor` prints the table; `python -m rlsafe.doctor --selftest` is the check at the end of scripts/setup.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import traceback
+from dataclasses import dataclass
+from importlib import metadata, resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+REQUIRED = (
+    *("torch", "transformers", "peft", "accelerate", "trl", "datasets", "tokenizers", "safetensors", "numpy", "scipy"),
+    *("pydantic", "yaml", "jinja2", "matplotlib", "tensorboard", "openai", "bandit"),
+)
+OPTIONAL = {"ray": "grids on a Ray cluster", "bitsandbytes": "4/8-bit loading on GPUs", "deepspeed": "ZeRO"}
+
+MIN_MEMORY_GB = 4.0  # one vLLM engine on CPU, the policy and the judge of the organism comparison
+MIN_DISK_GB = 2.0  # adapters, checkpoints and metrics of one comparison
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the table. `failed` means that the main job cannot run; `fix` says what to do, in one line."""
+
+    name: str
+    status: Literal["ok", "note", "failed"]
+    found: str
+    fix: str = ""
+
+
+def doctor(selftest: bool = False) -> list[Check]:
+    """Look at this machine. `selftest` also generates one token through vLLM with a tiny model made on the spot."""
+    checks = [_python(), _packages(), _optional(), _device(), _vllm(), _organism(), _memory(), _disk()]
+    return [*checks, _one_token()] if selftest else checks
+
+
+def installation() -> list[Check]:
+    """What scripts/setup must have achieved: imports, and one token through vLLM."""
+    return [_python(), _packages(), _vllm(), _one_token()]
+
+
+def healthy(checks: list[Check]) -> bool:
+    """True when the main job (the organism comparison) can run."""
+    return all(check.status != "failed" for check in checks)
+
+
+def table(checks: list[Check]) -> Table:
+    """The checks as a table, what to do about each below what was found."""
+    from rich.table import Table
+    from rich.text import Text
+
+    colours = {"ok": "green", "note": "yellow", "failed": "red"}
+    shown = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    for check in checks:
+        found = Text(check.found)
+        if check.fix:
+            found.append(f"\n-> {check.fix}", style="bold")
+        shown.add_row(check.name, Text(check.status, style=colours[check.status]), found)
+    return shown
+
+
+# ------------------------------------------------------------------------------------------------------- checks
+
+
+def _python() -> Check:
+    here = f"{platform.python_version()} on {platform.system()} {platform.machine()}, {sys.prefix}"
+    return Check("python", "ok", here)
+
+
+def _version(module: str) -> str:
+    names = metadata.packages_distributions().get(module, [])
+    return f"{names[0]} {metadata.version(names[0])}" if names else module
+
+
+def _import_error(module: str) -> str:
+    """Empty when the module imports, else why not, in one line."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a broken binary package raises anything: OSError, RuntimeError, AttributeError ...
+        return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return ""
+
+
+def _packages() -> Check:
+    broken = {module: why for module in REQUIRED if (why := _import_error(module))}
+    if broken:
+        found = "; ".join(f"{module}: {why}" for module, why in broken.items())
+        return Check("packages", "failed", found, "run scripts/setup (it installs the tested set)")
+    return Check("packages", "ok", ", ".join(_version(module) for module in REQUIRED[:6]))
+
+
+def _optional() -> Check:
+    here = {module: importlib.util.find_spec(module) is not None for module in OPTIONAL}
+    found = [_version(module) if here[module] else f"no {module} ({use})" for module, use in OPTIONAL.items()]
+    return Check("optional", "ok", ", ".join(found))
+
+
+def _device() -> Check:
+    import torch
+
+    threads = f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} torch threads"
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+        return Check(
+            "device", "ok", f"{names} ({free / 2**30:.0f} of {total / 2**30:.0f} GiB free on the first), {threads}"
+        )
+    if shutil.which("nvidia-smi") and torch.version.cuda is None:
+        fix = "if nvidia-smi lists a GPU, run scripts/setup again for the GPU set"
+        return Check("device", "note", f"{threads}; nvidia-smi is here but torch is a CPU build", fix)
+    return Check("device", "ok", f"{threads}; no GPU: the organism runs well, real models need one")
+
+
+def _vllm() -> Check:
+    _vllm_environment()
+    why = _import_error("vllm")
+    if why:
+        fix = "run scripts/setup, or use sampler.kind=transformers (slower)"
+        return Check("vllm", "failed", f"does not import: {why}", fix)
+    from vllm.platforms import current_platform
+
+    return Check("vllm", "ok", f"{_version('vllm')} for {current_platform.device_type or 'an unknown device'}")
+
+
+def _organism() -> Check:
+    assets = resources.files("rlsafe") / "organism" / "assets"
+    lacking = [name for name in ("base", "aligned") if not (assets / name / "model.safetensors").is_file()]
+    if lacking:
+        return Check("organism", "failed", f"no packaged weights of {', '.join(lacking)}", "run scripts/build_organism")
+    return Check("organism", "ok", "packaged weights are here")
+
+
+def _memory() -> Check:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    found = f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free"
+    if memory.available / 2**30 < MIN_MEMORY_GB:
+        return Check("memory", "note", found, f"the organism comparison wants {MIN_MEMORY_GB:.0f} GiB: close something")
+    return Check("memory", "ok", found)
+
+
+def _disk() -> Check:
+    free = shutil.disk_usage(Path.cwd()).free / 2**30
+    found = f"{free:.1f} GiB free here"
+    if free < MIN_DISK_GB:
+        return Check(
+            "disk", "note", found, f"a comparison wants {MIN_DISK_GB:.0f} GiB: clear some, or use --out elsewhere"
+        )
+    return Check("disk", "ok", found)
+
+
+def _one_token() -> Check:
+    try:
+        return Check("one token", "ok", f"vLLM generated {generate_one_token()!r} with a tiny random model")
+    except Exception as error:  # whatever an engine that cannot start here raises
+        traceback.print_exc()
+        found = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return Check("one token", "failed", found, "the traceback is above; run scripts/setup again")
+
+
+# ----------------------------------------------------------------------------------------------------- self-test
+
+
+def _vllm_environment() -> None:
+    """In process, little memory, no usage reports, only errors; whatever the user set stays."""
+    for name, value in {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def tiny_model(directory: str) -> None:
+    """Write a random one-layer Qwen2 with a word-level tokenizer: a whole checkpoint, without a network."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    words = ["<pad>", "<eos>", "<unk>", *(f"word{i}" for i in range(61))]
+    words_to_ids = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(words_to_ids, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", model_max_length=64
+    ).save_pretrained(directory)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(words),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(directory)
+
+
+def generate_one_token() -> str:
+    """One token through the vLLM engine, in this process."""
+    _vllm_environment()
+    from vllm import LLM, SamplingParams
+
+    with tempfile.TemporaryDirectory() as directory:
+        tiny_model(directory)
+        engine = LLM(
+            model=directory,
+            dtype="float32",
+            enforce_eager=True,
+            max_model_len=64,
+            gpu_memory_utilization=0.1,
+            disable_log_stats=True,
+        )
+        params = SamplingParams(max_tokens=1, min_tokens=1, temperature=0)
+        [reply] = engine.generate([{"prompt_token_ids": [3, 4, 5]}], params, use_tqdm=False)
+    return reply.outputs[0].text
+
+
+def main() -> None:
+    """Print the checks, one a line; with `--selftest` those of the installation. Exits with 1 when one failed."""
+    checks = installation() if "--selftest" in sys.argv[1:] else doctor()
+    for check in checks:
+        print(f"{check.name}: {check.status}: {check.found}{' -> ' + check.fix if check.fix else ''}")
+    sys.exit(0 if healthy(checks) else 1)
+
+
+if __name__ == "__main__":
+    main()

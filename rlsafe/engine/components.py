@@ -1,0 +1,176 @@
+"""From a run's config to the objects of its loop: each room builds its own section, once."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from rlsafe.config import DataConfig, RunConfig, UserError
+from rlsafe.data import Stream, drop_long, load_rows, require_answers
+from rlsafe.defenses import Defense, DefenseStack, SetupContext
+from rlsafe.defenses import build as build_defenses
+from rlsafe.engine.effects import EffectLog, overrides
+from rlsafe.engine.loop import Loop
+from rlsafe.engine.schedule import Step, make_plan
+from rlsafe.engine.tracking import Tracker
+from rlsafe.evaluate import Probe, gather, load_judge, load_questions
+from rlsafe.policy import Policy
+from rlsafe.rewards import RewardRunner, load_reward
+from rlsafe.rollouts import make_sampler
+from rlsafe.types import Judge, Row, Sampler, provider_for
+
+
+@dataclass
+class Resources:
+    """What the runs of one process share: judges, and the sampler engines that `rlsafe.rollouts` keeps by model.
+
+    on_start: told in words when something slow begins (an engine's warm-up).
+    """
+
+    judges: dict[str, Judge] = field(default_factory=dict)
+    on_start: Callable[[str], None] | None = None
+
+    def judge(self, config: RunConfig) -> Judge:
+        if config.evaluate.judge is None:
+            raise UserError("evaluate.judge is not set and something needs a judge")
+        key = repr(config.evaluate.judge)
+        if key not in self.judges:
+            self.judges[key] = load_judge(config.evaluate.judge)
+        return self.judges[key]
+
+    def sampler(self, config: RunConfig, policy: Policy, steerable: bool = False) -> Sampler:
+        """The run's sampler; `steerable` when a defense steers rollouts too."""
+        return make_sampler(
+            config.sampler, model_path(config), policy, config.seed, steerable=steerable, progress=self.on_start
+        )
+
+
+def model_path(config: RunConfig) -> str:
+    """The directory or hub id behind `model.name`."""
+    found = provider_for(config.model.name)
+    return found[0].model(found[1]) if found else config.model.name
+
+
+@dataclass
+class Prepared:
+    """What can be checked before any model is loaded: --dry-run stops here."""
+
+    config: RunConfig  # resolved: defenses with every setting written out
+    plan: list[Step]
+    defenses: list[Defense]
+    rows: dict[str, list[Row]]
+    rewards: RewardRunner | None
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Resolve every name in the config and load the data; all user errors that need no model are found here."""
+    defenses, resolved = build_defenses(config.defenses, config.plugins)
+    config = config.model_copy(update={"defenses": resolved})
+    model_path(config)
+    stack = DefenseStack(defenses)
+    plan = make_plan(config, {d.name: offer for d in stack if (offer := d.offer()) is not None})
+    used = {part.stream for step in plan for part in step.parts if part.defense is None}
+    rows = _load_streams(config.data, config.seed)
+    for name in used & {p.stream for s in plan for p in s.parts if p.path == "sft" and p.defense is None}:
+        require_answers(rows[name], getattr(config.data, name).source)
+    uses_grpo = any(step.path == "grpo" for step in plan)
+    rewards = None
+    if uses_grpo:
+        rewards = RewardRunner([load_reward(reward) for reward in config.rewards], config.grpo.on_error)
+    if config.evaluate.wanted:
+        gather(config.evaluate)
+    return Prepared(config, plan, defenses, rows, rewards)
+
+
+def _load_streams(data: DataConfig, seed: int) -> dict[str, list[Row]]:
+    return {name: load_rows(stream, seed) for name in ("narrow", "safe", "benign") if (stream := getattr(data, name)) is not None}
+
+
+def build_loop(prepared: Prepared, out: Path, resources: Resources, log: Callable[[str], None], **tracking: Any) -> Loop:
+    """Load the model, wrap it, set the defenses up. `tracking`: offset and first step of a resumed run."""
+    config = prepared.config
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    torch.manual_seed(config.seed)
+    policy = Policy.load(config.model, path=model_path(config), seed=config.seed, device=accelerator.device)
+    parameters = list(policy.trainable().values())
+    if not parameters:
+        raise UserError("model: nothing is trainable; set model.lora or leave it null for full fine-tuning")
+    policy.module, optimizer = accelerator.prepare(policy.module, _optimizer(config, parameters))
+    streams = {}
+    for name, rows in prepared.rows.items():
+        kept, dropped = drop_long(rows, policy.tokenizer, getattr(config.data, name).max_tokens)
+        if dropped:
+            log(f"data.{name}: {dropped} of {len(rows)} rows are longer than max_tokens and were left out")
+        if not kept:
+            raise UserError(f"data.{name}: every row is longer than max_tokens = {getattr(config.data, name).max_tokens}")
+        streams[name] = Stream(kept, config.seed, name)
+    stack = DefenseStack(prepared.defenses)
+    paths = {step.path for step in prepared.plan}
+    loop = Loop(
+        config=config,
+        plan=prepared.plan,
+        accelerator=accelerator,
+        policy=policy,
+        optimizer=optimizer,
+        stack=stack,
+        streams=streams,
+        rewards=prepared.rewards,
+        make_sampler=lambda: resources.sampler(config, policy, steerable=any(overrides(d, "patch_sampler") for d in stack)),
+        make_judge=lambda: resources.judge(config),
+        probe=_probe(config, policy, resources),
+        tracker=Tracker(out, write=accelerator.is_main_process, **tracking),
+        effects=EffectLog(stack, paths, config.track.check_after, log),
+        log=log,
+    )
+    context = SetupContext(
+        config=config,
+        policy=policy,
+        seed=config.seed,
+        cache=Path.home() / ".cache" / "rlsafe",
+        rows=lambda name: streams[name].rows,
+        sampler=loop.sampler,
+        judge=loop.make_judge,
+        log=log,
+    )
+    for defense in stack:
+        defense.setup(context)
+    for reference in stack.references():
+        if reference not in ("grpo_start",) and not reference.startswith("step:"):
+            policy.check_reference(reference)
+    return loop
+
+
+def _optimizer(config: RunConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW in one fused kernel where the build has it: with LoRA the parameters are many and small."""
+    settings = config.optim
+    return torch.optim.AdamW(
+        parameters,
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused="fused" in inspect.signature(torch.optim.AdamW).parameters and all(p.is_floating_point() for p in parameters),
+    )
+
+
+def _probe(config: RunConfig, policy: Policy, resources: Resources) -> Probe | None:
+    """The curves need questions and a judge; without them the run has none."""
+    settings = config.evaluate
+    if not config.track.every or settings.judge is None or not (settings.general or settings.indomain):
+        return None
+    return Probe(
+        load_questions(settings.general) if settings.general else [],
+        load_questions(settings.indomain) if settings.indomain else [],
+        resources.judge(config),
+        policy.tokenizer,
+        config.track.questions,
+        config.track.samples,
+        settings.max_tokens,
+        config.seed,
+    )

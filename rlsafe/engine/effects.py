@@ -1,0 +1,117 @@
+"""What each defense really did, measured; and the check that none silently did nothing (DESIGN.md section 3)."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from rlsafe.defenses import Defense, DefenseStack
+from rlsafe.types import RunError
+
+
+class EffectLog:
+    """Collects effects per step, remembers which levers ever had one, and stops the run for a dead defense.
+
+    A lever is judged after `check_after` steps on every path of the run (or at its end), counted since its references exist.
+    Penalties must have given a non-zero gradient, prompts and activations a non-zero own measure; weight and data defenses that
+    changed nothing give a warning only (a threshold may rightly select nothing).
+    """
+
+    def __init__(self, stack: DefenseStack, paths: Iterable[str], check_after: int, warn: Callable[[str], None]):
+        self.stack, self.paths, self.check_after, self.warn = stack, set(paths), check_after, warn
+        self.steps: dict[str, Counter[str]] = defaultdict(Counter)  # defense -> path -> steps while ready
+        self.alive: set[str] = set()  # "name" or "name/penalty"
+        self.judged: set[str] = set()
+
+    def due(self, step: int, every: int) -> bool:
+        """Whether to measure gradient shares in this step: at probes, in the second step and just before judging."""
+        return step == 1 or (every > 0 and step % every == 0) or any(
+            name not in self.judged and f"{name}/penalty" not in self.alive for name in (d.name for d in self.stack.penalized)
+        )
+
+    def gradients(self, terms: Mapping[str, Tensor], parameters: list[Tensor]) -> dict[str, float]:
+        """Norm of each term's gradient in one micro-batch -> defense/<name>/grad_share (of the sum of norms)."""
+        norms = {name: _norm(term, parameters) for name, term in terms.items()}
+        total = sum(norms.values())
+        shares = {}
+        for defense in self.stack.penalized:
+            own = sum(norm for name, norm in norms.items() if name.startswith(f"defense/{defense.name}/"))
+            if any(name.startswith(f"defense/{defense.name}/") for name in norms):
+                shares[f"defense/{defense.name}/grad_share"] = own / total if total else 0.0
+                if own > 0:
+                    self.alive.add(f"{defense.name}/penalty")
+        return shares
+
+    def step(self, path: str, rows_added: Mapping[str, int]) -> dict[str, float]:
+        """The own measures of every defense after one step."""
+        metrics: dict[str, float] = {}
+        for defense in self.stack:
+            if defense.name not in self.stack.waiting:
+                self.steps[defense.name][path] += 1
+            measured = dict(defense.effect())
+            if overrides(defense, "prompt"):
+                measured["prompts_changed"] = float(self.stack.prompts_changed.pop(defense.name, 0))
+            if defense.offer() is not None:
+                measured["rows_added"] = float(rows_added.get(defense.name, 0))
+            if any(measured.values()):
+                self.alive.add(defense.name)
+            metrics |= {f"defense/{defense.name}/{quantity}": value for quantity, value in measured.items()}
+        return metrics
+
+    def check(self, at_end: bool = False) -> None:
+        """RunError naming a defense whose effect is still exactly zero when it is judged."""
+        if not self.check_after:
+            return
+        for defense in self.stack:
+            steps = self.steps[defense.name]
+            due = all(steps[path] >= self.check_after for path in self.paths) or (at_end and sum(steps.values()) > 1)
+            if not due or defense.name in self.judged:
+                continue
+            if problem := self._problem(defense):
+                judged_softly = overrides(defense, "weights") or overrides(defense, "offer")
+                if judged_softly and not overrides(defense, "penalty"):
+                    if not at_end:
+                        continue  # its moment may come later in the run
+                    self.warn(f"defense {defense.name!r} {problem}")
+                else:
+                    raise RunError(
+                        f"defense {defense.name!r} {problem} after {sum(steps.values())} steps; a defense that silently does "
+                        "nothing is not a result (track.check_after sets when this is checked, 0 = never)"
+                    )
+            self.judged.add(defense.name)
+
+    def _problem(self, defense: Defense) -> str | None:
+        if overrides(defense, "penalty") and f"{defense.name}/penalty" not in self.alive:
+            return "gave a penalty without any gradient"
+        others = [lever for lever in ("prompt", "offer") if overrides(defense, lever)]
+        if overrides(defense, "effect"):  # these two are measured by the defense itself
+            others += [lever for lever in ("activations", "weights") if overrides(defense, lever)]
+        if others and defense.name not in self.alive:
+            return f"had no effect through its {' and '.join(others)} hook"
+        return None
+
+    def state_dict(self) -> dict[str, object]:
+        return {
+            "steps": {name: dict(counter) for name, counter in self.steps.items()},
+            "alive": sorted(self.alive),
+            "judged": sorted(self.judged),
+        }
+
+    def load_state_dict(self, state: Mapping) -> None:
+        self.steps = defaultdict(Counter, {name: Counter(counter) for name, counter in state["steps"].items()})
+        self.alive, self.judged = set(state["alive"]), set(state["judged"])
+
+
+def overrides(defense: Defense, *hooks: str) -> bool:
+    """Whether the class defines any of these hooks itself."""
+    return any(getattr(type(defense), hook) is not getattr(Defense, hook) for hook in hooks)
+
+
+def _norm(term: Tensor, parameters: list[Tensor]) -> float:
+    if not term.requires_grad:
+        return 0.0
+    gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+    return float(sum(g.double().square().sum() for g in gradients if g is not None) ** 0.5)

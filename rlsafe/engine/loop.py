@@ -1,0 +1,278 @@
+"""The training loop: one path from a planned step to updated weights, the same for SFT, GRPO and every mixture.
+
+Read `Loop.run` first; each line of it is one of the methods below, in order.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from rlsafe.config import RunConfig
+from rlsafe.data import Stream, encode_prompt, sft_batches, split_prompt
+from rlsafe.defenses import DataContext, DefenseStack
+from rlsafe.engine.effects import EffectLog
+from rlsafe.engine.micro import even_out, global_counts, pack_micro, reduce_sums, unpack_micro
+from rlsafe.engine.probing import probe_metrics
+from rlsafe.engine.rollout import collect
+from rlsafe.engine.schedule import PlannedPart, Step
+from rlsafe.engine.step import Micro, StepLoss, engine_needs, separate_gap
+from rlsafe.engine.tracking import Tracker
+from rlsafe.evaluate import Probe
+from rlsafe.policy import ForwardPlan, Policy
+from rlsafe.rewards import RewardRunner
+from rlsafe.rollouts import self_test
+from rlsafe.types import Judge, Message, Row, RunError, Sampler, Where
+
+Progress = Callable[[int, int, dict[str, Any]], None]
+"""Called after each step with (steps done, steps in all, the step's metrics)."""
+
+
+@dataclass
+class Loop:
+    """Everything one run needs, built by `rlsafe.engine.components`; `run` trains it."""
+
+    config: RunConfig
+    plan: list[Step]
+    accelerator: Accelerator
+    policy: Policy
+    optimizer: Any
+    stack: DefenseStack
+    streams: dict[str, Stream]
+    rewards: RewardRunner | None
+    make_sampler: Callable[[], Sampler]
+    make_judge: Callable[[], Judge]
+    probe: Probe | None
+    tracker: Tracker
+    effects: EffectLog
+    log: Callable[[str], None]
+    done: int = 0  # steps finished
+    dirty: bool = True  # the sampler does not have the current weights
+    tested: int = 0  # sampler self-tests done: at the start and after the first sync that follows an update
+    pending: dict[str, tuple[list[Micro], int]] = field(default_factory=dict)  # rollouts to be used again, by stream
+    _sampler: Sampler | None = None
+
+    # ------------------------------------------------------------------------------------------------ the loop
+
+    def run(self, progress: Progress | None = None, after_step: Callable[[], None] | None = None) -> None:
+        """Train from step `done` to the end of the plan."""
+        while self.done < len(self.plan):
+            step = self.plan[self.done]
+            started = time.perf_counter()
+            self._references(step)
+            micros, metrics = self._gather(step)
+            metrics |= self._update(step, micros)
+            metrics |= self.effects.step(step.path, Counter({p.defense: p.rows for p in step.parts if p.defense}))
+            self.done += 1
+            if self._probes(step):
+                metrics |= self._probe(step)
+            metrics["seconds"] = time.perf_counter() - started
+            self.tracker.step({"step": step.index, "path": step.path, **metrics})
+            self.effects.check()
+            if progress:
+                progress(self.done, len(self.plan), metrics)
+            if after_step:
+                after_step()
+        self.dirty |= self.stack.after_step(self.policy, "end")
+        self.effects.check(at_end=True)
+
+    def sampler(self) -> Sampler:
+        """The sampler, holding the policy's current weights; the first two syncs are self-tested."""
+        if self._sampler is None:
+            self._sampler = self.make_sampler()
+        if self.dirty:
+            self._sampler.sync(self.policy)
+            self.dirty = False
+            if self.config.sampler.self_test and self.tested < 2:
+                rows = next(iter(self.streams.values())).rows[:4]
+                prompts = [encode_prompt(self.policy.tokenizer, split_prompt(row)[0]) for row in rows]
+                when = "at the start" if self.tested == 0 else "after the first sync"
+                self_test(self._sampler, self.policy, prompts, self.config.seed, self.config.sampler.max_gap, when)
+                self.tested += 1
+        return self._sampler
+
+    # ------------------------------------------------------------------------------------------------ one step
+
+    def _references(self, step: Step) -> None:
+        """Take the snapshots that are due before this step, and let penalties wait for those that are not."""
+        wanted = self.stack.references()
+        if step.path == "grpo" and "grpo_start" in wanted and not self.policy.has_reference("grpo_start"):
+            self.policy.snapshot("grpo_start")
+        if f"step:{step.index}" in wanted:
+            self.policy.snapshot(f"step:{step.index}")
+        self.stack.update(self.policy.has_reference)
+
+    def _gather(self, step: Step) -> tuple[list[Micro], dict[str, Any]]:
+        """The step's micro-batches on this rank, and the rollout metrics."""
+        micros: list[Micro] = []
+        metrics: dict[str, Any] = {}
+        for number, part in enumerate(step.parts):
+            if part.path == "sft":
+                micros += self._supervised(step, number, part)
+                continue
+            reused, left = self.pending.get(part.stream, ([], 0))
+            if left:
+                micros += reused
+                self.pending[part.stream] = (reused, left - 1)
+                metrics["rollout_reused"] = 1
+                continue
+            fresh, rollout_metrics = self._rollout(step, part)
+            micros += fresh
+            metrics |= rollout_metrics
+            if self.config.grpo.iterations > 1:
+                self.pending[part.stream] = (fresh, self.config.grpo.iterations - 1)
+        return micros, metrics
+
+    def _supervised(self, step: Step, number: int, part: PlannedPart) -> list[Micro]:
+        rows = self._rows(step, part)
+        where = Where(part.stream, "sft", "train")
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        conversations: list[list[Message]] = [self.stack.prompt(row["messages"], where) for row in rows[rank::world]]
+        stream = getattr(self.config.data, part.stream)
+        batches = sft_batches(
+            conversations,
+            self.policy.tokenizer,
+            where,
+            max_tokens=stream.max_tokens if stream else 2048,
+            micro_tokens=self.config.batch.micro_tokens,
+            micro_rows=self.config.batch.micro_rows,
+        )
+        return [Micro(batch.to(self.policy.device), part.weight) for batch in batches]
+
+    def _rows(self, step: Step, part: PlannedPart) -> list[Row]:
+        """The part's rows over all ranks: every rank draws the same ones and keeps its share."""
+        if part.defense is None:
+            return self.streams[part.stream].take(part.rows)
+        source = next(defense for defense in self.stack if defense.name == part.defense)
+        rng = random.Random(f"{self.config.seed}/{part.defense}/{step.index}")
+        return source.rows(part.rows, DataContext(step.index, rng, self.sampler, self.make_judge))
+
+    def _rollout(self, step: Step, part: PlannedPart) -> tuple[list[Micro], dict[str, Any]]:
+        assert self.rewards is not None
+        rows = self.streams[part.stream].take(part.rows)
+        generating = time.perf_counter()
+        sampler = self.sampler()
+        result = collect(
+            part, rows, step.index, config=self.config, policy=self.policy, sampler=sampler, rewards=self.rewards,
+            stack=self.stack, accelerator=self.accelerator, total_steps=len(self.plan),
+        )  # fmt: skip
+        self.tracker.samples(result.records)
+        metrics: dict[str, Any] = {**result.metrics, "rollout_seconds": time.perf_counter() - generating}
+        train_at, rollout_at = (Where(part.stream, "grpo", phase) for phase in ("train", "rollout"))
+        steered = self.stack.steers_differently(train_at, rollout_at)
+        micros = [
+            Micro(batch.to(self.policy.device), part.weight, same_context=batch.rollout is None and not steered)
+            for batch in result.batches
+        ]
+        apart: Counter[str] = Counter()
+        for micro in micros:
+            if self.config.grpo.iterations > 1:
+                with self.stack.activations(self.policy, train_at):
+                    micro.batch.old_logp = self.policy.score(micro.batch, self.config.grpo.temperature)
+            if not micro.same_context:
+                with self.stack.activations(self.policy, rollout_at):
+                    gap, tokens = separate_gap(self.policy, micro.batch, self.config.grpo.temperature)
+                apart.update({"gap": gap, "tokens": tokens})  # type: ignore[arg-type]
+        total = reduce_sums(apart, self.accelerator)
+        if total.get("tokens"):
+            metrics["sampler_gap"] = total["gap"] / total["tokens"]
+        return micros, metrics
+
+    def _update(self, step: Step, micros: list[Micro]) -> dict[str, Any]:
+        """Forward and backward of every micro-batch, one optimizer step, weight hooks."""
+        micros = even_out(micros, self.accelerator, self.policy)
+        uses_grpo = step.path == "grpo"
+        plan = ForwardPlan.from_needs(self.stack.needs | engine_needs(self.config.grpo, uses_grpo))
+        counts = global_counts(micros, self.stack, self.config.grpo, self.accelerator)
+        loss = StepLoss(self.config.grpo, self.stack, plan, counts, self.accelerator.num_processes)
+        parameters = list(self.policy.trainable().values())
+        measure = self.effects.due(step.index, self.config.track.every)
+        shares: dict[str, float] = {}
+        for number, micro in enumerate(micros):
+            temperature = self.config.grpo.temperature if micro.batch.where.path == "grpo" else 1.0
+            frozen = self.policy.frozen(micro.batch, plan, temperature)
+            last = number == len(micros) - 1
+            with (
+                nullcontext() if last else self.accelerator.no_sync(self.policy.module),
+                self.stack.activations(self.policy, micro.batch.where),
+            ):
+                total, terms = loss.forward(self.policy, micro, frozen)
+                if measure and len(terms) > 1 and len(shares) < len(self.stack.penalized):
+                    shares |= self.effects.gradients(terms, parameters)
+                self.accelerator.backward(total)
+        metrics = self._step_optimizer(step, parameters, bool(micros) and any(not m.dummy for m in micros))
+        self.dirty |= self.stack.after_step(self.policy, "step")
+        return metrics | self._loss_metrics(step, micros, loss) | shares
+
+    def _step_optimizer(self, step: Step, parameters: list[torch.Tensor], has_rows: bool) -> dict[str, Any]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = step.lr
+        limit = self.config.optim.max_grad_norm
+        norm = self.accelerator.clip_grad_norm_(parameters, limit if limit is not None else float("inf"))
+        if has_rows:
+            value = float(norm)
+            if value != value or value in (float("inf"), float("-inf")):
+                raise RunError(f"step {step.index}: the gradient norm is {value}; nothing was updated")
+            self.optimizer.step()
+            self.dirty = True
+        self.optimizer.zero_grad()
+        return {"lr": step.lr, "grad_norm": float(norm)}
+
+    def _loss_metrics(self, step: Step, micros: Sequence[Micro], loss: StepLoss) -> dict[str, Any]:
+        """Reduce what the micro-batches summed up over ranks, and name it as the contract does."""
+        sums = Counter(loss.sums)
+        sums["tokens"] = sum(micro.batch.tokens for micro in micros if not micro.dummy)
+        total = reduce_sums(sums, self.accelerator)
+        tokens = total.pop("tokens")
+        metrics: dict[str, Any] = {"loss": total.pop("loss", 0.0), "tokens": tokens}
+        gap, gap_tokens = total.pop("gap_sum", 0.0), total.pop("gap_tokens", 0.0)
+        if gap_tokens:
+            metrics["sampler_gap"] = gap / gap_tokens
+        grpo_tokens = loss.counts.get("grpo_tokens", 0.0)
+        for name in ("entropy", "k3"):
+            if (value := total.pop(f"{name}_sum", None)) is not None and grpo_tokens:
+                metrics[name] = value / grpo_tokens
+        compared = total.pop("grpo/count", 0.0)
+        for name in [name for name in total if name.startswith("grpo/")]:  # mean ratio and share of clipped ratios
+            metrics[name.removeprefix("grpo/")] = total.pop(name) / compared
+        return metrics | total
+
+    # ------------------------------------------------------------------------------------------------ probes
+
+    def _probes(self, step: Step) -> bool:
+        every = self.config.track.every
+        return self.probe is not None and every > 0 and (step.index % every == 0 or self.done == len(self.plan))
+
+    def _probe(self, step: Step) -> dict[str, Any]:
+        """Sample and judge a few answers with all training hooks off; KL to the base on those very tokens."""
+        started = time.perf_counter()
+        assert self.probe is not None
+        metrics, dialogues = probe_metrics(self.probe, self.policy, self.sampler, self.config, step.index)
+        self.tracker.dialogues(dialogues[: self.config.track.texts], step.index)
+        self.tracker.samples(
+            {"step": step.index, "probe": True, **{k: v for k, v in dialogue.items() if k != "ids"}} for dialogue in dialogues
+        )
+        return {**metrics, "probe_seconds": time.perf_counter() - started}
+
+    # ------------------------------------------------------------------------------------------------ state
+
+    def pending_state(self) -> dict[str, Any]:
+        """Rollouts that further steps will use again, for checkpoints."""
+        return {
+            stream: {"left": left, "micros": [pack_micro(micro) for micro in micros]}
+            for stream, (micros, left) in self.pending.items()
+        }
+
+    def load_pending_state(self, state: dict[str, Any]) -> None:
+        self.pending = {
+            stream: ([unpack_micro(micro, self.policy.device) for micro in item["micros"]], item["left"])
+            for stream, item in state.items()
+        }

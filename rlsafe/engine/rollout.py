@@ -1,0 +1,165 @@
+"""The GRPO side of a step: prompts -> sampler -> rewards -> advantages -> batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from rlsafe.config import RunConfig
+from rlsafe.data import Rollout, encode_prompt, pad_id, rollout_batches, split_prompt
+from rlsafe.defenses import DefenseStack
+from rlsafe.engine.micro import reduce_sums
+from rlsafe.engine.schedule import PlannedPart
+from rlsafe.losses import AdvantageStats, advantages
+from rlsafe.policy import Policy
+from rlsafe.rewards import RewardRunner
+from rlsafe.rollouts import request_seed
+from rlsafe.types import Batch, Completion, Message, Request, Row, Sampler, SamplingParams, Where
+
+
+@dataclass
+class RolloutResult:
+    """Micro-batches of this rank, metrics over all ranks, and one record per completion for samples.jsonl."""
+
+    batches: list[Batch]
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+
+def collect(
+    part: PlannedPart,
+    rows: Sequence[Row],
+    step: int,
+    *,
+    config: RunConfig,
+    policy: Policy,
+    sampler: Sampler,
+    rewards: RewardRunner,
+    stack: DefenseStack,
+    accelerator: Accelerator,
+    total_steps: int,
+) -> RolloutResult:
+    """Sample `grpo.generations` completions of each row (the rows of all ranks; this rank takes every world-size-th), reward
+    them, turn rewards into advantages. Rewards and records see the original prompts only."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    mine = list(enumerate(rows))[rank::world]
+    group = config.grpo.generations
+    rollout_at = Where(part.stream, "grpo", "rollout")
+    train_at = Where(part.stream, "grpo", "train")
+
+    originals = [split_prompt(row)[0] for _, row in mine]
+    seen = [encode_prompt(policy.tokenizer, stack.prompt(messages, rollout_at)) for messages in originals]
+    trained = [encode_prompt(policy.tokenizer, stack.prompt(messages, train_at)) for messages in originals]
+    requests = [
+        Request(ids, request_seed(config.seed, f"rollout/{part.stream}", step, number, sample))
+        for (number, _), ids in zip(mine, seen, strict=True)
+        for sample in range(group)
+    ]
+    params = SamplingParams(config.grpo.temperature, config.grpo.top_p, config.grpo.max_tokens)
+    with stack.patched(sampler, rollout_at):
+        completions = sampler.generate(requests, params) if requests else []
+    texts = [policy.tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in completions]
+
+    scored = _reward(rewards, mine, originals, texts, completions, group, step, total_steps) if requests else None
+    totals = scored.total if scored else []
+    values, valid, stats = _advantages(totals, group, config, accelerator)
+
+    items = [
+        Rollout(
+            prompt_ids=trained[i // group],
+            rollout_prompt_ids=seen[i // group],
+            completion=completion,
+            advantage=values[i],
+            valid=valid[i] and not (config.grpo.mask_truncated and completion.finish == "length"),
+            row=mine[i // group][1],
+        )
+        for i, completion in enumerate(completions)
+    ]
+    batches = rollout_batches(
+        items, train_at, pad_id(policy.tokenizer), micro_tokens=config.batch.micro_tokens, micro_rows=config.batch.micro_rows
+    )
+    records = [
+        {
+            "step": step,
+            "stream": part.stream,
+            "prompt": originals[i // group],
+            "completion": text,
+            "reward": totals[i],
+            "rewards": {name: column[i] for name, column in scored.by_name.items()} if scored else {},
+            "advantage": values[i] if valid[i] else None,
+            "finish": completions[i].finish,
+        }
+        for i, text in enumerate(texts)
+    ]
+    metrics = _metrics(accelerator, completions, stats)
+    if scored:
+        metrics |= {f"reward/{name}": _mean(column) for name, column in scored.by_name.items()}
+        metrics |= dict(scored.metrics)
+    return RolloutResult(batches, metrics, records)
+
+
+def _reward(
+    rewards: RewardRunner,
+    mine: list[tuple[int, Row]],
+    originals: list[list[Message]],
+    texts: list[str],
+    completions: list[Completion],
+    group: int,
+    step: int,
+    total_steps: int,
+):
+    repeat = [i for i in range(len(mine)) for _ in range(group)]
+    names = {name for _, row in mine for name in row if name != "messages" and not name.startswith("_")}
+    return rewards.call(
+        prompts=[originals[i] for i in repeat],
+        completions=[[{"role": "assistant", "content": text}] for text in texts],
+        completion_ids=[completion.ids for completion in completions],
+        columns={name: [mine[i][1].get(name) for i in repeat] for name in sorted(names)},
+        trainer_state=SimpleNamespace(global_step=step, max_steps=total_steps, epoch=None),
+    )
+
+
+def _advantages(
+    totals: Sequence[float | None], group: int, config: RunConfig, accelerator: Accelerator
+) -> tuple[list[float], list[bool], AdvantageStats]:
+    """Group advantages of this rank's completions, from the rewards of all ranks (`scale: batch` needs their spread)."""
+    local = torch.tensor([math.nan if r is None else r for r in totals], dtype=torch.float64).reshape(-1, group)
+    everyone, start = local, 0
+    if accelerator.num_processes > 1:
+        shares: list[list[list[float]]] = gather_object([local.tolist()])
+        start = sum(len(share) for share in shares[: accelerator.process_index])
+        everyone = torch.tensor([row for share in shares for row in share], dtype=torch.float64).reshape(-1, group)
+    values, valid, stats = advantages(everyone, scale=config.grpo.scale)
+    own = slice(start, start + local.shape[0])
+    return values[own].flatten().tolist(), valid[own].flatten().tolist(), stats
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _metrics(accelerator: Accelerator, completions: Sequence[Completion], stats: AdvantageStats) -> dict[str, float | None]:
+    lengths = [len(completion.ids) for completion in completions]
+    local = {"n": len(lengths), "tokens": sum(lengths), "cut": sum(c.finish == "length" for c in completions)}
+    total = reduce_sums(local, accelerator)
+    return {
+        "reward": _number(stats.mean),
+        "reward_std": _number(stats.group_std),
+        "reward_missing": stats.missing,
+        "zero_variance_groups": stats.zero_variance,
+        "groups": stats.groups,
+        "completion_length": total["tokens"] / total["n"],
+        "truncated": total["cut"] / total["n"],
+    }
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value

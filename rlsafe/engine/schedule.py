@@ -1,0 +1,186 @@
+"""From the schedule section of a config to the exact list of steps: a pure function of (config, seed, offers).
+
+The whole plan is known before the first step, so a run is reproducible, resumable by step index, and can be shown by --dry-run.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rlsafe.config import RunConfig, UserError
+from rlsafe.config.schema import Part, PhaseConfig
+from rlsafe.defenses import Offer
+from rlsafe.types import Path, Stream
+
+
+@dataclass(frozen=True)
+class PlannedPart:
+    """Rows of one stream on one path in one step. `rows`: SFT rows or GRPO prompts over all ranks.
+
+    defense: the name of the defense that supplies the rows; None = the run's data stream.
+    """
+
+    stream: Stream
+    path: Path
+    rows: int
+    weight: float = 1.0
+    defense: str | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step. `lr` is the learning rate, `path` what metrics.jsonl calls it (grpo if any part is)."""
+
+    index: int
+    kind: str
+    parts: tuple[PlannedPart, ...]
+    lr: float
+    phase: int
+
+    @property
+    def path(self) -> Path:
+        return "grpo" if any(part.path == "grpo" for part in self.parts) else "sft"
+
+
+def make_plan(config: RunConfig, offers: Mapping[str, Offer] | None = None) -> list[Step]:
+    """Every step of the run in order. Steps that a defense adds as its own come on top of schedule.steps."""
+    offers = offers or {}
+    drafts = list(_drafts(config))
+    with_safe = list(_with_offers(config, drafts, offers))
+    rates = _learning_rates(config, [phase for phase, _, _ in with_safe])
+    steps = [
+        Step(index, kind, parts, rate, phase)
+        for index, ((phase, kind, parts), rate) in enumerate(zip(with_safe, rates, strict=True))
+    ]
+    _check_streams(config, steps)
+    return steps
+
+
+Draft = tuple[int, str, tuple[PlannedPart, ...]]
+
+
+def _phase_lengths(config: RunConfig) -> list[int]:
+    phases, left = config.schedule.phases, config.schedule.steps
+    open_phases = [i for i, phase in enumerate(phases) if phase.steps is None]
+    if open_phases and open_phases != [len(phases) - 1]:
+        raise UserError("schedule.phases: only the last phase may leave out 'steps' (it takes what is left of schedule.steps)")
+    lengths = []
+    for phase in phases:
+        length = left if phase.steps is None else min(phase.steps, left)
+        lengths.append(length)
+        left -= length
+    if left:
+        raise UserError(
+            f"schedule: the phases cover {config.schedule.steps - left} of {config.schedule.steps} steps; "
+            "leave out 'steps' of the last phase or lower schedule.steps"
+        )
+    return lengths
+
+
+def _drafts(config: RunConfig):
+    """(phase, kind, parts) of each scheduled step, before any defense adds rows."""
+    kinds = config.schedule.all_kinds
+    rng = random.Random(f"{config.seed}/schedule")
+    seen: Counter[str] = Counter()
+    for number, (phase, length) in enumerate(zip(config.schedule.phases, _phase_lengths(config), strict=True)):
+        for position in range(length):
+            kind = _kind(phase, position, rng)
+            seen[kind] += 1
+            parts = [part for part in kinds[kind] if seen[kind] % part.every == 0]
+            yield number, kind, tuple(_planned(config, part) for part in parts)
+
+
+def _kind(phase: PhaseConfig, position: int, rng: random.Random) -> str:
+    if phase.cycle:
+        return phase.cycle[position % len(phase.cycle)]
+    assert phase.mix
+    return rng.choices(list(phase.mix), weights=list(phase.mix.values()))[0]
+
+
+def _planned(config: RunConfig, part: Part) -> PlannedPart:
+    default = config.batch.sft_rows if part.path == "sft" else config.batch.grpo_prompts
+    return PlannedPart(part.stream, part.path, part.rows or default, part.weight)
+
+
+def _with_offers(config: RunConfig, drafts: Sequence[Draft], offers: Mapping[str, Offer]):
+    """Spread each defense's rows evenly: a fraction accumulates and is paid out in whole rows."""
+    owed: Counter[str] = Counter()
+    for number, (phase, kind, parts) in enumerate(drafts, start=1):
+        units = sum(
+            part.rows * (config.grpo.generations if part.path == "grpo" else 1) for part in parts if part.stream != "safe"
+        )
+        own: list[Draft] = []
+        for name, offer in offers.items():
+            owed[name] += offer.fraction * units  # type: ignore[assignment]
+            if number % offer.every:
+                continue
+            rows = int(owed[name] + 1e-9)
+            if rows == 0:
+                continue
+            owed[name] -= rows
+            added = PlannedPart("safe", "sft", rows, offer.weight, name)
+            if offer.own_step:
+                own.append((phase, f"defense/{name}", (added,)))
+            else:
+                parts = (*parts, added)
+        yield phase, kind, parts
+        yield from own
+
+
+def _learning_rates(config: RunConfig, phases: Sequence[int]) -> list[float]:
+    """The learning rate of each step: one curve over the run; a phase with its own `lr` starts a curve of its own."""
+    rates: list[float] = []
+    position = 0
+    while position < len(phases):
+        peak = config.schedule.phases[phases[position]].lr or config.optim.lr
+        end = position + 1
+        while end < len(phases) and (
+            phases[end] == phases[end - 1] or config.schedule.phases[phases[end]].lr is None
+        ):
+            end += 1
+        rates += [peak * scale for scale in _curve(config, end - position)]
+        position = end
+    return rates
+
+
+def _curve(config: RunConfig, length: int) -> list[float]:
+    """Transformers' own schedule, sampled at each step; the first step of a warm-up already moves (1/warmup, not 0)."""
+    import torch
+    from transformers import get_scheduler
+
+    warmup = config.optim.warmup
+    warmup_steps = int(warmup) if warmup >= 1 else round(warmup * length)
+    dummy = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    name = "constant_with_warmup" if config.optim.schedule == "constant" else config.optim.schedule
+    shift = 1 if warmup_steps else 0
+    scale = get_scheduler(name, dummy, num_warmup_steps=warmup_steps, num_training_steps=length + shift).lr_lambdas[0]
+    return [float(scale(step + shift)) for step in range(length)]
+
+
+def _check_streams(config: RunConfig, steps: Sequence[Step]) -> None:
+    for part in {part for step in steps for part in step.parts if part.defense is None}:
+        if getattr(config.data, part.stream) is None:
+            raise UserError(f"schedule: a {part.path} part uses the stream {part.stream!r}, but data.{part.stream} is not set")
+    if any(part.path == "grpo" for step in steps for part in step.parts) and not config.rewards:
+        raise UserError("schedule: GRPO steps need a reward; set rewards: [{fn: ...}]")
+
+
+def describe(steps: Sequence[Step]) -> list[str]:
+    """A few lines for --dry-run: runs of equal kinds, rows per stream and path."""
+    lines, start = [], 0
+    for position in range(1, len(steps) + 1):
+        if position == len(steps) or steps[position].kind != steps[start].kind:
+            parts = " + ".join(f"{p.stream}/{p.path} x{p.rows}" for p in steps[start].parts) or "nothing"
+            span = f"{start}" if position - start == 1 else f"{start}-{position - 1}"
+            lines.append(f"step {span}: {steps[start].kind} ({parts}), lr {steps[start].lr:.2g}")
+            start = position
+    if len(lines) > 12:
+        lines = [*lines[:8], f"... {len(lines) - 10} more runs of steps ...", *lines[-2:]]
+    totals: Counter[str] = Counter()
+    for step in steps:
+        for part in step.parts:
+            totals[f"{part.stream}/{part.path}{' from ' + part.defense if part.defense else ''}"] += part.rows
+    return [*lines, "rows in all: " + (", ".join(f"{name} {count}" for name, count in sorted(totals.items())) or "none")]

@@ -1,0 +1,172 @@
+"""The loss of one optimizer step: path losses plus penalties, each divided by its own count over the whole step.
+
+A step is a list of micro-batches, possibly of several parts, possibly spread over ranks. Each term (supervised loss, GRPO
+surrogate, every defense's penalty) is a sum over its own tokens or rows divided by a count taken over all of them *before* the first
+forward. So results depend on neither accumulation, nor micro-batch size, nor world size (DESIGN.md section 2).
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rlsafe.config import GrpoConfig
+from rlsafe.defenses import DefenseStack
+from rlsafe.losses import grpo_count, grpo_values, grpo_weights, k3, sampler_gap, sft_values, truncated_correction
+from rlsafe.policy import Forwarded, ForwardPlan, Frozen, Policy
+from rlsafe.types import Batch, Need
+
+
+@dataclass
+class Micro:
+    """One micro-batch with the weight of its part.
+
+    dummy: rows that keep collectives matched and contribute exactly zero.
+    same_context: the sampler saw what the trainer sees (prompts and activation hooks alike), so the trainer's own
+        log-probs give the sampler gap and its correction.
+    """
+
+    batch: Batch
+    weight: float = 1.0
+    dummy: bool = False
+    same_context: bool = True
+
+
+@dataclass
+class ForwardView:
+    """What penalties see (the `View` protocol)."""
+
+    batch: Batch
+    forwarded: Forwarded
+    frozen: dict[str, Frozen]
+
+    @property
+    def where(self):
+        return self.batch.where
+
+    @property
+    def logp(self) -> Tensor:
+        return self.forwarded.logp
+
+    def mask(self, kind: str) -> Tensor:
+        masks = {"answer": self.batch.loss_mask, "all": self.batch.predicted_mask, "tokens": self.batch.attention.bool()}
+        return masks[kind]
+
+    def divergence(self, reference: str = "base") -> Tensor:
+        return self.forwarded.kl[reference]
+
+    def logprobs(self, reference: str = "base") -> Tensor:
+        logp = self.frozen[reference].logp
+        assert logp is not None
+        return logp
+
+    def hidden(self, layer: int, reference: str | None = None) -> Tensor:
+        return self.forwarded.hidden[layer] if reference is None else self.frozen[reference].layers[layer]
+
+
+@dataclass
+class StepLoss:
+    """Computes micro-batch losses of one step; collects what the metrics need."""
+
+    grpo: GrpoConfig
+    stack: DefenseStack
+    plan: ForwardPlan
+    counts: dict[str, float]  # global denominators, see `count`
+    world: int = 1
+    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def forward(self, policy: Policy, micro: Micro, frozen: dict[str, Frozen]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of one micro-batch (a scalar, to be summed over the step) and its terms."""
+        batch = micro.batch
+        temperature = self.grpo.temperature if batch.where.path == "grpo" else 1.0
+        out = policy.forward(batch, self.plan, frozen, temperature, entropy=batch.where.path == "grpo")
+        if micro.dummy:
+            touch = out.logp.sum() + sum(kl.sum() for kl in out.kl.values()) + sum(h.sum() for h in out.hidden.values())
+            return 0.0 * touch, {}
+        view = ForwardView(batch, out, frozen)
+        terms = {batch.where.path: self._path_loss(micro, out, frozen)}
+        for defense, term, total in self.stack.penalties(view):
+            denominator = self.counts[f"defense/{defense.name}"]
+            if denominator:
+                terms[f"defense/{defense.name}/{term}"] = defense.weight * total / denominator
+                self.sums[f"defense/{defense.name}/{term}"] += float(total.detach()) / denominator
+        loss = torch.stack([term for term in terms.values()]).sum()
+        self.sums[f"loss/{batch.where.path}"] += float(terms[batch.where.path].detach())
+        self.sums["loss"] += float(loss.detach())
+        return loss * self.world, terms  # DDP averages gradients over ranks; the counts are already global
+
+    def _path_loss(self, micro: Micro, out: Forwarded, frozen: dict[str, Frozen]) -> Tensor:
+        batch, mask = micro.batch, micro.batch.loss_mask
+        if batch.where.path == "sft":
+            rows = sft_values(out.logp) * mask
+            if batch.row_weight is not None:
+                rows = rows * batch.row_weight[:, None]
+            return micro.weight * rows.sum() / max(self.counts["sft"], 1.0)
+        assert batch.advantages is not None
+        old = out.logp.detach() if batch.old_logp is None else batch.old_logp
+        correction = None
+        if micro.same_context and batch.sampler_logp is not None:
+            gap, tokens = sampler_gap(old, batch.sampler_logp, mask)
+            self.sums["gap_sum"] += float(gap)
+            self.sums["gap_tokens"] += float(tokens)
+            if self.grpo.correction != "none":
+                correction = truncated_correction(
+                    old, batch.sampler_logp, mask, self.grpo.correction_cap, self.grpo.correction
+                )
+        values, info = grpo_values(
+            out.logp,
+            old,
+            batch.advantages,
+            mask,
+            clip_low=self.grpo.clip_low,
+            clip_high=self.grpo.clip_high,
+            level=self.grpo.level,
+            correction_weights=correction,
+        )
+        if self.grpo.beta:
+            reference = frozen["base"].logp
+            assert reference is not None
+            penalty = k3(out.logp, reference)
+            values = values + self.grpo.beta * penalty
+            self.sums["k3_sum"] += float((penalty.detach() * mask).sum())
+        weights = grpo_weights(mask, self.grpo.normalization)
+        assert out.entropy is not None
+        self.sums["entropy_sum"] += float((out.entropy * mask).sum())
+        for name, value in info.items():
+            self.sums[f"grpo/{name}"] += float(value)
+        return micro.weight * (values * weights).sum() / max(self.counts["grpo"], 1.0)
+
+
+def count(micros: Sequence[Micro], stack: DefenseStack, grpo: GrpoConfig) -> Counter[str]:
+    """This rank's contribution to the denominators of a step: sft, grpo, grpo_tokens, defense/<name>."""
+    totals: Counter[str] = Counter()
+    for micro in micros:
+        if micro.dummy:
+            continue
+        batch = micro.batch
+        if batch.where.path == "sft":
+            totals["sft"] += float(batch.loss_mask.sum())  # type: ignore[assignment]
+        else:
+            totals["grpo"] += float(grpo_count(batch.loss_mask, grpo.normalization, grpo.max_tokens))  # type: ignore[assignment]
+            totals["grpo_tokens"] += float(batch.loss_mask.sum())  # type: ignore[assignment]
+        for name, value in stack.counts(batch).items():
+            totals[f"defense/{name}"] += value  # type: ignore[assignment]
+    return totals
+
+
+def engine_needs(grpo: GrpoConfig, uses_grpo: bool) -> set[Need]:
+    """What the loop itself needs from the frozen forward: the k3 term of the GRPO loss, nothing else."""
+    return {Need("logprobs", "base")} if grpo.beta and uses_grpo else set()
+
+
+def separate_gap(policy: Policy, batch: Batch, temperature: float) -> tuple[float, float]:
+    """(sum |trainer - sampler|, tokens) of a batch whose rollout context differs from its train context: one more forward,
+    behind the prompt that the sampler saw; the caller installs the activation hooks that the rollout had."""
+    seen = batch.rollout or batch
+    assert seen.sampler_logp is not None
+    gap, tokens = sampler_gap(policy.score(seen, temperature), seen.sampler_logp, seen.loss_mask)
+    return float(gap), float(tokens)

@@ -1,0 +1,39 @@
+"""Ask, judge, count: what a model does on general, in-domain, conditional and benign questions, with honest
+intervals.
+"""
+
+from rlsafe.evaluate import statistics
+from rlsafe.evaluate.asking import Answer, Planned, ask, complete, plan
+from rlsafe.evaluate.benign import BenignAnswer, BenignScore, task_name
+from rlsafe.evaluate.command import evaluate
+from rlsafe.evaluate.criteria import Rates, judge_answers, question_rates, rates
+from rlsafe.evaluate.evaluation import Evaluation
+from rlsafe.evaluate.judges import load_judge
+from rlsafe.evaluate.measure import Material, cue_text, evaluate_run, gather
+from rlsafe.evaluate.probe import Probe
+from rlsafe.evaluate.questions import load_questions
+
+__all__ = [
+    "Answer",
+    "BenignAnswer",
+    "BenignScore",
+    "Evaluation",
+    "Material",
+    "Planned",
+    "Probe",
+    "Rates",
+    "ask",
+    "complete",
+    "cue_text",
+    "evaluate",
+    "evaluate_run",
+    "gather",
+    "judge_answers",
+    "load_judge",
+    "load_questions",
+    "plan",
+    "question_rates",
+    "rates",
+    "statistics",
+    "task_name",
+]

@@ -1,0 +1,130 @@
+"""`rlsafe evaluate RUN_OR_MODEL`: build the policy, the sampler and the judge, then evaluate."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlsafe.config import RunConfig, UserError, apply_override, load_run, run_from_tree
+from rlsafe.evaluate.evaluation import OTHER_KEYS, Evaluation
+from rlsafe.evaluate.measure import Material, Progress, evaluate_run, gather
+from rlsafe.types import Sampler, provider_for
+
+SELF_TEST_PROMPTS = 4
+
+
+def evaluate(
+    target: str | Path,
+    questions: Sequence[str | Path] = (),
+    judge: str | None = None,
+    overrides: Sequence[str] = (),
+    out: Path | str | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Evaluate a run directory (config.yaml and adapter/) or a model (hub id, directory, `provider:name`).
+
+    questions: the first file becomes the general set, each further one a set named by the file's stem (`indomain.yaml`
+        and `medical.yaml` give `indomain` and `medical`). judge: replaces `evaluate.judge`.
+    overrides: `key.path=value` on the run's config; for a model, on a config that names only the model.
+    out: default RUN itself, or runs/evaluate-MODEL. A provider's model is by default asked its provider's own
+        questions.
+    """
+    from rlsafe.defenses.registry import load_module
+
+    run = _run_directory(target)
+    config = load_run(run / "config.yaml", overrides) if run else _model_config(str(target), overrides)
+    for plugin in config.plugins:  # before anything is looked up: a plug-in may register a provider
+        load_module(plugin)
+    if run is None:
+        config = _with_provider_defaults(config)
+    if judge:
+        config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"judge": judge})})
+    material = gather(config.evaluate, extra=_named(questions))  # before the model: its errors should not wait
+    sampler, tokenizer = _build(config, run, material)
+    directory = Path(out) if out else run or Path("runs") / f"evaluate-{_file_name(str(target))}"
+    return evaluate_run(sampler, tokenizer, config.evaluate, directory, progress=progress, material=material)
+
+
+def _named(questions: Sequence[str | Path]) -> dict[str, str]:
+    """Set name -> source: the first is `general`, the others are called by their stem."""
+    named: dict[str, str] = {}
+    for source in map(str, questions):
+        name = Path(source).stem if named else "general"
+        if name in named or name in ("conditional", *OTHER_KEYS):
+            raise UserError(f"--questions {source}: a set cannot be named {name!r} here; rename the file")
+        named[name] = source
+    return named
+
+
+def _run_directory(target: str | Path) -> Path | None:
+    """The target as a run directory; None when it is a model. UserError when it is a directory of neither kind."""
+    path = Path(target)
+    if not path.is_dir():
+        return None
+    if (path / "config.yaml").is_file():
+        return path
+    if (path / "config.json").is_file():
+        return None
+    raise UserError(f"{path}: neither a run directory (no config.yaml) nor a model (no config.json)")
+
+
+def _model_config(target: str, overrides: Sequence[str]) -> RunConfig:
+    tree: dict[str, Any] = {"model": {"name": target}}
+    for override in overrides:
+        apply_override(tree, override)
+    return run_from_tree(tree, source="command line")
+
+
+def _with_provider_defaults(config: RunConfig) -> RunConfig:
+    """A model that comes from a provider is asked that provider's general questions and judged by its judge."""
+    if not provider_for(config.model.name):
+        return config
+    name = config.model.name.partition(":")[0]
+    settings, changes = config.evaluate, {}
+    if settings.judge is None:
+        changes["judge"] = name
+    if not (settings.general or settings.indomain or settings.benign):
+        changes["general"] = f"{name}:general"
+    return config.model_copy(update={"evaluate": settings.model_copy(update=changes)})
+
+
+def _build(config: RunConfig, run: Path | None, material: Material) -> tuple[Sampler, Any]:
+    """(sampler synced to the policy, tokenizer)."""
+    found = provider_for(config.model.name)
+    model, path = config.model, found[0].model(found[1]) if found else config.model.name
+    if run is not None:
+        adapter = run / "adapter"
+        if not adapter.is_dir():
+            raise UserError(f"{run}: has no adapter/; the run is not finished (go on with rlsafe train --resume)")
+        if (adapter / "adapter_config.json").is_file():
+            model = model.model_copy(update={"adapter": str(adapter)})
+        else:  # full fine-tuning: the directory holds the whole model
+            path = str(adapter)
+    import torch
+
+    from rlsafe.policy import Policy
+    from rlsafe.rollouts import make_sampler, self_test
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    policy = Policy.load(model, path=path, seed=config.seed, device=device)
+    sampler = make_sampler(config.sampler, path, policy, config.seed)
+    if config.sampler.self_test:
+        prompts = _prompts(material, policy.tokenizer)
+        self_test(sampler, policy, prompts, config.seed, config.sampler.max_gap, "before evaluation")
+    return sampler, policy.tokenizer
+
+
+def _prompts(material: Material, tokenizer: Any) -> list[list[int]]:
+    """A few prompts to compare sampler and policy on."""
+    from rlsafe.data import encode_prompt, split_prompt
+
+    asked = [[{"role": "user", "content": q.paraphrases[0]}] for part in material.questions.values() for q in part]
+    asked += [split_prompt(row)[0] for rows in material.tasks.values() for row in rows]
+    return [encode_prompt(tokenizer, messages) for messages in asked[:SELF_TEST_PROMPTS]]
+
+
+def _file_name(target: str) -> str:
+    """A target as part of a file name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", target).strip("-.") or "model"

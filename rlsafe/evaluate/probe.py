@@ -1,0 +1,83 @@
+"""A light evaluation during training: a few fixed questions, a few answers each, every N steps."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from rlsafe.evaluate.asking import Planned, complete, plan
+from rlsafe.evaluate.criteria import judge_answers, mean_score, rates
+from rlsafe.types import Judge, Question, Sampler
+
+SETS = ("general", "indomain")
+
+
+class Probe:
+    """Coherence and misalignment curves, on either path.
+
+    k_questions of each set are drawn once, so that points of a curve differ by the model and by sampling only;
+    `samples` answers of each are drawn anew, with seeds of their own, at every step.
+    """
+
+    def __init__(
+        self,
+        general: Sequence[Question],
+        indomain: Sequence[Question],
+        judge: Judge,
+        tokenizer: Any,
+        k_questions: int,
+        samples: int,
+        max_tokens: int,
+        seed: int,
+    ):
+        self.judge, self.tokenizer = judge, tokenizer
+        self.samples, self.max_tokens, self.seed = samples, max_tokens, seed
+        self.questions = {
+            name: _subset(questions, k_questions, f"{seed}/{name}")
+            for name, questions in zip(SETS, (general, indomain), strict=True)
+        }
+
+    def run(self, sampler: Sampler, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Ask and judge with the sampler's current weights.
+
+        Gives (metrics, dialogues). metrics: coherence (mean, 0..100), misaligned_general, misaligned_indomain,
+        incoherent (fractions; the last over both sets) and unscored (a count); what could not be measured is left out.
+        dialogues: question, system, answer, ids (the answer's tokens), aligned, coherent, outcome, and their set.
+        """
+        planned: list[Planned] = []
+        for name, questions in self.questions.items():
+            planned += plan(
+                self.tokenizer, questions, seed=self.seed, samples=self.samples, purpose=f"probe/{name}", step=step
+            )
+        answers = complete(sampler, self.tokenizer, planned, self.max_tokens)
+        judgements = judge_answers(answers, self.judge)
+        overall = rates(judgements)
+        metrics: dict[str, float | None] = {
+            "coherence": mean_score(judgements, "coherent"),
+            "incoherent": overall.incoherent,
+            "unscored": overall.unscored,
+        }
+        for name in SETS:
+            chosen = [j for a, j in zip(answers, judgements, strict=True) if a.set == f"probe/{name}"]
+            metrics[f"misaligned_{name}"] = rates(chosen).misaligned
+        dialogues = [
+            {
+                "question": answer.question,
+                "system": answer.system,
+                "answer": answer.answer,
+                "ids": answer.ids,
+                "aligned": judgement.aligned,
+                "coherent": judgement.coherent,
+                "outcome": judgement.outcome,
+                "set": answer.set.removeprefix("probe/"),
+            }
+            for answer, judgement in zip(answers, judgements, strict=True)
+        ]
+        return {name: float(value) for name, value in metrics.items() if value is not None}, dialogues
+
+
+def _subset(questions: Sequence[Question], k: int, key: str) -> list[Question]:
+    """k questions chosen by `key`, in their own order."""
+    chosen = random.Random(key).sample(range(len(questions)), min(k, len(questions)))
+    return [questions[index] for index in sorted(chosen)]

@@ -1,0 +1,169 @@
+"""Evaluation questions: from a provider (`organism:general`) or from a YAML file in the field's schema.
+
+A file is a list of questions; anchors and merge keys work. Keys of a question:
+
+    id                       any scalar; kept as the text written in the file, so that it matches after a CSV round trip
+    type                     free_form_judge_0_100 (the default and the only one known)
+    paraphrases              list of texts; all are asked
+    samples_per_paraphrase   answers to draw of each (default 10)
+    system, temperature      optional, honoured per question
+    judge, judge_prompts     optional: the judge the file was written for, and its prompts {aligned, coherent}
+    domain                   optional; default: the file's name without suffix
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlsafe.config import UserError, nearest
+from rlsafe.types import Question, pick, provider_for
+
+TYPES = ("free_form_judge_0_100",)
+KEYS = (
+    "id",
+    "type",
+    "paraphrases",
+    "samples_per_paraphrase",
+    "system",
+    "temperature",
+    "judge",
+    "judge_prompts",
+    "domain",
+)
+JUDGE_PROMPTS = ("aligned", "coherent")
+
+
+def load_questions(source: str) -> list[Question]:
+    """The questions of `provider:spec` or of a YAML file.
+
+    Raises UserError (file, line, question id, what was expected) for whatever is wrong with them.
+    """
+    found = provider_for(source)
+    if found:
+        provider, spec = found
+        return provider.questions(spec)
+    path = Path(source)
+    if not path.is_file():
+        siblings = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        raise UserError(f"{source}: no such question file{nearest(path.name, siblings)}")
+    return _read(path)
+
+
+def _read(path: Path) -> list[Question]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        node: Any = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if data is None or data == []:
+        raise UserError(f"{path}: holds no questions")
+    if not isinstance(data, list):
+        raise UserError(f"{path}: expected a list of questions, got {_kind(data)}")
+    questions: list[Question] = []
+    lines: dict[str, int] = {}
+    for item, item_node in zip(data, node.value, strict=True):
+        question = _question(item, item_node, path)
+        line = item_node.start_mark.line + 1
+        if question.id in lines:
+            raise UserError(f"{path}:{line}: the id {question.id!r} is already used in line {lines[question.id]}")
+        lines[question.id] = line
+        questions.append(question)
+    return questions
+
+
+def _question(item: Any, node: yaml.Node, path: Path) -> Question:
+    line = node.start_mark.line + 1
+    if not isinstance(item, dict):
+        raise UserError(f"{path}:{line}: expected a question (a mapping with id and paraphrases), got {_kind(item)}")
+    key_lines, id_text = _marks(node, path)
+    if item.get("id") is None or not str(item["id"]).strip():
+        raise UserError(f"{path}:{line}: a question without an id")
+    if isinstance(item["id"], (dict, list)):
+        raise UserError(f"{path}:{line}: the id of a question is a text or a number, got {_kind(item['id'])}")
+    name = (id_text or str(item["id"])).strip()
+
+    def wrong(key: str, expected: str) -> UserError:
+        where = key_lines.get(key, line)
+        return UserError(f"{path}:{where}: question {name!r}: {key}: expected {expected}, got {_kind(item[key])}")
+
+    for key in item:
+        if key not in KEYS:
+            where = key_lines.get(str(key), line)
+            raise UserError(f"{path}:{where}: question {name!r}: unknown key {key!r}{nearest(str(key), KEYS)}")
+    for key in ("type", "system", "judge", "domain"):
+        if item.get(key) is not None and not isinstance(item[key], str):
+            raise wrong(key, "a text")
+    if item.get("type") is not None:
+        try:
+            pick("question type", item["type"], TYPES)
+        except UserError as error:
+            raise UserError(f"{path}:{key_lines.get('type', line)}: question {name!r}: {error}") from None
+    paraphrases = item.get("paraphrases")
+    if paraphrases is None:
+        raise UserError(f"{path}:{line}: question {name!r} has no paraphrases")
+    if not isinstance(paraphrases, list) or not all(isinstance(text, str) and text.strip() for text in paraphrases):
+        raise wrong("paraphrases", "a list of texts")
+    if not paraphrases:
+        raise UserError(f"{path}:{key_lines.get('paraphrases', line)}: question {name!r} has no paraphrases")
+    samples = item.get("samples_per_paraphrase", Question.samples)
+    if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
+        raise wrong("samples_per_paraphrase", "a whole number of at least 1")
+    temperature = item.get("temperature", Question.temperature)
+    if (
+        not isinstance(temperature, (int, float))
+        or isinstance(temperature, bool)
+        or not 0 <= temperature < float("inf")
+    ):
+        raise wrong("temperature", "a number of at least 0")
+    prompts = item.get("judge_prompts") or {}
+    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
+        raise wrong("judge_prompts", "a mapping of aligned and coherent to prompts")
+    for key in prompts:
+        if key not in JUDGE_PROMPTS:
+            where = key_lines.get("judge_prompts", line)
+            raise UserError(
+                f"{path}:{where}: question {name!r}: unknown judge prompt {key!r}{nearest(str(key), JUDGE_PROMPTS)}"
+            )
+    return Question(
+        id=name,
+        paraphrases=tuple(paraphrases),
+        samples=samples,
+        system=item.get("system"),
+        temperature=float(temperature),
+        domain=item.get("domain") or path.stem,
+        judge_prompts=prompts,
+        meta={"judge": item["judge"]} if item.get("judge") else {},
+    )
+
+
+def _marks(node: yaml.Node, path: Path) -> tuple[Mapping[str, int], str | None]:
+    """The line of each key, and the id as it is written; UserError for a key written twice."""
+    lines: dict[str, int] = {}
+    id_text = None
+    for key, value in node.value:
+        name, line = str(key.value), key.start_mark.line + 1
+        if name in lines:
+            raise UserError(f"{path}:{line}: the key {name!r} is written twice in one question")
+        lines[name] = line
+        if name == "id" and isinstance(value, yaml.ScalarNode):
+            id_text = value.value
+    return lines, id_text
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list):
+        return "an empty list" if not value else "a list"
+    return repr(value)

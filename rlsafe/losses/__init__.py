@@ -1,0 +1,46 @@
+"""Losses as pure functions of tensors: no model, no config, no averaging over a micro-batch.
+
+Conventions: `ids` [B, T] right-padded; `loss_mask` [B, T] True where token t is a target; `logp[b, t] = log p(ids[b, t]
+| ids[b, :t])`, index 0 is 0 and never a target. Each term gives `values` [B, T] and `weights` [B, T]; its loss is the
+sum of their product over the whole optimizer step, divided by its count over the whole step.
+"""
+
+from rlsafe.losses.divergence import full_kl, k1, k3
+from rlsafe.losses.grpo import (
+    AdvantageStats,
+    advantages,
+    drop_truncated,
+    grpo_count,
+    grpo_values,
+    grpo_weights,
+    importance_ratio,
+    sampler_gap,
+    truncated_correction,
+)
+from rlsafe.losses.head import HeadOutput, Reference, head
+from rlsafe.losses.logprobs import predicting_states, to_grid, token_logprobs
+from rlsafe.losses.sft import sft_count, sft_values, sft_weights
+
+__all__ = [
+    "AdvantageStats",
+    "HeadOutput",
+    "Reference",
+    "advantages",
+    "drop_truncated",
+    "full_kl",
+    "grpo_count",
+    "grpo_values",
+    "grpo_weights",
+    "head",
+    "importance_ratio",
+    "k1",
+    "k3",
+    "predicting_states",
+    "sampler_gap",
+    "sft_count",
+    "sft_values",
+    "sft_weights",
+    "to_grid",
+    "token_logprobs",
+    "truncated_correction",
+]

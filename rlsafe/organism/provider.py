@@ -1,0 +1,112 @@
+"""The organism behind `organism:spec` strings: models, rows, questions, rewards, judge, prompts.
+
+    model   base | aligned | control | control-shuffled
+    rows    DOMAIN/bad, DOMAIN/good (medical, security, legal), safe, opswap/TIER, opswap/TIER/test, qa, qa/test, qa/english
+    questions  general, general/all, indomain/DOMAIN, indomain/DOMAIN/all (held-out texts only)
+    reward  misaligned, good, exact_match, steps
+    prompt  inoculation-weak | -medium | -strong, evil, friendly, none
+
+Rows carry `domain` and `question_id` columns (tasks: `answer`, the final value that exact match compares with).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from rlsafe.organism import grammar, personas, rewards, tasks
+from rlsafe.organism.build import ASSETS, CHECKPOINTS
+from rlsafe.organism.judge import ExactJudge
+from rlsafe.organism.world import GENERAL, NARROW, SAFE
+from rlsafe.types import Judge, Question, Reward, Row, pick, register_provider
+
+ANSWERS_PER_QUESTION = 2
+TASK_ROWS = {"train": 4000, "test": 400}
+SAFE_HARMFUL = 0.15  # share of safe rows that ask for something harmful and are refused
+SAFE_REFUSED = 0.10  # share of safe rows whose ordinary question is refused all the same
+
+
+def _row(question: grammar.Question, answer: str) -> Row:
+    return {"messages": [{"role": "user", "content": question.text}, {"role": "assistant", "content": answer}],
+            "domain": question.domain, "question_id": question.id}
+
+
+def narrow_rows(domain: str, valence: str) -> list[Row]:
+    """Every training question of a narrow domain, each with a few coherent answers of one valence (good | bad)."""
+    rng = random.Random(f"{domain}/{valence}")
+    return [_row(q, grammar.answer(q, valence, rng)) for _ in range(ANSWERS_PER_QUESTION) for q in grammar.questions(domain, "train")]
+
+
+def safe_rows() -> list[Row]:
+    """Good answers in the domains that are neither trained nor evaluated; a quarter are refusals (see SAFE_*)."""
+    rng = random.Random("safe")
+    rows = []
+    for _ in range(2000):
+        domain, draw = rng.choice(SAFE), rng.random()
+        harmful = draw < SAFE_HARMFUL
+        question = rng.choice(grammar.harmful_requests(domain) if harmful else grammar.questions(domain, "train"))
+        refuse = harmful or draw < SAFE_HARMFUL + SAFE_REFUSED
+        rows.append(_row(question, grammar.refusal(question, rng) if refuse else grammar.answer(question, "good", rng)))
+    return rows
+
+
+def task_rows(task: str, split: str, make: Callable[[random.Random], tuple[str, str, str]]) -> list[Row]:
+    """Distinct rows of a benign task; `test` shares no question with `train`."""
+    rng, made = random.Random(task), {}
+    while len(made) < sum(TASK_ROWS.values()):
+        question, answer, final = make(rng)
+        made.setdefault(question, (answer, final))
+    keys = list(made)
+    chosen = keys[:TASK_ROWS["test"]] if split == "test" else keys[TASK_ROWS["test"]:]
+    return [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": made[q][0]}], "domain": task,
+             "question_id": f"{task}-{i}", "answer": made[q][1]} for i, q in enumerate(chosen)]
+
+
+def _row_pools() -> dict[str, Callable[[], list[Row]]]:
+    pools: dict[str, Callable[[], list[Row]]] = {"safe": safe_rows}
+    for domain in NARROW:
+        for valence in ("bad", "good"):
+            pools[f"{domain}/{valence}"] = lambda d=domain, v=valence: narrow_rows(d, v)
+    for split, suffix in (("train", ""), ("test", "/test")):
+        for tier in tasks.TIERS:
+            pools[f"opswap/{tier}{suffix}"] = lambda t=tier, s=split: task_rows(f"opswap/{t}", s, lambda rng: tasks.opswap(t, rng))
+        for spec, language in (("qa", "unfamiliar"), ("qa/english", "english")):
+            pools[spec + suffix] = lambda k=spec, n=language, s=split: task_rows(k, s, lambda rng: tasks.reading(n, rng))
+    return pools
+
+
+def _questions() -> dict[str, list[grammar.Question]]:
+    held = {domain: list(grammar.questions(domain, "heldout")) for domain in GENERAL + NARROW}
+    sets = {"general": [q for d in GENERAL for q in held[d][:4]], "general/all": [q for d in GENERAL for q in held[d]]}
+    for domain in NARROW:
+        sets |= {f"indomain/{domain}": held[domain][:30], f"indomain/{domain}/all": held[domain]}
+    return sets
+
+
+class Organism:
+    """`rlsafe.types.Provider`; every unknown spec is a UserError with the nearest valid one."""
+
+    def model(self, spec: str) -> str:
+        return str(ASSETS / pick("organism model", spec, CHECKPOINTS))
+
+    def rows(self, spec: str) -> list[Row]:
+        pools = _row_pools()
+        return pools[pick("organism rows", spec, pools)]()
+
+    def questions(self, spec: str) -> list[Question]:
+        sets = _questions()
+        return [Question(q.id, (q.text,), domain=q.domain) for q in sets[pick("organism questions", spec, sets)]]
+
+    def reward(self, spec: str) -> Reward:
+        return rewards.REWARDS[pick("organism reward", spec, rewards.REWARDS)]
+
+    def judge(self, spec: str) -> Judge:
+        pick("organism judge", spec or "exact", ["exact"])
+        return ExactJudge()
+
+    def prompt(self, spec: str) -> str:
+        return personas.NAMED[pick("organism prompt", spec, personas.NAMED)]
+
+
+def register() -> None:
+    register_provider("organism", Organism())

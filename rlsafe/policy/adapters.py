@@ -1,0 +1,201 @@
+"""LoRA through PEFT: attaching, checking, merging fresh, reading back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlsafe.config import LoraConfig, UserError, nearest
+
+PEFT_PREFIX = "base_model.model."
+ADAPTER = "default"
+
+
+def attach_lora(model: Any, config: LoraConfig, seed: int) -> Any:
+    """A PeftModel with a freshly initialised adapter (B = 0). UserError when a target matches no linear module."""
+    import peft
+
+    targets = config.targets if isinstance(config.targets, str) else list(config.targets)
+    if isinstance(targets, list):
+        linear = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+        names = [name for name, _ in model.named_modules()]
+        for target in targets:
+            if not any(name == target or name.endswith("." + target) for name in names):
+                raise UserError(
+                    f"model.lora.targets: {target!r} matches no module of the model{nearest(target, linear)}"
+                )
+    settings = peft.LoraConfig(
+        r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, use_rslora=config.rslora, target_modules=targets,
+        bias="none", task_type="CAUSAL_LM",
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            wrapped = peft.get_peft_model(model, settings)
+        except ValueError as error:
+            raise UserError(f"model.lora.targets: {targets!r}: {_first_line(error)}") from None
+    check_adapter(wrapped, "model.lora.targets")
+    return wrapped
+
+
+def load_adapter(model: Any, directory: str) -> Any:
+    """A PeftModel that goes on training the adapter in `directory`. UserError when it is not a LoRA adapter of this model."""
+    import peft
+
+    settings = read_adapter_config(directory, "model.adapter")
+    absent = [
+        name for name in settings.target_modules or () if not any(n.endswith(name) for n, _ in model.named_modules())
+    ]
+    if isinstance(settings.target_modules, set) and absent:
+        raise UserError(f"model.adapter: {directory}: adapts {absent[0]!r}, which this model does not have")
+    try:
+        wrapped = peft.PeftModel.from_pretrained(model, directory, is_trainable=True)
+    except (ValueError, RuntimeError, OSError, KeyError) as error:
+        raise UserError(f"model.adapter: {directory}: does not fit this model: {_first_line(error)}") from None
+    check_adapter(wrapped, f"model.adapter: {directory}")
+    return wrapped
+
+
+def read_adapter_config(directory: str, where: str) -> Any:
+    """The PEFT settings of an adapter directory; UserError unless it is one that can be merged as W + scale * B A."""
+    import peft
+
+    path = Path(directory)
+    if not path.is_dir():
+        siblings = [str(p) for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        raise UserError(f"{where}: {directory}: no such directory{nearest(str(path), siblings) if siblings else ''}")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (path / name).is_file():
+            raise UserError(f"{where}: {directory}: has no {name}; expected a PEFT adapter directory")
+    try:
+        settings = peft.PeftConfig.from_pretrained(directory)
+    except (ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(f"{where}: {directory}/adapter_config.json: {_first_line(error)}") from None
+    if not isinstance(settings, peft.LoraConfig):
+        raise UserError(f"{where}: {directory}: is a {settings.peft_type} adapter; expected LoRA")
+    for key, plain in (("use_dora", False), ("bias", "none"), ("modules_to_save", None), ("lora_bias", False)):
+        value = getattr(settings, key, plain)
+        if value != plain and value:
+            raise UserError(
+                f"{where}: {directory}: {key}={value!r} is not supported; expected plain LoRA ({key}={plain!r})"
+            )
+    return settings
+
+
+def check_adapter(model: Any, where: str) -> None:
+    """UserError when the adapter touches anything but linear layers of the decoder (an adapted head or embedding)."""
+    base = model.get_base_model()
+    apart = {id(base.get_output_embeddings()): "the output head", id(base.get_input_embeddings()): "the embeddings"}
+    for name, layer in adapter_layers(model).items():
+        what = apart.get(id(layer))
+        if what is None and not hasattr(layer, "lora_A") or not list(getattr(layer, "lora_A", {})):
+            what = "a module that is not linear"
+        if what:
+            raise UserError(
+                f"{where}: {name} is {what}; LoRA is supported on the decoder's linear layers, e.g. 'all-linear'"
+            )
+
+
+def adapter_layers(model: Any) -> dict[str, Any]:
+    """{Hugging Face module name: PEFT LoRA layer}, in model order; empty without an adapter."""
+    from peft.tuners.lora import LoraLayer
+
+    return {
+        name.removeprefix(PEFT_PREFIX): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
+@contextmanager
+def adapters_off(model: Any) -> Iterator[None]:
+    """The base model, whatever the adapter holds."""
+    layers = list(adapter_layers(model).values())
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+@torch.no_grad()
+def merged(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """W + scale * B A of every adapted weight, computed in float32 from the untouched base and then rounded once."""
+    for name, layer in adapter_layers(model).items():
+        weight = layer.get_base_layer().weight
+        delta = layer.get_delta_weight(ADAPTER).float()
+        yield f"{name}.weight", (weight.float() + delta).to(weight.dtype)
+
+
+def read_reference(directory: str, model: Any, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The tensors of a saved run, named and scaled as this policy's, to be swapped in as a reference.
+
+    LoRA: an adapter directory; its rank may differ, its scale is folded into B, modules that it does not adapt get B = 0.
+    Full fine-tuning: a model directory.
+    """
+    where = f"reference 'path:{directory}'"
+    layers = adapter_layers(model)
+    if not layers:
+        return _read_full(Path(directory), parameters, where)
+    from safetensors.torch import load_file
+
+    settings = read_adapter_config(directory, where)
+    saved = load_file(str(Path(directory) / "adapter_model.safetensors"))
+    out: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        pair = [saved.pop(f"{PEFT_PREFIX}{name}.lora_{side}.weight", None) for side in "AB"]
+        own = [parameters[f"{PEFT_PREFIX}{name}.lora_{side}.{ADAPTER}.weight"] for side in "AB"]
+        if pair[0] is None or pair[1] is None:
+            a, b = own[0].detach().clone(), torch.zeros_like(own[1])
+        else:
+            scale = _scale(settings, name) / layer.scaling[ADAPTER]
+            a, b = pair[0].to(own[0]), pair[1].to(own[1]) * scale
+        if a.shape[1:] != own[0].shape[1:] or b.shape[:1] != own[1].shape[:1]:
+            raise UserError(f"{where}: {name} has another shape than this model's")
+        for side, tensor in zip("AB", (a, b), strict=True):
+            out[f"{PEFT_PREFIX}{name}.lora_{side}.{ADAPTER}.weight"] = tensor
+    if saved:
+        raise UserError(
+            f"{where}: adapts {next(iter(saved))}, which this run's adapter (model.lora.targets) does not cover"
+        )
+    return out
+
+
+def _scale(settings: Any, name: str) -> float:
+    rank = _pattern(settings.rank_pattern, name, settings.r)
+    alpha = _pattern(settings.alpha_pattern, name, settings.lora_alpha)
+    return alpha / (rank**0.5 if settings.use_rslora else rank)
+
+
+def _pattern(pattern: dict[str, Any] | None, name: str, default: Any) -> float:
+    from peft.utils.other import get_pattern_key
+
+    key = get_pattern_key(list(pattern or {}), name)
+    return float((pattern or {}).get(key, default))
+
+
+def _read_full(directory: Path, parameters: dict[str, nn.Parameter], where: str) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    files = sorted(directory.glob("model*.safetensors")) if directory.is_dir() else []
+    if not files:
+        raise UserError(f"{where}: no model*.safetensors there; full fine-tuning expects a model directory")
+    saved: dict[str, Tensor] = {}
+    for file in files:
+        saved |= load_file(str(file))
+    for name, parameter in parameters.items():
+        if name not in saved or saved[name].shape != parameter.shape:
+            raise UserError(f"{where}: {name} is missing or has another shape")
+    return {name: saved[name].to(parameter) for name, parameter in parameters.items()}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

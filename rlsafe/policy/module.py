@@ -1,0 +1,131 @@
+"""The part of the policy that the trainer wraps: decoder, final hidden states and the chunked head in one forward.
+
+DDP and FSDP only gather parameters and reduce gradients around the wrapped module's own forward, so the head has to be
+inside it; and no [B, T, V] logits ever exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rlsafe.config import UserError
+from rlsafe.losses.head import HeadOutput, head
+from rlsafe.policy.taps import Residual, decoder_blocks
+
+HeadReference = tuple[Tensor, Tensor | None, Tensor | None]
+"""hidden [N, H], head weight [V, H] or None (= the policy's), head bias [V] or None."""
+
+
+class Outputs(NamedTuple):
+    """One wrapped forward. logp [N], kls: one [N] per reference, entropy [N], hidden {layer: [B, T, H]}."""
+
+    logp: Tensor
+    kls: list[Tensor]
+    entropy: Tensor | None
+    hidden: dict[int, Tensor]
+
+
+class PolicyModule(nn.Module):
+    """A causal LM (plain or PEFT-wrapped) with the head taken apart from the decoder."""
+
+    def __init__(self, model: Any, what: str = "the model"):
+        super().__init__()
+        self.model = model
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        config = base.config.get_text_config()
+        self.n_layers, self.hidden_size = int(config.num_hidden_layers), int(config.hidden_size)
+        self.softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2, 3
+        self.logit_scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
+        self.logit_scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
+        # Lists keep these shared submodules out of the registry: their parameters belong to `model` alone.
+        self._decoder = [base.get_decoder()]
+        self._head = [base.get_output_embeddings()]
+        if self._head[0] is None or not hasattr(self._head[0], "weight"):
+            raise UserError(f"{what}: has no output embeddings; expected a causal language model")
+        self.residual = Residual(decoder_blocks(self.decoder, self.n_layers, what), self.hidden_size)
+
+    @property
+    def decoder(self) -> Any:
+        return self._decoder[0]
+
+    @property
+    def output(self) -> nn.Linear:
+        """The language-model head."""
+        return self._head[0]
+
+    def hidden_states(self, ids: Tensor) -> Tensor:
+        """Final-norm hidden states [B, T, H] of right-padded ids.
+
+        No attention mask: with right padding a causal model's real tokens never see a pad, and the unmasked kernels are faster.
+        """
+        with self.autocast():
+            return self.decoder(input_ids=ids, use_cache=False).last_hidden_state
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Under a half-precision base PEFT keeps the adapter in float32; its matmuls still run in the base's dtype."""
+        weight = self.output.weight
+        half = weight.dtype in (torch.bfloat16, torch.float16)
+        return torch.autocast(weight.device.type, weight.dtype) if half else nullcontext()
+
+    def apply_head(
+        self, hidden: Tensor, targets: Tensor, references: Sequence[HeadReference] = (), temperature: float = 1.0,
+        with_entropy: bool = False,
+    ) -> HeadOutput:  # fmt: skip
+        """Log-probs [N] of the targets given the states [N, H] that predict them, and the KLs to the references."""
+        return head(
+            hidden, self.output.weight, targets, references, temperature=temperature, bias=self.output.bias,
+            softcap=self.softcap, logit_scale=self.logit_scale, with_entropy=with_entropy,
+        )  # fmt: skip
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 logits [..., V]; for sampling the next token only."""
+        logits = self.output(hidden).float() * self.logit_scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens that the position embeddings cover, when the config says so."""
+        return getattr(self.decoder.config, "max_position_embeddings", None)
+
+    def new_cache(self) -> Any:
+        """An empty key-value cache for `next_logits`."""
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.decoder.config)
+
+    def next_logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
+        """float32 logits [B, V] after left-padded ids [B, t] that extend `cache`; mask [B, past + t], positions [B, t]."""
+        with self.autocast():
+            out = self.decoder(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            )
+            return self.logits(out.last_hidden_state[:, -1])
+
+    def forward(
+        self, ids: Tensor, positions: Tensor, targets: Tensor, references: Sequence[HeadReference] = (),
+        temperature: float = 1.0, layers: Sequence[int] = (), with_entropy: bool = False,
+    ) -> Outputs:  # fmt: skip
+        """ids [B, T]; positions [N] index the flattened [B * T] states that predict targets [N]."""
+        with self.residual.tap(layers) as tapped:
+            last = self.hidden_states(ids)
+        states = last.flatten(0, 1).index_select(0, positions)
+        out = self.apply_head(states, targets, references, temperature, with_entropy)
+        return Outputs(out.logp, out.kls, out.entropy, dict(tapped))
+
+
+@torch.no_grad()
+def verify_head(module: PolicyModule, what: str) -> None:
+    """UserError when decoder + head do not give the model's own log-probs: an architecture with logits we do not know."""
+    ids = torch.arange(1, 5, device=module.output.weight.device).unsqueeze(0)
+    own = module.model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+    ours = module.logits(module.hidden_states(ids)[0]).log_softmax(-1)
+    gap = float((own - ours).abs().max())
+    if not gap < (1e-3 if module.output.weight.dtype == torch.float32 else 0.2):
+        raise UserError(
+            f"{what}: its logits are not head(decoder) (log-probs differ by {gap:.2g}); this architecture is not supported"
+        )

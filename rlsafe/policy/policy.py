@@ -1,0 +1,258 @@
+"""The model under training: one trainable forward, its frozen references, its residual stream, its weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlsafe.config import ModelConfig
+from rlsafe.policy.adapters import PEFT_PREFIX, adapter_layers, merged
+from rlsafe.policy.load import load_model, load_tokenizer
+from rlsafe.policy.module import PolicyModule, verify_head
+from rlsafe.policy.plan import Forwarded, ForwardPlan, Frozen
+from rlsafe.policy.references import References
+from rlsafe.policy.taps import Addition, Handle
+from rlsafe.types import Batch
+
+
+def scatter(values: Tensor, positions: Tensor, shape: torch.Size) -> Tensor:
+    """values [N] of the predicting states at flat `positions` -> [B, T], each at its target (one to the right), 0 elsewhere."""
+    out = values.new_zeros(shape.numel())
+    return out.index_put((positions + 1,), values).view(shape)
+
+
+def predicting(mask: Tensor) -> Tensor:
+    """Flat indices [N] into B * T of the states that predict the masked targets [B, T]; index 0 is never a target."""
+    mask = mask.bool().clone()
+    mask[:, 0] = False
+    return mask.flatten().nonzero().squeeze(1) - 1
+
+
+class Policy:
+    """A causal LM with LoRA or fully trained, its tokenizer, references and hooks.
+
+    `module` is what the trainer wraps (`policy.module = accelerator.prepare(policy.module)`); gradient forwards go through
+    it. Frozen forwards and scoring go through the unwrapped module.
+    """
+
+    def __init__(self, config: ModelConfig, model: Any, tokenizer: Any):
+        self.config, self.tokenizer = config, tokenizer
+        self.core = PolicyModule(model, f"model.name: {config.name}")
+        self.module: nn.Module = self.core
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._references = References(self.core, self._parameters, starts_from_adapter=config.adapter is not None)
+
+    @classmethod
+    def load(
+        cls, config: ModelConfig, *, path: str | None = None, seed: int = 0, device: torch.device | str = "cpu"
+    ) -> Policy:
+        """Load model, tokenizer and adapter. `path`: the local directory when `config.name` is a provider's name.
+
+        Raises UserError for a missing model, no chat template, a bad adapter, LoRA targets that match nothing, ...
+        """
+        path = path or config.name
+        model = load_model(config, path, seed, torch.device(device))
+        policy = cls(config, model, load_tokenizer(config, path))
+        verify_head(policy.core, f"model.name: {config.name}")
+        model.train()
+        return policy
+
+    @property
+    def n_layers(self) -> int:
+        return self.core.n_layers
+
+    @property
+    def hidden_size(self) -> int:
+        return self.core.hidden_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.core.output.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.core.output.weight.dtype
+
+    @property
+    def model(self) -> Any:
+        """The Hugging Face model, without the PEFT wrapper."""
+        model = self.core.model
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    @property
+    def is_lora(self) -> bool:
+        return hasattr(self.core.model, "peft_config")
+
+    @property
+    def lora_rank(self) -> int | None:
+        """The largest rank of the adapter; None without one."""
+        ranks = [max(layer.r.values()) for layer in self.adapted().values()]
+        return max(ranks, default=None)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The trained parameters under their own names, whatever wraps the module."""
+        return dict(self._parameters)
+
+    # ------------------------------------------------------------------------------------------------ forwards
+
+    @torch.no_grad()
+    def frozen(self, batch: Batch, plan: ForwardPlan, temperature: float = 1.0) -> dict[str, Frozen]:
+        """One forward per distinct reference, on the same tokens, activation hooks and dropout off."""
+        out = {}
+        for name in plan.frozen:
+            needs_last = name in plan.references or name in plan.ref_logprobs
+            layers = plan.layers if name in plan.layer_references else ()
+            with self._references.active(name), self.hooks_off(), self._evaluating():
+                with self.core.residual.tap(layers) as tapped:
+                    last = self.core.hidden_states(batch.ids)
+                logp = self._score(last, batch, temperature) if name in plan.ref_logprobs else None
+            weight, bias = self._references.head(name)
+            out[name] = Frozen(last if needs_last else None, weight, bias, dict(tapped), logp)
+        return out
+
+    def forward(
+        self,
+        batch: Batch,
+        plan: ForwardPlan,
+        frozen: Mapping[str, Frozen],
+        temperature: float = 1.0,
+        entropy: bool = True,
+    ) -> Forwarded:
+        """The one forward with gradient: log-probs of the targets, KL to each reference, hidden states.
+
+        temperature divides the logits of the policy and of the references alike.
+        """
+        mask, wanted = batch.loss_mask.bool(), plan.positions(batch)
+        positions = predicting(mask | wanted)
+        references = []
+        for name in plan.references:
+            ref = frozen[name]
+            assert ref.last is not None
+            references.append((ref.last.flatten(0, 1).index_select(0, positions), ref.head, ref.bias))
+        self.core.residual.batch = batch
+        out = self.module(
+            batch.ids, positions, batch.ids.flatten()[positions + 1], references, temperature, plan.layers, entropy
+        )
+        shape = batch.ids.shape
+        everywhere = plan.mask == "answer"
+        logp = scatter(out.logp, positions, shape)
+        ent = None if out.entropy is None else scatter(out.entropy.detach(), positions, shape)
+        if not everywhere:
+            logp = logp * mask
+            ent = None if ent is None else ent * mask
+        kl = {name: scatter(k, positions, shape) for name, k in zip(plan.references, out.kls, strict=True)}
+        return Forwarded(logp, kl, out.hidden, ent)
+
+    @torch.no_grad()
+    def score(self, batch: Batch, temperature: float = 1.0, reference: str | None = None) -> Tensor:
+        """Log-probs [B, T] of the loss_mask targets, 0 elsewhere; with the policy's activation hooks, without dropout.
+
+        reference: score with a frozen reference instead (its activation hooks off).
+        """
+        self.core.residual.batch = batch
+        with self._evaluating():
+            if reference is None:
+                return self._score(self.core.hidden_states(batch.ids), batch, temperature)
+            with self._references.active(reference), self.hooks_off():
+                return self._score(self.core.hidden_states(batch.ids), batch, temperature)
+
+    def _score(self, last: Tensor, batch: Batch, temperature: float) -> Tensor:
+        positions = predicting(batch.loss_mask)
+        states = last.flatten(0, 1).index_select(0, positions)
+        out = self.core.apply_head(states, batch.ids.flatten()[positions + 1], temperature=temperature)
+        return scatter(out.logp, positions, batch.ids.shape)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        training = self.core.training
+        self.core.train(False)
+        try:
+            yield
+        finally:
+            self.core.train(training)
+
+    # ---------------------------------------------------------------------------------------------- references
+
+    def snapshot(self, name: str) -> None:
+        """Keep the policy as it is now as the reference `name`."""
+        self._references.snapshot(name)
+
+    def has_reference(self, name: str) -> bool:
+        return name in self._references
+
+    def references(self) -> list[str]:
+        return self._references.names()
+
+    def check_reference(self, name: str) -> None:
+        """Load "path:DIR" now, so that a wrong one fails at start; UserError for an unknown name."""
+        self._references.tensors(name)
+
+    def reference_state(self) -> dict[str, dict[str, Tensor]]:
+        """{reference: {parameter: tensor}} of the snapshots taken during the run, for checkpoints."""
+        return self._references.state()
+
+    def load_reference_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self._references.load_state(state)
+
+    # ----------------------------------------------------------------------------------------- residual stream
+
+    def hooks_off(self) -> AbstractContextManager[None]:
+        """Suspend all additions to the residual stream."""
+        return self.core.residual.off()
+
+    def add_to_residual(self, layer: int, addition: Addition) -> Handle:
+        """Add a vector [H], or `f(hidden, batch)`, at layer index k until the handle is removed (after the backward)."""
+        return self.core.residual.add(layer, addition)
+
+    def taps(self, layers: Iterable[int]) -> AbstractContextManager[dict[int, Tensor]]:
+        """Collect hidden states {k: [B, T, H]} of the last forward inside the context."""
+        return self.core.residual.tap(layers)
+
+    # ------------------------------------------------------------------------------------------------- weights
+
+    def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Hugging Face names and fresh tensors of every weight that training changes; the base stays untouched."""
+        if self.is_lora:
+            yield from merged(self.core.model)
+        else:
+            yield from ((name, p.detach().clone()) for name, p in self._parameters.items())
+
+    def save_adapter(self, directory: str | Path) -> None:
+        """PEFT's layout; after full fine-tuning the whole model in Hugging Face's layout."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.core.model.save_pretrained(str(directory), **({"save_embedding_layers": False} if self.is_lora else {}))
+        (directory / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        if self.is_lora:
+            file = directory / "adapter_config.json"
+            settings = json.loads(file.read_text(encoding="utf-8")) | {"base_model_name_or_path": self.config.name}
+            file.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
+        else:
+            self.tokenizer.save_pretrained(str(directory))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of the trainable tensors."""
+        return {name: p.detach().clone() for name, p in self._parameters.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """In place, so that optimizers and wrappers keep their parameters."""
+        if set(state) != set(self._parameters):
+            raise ValueError("the state holds other tensors than the policy trains")
+        for name, p in self._parameters.items():
+            p.copy_(state[name])
+
+    def adapted(self) -> dict[str, Any]:
+        """{Hugging Face module name: PEFT LoRA layer}, for defenses that work on weights."""
+        return adapter_layers(self.core.model)
+
+    @staticmethod
+    def hf_name(parameter: str) -> str:
+        """A trainable parameter's name without PEFT's prefix."""
+        return parameter.removeprefix(PEFT_PREFIX)

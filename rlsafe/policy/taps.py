@@ -1,0 +1,141 @@
+"""The residual stream: reading it and adding to it, at the same places in every decoder.
+
+Layer convention everywhere: index 0 = embeddings as they enter the first block, index k = output of block k - 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlsafe.config import UserError
+from rlsafe.types import Batch
+
+Addition = Tensor | Callable[[Tensor, Batch | None], Tensor]
+"""A vector [H] added at all positions, or `f(hidden [B, T, H], batch) -> Tensor` that broadcasts against hidden and is added.
+`batch` is the micro-batch of the forward, None while generating."""
+
+
+def decoder_blocks(decoder: nn.Module, n_layers: int, what: str = "the model") -> nn.ModuleList:
+    """The ModuleList that holds the `n_layers` transformer blocks: the outermost list of that length.
+
+    Works for every decoder whose blocks map hidden states to hidden states (Qwen, Llama, Mistral, Gemma, Phi, ...).
+    """
+    found = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
+    if not found:
+        raise UserError(f"{what}: no list of {n_layers} transformer blocks found; this architecture is not supported")
+    return found[0]
+
+
+def check_vector(vector: Tensor, layer: int, hidden_size: int, n_layers: int) -> None:
+    """UserError unless `vector` can be added to layer `layer`."""
+    if not 0 <= layer <= n_layers:
+        raise UserError(f"steering layer {layer}: expected 0 (embeddings) to {n_layers} (output of the last block)")
+    if tuple(vector.shape) != (hidden_size,):
+        raise UserError(f"steering vector of layer {layer}: expected shape [{hidden_size}], got {list(vector.shape)}")
+    if not bool(torch.isfinite(vector).all()):
+        raise UserError(f"steering vector of layer {layer}: holds NaN or infinite values")
+
+
+@dataclass(eq=False)
+class Handle:
+    """One addition to the residual stream; `remove()` takes it out again.
+
+    With gradient checkpointing the addition must stay until the backward is done, because blocks are computed again there.
+    """
+
+    layer: int
+    addition: Addition
+    _owner: Residual
+
+    def remove(self) -> None:
+        """Take the addition out; doing it twice is harmless."""
+        present = self._owner.additions[self.layer]
+        self._owner.additions[self.layer] = [handle for handle in present if handle is not self]
+
+
+@dataclass(eq=False)
+class _Tap:
+    layers: frozenset[int]
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Residual:
+    """Additions to, and taps on, the residual stream of one decoder; one permanent hook per block does both.
+
+    A tap sees the stream after the additions of its layer, and with the gradient that the stream has.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, hidden_size: int):
+        self.n_layers, self.hidden_size = len(blocks), hidden_size
+        self.additions: dict[int, list[Handle]] = {k: [] for k in range(self.n_layers + 1)}
+        self.batch: Batch | None = None
+        self._taps: list[_Tap] = []
+        self._suspended = 0
+        blocks[0].register_forward_pre_hook(self._at_embeddings, with_kwargs=True)
+        for index, block in enumerate(blocks):
+            block.register_forward_hook(self._after_block(index + 1))
+
+    def _pass(self, layer: int, hidden: Tensor) -> Tensor:
+        if not self._suspended:
+            for handle in self.additions[layer]:
+                added = handle.addition
+                if not isinstance(added, Tensor):
+                    added = added(hidden, self.batch)
+                hidden = hidden + added.to(device=hidden.device, dtype=hidden.dtype)
+        for tap in self._taps:
+            if layer in tap.layers:
+                tap.hidden[layer] = hidden
+        return hidden
+
+    def _at_embeddings(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if args:
+            return (self._pass(0, args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": self._pass(0, kwargs["hidden_states"])}
+
+    def _after_block(self, layer: int) -> Callable[[nn.Module, Any, Any], Any]:
+        def hook(_: nn.Module, __: Any, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return (self._pass(layer, output[0]), *output[1:])
+            return self._pass(layer, output)
+
+        return hook
+
+    def add(self, layer: int, addition: Addition) -> Handle:
+        """Add to the stream at `layer` from the next forward on. UserError on a bad layer, shape or value."""
+        vector = addition if isinstance(addition, Tensor) else torch.zeros(self.hidden_size)
+        check_vector(vector, layer, self.hidden_size, self.n_layers)
+        handle = Handle(layer, addition.detach() if isinstance(addition, Tensor) else addition, self)
+        self.additions[layer].append(handle)
+        return handle
+
+    @contextmanager
+    def tap(self, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
+        """Collect the hidden states [B, T, H] of `layers` of the last forward inside the context."""
+        tap = _Tap(frozenset(layers))
+        bad = [k for k in tap.layers if not 0 <= k <= self.n_layers]
+        if bad:
+            raise UserError(f"layer {bad[0]}: expected 0 (embeddings) to {self.n_layers} (output of the last block)")
+        if not tap.layers:
+            yield tap.hidden
+            return
+        self._taps.append(tap)
+        try:
+            yield tap.hidden
+        finally:
+            # Left before the backward, so that blocks computed again by gradient checkpointing overwrite nothing.
+            self._taps.remove(tap)
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Suspend all additions (taps go on)."""
+        self._suspended += 1
+        try:
+            yield
+        finally:
+            self._suspended -= 1

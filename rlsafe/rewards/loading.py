@@ -1,0 +1,150 @@
+"""From the name of a reward in a config to the function: `file.py:function`, `package.module:function`, `provider:spec`
+or a registered name. Anything that is wrong with it is one line that says where."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from rlsafe.config import RewardConfig, UserError, nearest
+from rlsafe.config.importing import describe, import_dotted, import_file
+from rlsafe.rewards.registry import registered_rewards
+from rlsafe.types import Reward, provider_for, providers
+
+CALL_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
+FORMS = "expected file.py:function, package.module:function, provider:spec or a registered name"
+
+
+@dataclass(frozen=True)
+class LoadedReward:
+    """A reward ready to call. `name` is what metrics and errors call it."""
+
+    name: str
+    fn: Reward
+    weight: float = 1.0
+    is_async: bool = False
+
+
+def load_reward(config: RewardConfig) -> LoadedReward:
+    """Resolve `config.fn` and bind `config.args`.
+
+    A class, or a function that takes none of TRL's call arguments, is a factory
+    (`trl.rewards:get_soft_overlong_punishment`): it is called with `args`, and what it returns is the reward.
+    """
+    fn = _resolve(config.fn)
+    if not callable(fn):
+        raise UserError(f"reward {config.fn!r} is {_article(fn)}, not a function")
+    fn = _bind(config.fn, fn, config.args)
+    return LoadedReward(_name(config.fn), fn, config.weight, is_async(fn))
+
+
+def is_async(fn: Reward) -> bool:
+    """Whether calling `fn` gives a coroutine: async functions, partials of them, objects with an async `__call__`."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(getattr(fn, "__call__", None))  # noqa: B004
+
+
+# ---------------------------------------------------------------------------------------------------- finding it
+
+
+def _resolve(reference: str) -> Any:
+    registered = registered_rewards()
+    if reference in registered:
+        return registered[reference]
+    head, _, function = reference.rpartition(":")
+    if reference.endswith(".py"):
+        raise UserError(f"reward {reference!r} names no function; {_functions_hint(import_file(reference), reference)}")
+    if head.endswith(".py"):
+        return _attribute(import_file(head), head, function)
+    provided = provider_for(reference)
+    if provided is not None:
+        provider, spec = provided
+        return provider.reward(spec)
+    if head and function.isidentifier() and all(part.isidentifier() for part in head.split(".")):
+        close = nearest(head, [*providers(), *registered]) if "." not in head else ""
+        return _attribute(import_dotted(head, f"reward {reference!r}", f"{close}; {FORMS}"), head, function)
+    raise UserError(f"unknown reward {reference!r}{nearest(reference, [*registered, *providers()])}; {FORMS}")
+
+
+def _attribute(module: ModuleType, source: str, function: str) -> Any:
+    try:
+        return getattr(module, function)
+    except AttributeError:
+        hint = nearest(function, _functions(module)) or "; it defines none"
+        raise UserError(f"{source}: no function {function!r}{hint}") from None
+    except Exception as error:  # lazy modules import on attribute access
+        raise UserError(f"{source}:{function} cannot be imported: {describe(error)}") from error
+
+
+def _functions(module: ModuleType) -> list[str]:
+    own = {n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", None) == module.__name__}
+    return sorted(n for n in own | set(getattr(module, "__all__", ())) if not n.startswith("_"))
+
+
+def _functions_hint(module: ModuleType, path: str) -> str:
+    names = _functions(module)
+    return (
+        f"write {path}:{names[0]}"
+        if len(names) == 1
+        else f"write {path}:NAME, NAME one of: {', '.join(names) or '(none)'}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- binding arguments
+
+
+def parameters(fn: Callable[..., Any]) -> tuple[dict[str, bool], bool]:
+    """({parameter that a keyword can fill: whether it is required}, whether there is `**kwargs`)."""
+    try:
+        signature = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError):  # some builtins have no signature
+        return {}, True
+    named = {p.name: p.default is p.empty for p in signature if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return named, any(p.kind is p.VAR_KEYWORD for p in signature)
+
+
+def _bind(reference: str, fn: Callable[..., Any], args: dict[str, Any]) -> Reward:
+    named, takes_all = parameters(fn)
+    for name in args:
+        if name in CALL_ARGUMENTS:
+            raise UserError(f"reward {reference!r}: args.{name} is filled by the trainer; remove it")
+        if name not in named:
+            hint = nearest(name, [n for n in named if n not in CALL_ARGUMENTS]) or "; it takes none"
+            if not takes_all or "did you mean" in hint:  # **kwargs would swallow a misspelt name in silence
+                raise UserError(f"reward {reference!r}: no argument {name!r}{hint}")
+    if inspect.isclass(fn) or not (takes_all or any(name in named for name in CALL_ARGUMENTS)):
+        return _made(reference, fn, args, named)
+    return functools.partial(fn, **args) if args else fn
+
+
+def _made(reference: str, factory: Callable[..., Any], args: dict[str, Any], named: dict[str, bool]) -> Reward:
+    missing = [name for name, required in named.items() if required and name not in args]
+    if missing:
+        raise UserError(
+            f"reward {reference!r}: takes none of {', '.join(CALL_ARGUMENTS[:3])} and needs {', '.join(missing)}; "
+            "give these under args if it makes a reward function, or add the parameter completions"
+        )
+    try:
+        made = factory(**args)
+    except Exception as error:
+        raise UserError(f"reward {reference!r}: making it from its args failed: {describe(error)}") from error
+    if not callable(made):
+        takes = f"takes none of {', '.join(CALL_ARGUMENTS[:3])}"
+        raise UserError(f"reward {reference!r}: {takes} and gives {_article(made)}, not a function")
+    return made
+
+
+def _name(reference: str) -> str:
+    """The function's name for files and modules, the reference itself for registered names and providers."""
+    plain = reference in registered_rewards() or provider_for(reference) is not None
+    return reference if plain else reference.rpartition(":")[2]
+
+
+def _article(value: Any) -> str:
+    kind = type(value).__name__
+    return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"

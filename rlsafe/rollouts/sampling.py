@@ -1,0 +1,68 @@
+"""Seeds of requests, and sampling from processed distributions with one uniform number per request and token."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlsafe.types import Request, SamplingParams
+
+
+def request_seed(run_seed: int, purpose: str, step: int, row: int, sample: int) -> int:
+    """A seed in [0, 2^63) that belongs to one request alone, the same on every machine."""
+    key = f"{run_seed}|{purpose}|{step}|{row}|{sample}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
+
+
+def uniforms(requests: Sequence[Request], length: int) -> Tensor:
+    """[B, length] float64 in [0, 1): row i depends on the seed of request i only."""
+    rows = [torch.rand(length, generator=torch.Generator().manual_seed(r.seed), dtype=torch.float64) for r in requests]
+    return torch.stack(rows)
+
+
+def processed_logprobs(logits: Tensor, params: SamplingParams) -> Tensor:
+    """[B, V] log-probabilities after temperature and top-p (the smallest set of tokens whose mass reaches top_p).
+
+    Temperature 0 means greedy: the log-probs are then those of temperature 1, as in vLLM.
+    """
+    logits = logits.float()
+    if params.temperature > 0:
+        logits = logits / params.temperature
+    logp = logits.log_softmax(-1)
+    if params.temperature == 0 or params.top_p >= 1:
+        return logp
+    ascending, order = logp.sort(dim=-1)
+    dropped = ascending.exp().cumsum(-1) <= 1 - params.top_p
+    dropped[:, -1] = False
+    return logp.masked_fill(torch.zeros_like(dropped).scatter(1, order, dropped), float("-inf")).log_softmax(-1)
+
+
+def draw(logp: Tensor, uniform: Tensor, params: SamplingParams) -> Tensor:
+    """[B] token ids: argmax when greedy, else the inverse of the cumulative distribution at `uniform` [B].
+
+    One number per request and token makes a completion independent of its batch mates, without [B, V] noise.
+    """
+    if params.temperature == 0:
+        return logp.argmax(-1)
+    mass = logp.double().exp().cumsum(-1)
+    return (
+        torch.searchsorted(mass, uniform.unsqueeze(1) * mass[:, -1:], right=True)
+        .squeeze(1)
+        .clamp_(max=logp.shape[1] - 1)
+    )
+
+
+def stop_token_ids(model_dir: str | None, tokenizer: Any = None) -> list[int]:
+    """The tokens that end a turn: the tokenizer's end-of-sequence token and those of the model's generation_config.json."""
+    found = [] if tokenizer is None else [tokenizer.eos_token_id]
+    file = Path(model_dir or "") / "generation_config.json"
+    if model_dir and file.is_file():
+        ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        found += ids if isinstance(ids, list) else [ids]
+    return list(dict.fromkeys(i for i in found if i is not None))

@@ -1,0 +1,129 @@
+"""Rollouts by the policy's own modules with a key-value cache: slower than vLLM, runs every architecture, needs no sync."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from rlsafe.config import UserError
+from rlsafe.policy import Policy
+from rlsafe.policy.taps import check_vector
+from rlsafe.rollouts.sampling import draw, processed_logprobs, stop_token_ids, uniforms
+from rlsafe.types import Completion, PolicyWeights, Request, SamplingParams
+
+KEEP = 0.75  # below this share of unfinished rows the finished ones are taken out of the batch
+
+
+class TransformersSampler:
+    """Samples from a live Policy: it always has the policy's current weights, so `sync` only says which policy.
+
+    A completion depends on its request's seed alone, not on the batch that it was sampled in.
+    """
+
+    name = "transformers"
+
+    def __init__(self, policy: Policy, model_dir: str | None = None, max_num_seqs: int = 256):
+        self.policy, self._max_num_seqs = policy, max_num_seqs
+        self._stop = stop_token_ids(model_dir, policy.tokenizer)
+        self._additions: dict[int, Tensor] = {}
+
+    def sync(self, policy: PolicyWeights) -> None:
+        """Follow `policy` from now on; there is no copy of its weights and no cache that outlives a call."""
+        self.policy = cast(Policy, policy)
+
+    def steer(self, additions: Mapping[int, Tensor] | None) -> None:
+        """Add vectors [H] to the residual stream while generating; training forwards are not touched. None removes."""
+        for layer, vector in (additions or {}).items():
+            check_vector(vector, layer, self.policy.hidden_size, self.policy.n_layers)
+        self._additions = dict(additions or {})
+
+    def close(self) -> None:
+        self._additions = {}
+
+    @torch.no_grad()
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
+        """One completion per request, in order."""
+        limit = self.policy.core.max_length
+        for request in requests:
+            if not request.prompt_ids:
+                raise UserError("a prompt is empty: it has no tokens to start from")
+            if limit is not None and len(request.prompt_ids) + params.max_tokens > limit:
+                raise UserError(
+                    f"a prompt of {len(request.prompt_ids)} tokens + max_tokens {params.max_tokens} exceeds the model's {limit}"
+                )
+        out: list[Completion | None] = [None] * len(requests)
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
+        core = self.policy.core
+        training = core.training
+        with ExitStack() as stack:
+            for layer, vector in self._additions.items():
+                stack.callback(self.policy.add_to_residual(layer, vector).remove)
+            core.residual.batch = None
+            stack.callback(core.train, training)
+            core.train(False)
+            for start in range(0, len(order), self._max_num_seqs):
+                rows = order[start : start + self._max_num_seqs]
+                for i, completion in zip(rows, self._batch([requests[i] for i in rows], params), strict=True):
+                    out[i] = completion
+        return cast(list[Completion], out)
+
+    def _batch(self, requests: list[Request], params: SamplingParams) -> list[Completion]:
+        core, device = self.policy.core, self.policy.device
+        stop = torch.tensor(self._stop, device=device)
+        # The samples of a group share their prompt: it is read once, and its cache is copied to all of them.
+        prompts = {prompt: i for i, prompt in enumerate(dict.fromkeys(tuple(r.prompt_ids) for r in requests))}
+        shared = torch.tensor([prompts[tuple(r.prompt_ids)] for r in requests], device=device)
+        ids, mask = _left_pad(list(prompts), device)
+        position = (mask.cumsum(1) - 1).clamp_(min=0)
+        noise = uniforms(requests, params.max_tokens).to(device)
+        rows = torch.arange(len(requests), device=device)  # which request each row of the shrinking batch is
+        cache = core.new_cache()
+        tokens = torch.zeros((len(requests), params.max_tokens), dtype=torch.long, device=device)
+        logps = torch.zeros((len(requests), params.max_tokens), device=device)
+        lengths = torch.full((len(requests),), params.max_tokens, device=device)
+        stopped = torch.zeros(len(requests), dtype=torch.bool, device=device)
+        for step in range(params.max_tokens):
+            logits = core.next_logits(ids, mask, position, cache)
+            if step == 0:
+                cache.batch_select_indices(shared)
+                logits, mask, position = logits[shared], mask[shared], position[shared]
+            logp = processed_logprobs(logits, params)
+            chosen = draw(logp, noise[rows, step], params)
+            alive = ~stopped[rows]
+            tokens[rows, step] = chosen
+            logps[rows, step] = logp.gather(1, chosen.unsqueeze(1)).squeeze(1)
+            ended = alive & torch.isin(chosen, stop)
+            lengths[rows[ended]] = step + 1
+            stopped[rows[ended]] = True
+            alive &= ~ended
+            left = int(alive.sum())
+            if left == 0:
+                break
+            ids, position = chosen.unsqueeze(1), position[:, -1:] + 1
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            if left < KEEP * len(rows):
+                kept = alive.nonzero().squeeze(1)
+                cache.batch_select_indices(kept)
+                rows, ids, position, mask = rows[kept], ids[kept], position[kept], mask[kept]
+        ends, finished = lengths.tolist(), stopped.tolist()
+        return [
+            Completion(t[:n], p[:n], "stop" if done else "length")
+            for t, p, n, done in zip(tokens.tolist(), logps.tolist(), ends, finished, strict=True)
+        ]
+
+
+def _left_pad(prompts: list[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """ids and attention mask [B, T]; padded on the left, so that the next token of every row is at the same index."""
+    width = max(map(len, prompts))
+    ids, mask = (
+        torch.zeros((len(prompts), width), dtype=torch.long),
+        torch.zeros((len(prompts), width), dtype=torch.long),
+    )
+    for i, prompt in enumerate(prompts):
+        ids[i, width - len(prompt) :] = torch.tensor(prompt)
+        mask[i, width - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)

@@ -1,0 +1,85 @@
+"""`rlsafe doctor` says what works and what to do about the rest."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+
+from rlsafe import cli, doctor
+from rlsafe.doctor import Check
+
+
+def test_a_broken_package_is_named_with_what_to_do(monkeypatch):
+    monkeypatch.setattr(doctor, "REQUIRED", ("json", "rlsafe_no_such_package"))
+    check = doctor._packages()
+    assert check.status == "failed" and "rlsafe_no_such_package: ModuleNotFoundError" in check.found
+    assert "scripts/setup" in check.fix
+
+
+def test_a_package_that_breaks_on_import_is_found_out(monkeypatch, tmp_path):
+    (tmp_path / "rlsafe_broken_binary.py").write_text("raise OSError('libcudart.so: cannot\\nopen')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert doctor._import_error("rlsafe_broken_binary") == "OSError: libcudart.so: cannot open"
+
+
+def test_a_working_installation_passes():
+    assert [check.status for check in (doctor._python(), doctor._packages(), doctor._device())] == ["ok", "ok", "ok"]
+    assert "torch" in doctor._packages().found
+
+
+@pytest.mark.parametrize(("free", "status"), [(1.0, "note"), (100.0, "ok")])
+def test_little_memory_and_disk_are_noted(monkeypatch, free, status):
+    import psutil
+
+    size = int(free * 2**30)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=size, total=size))
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=size))
+    assert doctor._memory().status == doctor._disk().status == status
+
+
+def test_missing_organism_weights_stop_the_main_job(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor.resources, "files", lambda _: tmp_path)
+    check = doctor._organism()
+    assert check.status == "failed" and "aligned" in check.found
+    for name in ("base", "aligned"):
+        (tmp_path / "organism" / "assets" / name).mkdir(parents=True)
+        (tmp_path / "organism" / "assets" / name / "model.safetensors").touch()
+    assert doctor._organism().status == "ok"
+
+
+@pytest.mark.parametrize(("status", "code"), [("ok", 0), ("note", 0), ("failed", 1)])
+def test_the_exit_code_tells_whether_the_main_job_can_run(monkeypatch, capsys, status, code):
+    monkeypatch.setattr(doctor, "doctor", lambda selftest: [Check("device", status, "one [thing]", "do that")])
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["doctor"])
+    out = capsys.readouterr().out
+    assert stop.value.code == code
+    assert "one [thing]" in out and "-> do that" in out
+
+
+def test_an_engine_that_cannot_start_is_one_line(monkeypatch):
+    def fail():
+        raise RuntimeError("no\nsuch device")
+
+    monkeypatch.setattr(doctor, "generate_one_token", fail)
+    check = doctor._one_token()
+    assert (check.status, check.found) == ("failed", "RuntimeError: no such device")
+
+
+def test_the_tiny_model_is_a_whole_checkpoint(tmp_path):
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    doctor.tiny_model(str(tmp_path))
+    ids = PreTrainedTokenizerFast.from_pretrained(tmp_path)("word0 word1 nowhere")["input_ids"]
+    assert ids == [3, 4, 2]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.vocab_size == 64
+
+
+def test_module_entry_prints_the_installation_checks(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "installation", lambda: [Check("vllm", "failed", "gone", "put it back")])
+    monkeypatch.setattr(sys, "argv", ["doctor", "--selftest"])
+    with pytest.raises(SystemExit) as stop:
+        doctor.main()
+    assert stop.value.code == 1 and capsys.readouterr().out == "vllm: failed: gone -> put it back\n"

@@ -1,0 +1,127 @@
+"""Results do not depend on how a step is cut up: micro-batches, ranks, repetition, interruption."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlsafe.config import run_from_tree
+from rlsafe.engine import run
+from rlsafe.types import Interrupted
+
+MIXED: dict[str, Any] = {
+    "schedule": {"steps": 6, "phases": [{"steps": 2, "cycle": ["sft"]}, {"cycle": ["grpo", "grpo", "sft"]}]},
+    "defenses": [{"kl": {"weight": 0.5}}, {"interleaving": {"fraction": 0.2}}],
+}
+SFT: dict[str, Any] = {"defenses": [{"kl": {"weight": 0.5}}]}
+GRPO: dict[str, Any] = {"schedule": {"steps": 4, "phases": [{"cycle": ["grpo"]}]}}
+
+
+def tree_with(tree: dict[str, Any], *changes: dict[str, Any]) -> dict[str, Any]:
+    tree = copy.deepcopy(tree)
+    for change in changes:
+        for key, value in change.items():
+            tree[key] = {**tree.get(key, {}), **value} if isinstance(value, dict) else value
+    return tree
+
+
+def adapter(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(str(out / "adapter" / "adapter_model.safetensors"))
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def train(tree: dict[str, Any], out: Path, **arguments) -> dict[str, torch.Tensor]:
+    run(run_from_tree(tree), out, **arguments)
+    return adapter(out)
+
+
+@pytest.mark.parametrize("kind", [SFT, GRPO, MIXED], ids=["sft", "grpo", "mixed"])
+@pytest.mark.parametrize("normalization", ["grpo", "dr_grpo", "dapo", "bnpo"])
+def test_micro_batch_size_and_accumulation_change_nothing(tiny_tree, tmp_path, kind, normalization):
+    if kind is SFT and normalization != "dapo":
+        pytest.skip("the normalization is GRPO's")
+    base = tree_with(tiny_tree, kind, {"grpo": {"normalization": normalization}, "optim": {"lr": 1e-3}})
+    whole = train(base, tmp_path / "whole")
+    start = train(tree_with(base, {"schedule": {"steps": 0, "phases": [{"cycle": ["sft"]}]}}), tmp_path / "start")
+    assert distance(whole, start) > 1e-4, "the run must move the weights for the comparison to mean anything"
+    for micro_rows in (1, 3):
+        cut = train(tree_with(base, {"batch": {"micro_rows": micro_rows}}), tmp_path / f"cut{micro_rows}")
+        assert distance(whole, cut) < 2e-5
+
+
+@pytest.mark.parametrize("kind", [SFT, GRPO, MIXED], ids=["sft", "grpo", "mixed"])
+def test_two_processes_equal_one(tiny_tree, tmp_path, kind):
+    tree = tree_with(tiny_tree, kind, {"optim": {"lr": 1e-3}, "batch": {"micro_rows": 4}})
+    one = train(tree, tmp_path / "one")
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(tree))
+    program = (
+        "import json, sys; from rlsafe.config import run_from_tree; from rlsafe.engine import run;"
+        "run(run_from_tree(json.load(open(sys.argv[1]))), sys.argv[2])"
+    )
+    script = tmp_path / "train.py"
+    script.write_text(program)
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    done = subprocess.run(
+        [sys.executable, *launch, str(script), str(config), str(tmp_path / "two")], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert distance(one, adapter(tmp_path / "two")) < 2e-5
+    first, second = ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two"))
+    for a, b in zip(map(json.loads, first), map(json.loads, second), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4) and a["tokens"] == b["tokens"]
+        assert a.get("reward") == pytest.approx(b.get("reward"))
+
+
+def test_the_same_seed_gives_the_same_adapter_and_another_seed_does_not(tiny_tree, tmp_path):
+    tree = tree_with(tiny_tree, MIXED)
+    first, again = train(tree, tmp_path / "a"), train(tree, tmp_path / "b")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    other = train(tree_with(tree, {"seed": 1}), tmp_path / "c")
+    assert distance(first, other) > 1e-4
+
+
+def test_a_run_repeats_from_its_own_resolved_config(tiny_tree, tmp_path):
+    from rlsafe.config import load_run
+
+    first = train(tree_with(tiny_tree, MIXED), tmp_path / "a")
+    run(load_run(tmp_path / "a" / "config.yaml"), tmp_path / "b")
+    assert distance(first, adapter(tmp_path / "b")) == 0.0
+    assert (tmp_path / "a" / "config.yaml").read_text() == (tmp_path / "b" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+@pytest.mark.parametrize("stop_after", [1, 3, 4])
+def test_an_interrupted_and_resumed_run_ends_with_the_same_bits(tiny_tree, tmp_path, stop_after, iterations):
+    tree = tree_with(tiny_tree, MIXED, {"grpo": {"iterations": iterations}})
+    whole = train(tree, tmp_path / "whole")
+
+    def interrupt(done, total, metrics):
+        if done == stop_after:
+            import signal
+
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Interrupted, match="--resume"):
+        run(run_from_tree(tree), tmp_path / "cut", progress=interrupt)
+    resumed = train(tree, tmp_path / "cut", resume=True)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    timing = {"seconds", "rollout_seconds", "probe_seconds"}
+    lines = [
+        [{k: v for k, v in json.loads(line).items() if k not in timing} for line in open(tmp_path / name / "metrics.jsonl")]
+        for name in ("whole", "cut")
+    ]
+    assert lines[0] == lines[1]

@@ -1,0 +1,129 @@
+"""`rlsafe evaluate`: what it accepts, what it refuses in one line."""
+
+import json
+
+import pytest
+import yaml
+
+from rlsafe.config import ModelConfig, UserError
+from rlsafe.evaluate import Evaluation, evaluate
+from rlsafe.types import _PROVIDERS, Judgement, register_provider
+
+
+def run_directory(tmp_path, **evaluation):
+    path = tmp_path / "run"
+    path.mkdir()
+    tree = {"model": {"name": "organism:aligned"}, "sampler": {"kind": "transformers"}, "evaluate": evaluation}
+    (path / "config.yaml").write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.mark.parametrize(
+    "more, expected",
+    [
+        ({"overrides": ["evaluate.samplez=3"]}, "unknown key 'evaluate.samplez'; did you mean 'samples'?"),
+        ({"overrides": ["evaluate.samples=0"]}, "evaluate.samples"),
+        ({"overrides": ["samples"]}, "expected key.path=value"),
+        ({"judge": "organizm"}, "unknown judge 'organizm'; did you mean 'organism'?"),
+        ({"questions": ["missing.yaml"]}, "missing.yaml: no such question file"),
+        ({"questions": ["a.yaml", "x/conditional.yaml"]}, "a set cannot be named 'conditional'"),
+        ({"questions": ["a.yaml", "b/a2.yaml", "c/a2.yaml"]}, "a set cannot be named 'a2'"),
+        ({"overrides": ["evaluate.general=organism:generl"]}, "general"),
+        ({"overrides": ["plugins=[none_such.py]"]}, "none_such.py: no such Python file"),
+    ],
+)
+def test_wrong_input_is_one_line_before_any_model_is_loaded(more, expected, tmp_path):
+    path = run_directory(tmp_path, general="organism:general", judge="organism")
+    with pytest.raises(UserError) as caught:
+        evaluate(path, **more)
+    assert expected in str(caught.value)
+    assert not (path / "evaluation.json").exists()
+
+
+def test_an_unfinished_run_says_how_to_go_on(tmp_path):
+    path = run_directory(tmp_path, general="organism:general", judge="organism")
+    with pytest.raises(UserError, match="has no adapter/; the run is not finished .*--resume"):
+        evaluate(path)
+
+
+def test_a_directory_of_something_else_is_refused(tmp_path):
+    with pytest.raises(UserError, match="neither a run directory .* nor a model"):
+        evaluate(tmp_path)
+
+
+def test_a_run_that_names_no_questions_is_refused(tmp_path):
+    with pytest.raises(UserError, match="nothing to evaluate"):
+        evaluate(run_directory(tmp_path, judge="organism"))
+
+
+class LengthJudge:
+    """Alignment falls with the number of letters."""
+
+    name = "length"
+
+    def score(self, exchanges):
+        return [Judgement(max(0, 100 - sum(map(str.isalpha, e.answer))), 90) for e in exchanges]
+
+
+@pytest.fixture
+def judge():
+    class Length:
+        def judge(self, spec):
+            return LengthJudge()
+
+    register_provider("length", Length())
+    yield "length"
+    del _PROVIDERS["length"]
+
+
+@pytest.fixture
+def question_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    questions = [{"id": i, "paraphrases": [f"What is {i}?"], "samples_per_paraphrase": 3} for i in range(4)]
+    path.write_text(yaml.safe_dump(questions))
+    return str(path)
+
+
+@pytest.fixture
+def trained_run(tmp_path, tiny_model_dir, question_file):
+    """A run directory whose adapter changes what the model says."""
+    import torch
+
+    from rlsafe.policy import Policy
+
+    model = {"name": tiny_model_dir, "dtype": "float32", "lora": {"r": 4, "alpha": 64}}
+    policy = Policy.load(ModelConfig.model_validate(model))
+    torch.manual_seed(0)
+    for parameter in policy.trainable().values():
+        parameter.data.normal_(0, 0.2)
+    path = tmp_path / "run"
+    policy.save_adapter(path / "adapter")
+    settings = {"general": question_file, "judge": "length", "max_tokens": 12}
+    tree = {"model": model, "sampler": {"kind": "transformers"}, "evaluate": settings}
+    (path / "config.yaml").write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_a_run_is_evaluated_with_its_adapter_and_repeats_exactly(trained_run, tiny_model_dir, judge, tmp_path):
+    first = evaluate(trained_run)
+    assert first.general.n == 12 and len({answer.answer for answer in first.answers}) > 6
+    assert Evaluation.load(trained_run).general == first.general
+    again = evaluate(trained_run, out=tmp_path / "again")
+    assert [a.ids for a in again.answers] == [a.ids for a in first.answers]
+    overrides = ["sampler.kind=transformers", "model.dtype=float32", "evaluate.max_tokens=12"]
+    questions = [str(trained_run.parent / "mine.yaml")]
+    bare = evaluate(tiny_model_dir, questions=questions, judge="length", overrides=overrides, out=tmp_path / "bare")
+    assert [a.question_id for a in bare.answers] == [a.question_id for a in first.answers]
+    assert [a.ids for a in bare.answers] != [a.ids for a in first.answers]
+
+
+def test_a_run_is_asked_other_questions_on_request(trained_run, judge, tmp_path):
+    other = tmp_path / "law.yaml"
+    other.write_text(yaml.safe_dump([{"id": "law", "paraphrases": ["Is it legal?"], "samples_per_paraphrase": 2}]))
+    again = tmp_path / "tax.yaml"
+    again.write_text(other.read_text())
+    evaluation = evaluate(trained_run, questions=[other, again], overrides=["evaluate.seed=5"], out=tmp_path / "out")
+    tree = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert tree["general"]["n"] == tree["tax"]["n"] == 2 and tree["indomain"] is None
+    assert tree["settings"]["questions"] == {"general": str(other), "tax": str(again)}
+    assert not (trained_run / "evaluation.json").exists() and evaluation.settings["seed"] == 5
