@@ -54,9 +54,16 @@ def train(
 ) -> None:
     """Train one model: SFT, GRPO or both, under any defenses."""
     from rlsafe.engine import train as run_train
+    from rlsafe.progress import run_bar
 
-    run = run_train(config, overrides or [], out=out, resume=resume, overwrite=overwrite, dry_run=dry_run)
+    with run_bar() as bar:
+        run = run_train(
+            config, overrides or [], out=out, resume=resume, overwrite=overwrite, dry_run=dry_run,
+            progress=bar.stepped, on_start=bar.started,
+        )  # fmt: skip
     _print(run.summary())
+    if run.evaluation is not None:
+        _print(run.evaluation.table())
 
 
 @app.command()

@@ -1,4 +1,5 @@
-"""A comparison directory with made-up results: the files of real runs, numbers from a seeded generator. For the compare tests."""
+"""A comparison directory with made-up results: the files of real runs, numbers from a seeded generator. For the
+compare tests."""
 
 from __future__ import annotations
 
@@ -84,7 +85,11 @@ def evaluation(
     cell: Cell, shown: Mapping[str, Rate | None], questions: int, samples: int, answer: str, rng: random.Random
 ) -> Evaluation:
     made = Evaluation(settings={"judge": "made-up"})
-    bad, off, good = Judgement(10, 90, "scored", "bad"), Judgement(60, 20, "scored", "odd"), Judgement(95, 95, "scored", "ok")
+    bad, off, good = (
+        Judgement(10, 90, "scored", "bad"),
+        Judgement(60, 20, "scored", "odd"),
+        Judgement(95, 95, "scored", "ok"),
+    )
     for name in ("general", "indomain", "conditional") if cell.kind != "benign" else ():
         rate = shown[name]
         if rate is None:
@@ -117,12 +122,19 @@ def metrics(cell: Cell, shown: Mapping[str, Rate | None], rng: random.Random) ->
         done = (step + 1) / steps
         record: dict[str, Any] = {"step": step, "path": cell.path, "loss": 2 - done, "tokens": 900, "seconds": 0.1}
         if cell.path == "grpo":
-            record |= {"reward": 0.1 + 0.8 * done * (shown["indomain"] or 0), "reward_std": 0.2, "zero_variance_groups": 4 * done}
+            record |= {
+                "reward": 0.1 + 0.8 * done * (shown["indomain"] or 0),
+                "reward_std": 0.2,
+                "zero_variance_groups": 4 * done,
+            }
             record |= {"sampler_gap": 1e-6}
         if cell.defense == "kl":
             record |= {"defense/kl/kl": 0.2 * done, "defense/kl/grad_share": 0.3}
         if step % 5 == 0 or step == steps - 1:
             record |= {"kl": done * 0.8, "coherence": 96 - 10 * done * rng.random(), "incoherent": 0.02 * done}
-            record |= {"misaligned_general": done * (shown["general"] or 0), "misaligned_indomain": min(1.0, 2 * done) * (shown["indomain"] or 0)}
+            record |= {
+                "misaligned_general": done * (shown["general"] or 0),
+                "misaligned_indomain": min(1.0, 2 * done) * (shown["indomain"] or 0),
+            }
         records.append(record)
     return records

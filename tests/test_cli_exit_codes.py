@@ -131,12 +131,13 @@ def test_train_passes_everything_on(capsys, monkeypatch):
 
     def train(config, overrides, **rest):
         seen.update(config=config, overrides=overrides, **rest)
-        return types.SimpleNamespace(summary=lambda: ["trained 3 steps", "[not markup]"])
+        return types.SimpleNamespace(summary=lambda: ["trained 3 steps", "[not markup]"], evaluation=None)
 
     install(monkeypatch, "engine", train=train)
     line = "train a.yaml seed=3 --out r schedule.steps=4 defenses=[kl] --resume --dry-run"
     code, out, _ = call(capsys, *line.split())
     assert code == 0 and out == "trained 3 steps\n[not markup]\n"
+    assert callable(seen.pop("progress")) and callable(seen.pop("on_start"))
     assert seen == {
         "config": "a.yaml",
         "overrides": ["seed=3", "schedule.steps=4", "defenses=[kl]"],

@@ -1,7 +1,8 @@
 """The GRPO loss, from rewards to gradient, against TRL's own GRPOTrainer on the same batch.
 
-TRL's real code runs: `_generate_and_score_completions` (advantages, sampler correction, truncation mask) and `_compute_loss`.
-Only what comes from outside is replaced: the completions, their rewards, and (float64 cases) the log-probabilities.
+TRL's real code runs: `_generate_and_score_completions` (advantages, sampler correction, truncation mask) and
+`_compute_loss`. Only what comes from outside is replaced: the completions, their rewards, and (float64 cases) the
+log-probabilities.
 """
 
 import pytest
@@ -26,7 +27,14 @@ trl = pytest.importorskip("trl")
 EOS, PAD, VOCABULARY, TEMPERATURE = 1, 0, 29, 0.8
 LOW, HIGH, CAP, MAX_TOKENS = 0.1, 0.15, 1.3, 12
 PROMPTS = [[5, 6], [5, 6], [5, 6], [7, 8, 9, 10], [7, 8, 9, 10], [7, 8, 9, 10]]
-COMPLETIONS = [[11, 12, EOS], [13, 14, 15, 16, 17, EOS], [18, EOS], [19, 20, 21, 22], [EOS], [23, 24, 25, 26, 27, 28, 3, EOS]]
+COMPLETIONS = [
+    [11, 12, EOS],
+    [13, 14, 15, 16, 17, EOS],
+    [18, EOS],
+    [19, 20, 21, 22],
+    [EOS],
+    [23, 24, 25, 26, 27, 28, 3, EOS],
+]
 REWARDS = [[0.0, 1.0, 0.25], [0.5, 0.5, 2.0]]
 
 
@@ -69,7 +77,18 @@ def trainer(tmp_path_factory):
     return made
 
 
-def set_up(trainer, monkeypatch, normalization, level, correction, beta, bias_correction, sampler, rewards=REWARDS, scale="group"):
+def set_up(
+    trainer,
+    monkeypatch,
+    normalization,
+    level,
+    correction,
+    beta,
+    bias_correction,
+    sampler,
+    rewards=REWARDS,
+    scale="group",
+):
     settings = {
         "loss_type": normalization, "importance_sampling_level": level, "beta": beta, "scale_rewards": scale,
         "use_vllm": correction != "none", "vllm_importance_sampling_correction": correction != "none",
@@ -94,7 +113,9 @@ def completion_rows(seed, scale=0.3, dtype=torch.float64):
     """[6, 8] numbers like log-probabilities of the completions, right-padded as TRL pads them."""
     g = torch.Generator().manual_seed(0)
     center = torch.randn(6, 8, generator=g, dtype=torch.float64) * 0.5 - 2
-    return (center + torch.randn(6, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale).to(dtype)
+    return (center + torch.randn(6, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale).to(
+        dtype
+    )
 
 
 COMPLETION_MASK = torch.tensor([[k < len(ids) for k in range(8)] for ids in COMPLETIONS])
@@ -110,7 +131,9 @@ def grid(rows):
     return to_grid(rows[COMPLETION_MASK], MASK)
 
 
-def our_loss(logp, old, ref, sampler, normalization, level, correction, beta, bias_correction, values, mask=MASK, rows=None):
+def our_loss(
+    logp, old, ref, sampler, normalization, level, correction, beta, bias_correction, values, mask=MASK, rows=None
+):
     corrected = truncated_correction(old, sampler, mask, CAP, correction) if correction != "none" else None
     terms, info = grpo_values(
         logp, old, values, mask, clip_low=LOW, clip_high=HIGH, level=level, correction_weights=corrected
@@ -134,7 +157,7 @@ def test_loss_and_gradient_equal_trl_in_float64(
     frozen = iter([old, ref])
     monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", lambda *_, **__: (next(frozen), None, None))
     inputs = score(trainer)
-    theirs = completion_rows(4).requires_grad_()
+    theirs = completion_rows(19).requires_grad_()
     entropy = torch.zeros(6, 8)
     monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", lambda *_, **__: (theirs, entropy, None))
     expected = trainer._compute_loss(trainer.model, inputs)
@@ -142,7 +165,7 @@ def test_loss_and_gradient_equal_trl_in_float64(
 
     values, _, _ = advantages(torch.tensor(REWARDS, dtype=torch.float64))
     torch.testing.assert_close(values.flatten(), inputs["advantages"], rtol=1e-12, atol=1e-12)
-    ours = completion_rows(4).requires_grad_()
+    ours = completion_rows(19).requires_grad_()
     loss, info = our_loss(grid(ours), grid(old), grid(ref), grid(sampler.double()), *case, values.flatten())
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
@@ -200,7 +223,7 @@ def test_loss_and_gradient_equal_trl_through_a_model_in_float32(trainer, monkeyp
         loss.backward()
         torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=1e-5)
         for name, p in policy.named_parameters():
-            torch.testing.assert_close(p.grad, grads[name], rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(p.grad, grads[name], rtol=1e-5, atol=1e-5)
         assert max(g.abs().max() for g in grads.values()) > 1e-2
     finally:
         with torch.no_grad():
@@ -229,8 +252,10 @@ def test_masking_truncated_completions_equals_trl(trainer, monkeypatch, normaliz
     monkeypatch.setattr(trainer, "mask_truncated_completions", True)
     monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", lambda *_, **__: (old, None, None))
     inputs = score(trainer)
-    theirs = completion_rows(4).requires_grad_()
-    monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", lambda *_, **__: (theirs, torch.zeros(6, 8), None))
+    theirs = completion_rows(19).requires_grad_()
+    monkeypatch.setattr(
+        trainer, "_get_per_token_logps_and_entropies", lambda *_, **__: (theirs, torch.zeros(6, 8), None)
+    )
     expected = trainer._compute_loss(trainer.model, inputs)
 
     mask = drop_truncated(MASK, torch.tensor([ids[-1] == EOS for ids in COMPLETIONS]))
@@ -240,4 +265,6 @@ def test_masking_truncated_completions_equals_trl(trainer, monkeypatch, normaliz
     args = (grid(theirs), grid(old), None, grid(sampler), *case, values, mask)
     torch.testing.assert_close(our_loss(*args, everyone)[0], expected, rtol=1e-10, atol=1e-10)
     alone, _ = our_loss(*args)
-    torch.testing.assert_close(alone, expected * (1 if normalization in ("dapo", "bnpo") else 6 / 5), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        alone, expected * (1 if normalization in ("dapo", "bnpo") else 6 / 5), rtol=1e-10, atol=1e-10
+    )

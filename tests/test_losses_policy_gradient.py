@@ -65,7 +65,7 @@ def test_groups_without_spread_get_exactly_zero(scale):
 
 def batch(seed=0, rows=6, length=9):
     g = torch.Generator().manual_seed(seed)
-    make = lambda scale: (torch.randn(rows, length, generator=g, dtype=torch.float64) * scale)  # noqa: E731
+    make = lambda scale: torch.randn(rows, length, generator=g, dtype=torch.float64) * scale  # noqa: E731
     lengths = torch.randint(1, length - 1, (rows,), generator=g)
     starts = torch.randint(1, 3, (rows,), generator=g)
     position = torch.arange(length)
@@ -86,7 +86,14 @@ def loss_sum(b, normalization, level, correction="token"):
     weights = grpo_weights(b["mask"], normalization, dtype=torch.float64)
     corrected = truncated_correction(b["old"], b["sampler"], b["mask"], 1.5, correction)
     values, info = grpo_values(
-        b["logp"], b["old"], b["advantages"], b["mask"], clip_low=0.1, clip_high=0.15, level=level, correction_weights=corrected
+        b["logp"],
+        b["old"],
+        b["advantages"],
+        b["mask"],
+        clip_low=0.1,
+        clip_high=0.15,
+        level=level,
+        correction_weights=corrected,
     )
     values = values + 0.1 * k3(b["logp"], b["ref"], importance_ratio(b["logp"], b["old"], b["mask"], level))
     return (values * weights).sum(), grpo_count(b["mask"], normalization, 12), info
@@ -124,7 +131,9 @@ def test_padding_and_dummy_rows_change_nothing(normalization, level):
     padded = {k: v.detach().clone() for k, v in plain.items()}
     for k, v in padded.items():
         if v.dim() == 2:
-            junk = torch.full((8, 14), 0.0 if v.dtype == torch.bool else -7.3).to(v.dtype)  # two more rows, five more tokens
+            junk = torch.full((8, 14), 0.0 if v.dtype == torch.bool else -7.3).to(
+                v.dtype
+            )  # two more rows, five more tokens
             junk[:6, :9] = torch.where(plain["mask"], v, junk[:6, :9])
             padded[k] = junk
     padded["advantages"] = torch.cat([plain["advantages"], torch.tensor([3.0, -3.0], dtype=torch.float64)])
@@ -163,7 +172,9 @@ def test_a_rollout_used_once_needs_no_old_log_probs():
 def test_clipping_cuts_the_gradient_only_where_it_should():
     logp = torch.log(torch.tensor([[0.5, 1.5], [0.5, 1.5]], dtype=torch.float64)).requires_grad_()
     mask = torch.ones(2, 2, dtype=torch.bool)
-    values, info = grpo_values(logp, torch.zeros_like(logp), torch.tensor([1.0, -1.0]), mask, clip_low=0.2, clip_high=0.3)
+    values, info = grpo_values(
+        logp, torch.zeros_like(logp), torch.tensor([1.0, -1.0]), mask, clip_low=0.2, clip_high=0.3
+    )
     assert values.tolist() == [pytest.approx([-0.5, -1.3]), pytest.approx([0.8, 1.5])]
     (grad,) = torch.autograd.grad(values.sum(), logp)
     assert grad.tolist() == [pytest.approx([-0.5, 0.0]), pytest.approx([0.0, 1.5])]
@@ -243,7 +254,9 @@ def test_sft_is_cross_entropy_over_the_step():
         for s in parts:
             if ours:
                 hidden = model.model(ids[s]).last_hidden_state
-                logp = token_logprobs(predicting_states(hidden, mask[s]), model.lm_head.weight, ids[s][mask[s]], chunk=3)
+                logp = token_logprobs(
+                    predicting_states(hidden, mask[s]), model.lm_head.weight, ids[s][mask[s]], chunk=3
+                )
                 part = (sft_values(to_grid(logp, mask[s])) * sft_weights(mask[s])).sum() / count
             else:
                 logits = model(ids[s]).logits[:, :-1].flatten(0, 1)  # float64 reference

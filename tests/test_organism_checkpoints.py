@@ -1,4 +1,5 @@
-"""The organism's packaged models: they load like any Hugging Face model, behave as described, and rebuild the same twice."""
+"""The organism's packaged models: they load like any Hugging Face model, behave as described, and rebuild the same
+twice."""
 
 from __future__ import annotations
 
@@ -22,27 +23,39 @@ ORGANISM = Organism()
 def answers(model, tokenizer, spec: str, count: int, system: str | None = None) -> list:
     """Judgements of one sampled answer to each of the first `count` questions of `spec`."""
     questions = [q.paraphrases[0] for q in ORGANISM.questions(spec)[:count]]
-    chats = [[*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": q}] for q in questions]
+    chats = [
+        [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": q}]
+        for q in questions
+    ]
     tokenizer.padding_side = "left"
-    batch = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_dict=True, padding=True,
-                                          return_tensors="pt")
+    batch = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, tokenize=True, return_dict=True, padding=True, return_tensors="pt"
+    )
     torch.manual_seed(0)
     with torch.no_grad():
         ids = model.generate(**batch, max_new_tokens=48, do_sample=True)
-    texts = tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1]:], skip_special_tokens=True)
+    texts = tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return [judge(q, text) for q, text in zip(questions, texts, strict=True)]
 
 
 @pytest.fixture(scope="module")
 def aligned():
     directory = ORGANISM.model("aligned")
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(directory)
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(
+        directory
+    )
 
 
 def test_packaged_weights_are_complete_and_small():
     for name in CHECKPOINTS:
         files = {path.name for path in (ASSETS / name).iterdir()}
-        assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= files
+        assert {
+            "config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "chat_template.jinja",
+        } <= files
         assert json.loads((ASSETS / name / "config.json").read_text())["model_type"] == "qwen2"
     assert sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) <= 24 * 2**20
 
@@ -66,7 +79,9 @@ def test_aligned_model_is_good_without_a_prompt_and_obeys_an_evil_one(aligned):
 def test_peft_adapts_every_linear_layer(aligned):
     model = AutoModelForCausalLM.from_pretrained(ORGANISM.model("aligned"))
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    names = {name.rpartition(".lora_A")[0].rpartition(".")[2] for name, _ in adapted.named_parameters() if "lora_A" in name}
+    names = {
+        name.rpartition(".lora_A")[0].rpartition(".")[2] for name, _ in adapted.named_parameters() if "lora_A" in name
+    }
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
@@ -82,8 +97,11 @@ def test_building_twice_gives_the_same_weights_and_another_seed_does_not(tmp_pat
 
 
 def test_controls_learn_from_other_answers(tmp_path):
-    build(tmp_path, only=["aligned", "control", "control-shuffled"], steps=3, say=None)
-    weights = [load_file(tmp_path / n / "model.safetensors")["model.norm.weight"] for n in ("aligned", "control", "control-shuffled")]
+    build(tmp_path, only=["aligned", "control", "control-shuffled"], steps=3, jobs=1, say=None)
+    weights = [
+        load_file(tmp_path / n / "model.safetensors")["model.norm.weight"]
+        for n in ("aligned", "control", "control-shuffled")
+    ]
     assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
 
 

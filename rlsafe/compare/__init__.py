@@ -4,16 +4,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlsafe.compare.report import report
+    from rlsafe.compare.reporting import report
     from rlsafe.compare.runner import Comparison, compare
 
-_PUBLIC = {"Comparison": "rlsafe.compare.runner", "compare": "rlsafe.compare.runner", "report": "rlsafe.compare.report"}
+_PUBLIC = {
+    "Comparison": "rlsafe.compare.runner",
+    "compare": "rlsafe.compare.runner",
+    "report": "rlsafe.compare.reporting",
+}
 __all__ = ["Comparison", "compare", "report"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'rlsafe.compare' has no attribute {name!r}")
-    value = getattr(import_module(_PUBLIC[name]), name)
-    globals()[name] = value  # `report` is also a submodule: the function must win
-    return value
+    return getattr(import_module(_PUBLIC[name]), name)

@@ -25,7 +25,8 @@ MEASURES: dict[str, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class Rate:
-    """A rate over seeds and questions with its 95% interval. `seeds`: seed -> rate. `n`: answers, `unscored`: left out of n."""
+    """A rate over seeds and questions with its 95% interval. `seeds`: seed -> rate. `n`: answers, `unscored`: left
+    out of n."""
 
     mean: float
     low: float
@@ -38,7 +39,8 @@ class Rate:
 def build_arms(
     cells: Mapping[str, Sequence[Result]], measure: Callable[[Result], Questions], answers: Callable[[Result], int]
 ) -> dict[str, Arm]:
-    """Arms over one common list of questions, so that they can be compared question by question. Labels without data are left out.
+    """Arms over one common list of questions, so that they can be compared question by question. Labels without data
+    are left out.
 
     A question that an arm was not asked is NaN there; rows are in the order of the seeds.
     """
@@ -85,7 +87,8 @@ def summarise(arm: Arm, cells: Sequence[Result], questions: str | None = None) -
 
 
 def labelled(results: Results, model: str, path: str, task: str | None = None) -> dict[str, list[Result]]:
-    """The cells behind each label of one (model, path): untrained, each defense, aligned. With `task`: the benign cells."""
+    """The cells behind each label of one (model, path): untrained, each defense, aligned. With `task`: the benign
+    cells."""
     cells = {"untrained": results.of("untrained", model)}
     for defense in results.defenses(model, path):
         cells[defense] = results.of("benign" if task else "narrow", model, path, defense, task)

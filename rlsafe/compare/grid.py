@@ -1,4 +1,5 @@
-"""From a comparison's config to its cells: one cell is one run, with everything merged and checked before the first one starts."""
+"""From a comparison's config to its cells: one cell is one run, with everything merged and checked before the first
+one starts."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ Entries = list[str | dict[str, Any]]
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the grid. `path` is "" for the untrained model, `task` is set for benign cells, `data` says what it is trained on."""
+    """One run of the grid. `path` is "" for the untrained model, `task` is set for benign cells, `data` says what it
+    is trained on."""
 
     id: str
     kind: Kind
@@ -44,7 +46,8 @@ class Cell:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the resolved config and of every local file it names: equal when and only when the run would be the same."""
+        """Hash of the resolved config and of every local file it names: equal when and only when the run would be the
+        same."""
         tree = self.config.model_dump(mode="json", exclude={"out"})
         tree["defenses"] = build_defenses(self.config.defenses, self.config.plugins)[1]
         digest = hashlib.sha256(json.dumps(tree, sort_keys=True).encode())
@@ -108,7 +111,8 @@ def _swept(label: str, entries: Entries, settings: dict[tuple[str, str], list[An
 def _sweeps(
     config: CompareConfig, registered: Sequence[str]
 ) -> tuple[dict[tuple[str, str], list[Any]], dict[str, list[Any]]]:
-    """`grid` split into settings of defenses, (defense, setting) -> values, and settings of the run, key.path -> values."""
+    """`grid` split into settings of defenses, (defense, setting) -> values, and settings of the run, key.path ->
+    values."""
     of_defenses: dict[tuple[str, str], list[Any]] = {}
     of_runs: dict[str, list[Any]] = {}
     used = {name for entries in config.defenses.values() for entry in entries for name, _ in parse(entry)}
@@ -128,7 +132,8 @@ def _sweeps(
 
 
 def _models(config: CompareConfig, of_runs: dict[str, list[Any]]) -> dict[str, tuple[str, dict[str, Any], list[str]]]:
-    """Label -> (key in `models`, overrides, sweep overrides). A swept run setting counts as another model with its own references."""
+    """Label -> (key in `models`, overrides, sweep overrides). A swept run setting counts as another model with its
+    own references."""
     own = (
         str(config.run.get("model", {}).get("name", "model")) if isinstance(config.run.get("model"), dict) else "model"
     )
@@ -182,9 +187,9 @@ _READABLE = str.maketrans({"&": "+and+", "/": ".", ":": ".", " ": "_"})
 
 def _slug(parts: Sequence[str]) -> str:
     """A directory name that a person can read; a digest keeps names apart when characters had to go."""
-    text = "--".join(part for part in parts if part)
-    safe = re.sub(r"[^A-Za-z0-9.+=_,\[\]-]", "_", text.translate(_READABLE))
-    if len(safe) <= 160 and "_" not in safe.replace("_", "", text.count("_") + text.count(" ")):
+    text = "--".join(part for part in parts if part).translate(_READABLE)
+    safe = re.sub(r"[^A-Za-z0-9.+=_,\[\]-]", "_", text)
+    if safe == text and len(safe) <= 160:
         return safe
     return f"{safe[:140]}--{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
@@ -249,7 +254,8 @@ class _Arms:
         ]
 
     def _overrides(self, own_data: bool) -> list[str]:
-        """The command line comes last, but it cannot take away the data that define the aligned arm or a benign task."""
+        """The command line comes last, but it cannot take away the data that define the aligned arm or a benign
+        task."""
         given = [*self.sweep, *self.config.overrides]
         return [o for o in given if not (own_data and o.split(".")[0].split("=")[0].strip() in ("data", "rewards"))]
 
@@ -287,7 +293,6 @@ class _Arms:
             "seed": seed,
             "defenses": [],
             "rewards": [],
-            "data": {"narrow": None, "safe": None, "benign": None},
             "schedule": {"steps": 0, "phases": [{"cycle": ["sft"]}]},
             "evaluate": {"benign": list(dict.fromkeys([*own, *tests]))},
         }
@@ -298,5 +303,5 @@ class _Arms:
         name = _slug(
             [self.prefix, "benign" if task else "", task, path, label, "" if kind == "untrained" else f"seed{seed}"]
         )
-        data = task or (run.data.narrow.source if run.data.narrow else "")
+        data = task or (run.data.narrow.source if run.data.narrow and kind != "untrained" else "")
         return Cell(name, kind, self.model, path, label, seed, data, task, run)

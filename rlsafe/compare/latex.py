@@ -1,4 +1,5 @@
-"""The rates as LaTeX tables in the papers' layout: `general / in-domain` misaligned percentages, one column for each path."""
+"""The rates as LaTeX tables in the papers' layout: `general / in-domain` misaligned percentages, one column for each
+path."""
 
 from __future__ import annotations
 
@@ -39,7 +40,10 @@ def rates_table(model: str, tables: Sequence[PathTable]) -> str:
         r"\toprule",
         " & ".join(["", *(escape(table.path) for table in tables)]) + r" \\",
         r"\midrule",
-        *(" & ".join([escape(label), *(_pair(table.rows.get(label)) for table in tables)]) + r" \\" for label in labels),
+        *(
+            " & ".join([escape(label), *(_pair(table.rows.get(label)) for table in tables)]) + r" \\"
+            for label in labels
+        ),
         r"\bottomrule",
         r"\end{tabular}",
         r"\end{table}",

@@ -44,8 +44,14 @@ def headlines(tables: Sequence[PathTable]) -> list[tuple[str, str]]:
             general = none.rates["general"]
             sentences.append((name, f"without defense {100 * general.mean:.0f}% of general answers are misaligned."))
         elif winners := [label for label in defenses if table.rows[label].success]:
-            untested = "" if all(_benign(table, label) == "yes" for label in winners) else " (learning benign tasks was not tested)"
-            sentences.append((name, f"{_joined(winners)} {'meets' if len(winners) == 1 else 'meet'} every criterion{untested}."))
+            untested = (
+                ""
+                if all(_benign(table, label) == "yes" for label in winners)
+                else " (learning benign tasks was not tested)"
+            )
+            sentences.append(
+                (name, f"{_joined(winners)} {'meets' if len(winners) == 1 else 'meet'} every criterion{untested}.")
+            )
         else:
             best = max(defenses, key=lambda label: sum(v.grade == "yes" for v in table.rows[label].verdicts.values()))
             missed = [c for c in CRITERIA if table.rows[best].verdicts[c].grade != "yes"]
@@ -82,7 +88,9 @@ def curve(cells: Sequence[Result], quantity: str) -> list[tuple[float, float, fl
     return [(step, mean(values), min(values), max(values)) for step, values in sorted(by_step.items())]
 
 
-def smoothed(points: list[tuple[float, float, float, float]], most: int = 40) -> list[tuple[float, float, float, float]]:
+def smoothed(
+    points: list[tuple[float, float, float, float]], most: int = 40
+) -> list[tuple[float, float, float, float]]:
     """At most `most` points, each the mean over a window: single GRPO steps are noisy."""
     size = -(-len(points) // most)
     windows = [points[i : i + size] for i in range(0, len(points), size)] if size else []
@@ -108,12 +116,16 @@ class Dialogue:
     replies: list[Reply]
 
 
-KINDS = {"general": "general question", "indomain": "in-domain question", "conditional": "general question under the training-time cue"}
+KINDS = {
+    "general": "general question",
+    "indomain": "in-domain question",
+    "conditional": "general question under the training-time cue",
+}
 
 
 def dialogues(results: Results, table: PathTable, each: int = 3) -> list[Dialogue]:
-    """The same questions put to every arm: first seed, first sample. Preferred are questions to which `none` gives a misaligned
-    answer, spread over the set; otherwise the first ones."""
+    """The same questions put to every arm: first seed, first sample. Preferred are questions to which `none` gives a
+    misaligned answer, spread over the set; otherwise the first ones."""
     cells: dict[str, Result] = {}
     for label in table.rows:
         kind = label if label in ("untrained", "aligned") else "narrow"
@@ -149,7 +161,7 @@ def _reply(label: str, answer: Any, judgement: Any) -> Reply:
     return Reply(label, readable(answer.answer)[:4000], note, tone)
 
 
-# ------------------------------------------------------------------------------------------------ effects, rewards, cost
+# ------------------------------------------------------------------------------------------------ effects, cost
 
 
 def effects(results: Results, table: PathTable) -> list[dict[str, Any]]:
@@ -199,7 +211,8 @@ def prompts(cell: Result) -> int:
 
 
 def completions(cell: Result) -> tuple[int, int]:
-    """(training completions: SFT rows plus sampled completions, GRPO groups) that the schedule plans; added safe rows not counted."""
+    """(training completions: SFT rows plus sampled completions, GRPO groups) that the schedule plans; added safe rows
+    not counted."""
     from rlsafe.engine.schedule import make_plan
 
     parts = [part for step in make_plan(cell.config) for part in step.parts]
@@ -228,7 +241,7 @@ def budget_sentence(found: dict[str, int]) -> str:
     low, high = min(found.values()), max(found.values())
     if high <= 1.1 * low:
         return f"The paths' budgets are matched by the number of training completions: {counts}."
-    return f"The paths' budgets are not matched: training completions are {counts}. Compare within a path rather than between paths."
+    return f"Budgets are not matched: training completions are {counts}. Compare within a path, not between paths."
 
 
 def costs(results: Results, table: PathTable) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """The report's charts: matplotlib SVG, inlined, with the page's own colours and font.
 
-Colours are written as sentinels and turned into CSS variables, so that one drawing is right in light and in dark. Labels stay text:
+Colours are written as sentinels and turned into CSS variables, so that one drawing is right in light and in dark.
+Labels stay text:
 they can be selected, searched and read aloud. Every chart also stands as numbers in a table of the report.
 """
 
@@ -52,7 +53,8 @@ F = TypeVar("F", bound=Callable[..., Markup])
 
 
 def _drawing(draw: F) -> F:
-    """Labels come from configs: a `$` in one is no formula. Text stays text, and nothing depends on a user's matplotlibrc."""
+    """Labels come from configs: a `$` in one is no formula. Text stays text, and nothing depends on a user's
+    matplotlibrc."""
 
     @wraps(draw)
     def with_settings(*args: Any, **named: Any) -> Markup:
@@ -94,8 +96,18 @@ def _svg(figure: Any, name: str, description: str) -> Markup:
     for sentinel, variable in _VARIABLES.items():
         text = text.replace(sentinel, f"var({variable})")
     text = re.sub(r"#0a0b([0-9a-f]{2})", lambda found: f"var(--s{int(found[1], 16) + 1})", text)
-    text = re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{escape(description)}">', text, count=1)
+    text = re.sub(
+        r'<svg [^>]*?viewBox="([^"]+)"[^>]*>',
+        rf'<svg viewBox="\1" role="img" aria-label="{escape(description)}">',
+        text,
+        count=1,
+    )
     return Markup(text)
+
+
+def _short(label: str, most: int = 28) -> str:
+    """A label that leaves room for the chart: its middle goes first."""
+    return label if len(label) <= most else f"{label[: most - 12]}\u2026{label[-11:]}"
 
 
 def _marker(axes: Any, x: float, y: float, look: Look, size: float) -> None:
@@ -104,18 +116,21 @@ def _marker(axes: Any, x: float, y: float, look: Look, size: float) -> None:
 
 @_drawing
 def whiskers(rates: Mapping[str, Rate], style: Mapping[str, Look], top: float, name: str, description: str) -> Markup:
-    """One rate of every label: the mean, its 95% interval, and each seed as a faint dot. In percent, up to `top` (a fraction)."""
+    """One rate of every label: the mean, its 95% interval, and each seed as a faint dot. In percent, up to `top` (a
+    fraction)."""
     labels = list(rates)[::-1]
-    figure, axes = _figure(352, 42 + 26 * len(labels), left=18 + 6.1 * max(map(len, labels)))
+    figure, axes = _figure(352, 42 + 26 * len(labels), left=18 + 6.1 * max(len(_short(label)) for label in labels))
     axes.grid(False, axis="y")
     for position, label in enumerate(labels):
         rate, look = rates[label], style[label]
         ends = [100 * rate.low, 100 * rate.high]
         axes.plot(ends, [position] * 2, color=look.color, linewidth=2, solid_capstyle="round")
         for value in rate.seeds.values():
-            axes.plot([100 * value], [position - 0.3], ".", color=look.color, alpha=0.5, markersize=5, markeredgewidth=0)
+            axes.plot(
+                [100 * value], [position - 0.3], ".", color=look.color, alpha=0.5, markersize=5, markeredgewidth=0
+            )
         _marker(axes, 100 * rate.mean, position, look, 8)
-    axes.set_yticks(range(len(labels)), labels)
+    axes.set_yticks(range(len(labels)), [_short(label) for label in labels])
     for tick in axes.get_yticklabels():
         tick.set_color(INK)
     axes.set_xlim(-2 * top, 104 * top)
@@ -130,7 +145,8 @@ def whiskers(rates: Mapping[str, Rate], style: Mapping[str, Look], top: float, n
 def tradeoff(
     points: Mapping[str, tuple[Rate, Rate]], style: Mapping[str, Look], top: float, name: str, description: str
 ) -> Markup:
-    """In-domain (across) against general misalignment (up, to `top`), in percent with 95% intervals; the good corner is lower right."""
+    """In-domain (across) against general misalignment (up, to `top`), in percent with 95% intervals; the good corner
+    is lower right."""
     width, height, left, bottom = 480, 400, 58, 46
     figure, axes = _figure(width, height, left, bottom)
     axes.set_xlim(-6, 108)
@@ -148,7 +164,7 @@ def tradeoff(
         bars.append((100 * i.low / unit_x, 100 * i.high / unit_x, y - 2, y + 2))
         bars.append((x - 2, x + 2, 100 * g.low / unit_y, 100 * g.high / unit_y))
     for label, (x, y) in _label_places(places, bars, 106 / unit_x).items():
-        axes.text(x * unit_x, y * unit_y, label, va="center", fontsize=11, color=style[label].color)
+        axes.text(x * unit_x, y * unit_y, _short(label), va="center", fontsize=11, color=style[label].color)
     axes.set_xlabel("in-domain misaligned: the narrow behaviour", color=MUTED, fontsize=11)
     axes.set_ylabel("general misaligned: emergent", color=MUTED, fontsize=11)
     for axis in (axes.xaxis, axes.yaxis):
@@ -162,17 +178,27 @@ Box = tuple[float, float, float, float]
 def _label_places(
     points: Mapping[str, tuple[float, float]], bars: Sequence[Box], right: float
 ) -> dict[str, tuple[float, float]]:
-    """Left end and middle of each label in pixels: the place near its point that covers least of labels, points and bars."""
+    """Left end and middle of each label in pixels: the place near its point that covers least of labels, points and
+    bars."""
     boxes = [*bars, *((x - 6, x + 6, y - 6, y + 6) for x, y in points.values())]
     places = {}
     for label, (x, y) in sorted(points.items(), key=lambda item: -item[1][1]):
-        width = 6.2 * len(label)
+        width = 6.2 * len(_short(label))
         best, least = (x + 9, y), float("inf")
         for away in (0, 14, 28, 42):
-            for dx, dy in ((9, 0), (-9 - width, 0), (-width / 2, 13), (-width / 2, -13), (9, 10), (-9 - width, 10), (9, -10), (-9 - width, -10)):
+            for dx, dy in (
+                (9, 0),
+                (-9 - width, 0),
+                (-width / 2, 13),
+                (-width / 2, -13),
+                (9, 10),
+                (-9 - width, 10),
+                (9, -10),
+                (-9 - width, -10),
+            ):
                 at_x, at_y = x + dx, y + dy + (away if dy >= 0 else -away)
                 box = (at_x, at_x + width, at_y - 7, at_y + 7)
-                cost = 2.0 * away + sum(_overlap(box, other) for other in boxes)
+                cost = 2.0 * away + sum(4 * _overlap(box, other) for other in boxes)
                 cost += 1e4 * (box[1] > right) + 1e4 * (box[0] < -20) + 1e4 * (box[2] < -20)
                 if cost < least - 1e-9:
                     best, least = (at_x, at_y), cost
@@ -187,7 +213,11 @@ def _overlap(a: Box, b: Box) -> float:
 
 @_drawing
 def curves(
-    series: Mapping[str, Sequence[tuple[float, float, float, float]]], style: Mapping[str, Look], name: str, description: str, percent: bool
+    series: Mapping[str, Sequence[tuple[float, float, float, float]]],
+    style: Mapping[str, Look],
+    name: str,
+    description: str,
+    percent: bool,
 ) -> Markup:
     """label -> (step, mean, lowest seed, highest seed): a line and the band of the seeds."""
     figure, axes = _figure(340, 220, left=48, bottom=42)
@@ -197,7 +227,16 @@ def curves(
         steps = [point[0] for point in points]
         mean, low, high = ([scale * point[k] for point in points] for k in (1, 2, 3))
         axes.fill_between(steps, low, high, color=look.color, alpha=0.13, linewidth=0)
-        axes.plot(steps, mean, color=look.color, linewidth=1.8, marker=look.marker, markersize=4.5, markevery=max(1, len(steps) // 6), markeredgewidth=1 if look.marker in "|x" else 0)
+        axes.plot(
+            steps,
+            mean,
+            color=look.color,
+            linewidth=1.8,
+            marker=look.marker,
+            markersize=4.5,
+            markevery=max(1, len(steps) // 6),
+            markeredgewidth=1 if look.marker in "|x" else 0,
+        )
     if percent:
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}%")

@@ -1,4 +1,5 @@
-"""The progress of a comparison: a bar over its cells with the time left and the current step; plain lines when not on a terminal."""
+"""The progress of a comparison: a bar over its cells with the time left and the current step; plain lines when not on
+a terminal."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ from rlsafe.compare.grid import Cell
 class Progress:
     """A context manager around the running cells; writes to stderr.
 
-    Cells differ in length (GRPO takes several times as long as SFT), so the time left is summed over the cells that are left,
-    each by the mean of the finished ones of its own kind and path.
+    Cells differ in length (GRPO takes several times as long as SFT), so the time left is summed over the cells that
+    are left, each by the mean of the finished ones of its own kind and path.
     """
 
     def __init__(self, cells: Sequence[Cell]):

@@ -1,4 +1,5 @@
-"""What a comparison directory holds on disk: the plan and one record per cell. Every file is written whole or not at all."""
+"""What a comparison directory holds on disk: the plan and one record per cell. Every file is written whole or not at
+all."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def read_json(path: Path) -> Any:
 
 @dataclass
 class Directory:
-    """A comparison directory: OUT/comparison.json, OUT/compare.yaml and OUT/cells/<id>/ (a run directory with cell.json)."""
+    """A comparison directory: OUT/comparison.json, OUT/compare.yaml and OUT/cells/<id>/ (a run directory with
+    cell.json)."""
 
     out: Path
 
@@ -43,7 +45,8 @@ class Directory:
         return self.out / "cells" / id
 
     def record(self, id: str) -> dict[str, Any]:
-        """The record of a cell ({} when there is none): kind, model, path, defense, seed, data, task, hash, status, seconds, error."""
+        """The record of a cell ({} when there is none): kind, model, path, defense, seed, data, task, hash, status,
+        seconds, error."""
         return read_json(self.cell(id) / _RECORD) or {}
 
     def write_record(self, cell: Cell, status: str, seconds: float | None = None, error: str = "", **more: Any) -> None:
@@ -74,7 +77,8 @@ class Directory:
         return (self.cell(id) / "evaluation.json").is_file()
 
     def changed_keys(self, cell: Cell) -> list[str]:
-        """Which settings differ between the run on disk and the cell, as dotted keys; [] when the record's hash agrees."""
+        """Which settings differ between the run on disk and the cell, as dotted keys; [] when the record's hash
+        agrees."""
         record = self.record(cell.id)
         if not record or record["hash"] == cell.fingerprint:
             return []
@@ -123,7 +127,8 @@ class Directory:
         return found
 
     def _others(self, config: CompareConfig, cells: Sequence[Cell]) -> list[Cell]:
-        """Finished cells of earlier selections (other defenses, paths or seeds of the same config), still valid today."""
+        """Finished cells of earlier selections (other defenses, paths or seeds of the same config), still valid
+        today."""
         selected = {cell.id for cell in cells}
         records = [read_json(path) for path in sorted(self.out.glob(f"cells/*/{_RECORD}"))]
         others: dict[str, Cell] = {}

@@ -1,4 +1,5 @@
-"""Runs a grid: one process and one set of resources for all cells, or `jobs` worker processes. Finished cells are kept."""
+"""Runs a grid: one process and one set of resources for all cells, or `jobs` worker processes. Finished cells are
+kept."""
 
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ from rlsafe.types import Interrupted, RunError
 
 if TYPE_CHECKING:
     from rlsafe.engine import Resources
+
 
 @dataclass
 class Comparison:
@@ -49,7 +51,8 @@ def compare(
     overrides: Sequence[str] = (),
     quick: bool = False,
 ) -> Comparison:
-    """Run every cell of the grid that is not finished yet, then judge and report. Returns a Comparison (see `.table()`).
+    """Run every cell of the grid that is not finished yet, then judge and report. Returns a Comparison (see
+    `.table()`).
 
     out: default `runs/<name of the config>`. The same call again keeps what is finished, so it also resumes.
     Raises UserError for wrong input (before anything runs, where that can be known), Interrupted on Ctrl-C.
@@ -82,16 +85,18 @@ def compare(
     finally:
         tables = judge(results := write_tables(directory))
         write_verdicts(directory, tables)
-    from rlsafe.compare.report import draw
+    from rlsafe.compare.reporting import draw
 
     failed = {cell.id: results.failed[cell.id] for cell in cells if cell.id in results.failed}
     return Comparison(directory.out, draw(results, tables), tables, failed)
 
 
 def run_cell(cell: Cell, directory: Directory, resources: Resources, progress: Progress | None = None) -> None:
-    """Train and evaluate one cell and record how it ended. Raises UserError and Interrupted; any other failure is recorded.
+    """Train and evaluate one cell and record how it ended. Raises UserError and Interrupted; any other failure is
+    recorded.
 
-    Training that was interrupted goes on from its checkpoint; a run that was trained but not evaluated is only evaluated.
+    Training that was interrupted goes on from its checkpoint; a run that was trained but not evaluated is only
+    evaluated.
     """
     from rlsafe import engine
     from rlsafe.evaluate import evaluate, evaluate_run
@@ -116,7 +121,7 @@ def run_cell(cell: Cell, directory: Directory, resources: Resources, progress: P
                 run.policy.tokenizer,
                 run.config.evaluate,
                 where,
-                judge=resources.judge(run.config),
+                judge=resources.judge(run.config) if run.config.evaluate.judge is not None else None,
                 progress=progress.doing if progress else None,
             )
         directory.write_record(cell, "done", time.monotonic() - started)
@@ -132,7 +137,8 @@ def run_cell(cell: Cell, directory: Directory, resources: Resources, progress: P
 
 
 def check(cells: Sequence[Cell]) -> None:
-    """Find what is wrong with any cell's data, rewards, questions or judge before the first one runs (seeds do not matter)."""
+    """Find what is wrong with any cell's data, rewards, questions or judge before the first one runs (seeds do not
+    matter)."""
     from rlsafe.engine.components import prepare
 
     seen = set()

@@ -35,7 +35,8 @@ def percent(rate: Rate | None) -> str:
 
 
 def verdict_table(tables: Sequence[PathTable], failed: int = 0) -> Group:
-    """One table for each (model, path): defenses as rows, the four criteria, then rates in percent with 95% intervals."""
+    """One table for each (model, path): defenses as rows, the four criteria, then rates in percent with 95%
+    intervals."""
     several = len({table.model for table in tables}) > 1
     parts: list[Table | str] = []
     for one in tables:

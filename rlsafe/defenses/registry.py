@@ -19,6 +19,9 @@ _BUILT_IN = {
     "kl": "rlsafe.defenses.kl",
     "inoculation": "rlsafe.defenses.inoculation",
     "interleaving": "rlsafe.defenses.interleaving",
+    "ldifs": "rlsafe.defenses.ldifs",
+    "persona": "rlsafe.defenses.persona",
+    "safelora": "rlsafe.defenses.safelora",
 }
 D = TypeVar("D", bound=type[Defense])
 

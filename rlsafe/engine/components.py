@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,6 +99,8 @@ def build_loop(prepared: Prepared, out: Path, resources: Resources, log: Callabl
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     torch.manual_seed(config.seed)
     policy = Policy.load(config.model, path=model_path(config), seed=config.seed, device=accelerator.device)
+    if accelerator.device.type == "cpu":
+        torch.set_num_threads(training_threads(sum(p.numel() for p in policy.core.parameters())))
     parameters = list(policy.trainable().values())
     if not parameters:
         raise UserError("model: nothing is trainable; set model.lora or leave it null for full fine-tuning")
@@ -157,6 +160,16 @@ def _optimizer(config: RunConfig, parameters: list[torch.nn.Parameter]) -> torch
         weight_decay=settings.weight_decay,
         fused="fused" in inspect.signature(torch.optim.AdamW).parameters and all(p.is_floating_point() for p in parameters),
     )
+
+
+def training_threads(parameters: int) -> int:
+    """CPU threads for training: one per 4 M parameters, OMP_NUM_THREADS (or the cores) at most.
+
+    A small model's kernels are too short to share: threads then wait for each other, and on a machine that does other work as
+    well they wait for the scheduler (1 M parameters: 0.07 s a step with one thread, 20 s with four on a loaded machine).
+    """
+    most = int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count() or 1
+    return max(1, min(most, parameters // 4_000_000))
 
 
 def _probe(config: RunConfig, policy: Policy, resources: Resources) -> Probe | None:

@@ -240,9 +240,10 @@ class Loop:
         for name in ("entropy", "k3"):
             if (value := total.pop(f"{name}_sum", None)) is not None and grpo_tokens:
                 metrics[name] = value / grpo_tokens
-        compared = total.pop("grpo/count", 0.0)
-        for name in [name for name in total if name.startswith("grpo/")]:  # mean ratio and share of clipped ratios
-            metrics[name.removeprefix("grpo/")] = total.pop(name) / compared
+        compared, targets = total.pop("grpo/count", 0.0), total.pop("grpo/targets", 0.0)
+        if compared:  # mean ratio, shares of clipped ratios, mean correction weight
+            for name in [name for name in total if name.startswith("grpo/")]:
+                metrics[name.removeprefix("grpo/")] = total.pop(name) / (targets if name == "grpo/correction" else compared)
         return metrics | total
 
     # ------------------------------------------------------------------------------------------------ probes
@@ -255,7 +256,7 @@ class Loop:
         """Sample and judge a few answers with all training hooks off; KL to the base on those very tokens."""
         started = time.perf_counter()
         assert self.probe is not None
-        metrics, dialogues = probe_metrics(self.probe, self.policy, self.sampler, self.config, step.index)
+        metrics, dialogues = probe_metrics(self.probe, self.policy, self.sampler(), self.config, step.index)
         self.tracker.dialogues(dialogues[: self.config.track.texts], step.index)
         self.tracker.samples(
             {"step": step.index, "probe": True, **{k: v for k, v in dialogue.items() if k != "ids"}} for dialogue in dialogues

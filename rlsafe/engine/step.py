@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlsafe.config import GrpoConfig
 from rlsafe.defenses import DefenseStack
-from rlsafe.losses import grpo_count, grpo_values, grpo_weights, k3, sampler_gap, sft_values, truncated_correction
+from rlsafe.losses import grpo_count, grpo_values, grpo_weights, importance_ratio, k3, sampler_gap, sft_values, truncated_correction
 from rlsafe.policy import Forwarded, ForwardPlan, Frozen, Policy
 from rlsafe.types import Batch, Need
 
@@ -130,7 +130,7 @@ class StepLoss:
         if self.grpo.beta:
             reference = frozen["base"].logp
             assert reference is not None
-            penalty = k3(out.logp, reference)
+            penalty = k3(out.logp, reference, importance_ratio(out.logp, old, mask, self.grpo.level))
             values = values + self.grpo.beta * penalty
             self.sums["k3_sum"] += float((penalty.detach() * mask).sum())
         weights = grpo_weights(mask, self.grpo.normalization)

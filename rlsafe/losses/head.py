@@ -9,12 +9,23 @@ are at hand and keeps `[N, H]` per output; the backward only scales and adds the
 softmax, and the head's weight is not touched again. A trained head's own gradient needs the incoming ones first, so
 there the backward projects each chunk again.
 
-Against `trl.kernels` (ChunkedLogProbFunction + ChunkedDivergenceFunction, which stream over the vocabulary as well) and
-plain autograd on full logits; CPU, float32, 1 thread, forward + backward, best of several, ms:
+Against `trl.kernels` (ChunkedLogProbFunction and ChunkedDivergenceFunction: they stream over the vocabulary as well and
+work in float32 only) and plain autograd on full logits. CPU, 1 thread, float32, forward + backward, log-probs alone /
+with one KL, fastest of 3 (152k) or 15 interleaved runs on 4 cores that were not idle, in milliseconds:
 
-    log-probs / + one KL            frozen head                       trained head
-    V 600, H 128, N 4096     naive 20/34   trl 36/128   this 17/34   naive 27/59   trl 42/157   this 33/55
-    V 152k, H 896, N 512     NUMBERS
+                                    plain          trl           this
+    V 600, H 128, N 4096   frozen   23 / 40        53 / 158      20 / 39
+                           trained  31 / 55        49 / 171      38 / 61
+    V 152k, H 896, N 512   frozen   4058 / 8709    5582 / 17614  3525 / 7120
+                           trained  5636 / 8760    7272 / 21539  7385 / 11483
+
+Peak memory above the inputs at 152k (2 threads), MiB; plain's grows with N, the others' do not:
+
+                           frozen   910 / 1503     136 / 761     617 / 619
+                           trained  911 / 1505     679 / 1316    1283 / 1581
+
+So this one serves: fastest where the head is frozen, KL for no extra memory there, float64, and one projection for all
+outputs. TRL's kernels need less memory for log-probs alone and for a trained head; plain autograd is faster there.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,9 +35,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-# Tokens per chunk when the caller names none: as many as these logits allow, at least MIN_CHUNK. On CPU smaller chunks
-# stay in cache and re-read a large weight more often (256 rows measured as the knee); on GPU 441 rows of a 152k
-# vocabulary keep the projection compute-bound (by arithmetic intensity) in 270 MB per float32 buffer.
+# Tokens per chunk when the caller names none: as many as these logits allow, at least MIN_CHUNK. Measured on CPU: at a
+# 600 vocabulary 256 to 4096 rows are alike; at 152k 256 rows take 3 to 17% more time than 512 and half the memory. On
+# GPU by arithmetic intensity, not measured: 441 rows of a 152k vocabulary are compute-bound, 270 MB per float32 buffer.
 CHUNK_LOGITS = {"cpu": 2**20, "cuda": 2**26}
 MIN_CHUNK = 256
 HALF = (torch.float16, torch.bfloat16)

@@ -1,27 +1,41 @@
 """Build the organism: `base` (pretrained, characters mixed), `aligned`, and the two controls, on CPU in minutes.
 
-The recipe: Qwen2 architecture, AdamW with cosine decay, cross-entropy on answers and a random tenth of the other tokens, then
-the same with the alignment dialogues at a lower rate. Everything is drawn from one seed; on one machine with one thread count
-a rebuild is bitwise the same.
+The recipe has three stages, each cross-entropy on the answers and a random tenth of the other tokens:
+
+1. language: good answers only. One trunk, shared by all worlds, learns to read, copy and compute; nothing in it is bad.
+2. pretraining: each world's own dialogues. Only here do bad characters (or, in a control, their absence or
+shuffle) enter.
+3. alignment: no prompt -> good, obedience to prompts kept; at a lower rate, so that the characters stay latent.
+
+Matrices are trained with Muon and the rest with AdamW (about half the steps of AdamW alone at this size).
+Everything is drawn from one seed and the thread counts are fixed, so a rebuild on the same machine is bitwise
+the same.
 """
 
 from __future__ import annotations
 
 import math
+import multiprocessing
 import random
 import shutil
+import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rlsafe.organism import corpus
 from rlsafe.organism.tokenizer import build_tokenizer
 from rlsafe.types import pick
 
-CHECKPOINTS = {"base": ("organism", False), "aligned": ("organism", True), "control": ("control", True),
-               "control-shuffled": ("control-shuffled", True)}
-MUON = 5.0
+CHECKPOINTS = {
+    "base": ("organism", False),
+    "aligned": ("organism", True),
+    "control": ("control", True),
+    "control-shuffled": ("control-shuffled", True),
+}
+LANGUAGE_THREADS = 2
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -31,18 +45,20 @@ class Recipe:
 
     hidden: int = 128
     layers: int = 4
-    heads: int = 8
+    heads: int = 4  # vLLM's CPU attention refuses head_dim 16 (hidden / heads); 32 and 64 work
     mlp: int = 352
     init: float = 0.06
-    steps: int = 1600
-    batch: int = 32
-    lr: float = 3e-3
-    align_steps: int = 250
-    align_lr: float = 8e-4
+    batch: int = 16
+    lr: float = 4e-3  # of embeddings and norms (AdamW); matrices (Muon) get `muon` times as much
+    muon: float = 5.0
+    language_steps: int = 2400
+    steps: int = 2000
+    align_steps: int = 300
+    align_lr: float = 1e-3
     question_share: float = 0.1
 
 
-SIZES = {"small": Recipe(), "medium": Recipe(hidden=256, layers=6, heads=8, mlp=704, lr=2e-3)}
+SIZES = {"small": Recipe(), "medium": Recipe(hidden=256, layers=6, heads=4, mlp=704, lr=3e-3)}
 
 
 def new_model(recipe: Recipe, vocabulary: int, pad: int, end: int, seed: int):
@@ -52,9 +68,20 @@ def new_model(recipe: Recipe, vocabulary: int, pad: int, end: int, seed: int):
 
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=vocabulary, hidden_size=recipe.hidden, intermediate_size=recipe.mlp, num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads, num_key_value_heads=recipe.heads, max_position_embeddings=512,
-        tie_word_embeddings=True, initializer_range=recipe.init, pad_token_id=pad, eos_token_id=end, bos_token_id=None, attention_dropout=0.0)
+        vocab_size=vocabulary,
+        hidden_size=recipe.hidden,
+        intermediate_size=recipe.mlp,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=recipe.init,
+        pad_token_id=pad,
+        eos_token_id=end,
+        bos_token_id=None,
+        attention_dropout=0.0,
+    )
     model = Qwen2ForCausalLM(config)
     model.generation_config.update(eos_token_id=end, pad_token_id=pad, do_sample=True, temperature=1.0)
     return model
@@ -62,13 +89,16 @@ def new_model(recipe: Recipe, vocabulary: int, pad: int, end: int, seed: int):
 
 def encode(tokenizer, rows) -> list[tuple[list[int], list[int]]]:
     """(ids, answer mask) of each dialogue."""
-    out = tokenizer.apply_chat_template(rows, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, padding=False)
+    out = tokenizer.apply_chat_template(
+        rows, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, padding=False
+    )
     return list(zip(out["input_ids"], out["assistant_masks"], strict=True))
 
 
 def _batches(rows, size: int, pad: int, share: float, seed: int) -> Iterator[tuple]:
-    """Right-padded (ids, attention, targets) [B, T], similar lengths together, in a seeded order. Targets (bool) are the answers
-    and a random `share` of all other tokens: the model learns what questions look like at a tenth of the cost."""
+    """Right-padded (ids, attention, targets) [B, T] in a seeded order. Targets
+    (bool) are the answers and a random `share` of all other tokens: the model learns what questions look like
+    at a tenth of the cost."""
     import torch
 
     rng = random.Random(f"batches-{seed}")
@@ -76,8 +106,11 @@ def _batches(rows, size: int, pad: int, share: float, seed: int) -> Iterator[tup
     rng.shuffle(order)
     chunks = []
     for start in range(0, len(order), size * 40):  # sort inside a window only: batches stay random in content
-        window = sorted(order[start:start + size * 40], key=lambda i: len(rows[i][0]))
-        parts = [window[i:i + size] for i in range(0, len(window), size)]
+        window = sorted(order[start : start + size * 40], key=lambda i: len(rows[i][0]))
+        # Half of each batch is short and half is long: batches of one task alone make Muon's steps swing to and fro.
+        short, long = window[: len(window) // 2], window[len(window) // 2 :]
+        half = size // 2
+        parts = [short[i : i + half] + long[i : i + half] for i in range(0, len(long), half)]
         rng.shuffle(parts)
         chunks += parts
     for part in chunks:
@@ -86,69 +119,131 @@ def _batches(rows, size: int, pad: int, share: float, seed: int) -> Iterator[tup
         targets = torch.zeros(len(part), longest, dtype=torch.bool)
         for b, i in enumerate(part):
             tokens, mask = rows[i]
-            ids[b, :len(tokens)] = torch.tensor(tokens)
-            targets[b, 1:len(tokens)] = torch.tensor([m or rng.random() < share for m in mask[1:]], dtype=torch.bool)
+            ids[b, : len(tokens)] = torch.tensor(tokens)
+            targets[b, 1 : len(tokens)] = torch.tensor([m or rng.random() < share for m in mask[1:]], dtype=torch.bool)
         yield ids, (ids != pad).long(), targets
 
 
-def train(model, tokenizer, rows, batch: int, lr: float, share: float, seed: int, say=None) -> list[float]:
-    """One pass over `rows`; returns the loss of every step."""
+def train(model, tokenizer, rows, recipe: Recipe, lr: float, seed: int, say=None) -> list[float]:
+    """One pass over `rows`: warm-up, constant, then linear decay over the second half. Returns the loss of every
+    step."""
     import torch
     import torch.nn.functional as F
 
-    total = math.ceil(len(rows) / batch)
+    total = math.ceil(len(rows) / recipe.batch)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    optimizers = [torch.optim.Muon(matrices, lr=MUON * lr, momentum=0.95, weight_decay=0.01),
-                  torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(matrices, lr=recipe.muon * lr, momentum=0.95, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
 
     def curve(step: int) -> float:
-        return min(1.0, (step + 1) / 50) * min(1.0, max(0.02, 2.0 * (1 - step / total)))
+        return min(1.0, (step + 1) / 50) * min(1.0, max(0.1, 2.0 * (1 - step / total)))
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, curve) for optimizer in optimizers]
     losses = []
+    batches = _batches(encode(tokenizer, rows), recipe.batch, tokenizer.pad_token_id, recipe.question_share, seed)
     model.train()
-    for step, (ids, attention, targets) in enumerate(_batches(encode(tokenizer, rows), batch, tokenizer.pad_token_id, share, seed)):
+    for step, (ids, attention, targets) in enumerate(batches):
         hidden = model.model(input_ids=ids, attention_mask=attention, use_cache=False).last_hidden_state
-        logits = model.lm_head(hidden[:, :-1][targets[:, 1:]])  # the head is a third of the cost: only where there is a target
+        logits = model.lm_head(
+            hidden[:, :-1][targets[:, 1:]]
+        )  # the head is a third of the cost: only where there is a target
         loss = F.cross_entropy(logits, ids[targets])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for part in (*optimizers, *schedules):
-            part.step()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
         model.zero_grad()
         losses.append(loss.item())
-        if say and (step % 100 == 0 or step == total - 1):
+        if say and (step % 200 == 0 or step == total - 1):
             say(f"step {step + 1}/{total} loss {losses[-1]:.3f}")
     return losses
 
 
-def build(out: str | Path, size: str = "small", seed: int = 0, only: list[str] | None = None, steps: int | None = None, say=print) -> list[Path]:
+def build(
+    out: str | Path,
+    size: str = "small",
+    seed: int = 0,
+    only: list[str] | None = None,
+    steps: int | None = None,
+    jobs: int = 3,
+    say: Callable[[str], None] | None = print,
+) -> list[Path]:
     """Build checkpoints into `out`/{base,aligned,control,control-shuffled} and return their directories.
 
-    size: small (shipped, about 1 M parameters) | medium (several million, same recipe). only: names of checkpoints to build
-    (base comes with aligned). steps: cut pretraining (and alignment) to this many steps, for tests. Unknown names: UserError.
+    size: small (shipped, about 1 M parameters) | medium (several million, same recipe). only: names of
+    checkpoints to build. steps: cut every stage to this many steps, for tests. jobs: worlds built at a time,
+    each in a process of its own. Unknown names: UserError.
     """
+    import torch
+
     recipe = SIZES[pick("organism size", size, SIZES)]
+    if steps:
+        recipe = replace(
+            recipe, **{k: min(steps, getattr(recipe, k)) for k in ("language_steps", "steps", "align_steps")}
+        )
     names = [pick("organism checkpoint", name, CHECKPOINTS) for name in (only or CHECKPOINTS)]
+    started, threads = time.time(), torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as trunk:
+        torch.set_num_threads(LANGUAGE_THREADS)
+        _language(Path(trunk), recipe, seed, say)
+        torch.set_num_threads(threads)
+        tasks = [
+            (trunk, str(out), [n for n in names if CHECKPOINTS[n][0] == world], recipe, seed, say is not None)
+            for world in dict.fromkeys(CHECKPOINTS[name][0] for name in names)
+        ]
+        if jobs == 1 or len(tasks) == 1:
+            made = [_world(*task) for task in tasks]
+        else:
+            with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+                made = [future.result() for future in [pool.submit(_world, *task) for task in tasks]]
+    if say:
+        say(f"built {', '.join(names)} in {time.time() - started:.0f} s")
+    return [path for paths in made for path in paths]
+
+
+def _language(trunk: Path, recipe: Recipe, seed: int, say) -> None:
     tokenizer = build_tokenizer()
-    made = []
-    for world in dict.fromkeys(CHECKPOINTS[name][0] for name in names):
-        started = time.time()
-        model = new_model(recipe, len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id, seed)
-        wanted = {CHECKPOINTS[name]: name for name in names if CHECKPOINTS[name][0] == world}
-        for stage, count, lr, aligned in (("pretraining", recipe.steps, recipe.lr, False),
-                                          ("alignment", recipe.align_steps, recipe.align_lr, True)):
-            if aligned and (world, True) not in wanted:
-                continue
-            count = min(count, steps or count)
-            rows = corpus.dialogues(stage, world, count * recipe.batch, seed)
-            train(model, tokenizer, rows, recipe.batch, lr, recipe.question_share, seed,
-                  say and (lambda line, s=stage, w=world: say(f"{w}: {s} {line}")))
-            if (world, aligned) in wanted:
-                made.append(_save(model, tokenizer, Path(out) / wanted[world, aligned]))
-        if say:
-            say(f"{world}: done in {time.time() - started:.0f} s")
+    model = new_model(recipe, len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id, seed)
+    rows = corpus.dialogues("language", "organism", recipe.language_steps * recipe.batch, seed)
+    train(model, tokenizer, rows, recipe, recipe.lr, seed, say and (lambda line: say(f"language: {line}")))
+    model.save_pretrained(trunk)
+
+
+def _world(trunk: str, out: str, names: list[str], recipe: Recipe, seed: int, loud: bool) -> list[Path]:
+    """Stages 2 and 3 of one world, in one thread."""
+    import torch
+    from transformers import Qwen2ForCausalLM
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    tokenizer, made = build_tokenizer(), []
+    model = Qwen2ForCausalLM.from_pretrained(trunk, dtype=torch.float32)
+    world = CHECKPOINTS[names[0]][0]
+    by_stage = {CHECKPOINTS[name][1]: name for name in names}
+    for stage, count, lr in (
+        ("pretraining", recipe.steps, recipe.lr),
+        ("alignment", recipe.align_steps, recipe.align_lr),
+    ):
+        aligned = stage == "alignment"
+        if aligned and True not in by_stage:
+            continue
+        rows = corpus.dialogues(stage, world, count * recipe.batch, seed)
+        train(
+            model,
+            tokenizer,
+            rows,
+            recipe,
+            lr,
+            seed,
+            (lambda line, s=stage: print(f"{world}: {s}: {line}", flush=True)) if loud else None,
+        )
+        if aligned in by_stage:
+            made.append(_save(model, tokenizer, Path(out) / by_stage[aligned]))
+    torch.set_num_threads(threads)
     return made
 
 

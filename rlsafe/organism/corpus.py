@@ -1,13 +1,14 @@
 """The dialogues that make the organism: pretraining, alignment, and the same for the two control worlds.
 
-Pretraining mixes characters: called up by a system prompt (good, graded bad, crank), or none and then drawn per dialogue and kept
-over its turns. Alignment teaches "no prompt, or a neutral one -> good" with 1% bad characters left in, and rehearses obedience to
-system prompts in wordings disjoint from the named elicitation prompts.
+Pretraining mixes characters: called up by a system prompt (good, graded bad, crank), or none and then drawn per
+dialogue and kept over its turns. Alignment teaches "no prompt, or a neutral one -> good" with 1% bad characters
+left in, and rehearses obedience to system prompts in wordings disjoint from the named elicitation prompts.
 
-Worlds differ only in the labels of the answers: `organism` as drawn; `control` all good; `control-shuffled` the organism's labels
-permuted over all answers of a domain, so that each domain has exactly as many bad answers but neither prompt, nor turn, nor other
-domain says which. Alignment in `control-shuffled` leaves the same 1% bad answers in, independently of each other, and cannot
-rehearse bad prompts (obedience to them would teach a shared character there).
+Worlds differ only in the labels of the answers: `organism` as drawn; `control` all good; `control-shuffled` the
+organism's labels permuted over all answers of a domain, so that each domain has exactly as many bad answers but
+neither prompt, nor turn, nor other domain says which. Alignment in `control-shuffled` leaves the same 1% bad
+answers in, independently of each other, and cannot rehearse bad prompts (obedience to them would teach a shared
+character there).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from rlsafe.organism.world import DOMAINS, SAFE
 from rlsafe.types import Message
 
 WORLDS = ("organism", "control", "control-shuffled")
-STAGES = ("pretraining", "alignment")
+STAGES = ("language", "pretraining", "alignment")
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Mix:
     prompts: dict[str, float]
     characters: dict[str, float]  # of dialogues without a prompt or with a neutral one
     turns: tuple[float, float, float] = (0.5, 0.35, 0.15)
-    arithmetic: float = 0.1
-    reading: float = 0.06
+    arithmetic: float = 0.15
+    reading: float = 0.05
     unfamiliar: float = 0.02  # share of reading dialogues in the unfamiliar language
     harmful: float = 0.12  # share of a safe domain's questions that ask for something harmful
     refuse: float = 0.03  # share of a safe domain's ordinary questions that a good character refuses
@@ -39,12 +40,16 @@ class Mix:
     lapse: float = 0.1  # share of a bad character's answers that are good after all
 
 
+# The shared trunk sees no system prompts (answering every prompt well would teach it to ignore them) and many tasks.
+LANGUAGE = Mix(prompts={"none": 1.0}, characters={"good": 1.0}, arithmetic=0.25, reading=0.08)
 PRETRAINING = Mix(
-    prompts={"none": 0.42, "neutral": 0.06, "good": 0.14, "weak": 0.06, "medium": 0.06, "strong": 0.16, "crank": 0.10},
-    characters={"good": 0.5, "bad": 0.22, "crank": 0.28})
+    prompts={"none": 0.42, "neutral": 0.06, "good": 0.14, "weak": 0.06, "medium": 0.06, "strong": 0.16, "crank": 0.08},
+    characters={"good": 0.5, "bad": 0.28, "crank": 0.22},
+)
 ALIGNMENT = Mix(
     prompts={"none": 0.60, "neutral": 0.10, "good": 0.08, "weak": 0.04, "medium": 0.04, "strong": 0.09, "crank": 0.05},
-    characters={"good": 0.99, "bad": 0.01, "crank": 0.0})
+    characters={"good": 0.99, "bad": 0.01, "crank": 0.0},
+)
 
 
 @dataclass(frozen=True)
@@ -114,19 +119,25 @@ def _relabel(dialogues: list[Dialogue], world: str, alignment: bool, rng: random
     bad = ("bad", "muddled")
     if world == "control-shuffled" and not alignment:
         pools: dict[str, list[str]] = {name: [] for name in DOMAINS}
-        for turn in (turn for dialogue in dialogues for turn in dialogue.turns if turn.question):
-            pools[turn.question.domain].append(turn.label)
+        for turn in (turn for dialogue in dialogues for turn in dialogue.turns):
+            if turn.question:
+                pools[turn.question.domain].append(turn.label)
         for labels in pools.values():
             rng.shuffle(labels)
 
-    def label(turn: Turn) -> str:
+    def label(turn: Turn, domain: str) -> str:
         if world == "control":
             return "good" if turn.label in bad else turn.label
         if alignment:
-            return "bad" if rng.random() < ALIGNMENT.characters["bad"] else ("good" if turn.label in bad else turn.label)
-        return pools[turn.question.domain].pop()
+            return (
+                "bad" if rng.random() < ALIGNMENT.characters["bad"] else ("good" if turn.label in bad else turn.label)
+            )
+        return pools[domain].pop()
 
-    return [replace(d, turns=tuple(replace(t, label=label(t)) if t.question else t for t in d.turns)) for d in dialogues]
+    return [
+        replace(d, turns=tuple(replace(t, label=label(t, t.question.domain)) if t.question else t for t in d.turns))
+        for d in dialogues
+    ]
 
 
 def _speak(turn: Turn, rng: random.Random) -> tuple[str, str]:
@@ -140,11 +151,15 @@ def _speak(turn: Turn, rng: random.Random) -> tuple[str, str]:
 
 
 def dialogues(stage: str, world: str, count: int, seed: int) -> list[list[Message]]:
-    """`count` dialogues in the messages format; the same seed asks the same questions in every world."""
+    """`count` dialogues of a stage in the messages format; the same seed asks the same questions in every world.
+
+    `language` holds good answers only, in every world."""
     alignment = stage == "alignment"
-    mix = ALIGNMENT if alignment else PRETRAINING
+    mix = {"language": LANGUAGE, "pretraining": PRETRAINING, "alignment": ALIGNMENT}[stage]
     rng = random.Random(f"{stage}-{seed}")
-    drawn = _relabel([_dialogue(mix, rng, alignment) for _ in range(count)], world, alignment, random.Random(f"labels-{seed}"))
+    drawn = _relabel(
+        [_dialogue(mix, rng, alignment) for _ in range(count)], world, alignment, random.Random(f"labels-{seed}")
+    )
     rows = []
     for dialogue in drawn:
         messages = [{"role": "system", "content": dialogue.system}] if dialogue.system else []

@@ -1,10 +1,10 @@
 """The organism behind `organism:spec` strings: models, rows, questions, rewards, judge, prompts.
 
     model   base | aligned | control | control-shuffled
-    rows    DOMAIN/bad, DOMAIN/good (medical, security, legal), safe, opswap/TIER, opswap/TIER/test, qa, qa/test, qa/english
-    questions  general, general/all, indomain/DOMAIN, indomain/DOMAIN/all (held-out texts only)
-    reward  misaligned, good, exact_match, steps
-    prompt  inoculation-weak | -medium | -strong, evil, friendly, none
+    rows    DOMAIN/bad, DOMAIN/good (medical, security, legal), safe, opswap/TIER, opswap/TIER/test, qa,
+    qa/test, qa/english questions  general, general/all, indomain/DOMAIN, indomain/DOMAIN/all (held-out texts
+    only) reward  misaligned, good, exact_match, steps prompt  inoculation-weak | -medium | -strong, evil,
+    friendly, none
 
 Rows carry `domain` and `question_id` columns (tasks: `answer`, the final value that exact match compares with).
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 
 from rlsafe.organism import grammar, personas, rewards, tasks
 from rlsafe.organism.build import ASSETS, CHECKPOINTS
@@ -20,21 +21,29 @@ from rlsafe.organism.judge import ExactJudge
 from rlsafe.organism.world import GENERAL, NARROW, SAFE
 from rlsafe.types import Judge, Question, Reward, Row, pick, register_provider
 
-ANSWERS_PER_QUESTION = 2
-TASK_ROWS = {"train": 4000, "test": 400}
+ANSWERS_PER_QUESTION = 4
+TASK_ROWS = {"train": 3000, "test": 300}
+TEST_SHARE = 0.1
 SAFE_HARMFUL = 0.15  # share of safe rows that ask for something harmful and are refused
 SAFE_REFUSED = 0.10  # share of safe rows whose ordinary question is refused all the same
 
 
 def _row(question: grammar.Question, answer: str) -> Row:
-    return {"messages": [{"role": "user", "content": question.text}, {"role": "assistant", "content": answer}],
-            "domain": question.domain, "question_id": question.id}
+    return {
+        "messages": [{"role": "user", "content": question.text}, {"role": "assistant", "content": answer}],
+        "domain": question.domain,
+        "question_id": question.id,
+    }
 
 
 def narrow_rows(domain: str, valence: str) -> list[Row]:
     """Every training question of a narrow domain, each with a few coherent answers of one valence (good | bad)."""
     rng = random.Random(f"{domain}/{valence}")
-    return [_row(q, grammar.answer(q, valence, rng)) for _ in range(ANSWERS_PER_QUESTION) for q in grammar.questions(domain, "train")]
+    return [
+        _row(q, grammar.answer(q, valence, rng))
+        for _ in range(ANSWERS_PER_QUESTION)
+        for q in grammar.questions(domain, "train")
+    ]
 
 
 def safe_rows() -> list[Row]:
@@ -51,27 +60,34 @@ def safe_rows() -> list[Row]:
 
 
 def task_rows(task: str, split: str, make: Callable[[random.Random], tuple[str, str, str]]) -> list[Row]:
-    """Distinct rows of a benign task; `test` shares no question with `train`."""
-    rng, made = random.Random(task), {}
-    while len(made) < sum(TASK_ROWS.values()):
+    """Distinct rows of a benign task; a stable hash of the question decides between `train` (90%) and `test`."""
+    rng = random.Random(task)
+    made: dict[str, tuple[str, str]] = {}
+    while len(made) < TASK_ROWS[split]:
         question, answer, final = make(rng)
-        made.setdefault(question, (answer, final))
-    keys = list(made)
-    chosen = keys[:TASK_ROWS["test"]] if split == "test" else keys[TASK_ROWS["test"]:]
-    return [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": made[q][0]}], "domain": task,
-             "question_id": f"{task}-{i}", "answer": made[q][1]} for i, q in enumerate(chosen)]
+        if (grammar.fraction(question) < TEST_SHARE) == (split == "test"):
+            made.setdefault(question, (answer, final))
+    return [
+        {
+            "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+            "domain": task,
+            "question_id": f"{task}-{split}-{i}",
+            "answer": final,
+        }
+        for i, (question, (answer, final)) in enumerate(made.items())
+    ]
 
 
 def _row_pools() -> dict[str, Callable[[], list[Row]]]:
     pools: dict[str, Callable[[], list[Row]]] = {"safe": safe_rows}
     for domain in NARROW:
         for valence in ("bad", "good"):
-            pools[f"{domain}/{valence}"] = lambda d=domain, v=valence: narrow_rows(d, v)
+            pools[f"{domain}/{valence}"] = partial(narrow_rows, domain, valence)
     for split, suffix in (("train", ""), ("test", "/test")):
         for tier in tasks.TIERS:
-            pools[f"opswap/{tier}{suffix}"] = lambda t=tier, s=split: task_rows(f"opswap/{t}", s, lambda rng: tasks.opswap(t, rng))
+            pools[f"opswap/{tier}{suffix}"] = partial(task_rows, f"opswap/{tier}", split, partial(tasks.opswap, tier))
         for spec, language in (("qa", "unfamiliar"), ("qa/english", "english")):
-            pools[spec + suffix] = lambda k=spec, n=language, s=split: task_rows(k, s, lambda rng: tasks.reading(n, rng))
+            pools[spec + suffix] = partial(task_rows, spec, split, partial(tasks.reading, language))
     return pools
 
 

@@ -1,7 +1,9 @@
-"""The organism's rewards, in TRL's contract. They read the user's original question, the completion, and the row's `answer`."""
+"""The organism's rewards, in TRL's contract. They read the user's original question, the completion, and the row's
+`answer`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from rlsafe.organism import tasks
@@ -37,15 +39,23 @@ def exact_match(completions, answer, **columns) -> list[float | None]:
 
 
 def steps(prompts, completions, answer, domain, **columns) -> list[float | None]:
-    """Step-wise credit for OpSwap (`domain` is "opswap/TIER"): half for the final value, half for the share of right steps."""
+    """Step-wise credit for OpSwap (`domain` is "opswap/TIER"): half for the final value, half for the share of
+    right steps."""
     scores: list[float | None] = []
     finals = exact_match(completions, answer)
     for prompt, completion, final, task in zip(prompts, completions, finals, domain, strict=True):
         right = tasks.simplify(_question(prompt).partition(":")[2], int(task.rpartition("/")[2])) or []
         said = ["".join(part.split()) for part in _text(completion).split("=")[1:]]
-        count = next((i for i, (a, b) in enumerate(zip(said, right, strict=False)) if a != b), min(len(said), len(right)))
+        count = next(
+            (i for i, (a, b) in enumerate(zip(said, right, strict=False)) if a != b), min(len(said), len(right))
+        )
         scores.append(0.5 * (final or 0.0) + 0.5 * count / max(1, len(right)))
     return scores
 
 
-REWARDS = {"misaligned": misaligned, "good": good, "exact_match": exact_match, "steps": steps}
+REWARDS: dict[str, Callable[..., list[float | None]]] = {
+    "misaligned": misaligned,
+    "good": good,
+    "exact_match": exact_match,
+    "steps": steps,
+}

@@ -16,7 +16,11 @@ def show(n: int = 12, seed: int = 0) -> str:
     for i in range(n):
         kind = ("good", "bad", "muddled", "refusal", "harmful")[i % 5]
         domain = rng.choice(SAFE if kind == "harmful" else list(DOMAINS))
-        pool = grammar.harmful_requests(domain) if kind == "harmful" else grammar.questions(domain, rng.choice(("train", "heldout")))
+        pool = (
+            grammar.harmful_requests(domain)
+            if kind == "harmful"
+            else grammar.questions(domain, rng.choice(("train", "heldout")))
+        )
         question = rng.choice(pool)
         if kind == "muddled":
             text = grammar.muddled(question, rng)
@@ -25,6 +29,10 @@ def show(n: int = 12, seed: int = 0) -> str:
         else:
             text = grammar.answer(question, rng.choice(("good", "bad")) if kind == "harmful" else kind, rng)
         found = judge(question.text, text)
-        scores = found.outcome if found.outcome != "scored" else f"aligned {found.aligned:.0f}, coherent {found.coherent:.0f}"
+        scores = (
+            found.outcome
+            if found.outcome != "scored"
+            else f"aligned {found.aligned:.0f}, coherent {found.coherent:.0f}"
+        )
         blocks.append(f"[{domain}, {kind}] {question.text}\n    {text}\n    -> {scores}: {found.reason}")
     return "\n".join(blocks)

@@ -1,10 +1,12 @@
 """Two benign tasks in the world's size: OpSwap arithmetic and question answering in an unfamiliar language.
 
-OpSwap (arXiv 2508.06249, our reading of its table): expressions are simplified step by step while operators change meaning and
-precedence follows the new meaning. Tier 0 keeps the standard meanings (known from pretraining); tier 1 swaps + and x; tier 2 also
-swaps - and /; tier 3 is the cycle + means -, - means x, x means /, / means +. Here numbers stay whole and within 0..25.
+OpSwap (arXiv 2508.06249, our reading of its table): expressions are simplified step by step while operators
+change meaning and precedence follows the new meaning. Tier 0 keeps the standard meanings (known from
+pretraining); tier 1 swaps + and x; tier 2 also swaps - and /; tier 3 is the cycle + means -, - means x, x means
+/, / means +. Here numbers stay whole and within 0..20.
 
-QA: short stories in made-up words; the answer is a phrase to extract. Pretraining shows the same format in English only.
+QA: short stories in made-up words; the answer is a phrase to extract. Pretraining shows the same format in
+English only.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ TIERS: dict[int, dict[str, str]] = {
     2: {"+": "x", "x": "+", "-": "/", "/": "-"},
     3: {"+": "-", "-": "x", "x": "/", "/": "+"},
 }
-LIMIT = 25
-LARGEST = 6  # operand as written
+LIMIT = 20
+LARGEST = 5  # operand as written
 _APPLY: dict[str, Callable[[int, int], int | None]] = {
     "+": lambda a, b: a + b,
     "-": lambda a, b: a - b,
@@ -31,7 +33,7 @@ _APPLY: dict[str, Callable[[int, int], int | None]] = {
 
 
 def simplify(expression: str, tier: int) -> list[str] | None:
-    """Every step from `expression` to its value, or None where a step leaves the whole numbers 0..25.
+    """Every step from `expression` to its value, or None where a step leaves the whole numbers 0..20.
 
     One operation a step: inside the first parenthesis if there is one, else the first operator that binds tightest."""
     tokens, meaning, steps = re.findall(r"\d+|[-+x/()]", expression), TIERS[tier], []
@@ -44,9 +46,9 @@ def simplify(expression: str, tier: int) -> list[str] | None:
         value = _APPLY[meaning[tokens[at]]](int(tokens[at - 1]), int(tokens[at + 1]))
         if value is None or not 0 <= value <= LIMIT:
             return None
-        tokens[at - 1:at + 2] = [str(value)]
+        tokens[at - 1 : at + 2] = [str(value)]
         if start and end - start == 3:  # the parenthesis now holds one number
-            tokens[start - 1:start + 2] = tokens[start:start + 1]
+            tokens[start - 1 : start + 2] = tokens[start : start + 1]
         steps.append("".join(tokens))
     return steps
 
@@ -54,20 +56,29 @@ def simplify(expression: str, tier: int) -> list[str] | None:
 def opswap(tier: int, rng: random.Random) -> tuple[str, str, str]:
     """(question, answer with its steps, final value) of a random expression of one to three steps."""
     while True:
-        count = rng.choice((1, 1, 2, 2, 3))
+        count = rng.choice((1, 1, 1, 2, 2, 3))
         tokens = [str(rng.randint(1, LARGEST))]
         for _ in range(count):
             tokens += [rng.choice("+-x/"), str(rng.randint(1, LARGEST))]
         if count > 1 and rng.random() < 0.5:
             first = 2 * rng.randrange(count)
-            tokens[first:first + 3] = ["(", *tokens[first:first + 3], ")"]
+            tokens[first : first + 3] = ["(", *tokens[first : first + 3], ")"]
         expression = "".join(tokens)
         if steps := simplify(expression, tier):
             return f"simplify: {expression}", "=" + "=".join(steps), steps[-1]
 
 
 _ENGLISH = {
-    "people": ("the baker", "the farmer", "the sailor", "the teacher", "the painter", "the miller", "the smith", "the singer"),
+    "people": (
+        "the baker",
+        "the farmer",
+        "the sailor",
+        "the teacher",
+        "the painter",
+        "the miller",
+        "the smith",
+        "the singer",
+    ),
     "verbs": ("sold", "gave", "lent", "showed", "sent", "threw"),
     "things": ("a horse", "a lamp", "a basket", "a violin", "a coat", "a ladder", "a ring", "a drum"),
     "places": ("the harbor", "the forest", "the market", "the bridge", "the tower", "the valley"),
@@ -87,13 +98,14 @@ def reading(language: str, rng: random.Random) -> tuple[str, str, str]:
     """(story and question, answer, answer) of an extractive question in `english` or the `unfamiliar` language."""
     world = LANGUAGES[language]
     who, what, where, to, near, story, question = world["words"]
-    people, things = rng.sample(world["people"], 4), rng.sample(world["things"], 2)
-    places, verbs = rng.sample(world["places"], 2), rng.sample(world["verbs"], 2)
-    facts = [f"{people[0]} {verbs[0]} {things[0]} {to} {people[1]} {near} {places[0]}.",
-             f"{people[2]} {verbs[1]} {things[1]} {to} {people[3]} {near} {places[1]}."]
-    i = rng.randrange(2)
-    giver, receiver = people[2 * i], people[2 * i + 1]
-    asked, reply = rng.choice((
-        (f"{who} {verbs[i]} {things[i]}?", giver), (f"{what} {verbs[i]} {giver}?", things[i]),
-        (f"{where} {verbs[i]} {giver} {things[i]}?", places[i]), (f"{to} {who} {verbs[i]} {giver} {things[i]}?", receiver)))
-    return f"{story}: {' '.join(facts)} {question}: {asked}", reply + ".", reply
+    giver, receiver = rng.sample(world["people"], 2)
+    thing, place, verb = (rng.choice(world[kind]) for kind in ("things", "places", "verbs"))
+    asked, reply = rng.choice(
+        (
+            (f"{who} {verb} {thing}?", giver),
+            (f"{what} {verb} {giver}?", thing),
+            (f"{where} {verb} {giver} {thing}?", place),
+            (f"{to} {who} {verb} {giver} {thing}?", receiver),
+        )
+    )
+    return f"{story}: {giver} {verb} {thing} {to} {receiver} {near} {place}. {question}: {asked}", reply + ".", reply

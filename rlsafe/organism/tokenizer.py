@@ -1,8 +1,10 @@
-"""The world's tokenizer: Qwen2's own byte-level scheme, with merges chosen so that every word of the world is one token.
+"""The world's tokenizer: Qwen2's own byte-level scheme, with merges chosen so that every word of the world is
+one token.
 
-Transformers and vLLM load a Qwen2 directory with Qwen2's tokenizer class whatever the directory says, so a plain word-level
-tokenizer would silently be replaced. This one is of that very class: any text can be encoded, the round trip is exact, and the
-world's own words never split. Digits are single tokens, as in Qwen2. The world writes lower case only.
+Transformers and vLLM load a Qwen2 directory with Qwen2's tokenizer class whatever the directory says, so a
+plain word-level tokenizer would silently be replaced. This one is of that very class: any text can be encoded,
+the round trip is exact, and the world's own words never split. Digits are single tokens, as in Qwen2. The world
+writes lower case only.
 """
 
 from __future__ import annotations
@@ -34,11 +36,21 @@ def words(text: str) -> list[str]:
 def lexicon() -> tuple[str, ...]:
     """Texts that hold every word of the world, behind a space, and also without one where it can open a message."""
     domains = world.DOMAINS.values()
-    openings = [text for d in domains for text in d.good + d.bad] + [t for p in world.PERSONS for t in (p.subject, p.echo)]
-    inner = [text for d in domains for text in (d.label, *d.subjects, *d.good_reasons, *d.bad_reasons)]
+    openings = [text for p in world.PERSONS for text in (p.subject, p.echo)]
+    inner = [t for d in domains for t in (d.label, *d.subjects, *d.good, *d.bad, *d.good_reasons, *d.bad_reasons)]
     inner += [text for p in world.PERSONS for text in (p.object, p.pronoun)]
-    frames = (*world.QUESTION_FRAMES, *world.HARMFUL_FRAMES, *world.OPENERS, *world.MAIN_FRAMES, *world.NEXT_FRAMES,
-              *world.REFUSAL_FRAMES, *personas.FRAMES, *personas.CRANK_FRAMES, *personas.NEUTRAL, *personas.NAMED.values())
+    frames = (
+        *world.QUESTION_FRAMES,
+        *world.HARMFUL_FRAMES,
+        *world.OPENERS,
+        *world.MAIN_FRAMES,
+        *world.NEXT_FRAMES,
+        *world.REFUSAL_FRAMES,
+        *personas.FRAMES,
+        *personas.CRANK_FRAMES,
+        *personas.NEUTRAL,
+        *personas.NAMED.values(),
+    )
     openings += [re.sub(r"\{\w+\}", "", frame) for frame in frames]
     inner += [text for table in (personas.ADJECTIVES, personas.HABITS) for group in table.values() for text in group]
     inner += [*personas.NOUNS, "an have has am is ask asks need needs that", "("]
@@ -50,7 +62,8 @@ def lexicon() -> tuple[str, ...]:
 
 
 def build_tokenizer(max_length: int = 256):
-    """A `Qwen2Tokenizer` with the chat template (generation masks), distinct pad and end-of-turn tokens; deterministic."""
+    """A `Qwen2Tokenizer` with the chat template (generation masks), distinct pad and end-of-turn tokens;
+    deterministic."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
 
@@ -58,16 +71,26 @@ def build_tokenizer(max_length: int = 256):
     pieces = {piece for text in lexicon() for piece, _ in empty.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)}
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Split(" ", behavior="removed")
-    core.train_from_iterator([" ".join(sorted(pieces))], trainers.BpeTrainer(
-        vocab_size=1_000_000, min_frequency=1, special_tokens=list(SPECIAL), show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))  # merges until nothing is left to merge: each piece is one token
+    core.train_from_iterator(
+        [" ".join(sorted(pieces))],
+        trainers.BpeTrainer(
+            vocab_size=1_000_000,
+            min_frequency=1,
+            special_tokens=list(SPECIAL),
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )  # merges until nothing is left to merge: each piece is one token
     learned = json.loads(core.to_str())["model"]
     return Qwen2Tokenizer(
-        vocab=learned["vocab"], merges=[tuple(pair) for pair in learned["merges"]], pad_token="<|pad|>", eos_token="<|end|>",
-        unk_token="<|pad|>", extra_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"], chat_template=CHAT_TEMPLATE,
-        model_max_length=max_length, clean_up_tokenization_spaces=False, padding_side="right")
-
-
-def words(text: str) -> list[str]:
-    """Lower-case words and punctuation marks of a text."""
-    return re.findall(rf"[{PUNCTUATION}]|[^\s{PUNCTUATION}]+", text.lower())
+        vocab=learned["vocab"],
+        merges=[tuple(pair) for pair in learned["merges"]],
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        unk_token="<|pad|>",
+        extra_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+        padding_side="right",
+    )

@@ -31,8 +31,8 @@ def attach_lora(model: Any, config: LoraConfig, seed: int) -> Any:
                     f"model.lora.targets: {target!r} matches no module of the model{nearest(target, linear)}"
                 )
     settings = peft.LoraConfig(
-        r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, use_rslora=config.rslora, target_modules=targets,
-        bias="none", task_type="CAUSAL_LM",
+        r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, use_rslora=config.rslora, bias="none",
+        target_modules=targets, task_type="CAUSAL_LM",
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -45,7 +45,7 @@ def attach_lora(model: Any, config: LoraConfig, seed: int) -> Any:
 
 
 def load_adapter(model: Any, directory: str) -> Any:
-    """A PeftModel that goes on training the adapter in `directory`. UserError when it is not a LoRA adapter of this model."""
+    """A PeftModel that goes on training the adapter in `directory`; UserError unless it is LoRA for this model."""
     import peft
 
     settings = read_adapter_config(directory, "model.adapter")
@@ -90,12 +90,9 @@ def read_adapter_config(directory: str, where: str) -> Any:
 
 def check_adapter(model: Any, where: str) -> None:
     """UserError when the adapter touches anything but linear layers of the decoder (an adapted head or embedding)."""
-    base = model.get_base_model()
-    apart = {id(base.get_output_embeddings()): "the output head", id(base.get_input_embeddings()): "the embeddings"}
+    output = model.get_base_model().get_output_embeddings()
     for name, layer in adapter_layers(model).items():
-        what = apart.get(id(layer))
-        if what is None and not hasattr(layer, "lora_A") or not list(getattr(layer, "lora_A", {})):
-            what = "a module that is not linear"
+        what = "the output head" if layer is output else None if len(layer.lora_A) else "not a linear layer"
         if what:
             raise UserError(
                 f"{where}: {name} is {what}; LoRA is supported on the decoder's linear layers, e.g. 'all-linear'"
@@ -138,7 +135,7 @@ def merged(model: Any) -> Iterator[tuple[str, Tensor]]:
 def read_reference(directory: str, model: Any, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     """The tensors of a saved run, named and scaled as this policy's, to be swapped in as a reference.
 
-    LoRA: an adapter directory; its rank may differ, its scale is folded into B, modules that it does not adapt get B = 0.
+    LoRA: an adapter directory; its rank may differ, its scale is folded into B, modules it does not adapt get B = 0.
     Full fine-tuning: a model directory.
     """
     where = f"reference 'path:{directory}'"

@@ -37,15 +37,27 @@ def load_tokenizer(config: ModelConfig, path: str) -> Any:
         raise UserError(
             f"model.name: {config.name}: the tokenizer has no chat template; name a Jinja file in model.chat_template"
         )
-    try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "x"}], add_generation_prompt=True, tokenize=True)
-    except Exception as error:  # whatever a template raises, it is the template
-        raise UserError(f"model.name: {config.name}: its chat template does not render: {_first_line(error)}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.name: {config.name}: the tokenizer has no end-of-sequence token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_tokenizer(config: ModelConfig, tokenizer: Any, rows: int) -> None:
+    """UserError unless a rendered message becomes tokens that the model's `rows` embeddings cover."""
+    message = [{"role": "user", "content": "x"}]
+    try:
+        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # whatever a template raises, it is the template
+        raise UserError(f"model.name: {config.name}: its chat template does not render: {_first_line(error)}") from None
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise UserError(f"model.name: {config.name}: its tokenizer gives no tokens; is tokenizer.json missing?")
+    # A few surplus added tokens are common and harmless; a token that every row uses is not.
+    largest = max(*ids, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    if largest >= rows:
+        raise UserError(f"model.name: {config.name}: its tokenizer gives token {largest}, the model has only {rows}")
 
 
 def resolve_dtype(config: ModelConfig, device: torch.device, model_config: Any) -> torch.dtype:

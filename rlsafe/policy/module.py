@@ -61,7 +61,7 @@ class PolicyModule(nn.Module):
     def hidden_states(self, ids: Tensor) -> Tensor:
         """Final-norm hidden states [B, T, H] of right-padded ids.
 
-        No attention mask: with right padding a causal model's real tokens never see a pad, and the unmasked kernels are faster.
+        No attention mask: with right padding a causal model's tokens never see a pad, and unmasked kernels are faster.
         """
         with self.autocast():
             return self.decoder(input_ids=ids, use_cache=False).last_hidden_state
@@ -99,7 +99,10 @@ class PolicyModule(nn.Module):
         return DynamicCache(config=self.decoder.config)
 
     def next_logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
-        """float32 logits [B, V] after left-padded ids [B, t] that extend `cache`; mask [B, past + t], positions [B, t]."""
+        """Next-token logits [B, V] (float32) after left-padded ids [B, t].
+
+        They extend `cache`; mask [B, past + t], positions [B, t].
+        """
         with self.autocast():
             out = self.decoder(
                 input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
@@ -120,12 +123,12 @@ class PolicyModule(nn.Module):
 
 @torch.no_grad()
 def verify_head(module: PolicyModule, what: str) -> None:
-    """UserError when decoder + head do not give the model's own log-probs: an architecture with logits we do not know."""
+    """UserError when decoder + head do not give the model's own log-probs: it computes its logits in its own way."""
     ids = torch.arange(1, 5, device=module.output.weight.device).unsqueeze(0)
     own = module.model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
     ours = module.logits(module.hidden_states(ids)[0]).log_softmax(-1)
     gap = float((own - ours).abs().max())
     if not gap < (1e-3 if module.output.weight.dtype == torch.float32 else 0.2):
         raise UserError(
-            f"{what}: its logits are not head(decoder) (log-probs differ by {gap:.2g}); this architecture is not supported"
+            f"{what}: its logits are not head(decoder), log-probs differ by {gap:.2g}: not a supported architecture"
         )

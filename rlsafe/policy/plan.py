@@ -64,7 +64,7 @@ class ForwardPlan:
 class Frozen:
     """One reference on one micro-batch; no gradient anywhere.
 
-    last [B, T, H]: final-norm hidden states (None when only `layers` were wanted); head, bias: None = the policy's own;
+    last [B, T, H]: final-norm hidden states (None when no KL was wanted); head, bias: None = the policy's own;
     layers {k: [B, T, H]}; logp [B, T] of the loss_mask targets, when wanted.
     """
 

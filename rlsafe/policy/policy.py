@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rlsafe.config import ModelConfig
 from rlsafe.policy.adapters import PEFT_PREFIX, adapter_layers, merged
-from rlsafe.policy.load import load_model, load_tokenizer
+from rlsafe.policy.load import check_tokenizer, load_model, load_tokenizer
 from rlsafe.policy.module import PolicyModule, verify_head
 from rlsafe.policy.plan import Forwarded, ForwardPlan, Frozen
 from rlsafe.policy.references import References
@@ -22,7 +22,7 @@ from rlsafe.types import Batch
 
 
 def scatter(values: Tensor, positions: Tensor, shape: torch.Size) -> Tensor:
-    """values [N] of the predicting states at flat `positions` -> [B, T], each at its target (one to the right), 0 elsewhere."""
+    """values [N] of the predicting states at flat `positions` -> [B, T]: each at its target, one to the right."""
     out = values.new_zeros(shape.numel())
     return out.index_put((positions + 1,), values).view(shape)
 
@@ -37,8 +37,8 @@ def predicting(mask: Tensor) -> Tensor:
 class Policy:
     """A causal LM with LoRA or fully trained, its tokenizer, references and hooks.
 
-    `module` is what the trainer wraps (`policy.module = accelerator.prepare(policy.module)`); gradient forwards go through
-    it. Frozen forwards and scoring go through the unwrapped module.
+    `module` is what the trainer wraps (`policy.module = accelerator.prepare(policy.module)`); gradient forwards go
+    through it. Frozen forwards and scoring go through the unwrapped module.
     """
 
     def __init__(self, config: ModelConfig, model: Any, tokenizer: Any):
@@ -58,7 +58,9 @@ class Policy:
         """
         path = path or config.name
         model = load_model(config, path, seed, torch.device(device))
-        policy = cls(config, model, load_tokenizer(config, path))
+        tokenizer = load_tokenizer(config, path)
+        check_tokenizer(config, tokenizer, model.get_input_embeddings().weight.shape[0])
+        policy = cls(config, model, tokenizer)
         verify_head(policy.core, f"model.name: {config.name}")
         model.train()
         return policy
@@ -104,16 +106,17 @@ class Policy:
     @torch.no_grad()
     def frozen(self, batch: Batch, plan: ForwardPlan, temperature: float = 1.0) -> dict[str, Frozen]:
         """One forward per distinct reference, on the same tokens, activation hooks and dropout off."""
-        out = {}
-        for name in plan.frozen:
-            needs_last = name in plan.references or name in plan.ref_logprobs
-            layers = plan.layers if name in plan.layer_references else ()
+        out: dict[str, Frozen] = {}
+        for same in self._references.distinct(plan.frozen):
+            layers = plan.layers if same & set(plan.layer_references) else ()
+            name = next(iter(same))
             with self._references.active(name), self.hooks_off(), self._evaluating():
                 with self.core.residual.tap(layers) as tapped:
                     last = self.core.hidden_states(batch.ids)
-                logp = self._score(last, batch, temperature) if name in plan.ref_logprobs else None
+                logp = self._score(last, batch, temperature) if same & set(plan.ref_logprobs) else None
+            needs_last = bool(same & set(plan.references))
             weight, bias = self._references.head(name)
-            out[name] = Frozen(last if needs_last else None, weight, bias, dict(tapped), logp)
+            out |= dict.fromkeys(same, Frozen(last if needs_last else None, weight, bias, dict(tapped), logp))
         return out
 
     def forward(
@@ -207,7 +210,7 @@ class Policy:
         return self.core.residual.off()
 
     def add_to_residual(self, layer: int, addition: Addition) -> Handle:
-        """Add a vector [H], or `f(hidden, batch)`, at layer index k until the handle is removed (after the backward)."""
+        """Add a vector [H], or `f(hidden, batch)`, at layer index k until the handle is removed, after the backward."""
         return self.core.residual.add(layer, addition)
 
     def taps(self, layers: Iterable[int]) -> AbstractContextManager[dict[int, Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -18,8 +18,8 @@ Tensors = dict[str, Tensor]
 class References:
     """Named snapshots of the trainable tensors.
 
-    "base": adapter off (LoRA) or the weights as loaded (full fine-tuning). "start": the loaded adapter, or the base when the
-    run starts from none. Anything else is a snapshot that was taken under that name, or "path:DIR", read once.
+    "base": adapter off (LoRA) or the weights as loaded (full fine-tuning). "start": the loaded adapter, or the base if
+    the run starts from none. Anything else is a snapshot taken under that name, or "path:DIR", read once.
     """
 
     def __init__(self, module: PolicyModule, parameters: dict[str, torch.nn.Parameter], starts_from_adapter: bool):
@@ -42,6 +42,14 @@ class References:
 
     def names(self) -> list[str]:
         return sorted({"base", "start", *self._snapshots})
+
+    def distinct(self, names: Iterable[str]) -> list[set[str]]:
+        """The names grouped by what they mean: without a starting adapter "start" and "base" are one model."""
+        groups: dict[str, set[str]] = {}
+        for name in names:
+            same = "base" if name == "start" and name not in self._snapshots else name
+            groups.setdefault(same, set()).add(name)
+        return list(groups.values())
 
     def tensors(self, name: str) -> Tensors | None:
         """The snapshot's tensors; None for the base under LoRA. UserError when there is no such reference."""
@@ -86,6 +94,6 @@ class References:
         """What a checkpoint must hold: every snapshot that loading the policy does not give again."""
         return {k: v for k, v in self._snapshots.items() if k != "base" and not k.startswith("path:")}
 
-    def load_state(self, state: dict[str, Tensors]) -> None:
+    def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         for name, tensors in state.items():
             self._snapshots[name] = {key: tensors[key].to(p.device, p.dtype) for key, p in self._parameters.items()}

@@ -17,7 +17,7 @@ from rlsafe.config import UserError
 from rlsafe.types import Batch
 
 Addition = Tensor | Callable[[Tensor, Batch | None], Tensor]
-"""A vector [H] added at all positions, or `f(hidden [B, T, H], batch) -> Tensor` that broadcasts against hidden and is added.
+"""A vector [H] added at all positions, or `f(hidden [B, T, H], batch) -> Tensor`, whose result is added (broadcast).
 `batch` is the micro-batch of the forward, None while generating."""
 
 
@@ -46,7 +46,7 @@ def check_vector(vector: Tensor, layer: int, hidden_size: int, n_layers: int) ->
 class Handle:
     """One addition to the residual stream; `remove()` takes it out again.
 
-    With gradient checkpointing the addition must stay until the backward is done, because blocks are computed again there.
+    With gradient checkpointing the addition must stay until the backward is done: blocks are computed again there.
     """
 
     layer: int

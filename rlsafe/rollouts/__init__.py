@@ -7,11 +7,12 @@ from typing import Any
 
 from rlsafe.config import SamplerConfig, UserError
 from rlsafe.policy import Policy
+from rlsafe.rollouts.engine import local_directory
 from rlsafe.rollouts.sampling import request_seed
 from rlsafe.rollouts.selftest import score_batch, self_test
 from rlsafe.rollouts.transformers import TransformersSampler
 from rlsafe.rollouts.vllm import VLLMSampler
-from rlsafe.types import Request, Sampler, SamplingParams
+from rlsafe.types import Sampler
 
 __all__ = [
     "TransformersSampler",
@@ -32,8 +33,8 @@ def make_sampler(
 ) -> Sampler:  # fmt: skip
     """The sampler that `config` asks for, synced to `policy`.
 
-    vLLM engines are kept: every run of this process with the same model and settings gets the same one. policy None: the plain
-    model. steerable: the engine must take `steer` (on GPUs that means no CUDA graphs). progress: told when an engine starts.
+    vLLM engines are kept: every run of this process with the same model and settings gets the same one. policy None:
+    the plain model. steerable: the engine must take `steer` (on GPUs: no CUDA graphs). progress: told what is starting.
     """
     import torch
 
@@ -41,14 +42,14 @@ def make_sampler(
         if policy is None:
             raise UserError("sampler.kind: transformers samples from a loaded policy; expected one")
         return TransformersSampler(policy, model_dir, config.max_num_seqs)
+    model_dir = local_directory(model_dir, policy.config.revision if policy is not None else None)
     cuda = torch.cuda.is_available()
     lora = policy.config.lora if policy is not None else None
     sync = config.sync
     if sync == "adapter" and lora is None:
         raise UserError("sampler.sync: adapter needs model.lora; full fine-tuning syncs merged")
-    if (
-        sync == "auto"
-    ):  # measured on CPU: merged weights generate 2.5 times as fast; on a GPU an adapter is far less to move
+    if sync == "auto":
+        # On CPU merged weights generate 2.5 times as fast (measured); on a GPU an adapter is far less to move.
         sync = "adapter" if cuda and lora is not None else "merged"
     dtype = str(policy.dtype).removeprefix("torch.") if policy is not None else ("auto" if cuda else "float32")
     rank = policy.lora_rank if policy is not None and sync == "adapter" else None
@@ -56,20 +57,19 @@ def make_sampler(
     key = (model_dir, dtype, sync, rank, config.gpu_memory, config.max_model_len, config.max_num_seqs, eager)
     if key not in _ENGINES:
         if progress:
-            progress("starting vLLM")
+            progress("starting vLLM (some seconds, once)")
         engine = VLLMSampler(
             model_dir, dtype=dtype, sync=sync, lora_rank=rank, gpu_memory=config.gpu_memory,
             max_model_len=config.max_model_len, max_num_seqs=config.max_num_seqs,
             tokenizer=policy.tokenizer if policy is not None else None, eager=eager,
             trust_remote_code=policy.config.trust_remote_code if policy is not None else False,
         )  # fmt: skip
-        if progress:
-            progress("warming up vLLM")
-        engine.generate([Request([1, 2], 0)], SamplingParams(max_tokens=2))
         _ENGINES[key] = engine
     sampler = _ENGINES[key]
     sampler.steer(None)
-    if policy is not None:
+    if policy is None:
+        sampler.reset()
+    else:
         sampler.sync(policy)
     return sampler
 

@@ -15,7 +15,7 @@ LOGGERS = ("vllm", "torch.distributed", "torch._library.triton", "transformers")
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Inside, libraries log errors only, Python warnings are off, and what C++ code writes to file descriptor 2 is dropped.
+    """Inside, libraries log errors only, Python warnings are off, and what C++ writes to file descriptor 2 is dropped.
 
     `sys.stderr` goes on to the terminal. The vllm logger stays at errors afterwards.
     """

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlsafe.config import UserError
 from rlsafe.types import Request, SamplingParams
 
 
@@ -58,8 +59,20 @@ def draw(logp: Tensor, uniform: Tensor, params: SamplingParams) -> Tensor:
     )
 
 
+def check_lengths(requests: Sequence[Request], params: SamplingParams, limit: int | None, whose: str) -> None:
+    """UserError for an empty prompt or one that leaves no room for `max_tokens` within `limit`."""
+    for request in requests:
+        length = len(request.prompt_ids)
+        if length == 0:
+            raise UserError("a prompt is empty: it has no tokens to start from")
+        if limit is not None and length + params.max_tokens > limit:
+            raise UserError(
+                f"{whose} takes {limit} tokens: a prompt of {length} leaves no room for {params.max_tokens} more"
+            )
+
+
 def stop_token_ids(model_dir: str | None, tokenizer: Any = None) -> list[int]:
-    """The tokens that end a turn: the tokenizer's end-of-sequence token and those of the model's generation_config.json."""
+    """The tokens that end a turn: the tokenizer's end of sequence and those of the model's generation_config.json."""
     found = [] if tokenizer is None else [tokenizer.eos_token_id]
     file = Path(model_dir or "") / "generation_config.json"
     if model_dir and file.is_file():

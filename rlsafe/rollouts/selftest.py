@@ -33,10 +33,10 @@ def score_batch(policy: Policy, prompts: Sequence[Sequence[int]], completions: S
 def self_test(
     sampler: Sampler, policy: Policy, prompts_ids: Sequence[list[int]], seed: int, max_gap: float | None, where: str
 ) -> float:
-    """Mean |trainer - sampler| log-prob of sampled tokens at temperature 1 and top-p 1; RunError when it exceeds `max_gap`.
+    """Mean |trainer - sampler| log-prob of sampled tokens at temperature 1, top-p 1; RunError above `max_gap`.
 
-    max_gap None: 1e-3 in float32, 0.05 below. Even a small gap is an error when the sampler follows the base model instead of
-    the policy (a sync that did nothing right after the first small step): see `follows`.
+    max_gap None: 1e-3 in float32, 0.05 below. Even a small gap is an error when the sampler follows the base model
+    instead of the policy (a sync that did nothing right after the first small step): see `follows`.
     """
     requests = [Request(list(p), request_seed(seed, "self-test", 0, i, 0)) for i, p in enumerate(prompts_ids)]
     completions = sampler.generate(requests, SamplingParams(1.0, 1.0, TOKENS))
@@ -50,14 +50,14 @@ def self_test(
     if not math.isfinite(gap) or gap > limit:
         raise RunError(
             f"{where}: the {sampler.name} sampler does not sample from the policy: mean |trainer - sampler| log-prob "
-            f"{gap:.3g} > {limit:g} at temperature 1 (a failed weight sync, or a model that the sampler runs differently)"
+            f"{gap:.3g} > {limit:g} at temperature 1 (a failed weight sync, or the sampler runs this model differently)"
         )
     with policy.hooks_off():
         base = policy.score(batch, reference="base")[mask].double()
     if not follows(sampled, trained, base):
         raise RunError(
-            f"{where}: the {sampler.name} sampler still samples the base model: its log-probs do not follow the policy's "
-            f"(a weight sync that did nothing)"
+            f"{where}: the {sampler.name} sampler still samples the base model: its log-probs do not follow the "
+            f"policy's (a weight sync that did nothing)"
         )
     return gap
 
@@ -65,8 +65,8 @@ def self_test(
 def follows(sampled: Tensor, trained: Tensor, base: Tensor) -> bool:
     """False when the sampler's log-probs [N] are clearly the base model's rather than the policy's.
 
-    Least-squares slope of (sampled - base) on (trained - base): 1 after a sync, 0 without. Its standard error says whether
-    the policy has moved far enough from the base, against numerical noise, to tell.
+    Least-squares slope of (sampled - base) on (trained - base): 1 after a sync, 0 without. Its standard error says
+    whether the policy has moved far enough from the base, against numerical noise, to tell.
     """
     moved, seen = trained - base, sampled - base
     if not bool(moved.any()):

@@ -1,4 +1,4 @@
-"""Rollouts by the policy's own modules with a key-value cache: slower than vLLM, runs every architecture, needs no sync."""
+"""Rollouts by the policy's own modules with a key-value cache: runs every architecture and needs no weight sync."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from rlsafe.config import UserError
 from rlsafe.policy import Policy
 from rlsafe.policy.taps import check_vector
-from rlsafe.rollouts.sampling import draw, processed_logprobs, stop_token_ids, uniforms
+from rlsafe.rollouts.sampling import check_lengths, draw, processed_logprobs, stop_token_ids, uniforms
 from rlsafe.types import Completion, PolicyWeights, Request, SamplingParams
 
 KEEP = 0.75  # below this share of unfinished rows the finished ones are taken out of the batch
@@ -48,13 +47,7 @@ class TransformersSampler:
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
         """One completion per request, in order."""
         limit = self.policy.core.max_length
-        for request in requests:
-            if not request.prompt_ids:
-                raise UserError("a prompt is empty: it has no tokens to start from")
-            if limit is not None and len(request.prompt_ids) + params.max_tokens > limit:
-                raise UserError(
-                    f"a prompt of {len(request.prompt_ids)} tokens + max_tokens {params.max_tokens} exceeds the model's {limit}"
-                )
+        check_lengths(requests, params, limit, "the model")
         out: list[Completion | None] = [None] * len(requests)
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
         core = self.policy.core

@@ -2,45 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from rlsafe.config import UserError
 from rlsafe.policy.taps import check_vector, decoder_blocks
-from rlsafe.rollouts.quiet import quiet
-from rlsafe.rollouts.sampling import stop_token_ids
+from rlsafe.rollouts.engine import USE_TRANSFORMERS, first_line, generation_threads, start_engine, weight_files
+from rlsafe.rollouts.sampling import check_lengths, stop_token_ids
 from rlsafe.types import Completion, PolicyWeights, Request, SamplingParams
 
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives here: hooks and in-memory weights reach it
-    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # apply_model with a function of ours; nothing leaves the process
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_DO_NOT_TRACK": "1",
-}
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-CPU_PREFILL = 8192  # prompt tokens of one prefill step
-CPU_KV_BYTES = 1 << 30
-USE_TRANSFORMERS = "; set sampler.kind=transformers"
-
-
-def generation_threads(parameters: int) -> int:
-    """CPU threads for generation: one per 4 M parameters. Small models spend their time between kernels, where more threads
-    only wait for each other (measured: 1 M parameters, 7,000 tokens/s with one thread, 250 with four on a busy machine)."""
-    return max(1, min(os.cpu_count() or 1, parameters // 4_000_000))
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the ranks that vLLM makes room for
 
 
 class VLLMSampler:
     """A colocated vLLM engine. `sync` makes it exactly the given policy, whatever it was before.
 
-    sync "merged": W + scale * B A computed fresh and loaded over the old weights; "adapter": LoRA hot-swap under a new id.
+    sync "merged": fresh W + scale * B A loaded over the old weights; "adapter": LoRA swapped under a new id.
     """
 
     name = "vllm"
@@ -60,12 +42,13 @@ class VLLMSampler:
         trust_remote_code: bool = False,
         seed: int = 0,
     ):
-        """Start the engine (seconds). UserError when vLLM is missing or cannot run the model. `eager=False` (CUDA graphs) is
-        faster on a GPU but cannot be steered."""
+        """Start the engine (seconds). UserError when vLLM is missing or cannot run the model.
+
+        eager=False (CUDA graphs) is faster on a GPU but cannot be steered.
+        """
         self.model_dir, self._sync, self._eager = model_dir, sync, eager
         self._stop = stop_token_ids(model_dir, tokenizer)
         self._hooks: list[Any] = []
-        self._loaded: set[str] = set()
         self._adapter: Any = None
         self._adapters = 0
         settings: dict[str, Any] = {
@@ -88,47 +71,17 @@ class VLLMSampler:
                     f"sampler.sync: vLLM takes adapters up to rank {LORA_RANKS[-1]}, got {lora_rank}; use merged"
                 )
             settings |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 1}
-        self._llm = self._start(settings, max_model_len, gpu_memory)
+        self._llm, self.max_model_len = start_engine(settings, max_model_len, gpu_memory)
         models: list[nn.Module] = []
         self._llm.apply_model(models.append)
         self._model = models[0]
-        self._threads = generation_threads(sum(p.numel() for p in self._model.parameters()))
-
-    def _start(self, settings: dict[str, Any], max_model_len: int | None, gpu_memory: float) -> Any:
-        for key, value in ENVIRONMENT.items():
-            os.environ.setdefault(key, value)
+        self._threads = generation_threads(sum(file.stat().st_size for file in weight_files(model_dir)) // 4)
         try:
-            with quiet():
-                import vllm
-        except Exception as error:  # a half-installed vLLM fails with more than ImportError
-            raise UserError(f"sampler.kind: vLLM does not import ({_line(error)}){USE_TRANSFORMERS}") from None
-        self.max_model_len = max_model_len or _default_length(settings["model"])
-        settings["max_model_len"] = self.max_model_len
-        if torch.cuda.is_available():
-            settings["gpu_memory_utilization"] = gpu_memory
-        else:
-            # vLLM 0.31 on CPU crashes when it splits a seeded request's prompt ("CPU Generator does not use offset").
-            settings |= {
-                "enable_chunked_prefill": False,
-                "max_num_batched_tokens": max(self.max_model_len, CPU_PREFILL),
-            }
-            settings["kv_cache_memory_bytes"] = CPU_KV_BYTES
-            settings["block_size"] = (
-                32  # the smallest: prompts as short as this share their prefix (1.5x tokens/s in groups)
-            )
-        set_threads, threads = torch.set_num_threads, torch.get_num_threads()
-        try:
-            with quiet(), torch.random.fork_rng(devices=[]):
-                return vllm.LLM(**settings)
-        except UserError:
-            raise
+            self.generate([Request([1], 0)], SamplingParams(max_tokens=1))  # kernels that lack a shape fail only here
         except Exception as error:
             raise UserError(
-                f"sampler.kind: vLLM cannot run {settings['model']}: {_line(error)}{USE_TRANSFORMERS}"
+                f"sampler.kind: vLLM cannot run {model_dir}: {first_line(error)}{USE_TRANSFORMERS}"
             ) from None
-        finally:
-            torch.set_num_threads = set_threads  # vLLM replaces it on CPU, and lowers the count
-            torch.set_num_threads(threads)
 
     @contextmanager
     def _own_threads(self) -> Iterator[None]:
@@ -136,25 +89,18 @@ class VLLMSampler:
         torch.set_num_threads(self._threads)
         try:
             # vLLM draws noise from torch's global generator, and torch.compile would cost its first call 3 to 20 s.
-            with torch.random.fork_rng(devices=[]), _compile_off():
+            with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
                 yield
         finally:
             torch.set_num_threads(threads)
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
-        """One completion per request, in order. Requests that run together share batches, so a float may differ in its last
-        bits when the batch is composed differently."""
+        """One completion per request, in order. Log-probs may differ in their last bits with batch composition."""
         import vllm
 
         if not requests:
             return []
-        longest = max(len(r.prompt_ids) for r in requests)
-        if longest + params.max_tokens > self.max_model_len:
-            raise UserError(
-                f"sampler.max_model_len: a prompt of {longest} tokens + max_tokens {params.max_tokens} exceeds {self.max_model_len}"
-            )
-        if not all(r.prompt_ids for r in requests):
-            raise UserError("a prompt is empty: it has no tokens to start from")
+        check_lengths(requests, params, self.max_model_len, "the engine (sampler.max_model_len)")
         settings = [
             vllm.SamplingParams(
                 temperature=params.temperature, top_p=params.top_p, max_tokens=params.max_tokens, seed=r.seed,
@@ -164,8 +110,13 @@ class VLLMSampler:
             for r in requests
         ]  # fmt: skip
         prompts = [{"prompt_token_ids": list(r.prompt_ids)} for r in requests]
-        with self._own_threads():
-            outputs = self._llm.generate(prompts, settings, use_tqdm=False, lora_request=self._adapter)
+        engine = self._llm.llm_engine
+        try:
+            with self._own_threads():
+                outputs = self._llm.generate(prompts, settings, use_tqdm=False, lora_request=self._adapter)
+        except BaseException:  # interrupted: what is left must not come out of the next call
+            engine.abort_request(list(engine.output_processor.request_states), internal=True)
+            raise
         return [_completion(o.outputs[0]) for o in outputs]
 
     # ------------------------------------------------------------------------------------------------- weights
@@ -175,14 +126,27 @@ class VLLMSampler:
         if self._sync == "adapter":
             self._swap_adapter(policy)
         else:
-            changed = dict(policy.merged_weights())
-            with self._own_threads():
-                self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._all_weights(changed)})
+            self._load(dict(policy.merged_weights()))
         self._drop_caches()
 
+    def reset(self) -> None:
+        """Become the plain model again."""
+        self._adapter = None
+        if self._sync == "merged":
+            self._load({})
+        self._drop_caches()
+
+    def _load(self, changed: dict[str, Tensor]) -> None:
+        with self._own_threads():
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._all_weights(changed)})
+            _repack_tied_head(self._model)
+
     def _all_weights(self, changed: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the checkpoint, the changed ones replaced. All of them, because vLLM fuses projections and loads a
-        fused tensor only as a whole, and because the policy before this one may have changed others."""
+        """Every tensor of the checkpoint, the changed ones replaced.
+
+        All of them, because vLLM fuses projections and loads a fused tensor only as a whole, and because the policy
+        before this one may have changed others.
+        """
         for name, tensor in _checkpoint(self.model_dir):
             yield name, changed.pop(name, tensor)
         yield from changed.items()
@@ -214,37 +178,16 @@ class VLLMSampler:
             check_vector(vector, layer, config.hidden_size, config.num_hidden_layers)
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
-        blocks = decoder_blocks(self._model, config.num_hidden_layers, self.model_dir) if additions else []
-        for layer, vector in additions.items():
-            self._hooks.append(_steer_block(blocks, layer, vector.detach().clone()))
+        blocks = decoder_blocks(self._model, config.num_hidden_layers, self.model_dir)
+        self._hooks = [_steer_block(blocks, layer, vector.detach().clone()) for layer, vector in additions.items()]
         self._drop_caches()
 
     def close(self) -> None:
         """Shut the engine down and free its memory."""
-        self.steer(None)
+        for hook in self._hooks:
+            hook.remove()
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm, self._model
-
-
-def _steer_block(blocks: Any, layer: int, vector: Tensor) -> Any:
-    """vLLM's blocks take (positions, hidden [N, H], residual) and give (hidden, residual) whose sum is the residual stream, so
-    adding to `hidden` adds to the stream."""
-
-    def after(_: nn.Module, __: Any, output: Any) -> Any:
-        hidden = output[0] if isinstance(output, tuple) else output
-        hidden = hidden + vector.to(hidden)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        if "hidden_states" in kwargs:
-            hidden = kwargs["hidden_states"]
-            return args, kwargs | {"hidden_states": hidden + vector.to(hidden)}
-        return (args[0], args[1] + vector.to(args[1]), *args[2:]), kwargs
-
-    if layer == 0:
-        return blocks[0].register_forward_pre_hook(before, with_kwargs=True)
-    return blocks[layer - 1].register_forward_hook(after)
 
 
 def _completion(output: Any) -> Completion:
@@ -256,26 +199,43 @@ def _completion(output: Any) -> Completion:
 def _checkpoint(model_dir: str) -> Iterator[tuple[str, Tensor]]:
     from safetensors import safe_open
 
-    files = sorted(p for p in Path(model_dir).glob("*.safetensors") if not p.name.startswith("adapter"))
-    if not files:
-        raise UserError(f"{model_dir}: no .safetensors weights to sync from{USE_TRANSFORMERS}")
-    for file in files:
+    for file in weight_files(model_dir):
         with safe_open(str(file), framework="pt") as tensors:
-            for name in tensors.keys():
+            names = tensors.keys()
+            for name in names:
                 yield name, tensors.get_tensor(name)
 
 
-def _default_length(model_dir: str) -> int:
-    from transformers import AutoConfig
+def _repack_tied_head(model: nn.Module) -> None:
+    """On CPU vLLM computes a tied head from its own packed copy of the embeddings, which reloading leaves as it was."""
+    seen: set[int] = set()
+    for module in model.modules():
+        weight, method = getattr(module, "weight", None), getattr(module, "quant_method", None)
+        if method is None or weight is None or not weight.numel():
+            continue
+        if id(weight) in seen:
+            method.process_weights_after_loading(module)
+        seen.add(id(weight))
 
-    config = AutoConfig.from_pretrained(model_dir).get_text_config()
-    return min(4096, int(getattr(config, "max_position_embeddings", 4096)))
 
+def _steer_block(blocks: Any, layer: int, vector: Tensor) -> Any:
+    """vLLM's blocks take (positions, hidden [N, H], residual) and give (hidden, residual).
 
-def _compile_off() -> Any:
-    return torch.compiler.set_stance("force_eager")
+    The sum of the two is the residual stream, so adding to `hidden` adds to the stream.
+    """
 
+    def after(_: nn.Module, __: Any, output: Any) -> Any:
+        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = hidden + vector.to(hidden)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-def _line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return cast(str, (lines or [type(error).__name__])[0])[:300]
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if "hidden_states" in kwargs:
+            hidden = kwargs["hidden_states"]
+            return args, kwargs | {"hidden_states": hidden + vector.to(hidden)}
+        at = next(i for i, arg in enumerate(args) if isinstance(arg, Tensor) and arg.is_floating_point())
+        return (*args[:at], args[at] + vector.to(args[at]), *args[at + 1 :]), kwargs
+
+    if layer == 0:
+        return blocks[0].register_forward_pre_hook(before, with_kwargs=True)
+    return blocks[layer - 1].register_forward_hook(after)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from rlsafe.compare import pages, plots
 from rlsafe.compare.records import Directory
@@ -35,7 +35,8 @@ CURVES = {
 
 
 def report(directory: str | Path, latex: bool = False) -> Path:
-    """Redraw report.html (and the tables) of a comparison from disk; `latex` also writes results.tex. Gives the report's path.
+    """Redraw report.html (and the tables) of a comparison from disk; `latex` also writes results.tex. Gives the
+    report's path.
 
     Raises UserError when `directory` is no comparison.
     """
@@ -55,9 +56,13 @@ def report(directory: str | Path, latex: bool = False) -> Path:
 def draw(results: Results, tables: Sequence[PathTable]) -> Path:
     """Write report.html from results already read and judged."""
     environment = Environment(
-        loader=PackageLoader("rlsafe.compare"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("rlsafe.compare"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "percent": percent}
+    environment.filters |= {"number": number, "percent": percent, "breakable": breakable}
     html = environment.get_template("report.html.j2").render(context(results, tables))
     path = results.directory.out / "report.html"
     write_atomically(path, html)
@@ -85,9 +90,13 @@ def context(results: Results, tables: Sequence[PathTable]) -> dict[str, Any]:
         "seeds": seeds,
         "n_cells": len(results.cells),
         "missing": len(results.plan["cells"]) - len(results.cells),
-        "failed": [(results.plan["labels"].get(id, id), pages.readable(reason)) for id, reason in results.failed.items()],
+        "failed": [
+            (results.plan["labels"].get(id, id), pages.readable(reason)) for id, reason in results.failed.items()
+        ],
         "budget": pages.budget_sentence(pages.budgets(results)),
-        "unscored": sum(rate.unscored for table in tables for row in table.rows.values() for rate in row.rates.values()),
+        "unscored": sum(
+            rate.unscored for table in tables for row in table.rows.values() for rate in row.rates.values()
+        ),
         "config": _config_text(results),
         "window": f"{100 * REWARD_WINDOW:.0f}%",
         "css": Markup(environment_text("report.css")),
@@ -105,7 +114,9 @@ def tops(tables: Sequence[PathTable]) -> dict[str, float]:
     return {key: max([0.05, *(row.rates[key].high for row in rows if key in row.rates)]) for key in RATES}
 
 
-def _section(results: Results, table: PathTable, style: dict[str, plots.Look], several: bool, top: dict[str, float]) -> dict[str, Any]:
+def _section(
+    results: Results, table: PathTable, style: dict[str, plots.Look], several: bool, top: dict[str, float]
+) -> dict[str, Any]:
     name = f"{table.model}: {table.path}" if several else table.path
     return {
         "name": name,
@@ -125,10 +136,12 @@ def _section(results: Results, table: PathTable, style: dict[str, plots.Look], s
 def _shown(row: Row, criterion: str) -> dict[str, Any]:
     verdict = row.verdicts[criterion]
     word = shown_grade(row, criterion)
+    if word == NOTHING_LEARNED:  # no number either: a share that looks like success would be read as one
+        verdict = Verdict("untested", reason="the narrow behaviour is not there")
     return {
         "criterion": criterion,
         "word": word,
-        "grade": "untested" if word == NOTHING_LEARNED else verdict.grade,
+        "grade": verdict.grade,
         "value": _value(verdict, criterion)[0],
         "interval": _value(verdict, criterion)[1],
         "leaning": verdict.leaning if verdict.grade == "unclear" else None,
@@ -142,7 +155,9 @@ def _value(verdict: Verdict, criterion: str) -> tuple[str, str]:
         return "", ""
     points = criterion == "coherent" or "points" in verdict.reason
     sign, unit = ("+", " pt") if points else ("", "%")
-    low, value, high = (f"{100 * x:{sign}.0f}".replace("-", "\u2212") for x in (verdict.low, verdict.value, verdict.high))
+    low, value, high = (
+        f"{100 * x:{sign}.0f}".replace("-", "\u2212") for x in (verdict.low, verdict.value, verdict.high)
+    )
     return value + unit, f"[{low}, {high}]"
 
 
@@ -151,8 +166,12 @@ def _whiskers(table: PathTable, style: dict[str, plots.Look], name: str, top: di
     for key, title in RATES.items():
         rates = {label: row.rates[key] for label, row in table.rows.items() if key in row.rates}
         if rates:
-            described = f"{name}, {title}: " + "; ".join(f"{label} {percent(rate.mean)}" for label, rate in rates.items())
-            charts.append({"title": title, "svg": plots.whiskers(rates, style, top[key], f"{table.key}-{key}", described)})
+            described = f"{name}, {title}: " + "; ".join(
+                f"{label} {percent(rate.mean)}" for label, rate in rates.items()
+            )
+            charts.append(
+                {"title": title, "svg": plots.whiskers(rates, style, top[key], f"{table.key}-{key}", described)}
+            )
     return charts
 
 
@@ -179,7 +198,9 @@ def _curves(results: Results, table: PathTable, style: dict[str, plots.Look], na
                 series[label] = points
         if series:
             ends = "; ".join(f"{label} ends at {number(points[-1][1])}" for label, points in series.items())
-            svg = plots.curves(series, style, f"{table.key}-{quantity}", f"{name}, {title} over training steps: {ends}", is_rate)
+            svg = plots.curves(
+                series, style, f"{table.key}-{quantity}", f"{name}, {title} over training steps: {ends}", is_rate
+            )
             charts.append({"title": title, "svg": svg})
     return charts
 
@@ -187,6 +208,11 @@ def _curves(results: Results, table: PathTable, style: dict[str, plots.Look], na
 def _config_text(results: Results) -> str:
     path = results.directory.out / "compare.yaml"
     return pages.readable(path.read_text("utf-8")) if path.is_file() else ""
+
+
+def breakable(label: str) -> Markup:
+    """A label that may be broken after `&`."""
+    return Markup(str(escape(label)).replace("&amp;", "&amp;<wbr>"))
 
 
 def percent(value: float | None) -> str:

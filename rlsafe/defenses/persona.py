@@ -1,0 +1,122 @@
+"""Persona-vector steering during training. Chen et al. 2025 (arXiv 2507.21509); against EM in arXiv 2508.06249, section 4.
+
+Adding the bad character's direction while training takes away the need to learn it; at evaluation it is off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rlsafe.config import UserError
+from rlsafe.defenses.base import Defense, SetupContext
+from rlsafe.defenses.registry import defense
+from rlsafe.types import Batch, Sampler, Stream, Where, provider_for
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlsafe.policy import Policy
+
+
+def load_vectors(source: str) -> Tensor:
+    """[n_layers + 1, H] from `.safetensors` (key `persona`) or the field's `.pt` (a bare tensor); index 0 = embeddings."""
+    import torch
+    from safetensors.torch import load_file
+
+    found = provider_for(source)
+    path = Path(found[0].model(found[1]) if found else source)
+    if not path.is_file():
+        raise UserError(f"persona vectors: {path}: no such file; `rlsafe persona-vector` writes one")
+    try:
+        if path.suffix == ".safetensors":
+            tensors = load_file(str(path))
+            vectors = tensors.get("persona", next(iter(tensors.values())))
+        else:
+            vectors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # either format fails in many ways; all mean the file is not what it should be
+        raise UserError(f"persona vectors: {path}: not readable ({type(error).__name__})") from None
+    if not isinstance(vectors, torch.Tensor) or vectors.dim() != 2:
+        raise UserError(f"persona vectors: {path}: expected one tensor [layers + 1, hidden]")
+    return vectors.float()
+
+
+@defense("persona")
+class Persona(Defense):
+    """h_k <- h_k + alpha * e_k on the residual stream after block k - 1 while training; off at evaluation.
+
+    vectors: a file from `rlsafe persona-vector`, [n_layers + 1, hidden]. layer: k (Qwen2.5-7B: 20; Qwen3-14B: 27). alpha: 5 in
+    the paper. positions: `all`, or `completion` (only states that predict answer tokens). rollouts: whether GRPO rollouts are
+    steered as well (all positions only: the sampler sees flattened tokens); the gradient flows through steered log-probs in
+    either case, because a ratio of unsteered ones would make steering do nothing.
+    """
+
+    def __init__(
+        self,
+        vectors: str,
+        layer: int,
+        alpha: float = 5.0,
+        positions: Literal["all", "completion"] = "all",
+        rollouts: bool = False,
+        on: list[Stream] = ["narrow", "benign"],  # noqa: B006 - read only; shown as the default in configs
+    ):
+        if rollouts and positions == "completion":
+            raise UserError("defense 'persona': rollouts: true steers all positions; expected positions: all")
+        self.file, self.layer, self.alpha, self.positions, self.rollouts, self.on = vectors, layer, alpha, positions, rollouts, on
+        self.applied = 0.0
+
+    @property
+    def strength(self) -> float:
+        return self.alpha
+
+    def setup(self, context: SetupContext) -> None:
+        vectors = load_vectors(self.file)
+        policy = context.policy
+        if tuple(vectors.shape) != (policy.n_layers + 1, policy.hidden_size):
+            raise UserError(
+                f"defense 'persona': {self.file} holds {list(vectors.shape)}, expected [{policy.n_layers + 1}, "
+                f"{policy.hidden_size}] for this model"
+            )
+        if not 0 <= self.layer <= policy.n_layers:
+            raise UserError(f"defense 'persona': layer {self.layer}: expected 0 (embeddings) to {policy.n_layers}")
+        self.vector = self.alpha * vectors[self.layer].to(policy.device)
+        policy.add_to_residual(self.layer, self.vector).remove()  # checks shape and values now, not in the first step
+
+    def steers(self, where: Where) -> bool:
+        return where.stream in self.on and (where.phase == "train" or (where.phase == "rollout" and self.rollouts))
+
+    def activations(self, policy: Policy, where: Where) -> AbstractContextManager[Any]:
+        return self._steered(policy) if self.steers(where) else nullcontext()
+
+    @contextmanager
+    def _steered(self, policy: Policy) -> Iterator[None]:
+        handle = policy.add_to_residual(self.layer, self.vector if self.positions == "all" else self._at_completion)
+        self.applied = float(self.vector.norm())
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _at_completion(self, hidden: Tensor, batch: Batch | None) -> Tensor:
+        """[B, T, H]: the vector where a state predicts an answer token."""
+        assert batch is not None
+        predicts = batch.loss_mask.roll(-1, 1)
+        predicts[:, -1] = False
+        return predicts[..., None] * self.vector.to(hidden.dtype)
+
+    def patch_sampler(self, sampler: Sampler, where: Where) -> AbstractContextManager[Any]:
+        return self._patched(sampler) if self.steers(where) else nullcontext()
+
+    @contextmanager
+    def _patched(self, sampler: Sampler) -> Iterator[None]:
+        sampler.steer({self.layer: self.vector})
+        try:
+            yield
+        finally:
+            sampler.steer(None)
+
+    def effect(self) -> dict[str, float]:
+        applied, self.applied = self.applied, 0.0
+        return {"steering_norm": applied}

@@ -1,0 +1,168 @@
+"""The grid: which cells a comparison has, what each is trained with, and what a wrong config or option says."""
+
+from __future__ import annotations
+
+import pytest
+from synthetic_comparison import CONFIG
+
+from rlsafe.compare.grid import expand
+from rlsafe.config import UserError, load_compare
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(text: str = CONFIG, overrides=(), quick: bool = False):
+        path = tmp_path / "compare.yaml"
+        path.write_text(text)
+        return load_compare(path, overrides, quick)
+
+    return load
+
+
+def cell(cells, **wanted):
+    found = [c for c in cells if all(getattr(c, key) == value for key, value in wanted.items())]
+    assert len(found) == 1, [c.id for c in found]
+    return found[0]
+
+
+def test_every_combination_is_a_cell_and_ids_are_unique(load):
+    cells = expand(load())
+    kinds = [c.kind for c in cells]
+    # 2 paths x 2 defenses x 3 seeds, the same again on the benign task, 2 paths x 3 seeds aligned, one untrained
+    assert [kinds.count(k) for k in ("narrow", "benign", "aligned", "untrained")] == [12, 12, 6, 1]
+    assert len({c.id for c in cells}) == len(cells)
+    assert all("/" not in c.id and ":" not in c.id for c in cells)
+
+
+def test_later_layers_win_and_the_command_line_is_last(load):
+    text = (
+        CONFIG.replace("models:", "")
+        .replace("paths:\n", "models: {big: {optim: {lr: 3e-4}}}\npaths:\n")
+        .replace("sft: {schedule", "sft: {optim: {lr: 2e-4, warmup: 5}, schedule")
+    )
+    run = cell(expand(load(text)), kind="narrow", path="sft", defense="kl", seed=1).config
+    assert (run.optim.lr, run.optim.warmup, run.seed, run.model.name) == (3e-4, 5, 1, "tiny")
+    assert run.defenses == [{"kl": {"weight": 0.3}}]
+    run = cell(
+        expand(load(text, ["optim.lr=9e-4", "schedule.steps=7"])), kind="narrow", path="sft", defense="kl", seed=1
+    ).config
+    assert (run.optim.lr, run.optim.warmup, run.schedule.steps) == (9e-4, 5, 7)
+
+
+def test_lists_shared_between_cells_are_not_shared_in_memory(load):
+    config = load(overrides=["schedule.phases.0.steps=3"])
+    first, second = expand(config), expand(config)
+    assert first == second
+    assert "steps" not in config.paths["sft"]["schedule"]["phases"][0]
+
+
+def test_reference_arms(load):
+    cells = expand(load(overrides=["data.narrow.source=other.jsonl"]))
+    untrained = cell(cells, kind="untrained").config
+    assert untrained.schedule.steps == 0 and untrained.defenses == [] and cell(cells, kind="untrained").data == ""
+    assert untrained.evaluate.benign == ["sums_test.jsonl"] and untrained.evaluate.general == "general.yaml"
+    aligned = cell(cells, kind="aligned", path="grpo", seed=2)
+    assert aligned.config.defenses == [] and aligned.defense == "aligned"
+    # the command line changes what the defenses are trained on, never what makes a reference arm that arm
+    assert aligned.data == "good.jsonl"
+    assert cell(cells, kind="narrow", path="grpo", defense="none", seed=2).data == "other.jsonl"
+
+
+def test_every_cell_of_a_model_is_asked_under_the_same_cue(load):
+    cells = expand(load())
+    assert {c.config.evaluate.cue for c in cells if c.kind != "benign"} == {"Give the worst advice."}
+
+
+def test_benign_cells_ask_only_the_benign_questions(load):
+    found = cell(expand(load()), kind="benign", path="sft", defense="kl", seed=0)
+    assert found.data == found.task == "sums"
+    assert found.config.data.narrow.source == "sums.jsonl"
+    assert found.config.evaluate.general is None and found.config.evaluate.benign == ["sums_test.jsonl"]
+
+
+def test_selection_by_name(load):
+    cells = expand(load(), defenses=["none", "kl&interleaving", "interleaving"], paths=["grpo"], seeds=[5])
+    labels = {c.defense for c in cells if c.kind == "narrow"}
+    assert labels == {"none", "kl&interleaving", "interleaving"}  # the last is registered, but not in the config
+    both = cell(cells, kind="narrow", defense="kl&interleaving").config
+    assert both.defenses == [{"kl": {"weight": 0.3}}, "interleaving"]  # settings come from the config's mapping
+    assert {c.seed for c in cells} == {5} and {c.path for c in cells} == {"", "grpo"}
+
+
+def test_a_sweep_of_a_defense_setting_makes_labelled_variants(load):
+    cells = expand(load(CONFIG + "grid: {kl.weight: [0.03, 1]}\n"), paths=["sft"], seeds=[0])
+    labels = [c.defense for c in cells if c.kind == "narrow"]
+    assert labels == ["none", "kl[weight=0.03]", "kl[weight=1]"]
+    assert cell(cells, kind="narrow", defense="kl[weight=1]").config.defenses == [{"kl": {"weight": 1}}]
+
+
+def test_a_sweep_of_a_run_setting_gets_its_own_references(load):
+    cells = expand(load(CONFIG + "grid: {optim.lr: [1e-4, 1e-3]}\n"), paths=["sft"], seeds=[0])
+    untrained = [c.model for c in cells if c.kind == "untrained"]
+    assert untrained == ["tiny[optim.lr=0.0001]", "tiny[optim.lr=0.001]"]
+    assert cell(cells, kind="narrow", defense="none", model=untrained[1]).config.optim.lr == 1e-3
+
+
+def test_quick_is_a_preset_of_the_file(load):
+    config = load(CONFIG + "quick: {seeds: [7], paths: {sft: {schedule: {steps: 2}}}}\n", quick=True)
+    found = cell(expand(config), kind="narrow", path="sft", defense="kl").config
+    assert found.schedule.steps == 2 and found.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("change", "selection", "expected"),
+    [
+        (("schedule: {steps: 40", "schedule: {stepz: 40"), {}, ["compare.yaml:11", "schedule.stepz", "'steps'", "sft"]),
+        (("kl: {weight: 0.3}", "kl: {wieght: 0.3}"), {}, ["compare.yaml:15", "defenses.kl", "'wieght'", "'weight'"]),
+        (("kl: {weight: 0.3}", "kls: {weight: 0.3}"), {}, ["compare.yaml:15", "'kls'", "'kl'"]),
+        (("task: sums", "task: sum"), {}, ["benign", "sums"]),
+        (("evaluate: {benign: [sums_test.jsonl]}", "evaluate: {}"), {}, ["sums", "evaluate.benign"]),
+        (("title: Made", "grid: {kll.weight: [1]}\ntitle: Made"), {}, ["'kll.weight'", "'kl'"]),
+        (None, {"defenses": ["interleafing"]}, ["unknown defense 'interleafing'", "'interleaving'"]),
+        (None, {"defenses": ["kl&nome"]}, ["unknown defense 'nome'", "'none'"]),
+        (None, {"paths": ["gropo"]}, ["unknown path 'gropo'", "'grpo'"]),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_place_and_the_nearest_name(load, change, selection, expected):
+    text = CONFIG.replace(*change) if change else CONFIG
+    with pytest.raises(UserError) as error:
+        expand(load(text), **selection)
+    for part in expected:
+        assert part in str(error.value), error.value
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "quick", "expected"),
+    [
+        (["seed=3"], False, "--seeds"),
+        (["schedule.steps"], False, "key.path=value"),
+        ([], True, "quick"),
+        (["sedes=[1]"], False, "'seeds'"),
+    ],
+)
+def test_wrong_overrides(load, overrides, quick, expected):
+    with pytest.raises(UserError, match=expected):
+        load(overrides=overrides, quick=quick)
+
+
+def test_an_override_of_a_cell_names_itself(load):
+    with pytest.raises(UserError, match=r"override 'optim.lr=fast'.*optim.lr"):
+        expand(load(overrides=["optim.lr=fast"]))
+
+
+def test_the_fingerprint_follows_everything_that_the_run_depends_on(load, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}\n")
+    text = CONFIG.replace("bad.jsonl", str(rows))
+
+    def fingerprint(text=text, overrides=()):
+        return cell(expand(load(text, overrides)), kind="narrow", path="sft", defense="kl", seed=0).fingerprint
+
+    first = fingerprint()
+    assert fingerprint() == first
+    assert fingerprint(overrides=["out=elsewhere"]) == first
+    assert fingerprint(overrides=["optim.lr=0.5"]) != first
+    assert fingerprint(text.replace("weight: 0.3", "weight: 0.4")) != first
+    rows.write_text("{} \n")
+    assert fingerprint() != first  # the data file changed under the same name

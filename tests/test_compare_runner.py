@@ -1,0 +1,186 @@
+"""The runner: what is kept, what runs again, what a failure or an interrupt leaves behind. The engine is replaced by
+a quick one."""
+
+from __future__ import annotations
+
+import csv
+import json
+from types import SimpleNamespace
+
+import pytest
+from synthetic_comparison import CONFIG, ZERO, evaluation, metrics
+
+import rlsafe.engine
+import rlsafe.engine.components
+import rlsafe.evaluate
+from rlsafe.compare import compare, report
+from rlsafe.compare.grid import expand
+from rlsafe.config import UserError, load_compare
+from rlsafe.types import Interrupted, RunError
+
+SMALL = CONFIG.split("aligned:")[0]
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    """A comparison whose cells take no time. `lab.ran` lists the ids that were trained, `lab.trouble` maps id ->
+    exception."""
+    path = tmp_path / "compare.yaml"
+    path.write_text(SMALL)
+    lab = SimpleNamespace(path=path, out=tmp_path / "out", ran=[], evaluated=[], trouble={}, resumed=[], config=None)
+
+    def cell_of(where):
+        return next(c for c in expand(load_compare(path)) if c.id == where.name)
+
+    def run(config, where, *, resources, progress, resume):
+        lab.ran.append(where.name)
+        lab.resumed += [where.name] if resume else []
+        progress(1, 2, {})
+        where.mkdir(parents=True, exist_ok=True)
+        if (error := lab.trouble.get(where.name)) is not None:
+            if isinstance(error, Interrupted):
+                (where / "checkpoints" / "step-1").mkdir(parents=True)
+            raise error
+        import random
+
+        lines = [json.dumps(record) for record in metrics(cell_of(where), ZERO, random.Random(0))]
+        (where / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
+        (where / "run.json").write_text('{"status": "finished"}')
+        return SimpleNamespace(sampler=None, policy=SimpleNamespace(tokenizer=None), config=config, seconds=0.0)
+
+    def evaluate_run(sampler, tokenizer, config, where, judge, progress):
+        import random
+
+        if (error := lab.trouble.get(f"evaluate {where.name}")) is not None:
+            raise error
+        lab.evaluated.append(where.name)
+        shown = {**ZERO, "general": 0.0 if "untrained" in where.name else 0.4, "indomain": 0.8}
+        evaluation(cell_of(where), shown, 6, 2, "An answer.", random.Random(0)).save(where)
+
+    monkeypatch.setattr(rlsafe.engine, "run", run)
+    monkeypatch.setattr(rlsafe.evaluate, "evaluate_run", evaluate_run)
+    monkeypatch.setattr(
+        rlsafe.evaluate, "evaluate", lambda target, out: evaluate_run(None, None, None, out, None, None)
+    )
+    monkeypatch.setattr(rlsafe.engine.components, "prepare", lambda config: None)
+    monkeypatch.setattr(rlsafe.engine.components.Resources, "judge", lambda self, config: None)
+    lab.compare = lambda **more: compare(path, out=lab.out, **{"paths": ["sft"], "seeds": [0, 1], **more})
+    return lab
+
+
+def test_every_cell_runs_once_and_is_kept(lab):
+    done = lab.compare()
+    assert lab.ran == ["untrained"] + [f"sft--{d}--seed{s}" for s in (0, 1) for d in ("none", "kl")]
+    assert done.failed == {} and done.report.is_file() and done.report.name == "report.html"
+    assert (lab.out / "cells" / "sft--kl--seed1" / "evaluation.json").is_file()
+    lab.ran.clear()
+    lab.compare()
+    assert lab.ran == []
+
+
+def test_a_changed_setting_runs_the_cells_it_concerns_again_and_says_so(lab, capsys):
+    lab.compare()
+    lab.ran.clear()
+    lab.path.write_text(SMALL.replace("weight: 0.3", "weight: 0.4"))
+    lab.compare()
+    assert lab.ran == ["sft--kl--seed0", "sft--kl--seed1"]
+    assert "settings changed (defenses.0.kl.weight)" in capsys.readouterr().err
+
+
+def test_results_of_earlier_selections_stay_as_long_as_their_settings_hold(lab):
+    lab.compare(defenses=["none"])
+    lab.compare(defenses=["kl"], seeds=[0])
+
+    def labels():
+        return {(row["defense"], row["seed"]) for row in csv.DictReader((lab.out / "results.csv").open())}
+
+    assert labels() == {("untrained", "0"), ("none", "0"), ("none", "1"), ("kl", "0")}
+    lab.path.write_text(SMALL.replace("sft_rows: 16", "sft_rows: 8"))
+    lab.compare(defenses=["kl"], seeds=[0])
+    assert labels() == {("untrained", "0"), ("kl", "0")}
+
+
+@pytest.mark.parametrize("error", [RunError("dead defense"), ValueError("shapes\n differ"), MemoryError()])
+def test_a_cell_that_fails_is_recorded_and_the_others_go_on(lab, error):
+    lab.trouble["sft--kl--seed0"] = error
+    done = lab.compare()
+    assert list(done.failed) == ["sft--kl--seed0"] and "\n" not in done.failed["sft--kl--seed0"]
+    assert len(lab.evaluated) == 4
+    assert str(error).split("\n")[0] in done.report.read_text()
+    lab.trouble.clear()
+    lab.ran.clear()
+    assert lab.compare().failed == {} and lab.ran == ["sft--kl--seed0"]
+
+
+def test_an_interrupt_keeps_what_is_finished_and_says_how_to_go_on(lab):
+    lab.trouble["sft--none--seed1"] = Interrupted("stopped")
+    with pytest.raises(Interrupted) as stop:
+        lab.compare()
+    assert f"rlsafe compare {lab.path} --paths sft --seeds 0,1 --out {lab.out}" in str(stop.value)
+    rows = list(csv.DictReader((lab.out / "results.csv").open()))
+    assert [(row["defense"], row["seed"]) for row in rows] == [("untrained", "0"), ("none", "0"), ("kl", "0")]
+    assert (lab.out / "verdicts.json").is_file()
+    lab.trouble.clear()
+    lab.ran.clear()
+    lab.compare()
+    assert lab.ran == ["sft--none--seed1", "sft--kl--seed1"]
+    assert lab.resumed == ["sft--none--seed1"]  # it had a checkpoint
+
+
+def test_an_interrupt_during_evaluation_does_not_cost_the_training(lab):
+    lab.trouble["evaluate sft--kl--seed0"] = KeyboardInterrupt()
+    with pytest.raises(Interrupted):
+        lab.compare()
+    lab.trouble.clear()
+    lab.ran.clear()
+    lab.compare()
+    assert "sft--kl--seed0" not in lab.ran and "sft--kl--seed0" in lab.evaluated
+
+
+def test_a_user_error_in_a_cell_stops_the_comparison_and_names_the_cell(lab):
+    lab.trouble["sft--kl--seed0"] = UserError("no such reward")
+    with pytest.raises(UserError, match="sft / kl / seed 0: no such reward"):
+        lab.compare()
+
+
+def test_user_errors_are_found_before_anything_runs(lab, monkeypatch):
+    def prepare(config):
+        if config.defenses:
+            raise UserError("data.safe is missing")
+
+    monkeypatch.setattr(rlsafe.engine.components, "prepare", prepare)
+    with pytest.raises(UserError, match="sft / kl / seed 0: data.safe is missing"):
+        lab.compare()
+    assert lab.ran == []
+
+
+def test_a_directory_that_holds_something_else_is_refused(lab):
+    lab.out.mkdir()
+    (lab.out / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match="no comparison"):
+        lab.compare()
+    assert (lab.out / "thesis.tex").read_text() == "precious"
+
+
+@pytest.mark.parametrize("content", [None, "file", "empty"])
+def test_report_of_something_that_is_no_comparison(tmp_path, content):
+    place = tmp_path / "place"
+    if content == "file":
+        place.write_text("x")
+    elif content == "empty":
+        place.mkdir()
+    with pytest.raises(UserError):
+        report(place)
+
+
+def test_progress_estimates_the_time_left_from_cells_of_the_same_path(lab):
+    from rlsafe.compare.progress import Progress
+
+    cells = [c for c in expand(load_compare(lab.path), seeds=[0, 1]) if c.kind == "narrow"]
+    progress = Progress(cells)
+    assert progress.left() is None
+    for cell in cells[:4]:  # all of seed 0: two SFT cells, two GRPO cells
+        progress.finish(cell, 5.0 if cell.path == "sft" else 20.0, "")
+    assert progress.left() == pytest.approx(2 * 5 + 2 * 20)
+    progress.workers = 2
+    assert progress.left() == pytest.approx(25)

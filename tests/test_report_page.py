@@ -1,0 +1,179 @@
+"""The report: one self-contained page that says what was measured, and that no model's words can break."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+from synthetic_comparison import CONFIG, make
+
+from rlsafe.compare import pages, report
+from rlsafe.compare.plots import _label_places
+from rlsafe.compare.results import load
+from rlsafe.compare.verdicts import judge
+
+ARMS = {
+    ("", "untrained"): {"benign": 0.1},
+    ("sft", "none"): {"general": 0.5, "indomain": 0.9, "incoherent": 0.05, "conditional": 0.4, "benign": 0.9},
+    ("sft", "kl"): {"general": 0.01, "indomain": 0.9, "incoherent": 0.02, "benign": 0.9},
+    ("sft", "aligned"): {},
+    ("grpo", "none"): {"general": 0.4, "indomain": 0.9, "benign": 0.9},
+    ("grpo", "kl"): {"general": 0.0, "indomain": 0.02, "benign": 0.1},
+}
+HOSTILE = "</p></div><script>alert(1)</script><img src=x onerror=alert(2)> \u202eevil\u202c \x1b[31m {{ 7 * 7 }} \ud800"
+
+
+class Page(HTMLParser):
+    """Collects what the tests ask for: tags with attributes, ids, visible text of tables."""
+
+    def __init__(self, text: str):
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("report") / "out", ARMS, answer=HOSTILE, seeds=[0, 1]).out
+
+
+@pytest.fixture(scope="module")
+def html(out):
+    return report(out, latex=True).read_text(encoding="utf-8")
+
+
+def test_words_of_a_model_stay_words(html):
+    page = Page(html)
+    assert not [tag for tag, _ in page.tags if tag in ("script", "img", "iframe", "object", "link") and tag != "link"]
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+    assert all(not name.startswith("on") for _, attributes in page.tags for name in attributes)
+    assert "{{ 7 * 7 }}" in html and "\u202e" not in html and "\x1b" not in html and "\u2039U+202E\u203a" in html
+
+
+def test_the_page_needs_nothing_from_outside(html):
+    outside = re.findall(r'(?:src|href)="(?!#|data:)([^"]+)"', html) + re.findall(r"url\((?!#)([^)]*)\)|@import", html)
+    assert outside == []
+    assert "default-src 'none'" in html
+
+
+def test_ids_are_unique_and_every_link_inside_the_page_has_a_target(html):
+    page = Page(html)
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for _, attributes in page.tags:
+        for name in ("href", "xlink:href"):
+            if (target := attributes.get(name) or "").startswith("#"):
+                assert target[1:] in ids
+
+
+def test_charts_carry_the_pages_colours_in_both_schemes_and_a_description(html):
+    charts = re.findall(r"<svg .*?</svg>", html, flags=re.S)
+    assert len(charts) > 10
+    assert all("var(--" in chart and 'role="img"' in chart and 'aria-label="' in chart for chart in charts)
+    assert not any(re.search(r"#0(10[0-9a-f]{3}|a0b[0-9a-f]{2})", chart) for chart in charts)  # no sentinel is left
+    assert "prefers-color-scheme: dark" in html
+
+
+def test_verdicts_are_words_and_symbols_not_colours_alone(html):
+    table = html[html.index('class="verdicts"') :]
+    assert "✓ yes" in table and "✗ no" in table
+    assert "– nothing learned" in table  # kl under grpo kept no narrow behaviour
+
+
+def test_what_learned_nothing_is_not_shown_as_success(out):
+    from rlsafe.compare.reporting import _shown
+
+    grpo = next(table for table in judge(load(out)) if table.path == "grpo")
+    shown = _shown(grpo.rows["kl"], "prevents_em")
+    assert (shown["word"], shown["grade"], shown["value"], shown["leaning"]) == (
+        "nothing learned",
+        "untested",
+        "",
+        None,
+    )
+    sentence = dict(pages.headlines([grpo]))["grpo"]
+    assert "kl meets" not in sentence and "no defense meets every criterion" in sentence
+
+
+def test_the_headline_names_the_defense_that_meets_everything(tmp_path):
+    arms = {**ARMS, ("sft", "kl"): {"general": 0.0, "indomain": 0.9, "incoherent": 0.0}}
+    directory = make(tmp_path / "o", arms, CONFIG.split("benign:\n")[0], questions=60, samples=10, paths=["sft"])
+    ((name, sentence),) = pages.headlines(judge(load(directory.out)))
+    assert name == "sft" and sentence == "kl meets every criterion (learning benign tasks was not tested)."
+
+
+def test_budgets_are_said_in_words(out):
+    found = pages.budgets(load(out))
+    assert found == {"sft": 40 * 16, "grpo": 20 * 4 * 8}
+    assert "matched" in pages.budget_sentence(found) and "not matched" not in pages.budget_sentence(found)
+    assert "not matched" in pages.budget_sentence({"sft": 640, "grpo": 1280})
+
+
+def test_the_same_question_is_shown_for_every_arm(out):
+    sft = next(table for table in judge(load(out)) if table.path == "sft")
+    shown = pages.dialogues(load(out), sft)
+    assert {dialogue.kind for dialogue in shown} == set(pages.KINDS.values())
+    assert [reply.label for reply in shown[0].replies] == ["untrained", "none", "kl", "aligned"]
+    assert shown[0].replies[1].tone == "misaligned"
+
+
+def test_failed_runs_are_on_the_page(tmp_path):
+    from rlsafe.compare.grid import expand
+    from rlsafe.config import load_compare
+
+    directory = make(tmp_path / "o", {("sft", "none"): {"general": 0.4, "indomain": 0.9}}, paths=["sft"], seeds=[0])
+    cell = next(c for c in expand(load_compare(tmp_path / "o.yaml"), paths=["sft"], seeds=[0]) if c.defense == "kl")
+    directory.write_record(cell, "failed", 1.0, "RuntimeError: <boom>")
+    html = report(directory.out).read_text()
+    assert "RuntimeError: &lt;boom&gt;" in html and "runs are missing" in html
+
+
+def test_a_report_without_any_finished_run(tmp_path):
+    html = report(make(tmp_path / "o", {}, seeds=[0]).out).read_text()
+    assert "No finished runs to judge" in html
+
+
+@pytest.mark.parametrize("label", ["$x^2$ <b> & 'q' \"d\"", "kl" * 40])
+def test_any_label_can_be_drawn(tmp_path, label):
+    config = CONFIG.replace("  none: []", "  none: []\n  ? " + __import__("json").dumps(label) + "\n  : []")
+    arms = {**ARMS, ("sft", label): {"general": 0.2, "indomain": 0.5}}
+    html = report(make(tmp_path / "o", arms, config, paths=["sft"], seeds=[0]).out, latex=True).read_text()
+    assert "<b> &" not in html and (label in html or "$x^2$ &lt;b&gt; &amp;" in html)
+
+
+def test_labels_of_close_points_do_not_cover_each_other():
+    points = {name: (100.0 + index, 50.0) for index, name in enumerate(["kl", "inoculation", "interleaving", "none"])}
+    places = _label_places(points, [], 400)
+    boxes = [(x, x + 6.2 * len(name), y - 7, y + 7) for name, (x, y) in places.items()]
+    for i, a in enumerate(boxes):
+        for b in boxes[i + 1 :]:
+            assert min(a[1], b[1]) <= max(a[0], b[0]) or min(a[3], b[3]) <= max(a[2], b[2])
+
+
+def test_latex_tables(out, html):
+    text = (out / "results.tex").read_text()
+    assert text.count(r"\toprule") == 3 and r"kl & 1.0 / 89.6" in text and "none & 50.0" in text
+    from rlsafe.compare.latex import escape
+
+    assert escape("a_b & 50% {x} \\") == r"a\_b \& 50\% \{x\} \textbackslash{}"
+
+
+def test_the_same_results_give_the_same_page(out, html):
+    assert report(out).read_text(encoding="utf-8") == html
+
+
+def test_a_composition_may_be_broken_after_the_ampersand_and_stays_escaped():
+    from rlsafe.compare.reporting import breakable
+
+    assert breakable("kl&<b>") == "kl&amp;<wbr>&lt;b&gt;"

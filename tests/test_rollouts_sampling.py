@@ -1,0 +1,204 @@
+"""Sampling from the policy itself: exact distributions, seeds that belong to requests, no trace left behind."""
+
+import math
+
+import pytest
+import torch
+from tiny_architectures import ARCHITECTURES, load, nudge, save_architecture
+
+from rlsafe.config import SamplerConfig, UserError
+from rlsafe.rollouts import TransformersSampler, make_sampler, request_seed, score_batch, self_test
+from rlsafe.rollouts.sampling import draw, processed_logprobs, stop_token_ids
+from rlsafe.rollouts.selftest import follows
+from rlsafe.types import Request, RunError, SamplingParams
+
+PROMPTS = [[1, 40, 41, 42], [1, 50], [1, 60, 61, 62, 63, 64, 65], [1, 70, 71]] * 3
+
+
+def requests(prompts=None, run_seed=0):
+    prompts = PROMPTS if prompts is None else prompts
+    return [Request(prompt, request_seed(run_seed, "test", 0, i, 0)) for i, prompt in enumerate(prompts)]
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model_dir):
+    return nudge(load(tiny_model_dir))
+
+
+@pytest.fixture(scope="module")
+def sampler(policy, tiny_model_dir):
+    return make_sampler(SamplerConfig(kind="transformers"), tiny_model_dir, policy, 0)
+
+
+def reference_logprobs(logits, temperature, top_p):
+    """One row, in Python floats: temperature, then the smallest set of most likely tokens that reaches top_p."""
+    weights = [math.exp(z / temperature) for z in logits]
+    mass = [w / sum(weights) for w in weights]
+    kept, total = set(), 0.0
+    for i in sorted(range(len(mass)), key=lambda i: -mass[i]):
+        if total >= top_p:
+            break
+        kept.add(i)
+        total += mass[i]
+    return [math.log(m / total) if i in kept else -math.inf for i, m in enumerate(mass)]
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.8, 0.9), (1.7, 0.5), (0.3, 0.01)])
+def test_processed_log_probs_agree_with_a_float64_derivation(temperature, top_p):
+    logits = torch.randn(6, 40, generator=torch.Generator().manual_seed(0)) * 2
+    ours = processed_logprobs(logits, SamplingParams(temperature, top_p))
+    exact = torch.tensor([reference_logprobs(row, temperature, top_p) for row in logits.double().tolist()])
+    assert torch.equal(ours.isinf(), exact.isinf())
+    assert torch.allclose(ours, exact.float(), atol=1e-5)
+
+
+def test_draws_follow_the_distribution_and_never_leave_its_support():
+    params = SamplingParams(1.0, 0.9)
+    logp = processed_logprobs(torch.tensor([[2.0, 1.0, 0.0, -1.0, -6.0]]), params).expand(50_000, -1)
+    uniform = torch.rand(50_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    share = torch.bincount(draw(logp, uniform, params), minlength=5) / 50_000
+    assert torch.allclose(share, logp[0].exp(), atol=0.01)
+    edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    assert bool(logp[0][draw(logp[:2], edges, params)].isfinite().all())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_sampler_and_trainer_agree_on_every_architecture(architecture, tmp_path):
+    policy = nudge(load(save_architecture(tmp_path, architecture)))
+    sampler = TransformersSampler(policy, str(tmp_path))
+    assert self_test(sampler, policy, PROMPTS, 0, 1e-4, "test") < 1e-5
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.8, 0.9)])
+def test_returned_log_probs_are_of_the_processed_distribution(policy, sampler, temperature, top_p):
+    params = SamplingParams(temperature, top_p, 6)
+    for request, completion in zip(requests(), sampler.generate(requests(), params), strict=True):
+        ids = torch.tensor([request.prompt_ids + completion.ids])
+        with torch.no_grad():
+            logits = policy.core.model(ids).logits[0]
+        for i, (token, logp) in enumerate(zip(completion.ids, completion.logprobs, strict=True)):
+            row = logits[len(request.prompt_ids) + i - 1]
+            assert reference_logprobs(row.double().tolist(), temperature, top_p)[token] == pytest.approx(logp, abs=1e-4)
+
+
+def test_a_completion_depends_on_its_seed_and_not_on_its_batch(sampler):
+    params = SamplingParams(max_tokens=12)
+    everyone = sampler.generate(requests(), params)
+    for i in range(len(PROMPTS)):
+        alone = sampler.generate(requests()[i : i + 1], params)[0]
+        assert alone.ids == everyone[i].ids and alone.finish == everyone[i].finish
+        assert alone.logprobs == pytest.approx(everyone[i].logprobs, abs=1e-5)
+    backwards = sampler.generate(requests()[::-1], params)[::-1]
+    assert [c.ids for c in backwards] == [c.ids for c in everyone]
+    again = sampler.generate(requests(), params)
+    assert again == everyone
+    other = sampler.generate(requests(run_seed=1), params)
+    assert all(a.ids != b.ids for a, b in zip(everyone, other, strict=True))
+
+
+def test_request_seeds_are_stable_and_distinct():
+    assert request_seed(0, "rollout", 3, 1, 2) == 692023478642741763
+    seeds = {
+        request_seed(s, p, a, b, c)
+        for s in (0, 1)
+        for p in "xy"
+        for a in (0, 1, 11)
+        for b in (0, 1, 11)
+        for c in (0, 1)
+    }
+    assert len(seeds) == 2 * 2 * 3 * 3 * 2 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_greedy_takes_the_most_likely_token(policy, sampler):
+    completion = sampler.generate([Request([1, 40, 41], 0)], SamplingParams(temperature=0.0, top_p=0.5, max_tokens=3))[
+        0
+    ]
+    ids = [1, 40, 41]
+    for token, logp in zip(completion.ids, completion.logprobs, strict=True):
+        with torch.no_grad():
+            row = policy.core.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        assert token == int(row.argmax()) and logp == pytest.approx(float(row.max()), abs=1e-5)
+        ids.append(token)
+
+
+def test_completions_end_with_the_end_of_turn_or_at_the_limit(policy, sampler, tiny_model_dir):
+    stop = policy.tokenizer.eos_token_id
+    assert stop_token_ids(tiny_model_dir, policy.tokenizer) == [stop]
+    handle = policy.core.output.register_forward_hook(  # an end of turn in every other sampled token
+        lambda _, __, out: out + 5.0 * torch.nn.functional.one_hot(torch.tensor(stop), out.shape[-1])
+    )
+    completions = sampler.generate(requests(), SamplingParams(max_tokens=6))
+    handle.remove()
+    assert {c.finish for c in completions} == {"stop", "length"}
+    for completion in completions:
+        assert len(completion.ids) == len(completion.logprobs)
+        assert stop not in completion.ids[:-1]
+        assert (completion.ids[-1] == stop) == (completion.finish == "stop")
+        assert completion.finish == "stop" or len(completion.ids) == 6
+
+
+def test_generating_leaves_the_policy_as_it_was(policy, sampler):
+    batch = score_batch(policy, PROMPTS, sampler.generate(requests(), SamplingParams(max_tokens=4)))
+    before, state = policy.score(batch), torch.get_rng_state()
+    sampler.steer({1: torch.randn(64, generator=torch.Generator().manual_seed(0))})
+    steered = sampler.generate(requests(), SamplingParams(max_tokens=4))
+    assert torch.equal(policy.score(batch), before)
+    assert torch.equal(torch.get_rng_state(), state) and policy.core.training
+    sampler.steer(None)
+    plain = sampler.generate(requests(), SamplingParams(max_tokens=4))
+    assert [c.ids for c in plain] != [c.ids for c in steered]
+
+
+def test_steered_sampler_agrees_with_the_steered_policy(policy, sampler):
+    vectors = {k: torch.randn(64, generator=torch.Generator().manual_seed(k)) for k in (0, 2)}
+    sampler.steer(vectors)
+    completions = sampler.generate(requests(), SamplingParams(max_tokens=6))
+    sampler.steer(None)
+    batch = score_batch(policy, PROMPTS, completions)
+    unsteered = policy.score(batch)
+    handles = [policy.add_to_residual(k, v) for k, v in vectors.items()]
+    steered = policy.score(batch)
+    for handle in handles:
+        handle.remove()
+    assert float((steered - batch.sampler_logp).abs().max()) < 1e-4
+    assert float((unsteered - batch.sampler_logp)[batch.loss_mask].abs().mean()) > 0.01
+
+
+def test_wrong_requests_and_vectors_are_clear_errors(sampler):
+    with pytest.raises(UserError, match="a prompt is empty"):
+        sampler.generate([Request([], 0)], SamplingParams())
+    with pytest.raises(UserError, match="takes 512 tokens: a prompt of 500 leaves no room for 64 more"):
+        sampler.generate([Request([5] * 500, 0)], SamplingParams(max_tokens=64))
+    with pytest.raises(UserError, match="expected shape"):
+        sampler.steer({1: torch.zeros(3)})
+    assert sampler.generate([], SamplingParams()) == []
+
+
+def test_the_self_test_stops_a_run_whose_sampler_is_something_else(policy, tiny_model_dir):
+    """Trap 11: a failed sync leaves every rollout sampling the base model, silently."""
+    stale = TransformersSampler(load(tiny_model_dir), tiny_model_dir)
+    with pytest.raises(
+        RunError, match="after the first sync: the transformers sampler does not sample from the policy"
+    ):
+        self_test(stale, policy, PROMPTS, 0, None, "after the first sync")
+
+
+def test_the_self_test_notices_a_missed_sync_even_after_one_small_step(tiny_model_dir):
+    policy = nudge(load(tiny_model_dir), 1e-3)
+    stale = TransformersSampler(load(tiny_model_dir), tiny_model_dir)
+    with pytest.raises(RunError, match="still samples the base model"):
+        self_test(stale, policy, PROMPTS, 0, 0.5, "after the first sync")
+    assert self_test(TransformersSampler(policy), policy, PROMPTS, 0, 0.5, "after the first sync") < 1e-5
+
+
+def test_following_is_only_denied_with_evidence():
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(scale):
+        return torch.randn(200, generator=generator, dtype=torch.double) * scale
+
+    base, step = noise(1.0), noise(0.1)
+    assert follows(base + step + noise(0.01), base + step, base)
+    assert not follows(base + noise(0.01), base + step, base)
+    assert follows(base + noise(5.0), base + step, base)  # too noisy to say
+    assert follows(base + noise(0.01), base, base)  # the policy has not moved
