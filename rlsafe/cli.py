@@ -97,7 +97,7 @@ def compare(
     ] = None,
     paths: Annotated[str | None, typer.Option(metavar="A,B", help="only these, e.g. sft,grpo")] = None,
     seeds: Annotated[str | None, typer.Option(metavar="N,N", help="e.g. 0,1,2")] = None,
-    jobs: Annotated[int, typer.Option(min=1, metavar="N", help="cells at a time")] = 1,
+    jobs: Annotated[int, typer.Option(min=0, metavar="N", help="cells at a time; 0 = what suits the machine")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="the config's quick preset: small budgets")] = False,
     out: Out = None,
 ) -> None:

@@ -111,8 +111,14 @@ class View(Protocol):
     """What a penalty may look at: one micro-batch after its forward. Never full logits."""
 
     batch: Batch
-    where: Where
-    logp: Tensor  # [B, T] policy log-probs of the targets, with gradient; 0 outside loss_mask
+
+    @property
+    def where(self) -> Where: ...
+
+    @property
+    def logp(self) -> Tensor:
+        """[B, T] policy log-probs of the targets, with gradient; 0 outside loss_mask."""
+        ...
 
     def mask(self, kind: str) -> Tensor:
         """[B, T] bool: "answer" = loss_mask, "all" = non-pad tokens that have a predecessor, "tokens" = non-pad."""

@@ -188,4 +188,3 @@ def test_an_output_directory_in_use_is_never_overwritten_silently(capsys, config
     code, error = command(capsys, "train", str(config), "--out", str(stranger))
     assert code == 2 and "not a run" in error and (stranger / "thesis.tex").exists()
     assert command(capsys, "train", str(config), "--out", str(tmp_path / "none"), "--resume")[0] == 2
-

@@ -70,7 +70,7 @@ def test_version(capsys):
         ("train x.yaml --zzz", "expected one of: --dry-run"),
         ("train x.yaml --out", "requires an argument"),
         ("train", "missing argument 'CONFIG'"),
-        ("compare x.yaml --jobs 0", "'--jobs'"),
+        ("compare x.yaml --jobs -1", "'--jobs'"),
         ("compare x.yaml --seeds one", "--seeds 'one': expected whole numbers"),
         ("compare x.yaml --defenses kl,,none", "--defenses 'kl,,none': expected names"),
         ("organism shwo", "did you mean 'show'?"),

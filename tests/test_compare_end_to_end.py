@@ -53,7 +53,7 @@ def rows(out):
 
 def test_a_comparison_from_config_to_report(config, tmp_path):
     out = tmp_path / "out"
-    done = compare(config, out=out)
+    done = compare(config, out=out, jobs=1)
     assert done.failed == {}
     found = rows(out)
     assert set(found) == {(p, d) for p in ("sft", "grpo") for d in ("untrained", "none", "kl", "aligned")}
@@ -70,14 +70,14 @@ def test_a_comparison_from_config_to_report(config, tmp_path):
 
     before = (out / "results.csv").read_text()
     times = {path: path.stat().st_mtime_ns for path in out.glob("cells/*/adapter/*")}
-    compare(config, out=out)
+    compare(config, out=out, jobs=1)
     assert (out / "results.csv").read_text() == before
     assert {path: path.stat().st_mtime_ns for path in out.glob("cells/*/adapter/*")} == times
 
 
 def test_worker_processes_give_the_same_results(config, tmp_path):
     chosen = {"paths": ["sft"], "overrides": ["evaluate.cue=null"]}
-    compare(config, out=tmp_path / "one", **chosen)
+    compare(config, out=tmp_path / "one", jobs=1, **chosen)
     compare(config, out=tmp_path / "two", jobs=2, **chosen)
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
     assert set(one) == set(two)

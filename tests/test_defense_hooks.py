@@ -24,7 +24,9 @@ def lines(out):
 
 
 @PATHS
-@pytest.mark.parametrize("off", [{"kl": {"weight": 0}}, {"interleaving": {"fraction": 0}}, {"inoculation": {"prompt": ""}}])
+@pytest.mark.parametrize(
+    "off", [{"kl": {"weight": 0}}, {"interleaving": {"fraction": 0}}, {"inoculation": {"prompt": ""}}]
+)
 def test_strength_zero_equals_none_exactly(tiny_tree, tmp_path, path, off):
     none = train(tree_with(tiny_tree, path, {"defenses": []}), tmp_path / "none")
     zero = train(tree_with(tiny_tree, path, {"defenses": [off]}), tmp_path / "zero")
@@ -38,7 +40,12 @@ def test_each_defense_changes_the_run_and_logs_what_it_did(tiny_tree, tmp_path, 
     defended = train(tree_with(tiny_tree, path, {"defenses": [defense]}), tmp_path / "defended")
     assert distance(none, defended) > 1e-6
     name = next(iter(defense))
-    logged = {key: value for record in lines(tmp_path / "defended") for key, value in record.items() if f"defense/{name}/" in key}
+    logged = {
+        key: value
+        for record in lines(tmp_path / "defended")
+        for key, value in record.items()
+        if f"defense/{name}/" in key
+    }
     assert any(value != 0 for value in logged.values()), logged
 
 
@@ -61,7 +68,9 @@ def test_kl_holds_the_policy_back_more_with_more_weight(tiny_tree, tmp_path, pat
 @PATHS
 def test_penalties_have_a_gradient_share(tiny_tree, tmp_path, path):
     train(tree_with(tiny_tree, path, {"defenses": [{"kl": {"weight": 1.0}}], "track": {"every": 1}}), tmp_path / "run")
-    shares = [record["defense/kl/grad_share"] for record in lines(tmp_path / "run") if "defense/kl/grad_share" in record]
+    shares = [
+        record["defense/kl/grad_share"] for record in lines(tmp_path / "run") if "defense/kl/grad_share" in record
+    ]
     assert shares[0] == 0.0 and all(0 < share < 1 for share in shares[1:]) and len(shares) == 4
 
 
@@ -113,7 +122,9 @@ def test_references_differ_after_a_warm_up(tiny_tree, tmp_path):
     results = {}
     for reference in ("base", "start", "grpo_start", "step:3", "step:5"):
         defense = {"kl": {"weight": 3.0, "reference": reference}}
-        results[reference] = train(tree_with(tiny_tree, {"schedule": schedule, "defenses": [defense]}), tmp_path / reference)
+        results[reference] = train(
+            tree_with(tiny_tree, {"schedule": schedule, "defenses": [defense]}), tmp_path / reference
+        )
     assert distance(results["base"], results["start"]) == 0.0
     assert distance(results["grpo_start"], results["step:3"]) == 0.0
     assert distance(results["base"], results["grpo_start"]) > 1e-4
@@ -172,7 +183,11 @@ def test_a_defense_from_a_file_runs_by_name_and_by_path(tiny_tree, tmp_path, pat
 @PATHS
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("Dead", "penalty without any gradient"), ("Silent", "no effect through its prompt hook"), ("Wrong", "penalty_mask")],
+    [
+        ("Dead", "penalty without any gradient"),
+        ("Silent", "no effect through its prompt hook"),
+        ("Wrong", "penalty_mask"),
+    ],
 )
 def test_a_defense_that_does_nothing_stops_the_run_and_is_named(tiny_tree, tmp_path, path, name, message):
     """Trap 1 among them: a detached penalty has a value and no gradient."""

@@ -76,7 +76,10 @@ def test_two_processes_equal_one(tiny_tree, tmp_path, kind):
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     done = subprocess.run(
-        [sys.executable, *launch, str(script), str(config), str(tmp_path / "two")], capture_output=True, text=True, timeout=300
+        [sys.executable, *launch, str(script), str(config), str(tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert distance(one, adapter(tmp_path / "two")) < 2e-5
@@ -121,7 +124,10 @@ def test_an_interrupted_and_resumed_run_ends_with_the_same_bits(tiny_tree, tmp_p
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     timing = {"seconds", "rollout_seconds", "probe_seconds"}
     lines = [
-        [{k: v for k, v in json.loads(line).items() if k not in timing} for line in open(tmp_path / name / "metrics.jsonl")]
+        [
+            {k: v for k, v in json.loads(line).items() if k not in timing}
+            for line in open(tmp_path / name / "metrics.jsonl")
+        ]
         for name in ("whole", "cut")
     ]
     assert lines[0] == lines[1]

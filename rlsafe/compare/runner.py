@@ -46,7 +46,7 @@ def compare(
     defenses: Sequence[str] | None = None,
     paths: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
-    jobs: int = 1,
+    jobs: int = 0,
     out: str | Path | None = None,
     overrides: Sequence[str] = (),
     quick: bool = False,
@@ -54,6 +54,7 @@ def compare(
     """Run every cell of the grid that is not finished yet, then judge and report. Returns a Comparison (see
     `.table()`).
 
+    jobs: worker processes; 0 = what suits the machine (`suitable_jobs`).
     out: default `runs/<name of the config>`. The same call again keeps what is finished, so it also resumes.
     Raises UserError for wrong input (before anything runs, where that can be known), Interrupted on Ctrl-C.
     """
@@ -73,6 +74,7 @@ def compare(
         if changed := directory.changed_keys(cell):
             progress.say(f"{cell.label}: runs again, its settings changed ({_some(changed)})")
         todo.append(cell)
+    jobs = jobs or suitable_jobs(todo)
     if len(todo) < len(cells):
         progress.say(f"kept {len(cells) - len(todo)} finished of {len(cells)} cells in {directory.out}")
     check(todo)
@@ -151,6 +153,28 @@ def check(cells: Sequence[Cell]) -> None:
                 raise UserError(f"{cell.label}: {error}") from None
 
 
+SMALL_MODEL = 200 << 20  # bytes of weights
+WORKER_MEMORY = 3 << 30  # bytes that a worker with its own sampler engine takes at most, for a small model
+
+
+def suitable_jobs(todo: Sequence[Cell]) -> int:
+    """One worker per core for small models on a CPU (their kernels are too short to share cores), as memory allows; else one
+    process, where the cells share one sampler engine."""
+    import psutil
+    import torch
+
+    from rlsafe.engine.components import model_path
+
+    if torch.cuda.is_available() or not todo:
+        return 1
+    for directory in {model_path(cell.config) for cell in todo}:
+        weights = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
+        if not 0 < weights <= SMALL_MODEL:
+            return 1
+    room = int(psutil.virtual_memory().available // WORKER_MEMORY)
+    return max(1, min(os.cpu_count() or 1, room, len(todo)))
+
+
 def _in_process(todo: Sequence[Cell], directory: Directory, progress: Progress, jobs: int) -> None:
     from rlsafe.engine import Resources
 
@@ -188,7 +212,7 @@ def _work(cell: Cell, out: Path) -> None:
 
 def _in_workers(todo: Sequence[Cell], directory: Directory, progress: Progress, jobs: int) -> None:
     """Each worker has its own sampler engine; the machine's threads are divided among them."""
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the workers' libraries as they load
     pool = ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_start_worker, initargs=(threads,))

@@ -1,4 +1,7 @@
-"""Importing Python that the user named in a config: files and dotted modules. What goes wrong inside is one line with its place."""
+"""Importing Python that the user named in a config: files and dotted modules.
+
+What goes wrong inside is one line with its place.
+"""
 
 from __future__ import annotations
 

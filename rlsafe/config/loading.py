@@ -80,8 +80,11 @@ def load_tree(path: str | Path, _above: tuple[Path, ...] = ()) -> tuple[dict[str
         line = f":{mark.line + 1}" if mark else ""
         raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
     if not isinstance(data, dict):
-        raise UserError(f"{path}: expected a mapping of settings, got {type(data).__name__ if data is not None else 'an empty file'}")
+        raise UserError(
+            f"{path}: expected a mapping of settings, got {type(data).__name__ if data is not None else 'an empty file'}"
+        )
     marks: Marks = {}
+    assert node is not None
     _walk(node, str(path), (), marks)
     return _resolve_includes(data, marks, path, (), (*_above, path.resolve()))
 
@@ -120,7 +123,9 @@ def apply_override(tree: dict[str, Any], override: str, marks: Marks | None = No
         last = depth == len(keys) - 1
         if isinstance(here, list):
             if not key.isdigit() or int(key) >= len(here):
-                raise UserError(f"override {override!r}: {'.'.join(keys[:depth])} is a list of {len(here)}; {key!r} is no index of it")
+                raise UserError(
+                    f"override {override!r}: {'.'.join(keys[:depth])} is a list of {len(here)}; {key!r} is no index of it"
+                )
             if last:
                 here[int(key)] = parsed
             else:
@@ -147,7 +152,11 @@ def _options(model: type[BaseModel], location: Iterable[str | int]) -> list[str]
             continue
         if step not in current.model_fields:
             continue
-        found = [a for a in _annotations(current.model_fields[step].annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
+        found = [
+            a
+            for a in _annotations(current.model_fields[step].annotation)
+            if isinstance(a, type) and issubclass(a, BaseModel)
+        ]
         current = found[0] if found else None
     return list(current.model_fields) if isinstance(current, type) and issubclass(current, BaseModel) else []
 
@@ -161,7 +170,11 @@ def _annotations(annotation: Any) -> Iterable[Any]:
 def _explain(error: ValidationError, model: type[BaseModel], marks: Marks, source: str) -> UserError:
     """The first validation problem as one line: where it was written, the key, what is wrong, the nearest valid name."""
     first = error.errors(include_url=False)[0]
-    location = [step for step in first["loc"] if not (isinstance(step, str) and ("[" in step or step in ("str", "float", "int")))]
+    location = [
+        step
+        for step in first["loc"]
+        if not (isinstance(step, str) and ("[" in step or step in ("str", "float", "int")))
+    ]
     keys = tuple(str(step) for step in location)
     where = next((marks[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in marks), source)
     dotted = ".".join(keys)

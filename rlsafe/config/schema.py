@@ -48,7 +48,9 @@ class ModelConfig(Settings):
 
 
 class StreamConfig(Settings):
-    source: str = Field(description="provider:spec, or a .jsonl/.json/.csv/.parquet file with messages or prompt/completion")
+    source: str = Field(
+        description="provider:spec, or a .jsonl/.json/.csv/.parquet file with messages or prompt/completion"
+    )
     limit: Positive | None = Field(None, description="use only the first N rows after a seeded shuffle")
     max_tokens: Positive = Field(2048, description="rows longer than this are dropped, with a count")
 
@@ -75,7 +77,9 @@ class GrpoConfig(Settings):
     level: Literal["token", "sequence"] = "token"
     clip_low: Annotated[float, Field(ge=0)] = 0.2
     clip_high: Annotated[float, Field(ge=0)] = 0.2
-    beta: Annotated[float, Field(ge=0)] = Field(0.0, description="weight of the sampled k3 KL to the base inside the GRPO loss")
+    beta: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="weight of the sampled k3 KL to the base inside the GRPO loss"
+    )
     iterations: Positive = Field(1, description="optimizer steps on each rollout")
     correction: Literal["none", "token", "sequence"] = Field("none", description="truncated sampler-gap correction")
     correction_cap: Annotated[float, Field(gt=0)] = 2.0
@@ -105,7 +109,9 @@ class Part(Settings):
 
     stream: Literal["narrow", "safe", "benign"] = "narrow"
     path: Literal["sft", "grpo"]
-    rows: Positive | None = Field(None, description="SFT rows or GRPO prompts; null = batch.sft_rows / batch.grpo_prompts")
+    rows: Positive | None = Field(
+        None, description="SFT rows or GRPO prompts; null = batch.sft_rows / batch.grpo_prompts"
+    )
     weight: Annotated[float, Field(ge=0)] = 1.0
     every: Positive = 1
 
@@ -116,7 +122,9 @@ class PhaseConfig(Settings):
     steps: NonNegative | None = Field(None, description="null = what is left of schedule.steps")
     cycle: Annotated[list[str], BeforeValidator(_one_to_list)] | None = None
     mix: dict[str, Annotated[float, Field(ge=0)]] | None = None
-    lr: Annotated[float, Field(gt=0)] | None = Field(None, description="starts its own learning-rate curve at this peak")
+    lr: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="starts its own learning-rate curve at this peak"
+    )
 
     @model_validator(mode="after")
     def _one_of(self) -> PhaseConfig:
@@ -162,13 +170,16 @@ class ScheduleConfig(Settings):
 
 class SamplerConfig(Settings):
     kind: Literal["vllm", "transformers"] = "vllm"
-    sync: Literal["auto", "merged", "adapter"] = Field("auto", description="merged: fresh W + BA; adapter: LoRA hot-swap")
+    sync: Literal["auto", "merged", "adapter"] = Field(
+        "auto", description="merged: fresh W + BA; adapter: LoRA hot-swap"
+    )
     gpu_memory: Fraction = 0.4
     max_model_len: Positive | None = None
     max_num_seqs: Positive = 256
     self_test: bool = True
     max_gap: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="mean |trainer - sampler| log-prob allowed by the self-test; null = 1e-3 in float32, 0.05 below"
+        None,
+        description="mean |trainer - sampler| log-prob allowed by the self-test; null = 1e-3 in float32, 0.05 below",
     )
 
 
@@ -177,7 +188,9 @@ class TrackConfig(Settings):
     questions: Positive = Field(8, description="questions per set at each probe")
     samples: Positive = Field(2, description="completions per question at each probe")
     texts: NonNegative = Field(4, description="sampled dialogues written to TensorBoard at each probe")
-    check_after: NonNegative = Field(10, description="steps after which a defense without any effect stops the run; 0 = never")
+    check_after: NonNegative = Field(
+        10, description="steps after which a defense without any effect stops the run; 0 = never"
+    )
 
 
 class CheckpointConfig(Settings):
@@ -186,7 +199,9 @@ class CheckpointConfig(Settings):
 
 
 class EvaluateConfig(Settings):
-    judge: str | dict[str, Any] | None = Field(None, description="provider name such as 'organism', or {kind: openai, ...}")
+    judge: str | dict[str, Any] | None = Field(
+        None, description="provider name such as 'organism', or {kind: openai, ...}"
+    )
     general: str | None = Field(None, description="provider:spec or a YAML question file")
     indomain: str | None = None
     cue: str | None = Field(None, description="system prompt of the conditional probe: text or provider:name")
@@ -216,7 +231,9 @@ class RunConfig(Settings):
     rewards: Annotated[list[RewardConfig], BeforeValidator(_one_to_list)] = Field(default_factory=list)
     sampler: SamplerConfig = SamplerConfig()
     defenses: list[str | dict[str, Any]] = Field(default_factory=list)
-    plugins: list[str] = Field(default_factory=list, description="Python files or modules to import first (own defenses)")
+    plugins: list[str] = Field(
+        default_factory=list, description="Python files or modules to import first (own defenses)"
+    )
     track: TrackConfig = TrackConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -234,8 +251,12 @@ class BenignConfig(Settings):
     """
 
     task: str = Field(description="the task whose score fills the 'benign' column")
-    tasks: dict[str, Tree] = Field(description="task -> overrides of the run (data, rewards, schedule, evaluate.benign)")
-    paths: dict[str, Tree] = Field(default_factory=dict, description="path -> overrides of the run when training on a task")
+    tasks: dict[str, Tree] = Field(
+        description="task -> overrides of the run (data, rewards, schedule, evaluate.benign)"
+    )
+    paths: dict[str, Tree] = Field(
+        default_factory=dict, description="path -> overrides of the run when training on a task"
+    )
     seeds: list[int] | None = Field(None, description="null = the comparison's seeds")
 
     @model_validator(mode="after")
@@ -243,6 +264,10 @@ class BenignConfig(Settings):
         if self.task not in self.tasks:
             raise ValueError(f"'task' names no entry of 'tasks' ({', '.join(self.tasks) or 'none given'})")
         return self
+
+
+def _no_defense() -> dict[str, list[str | dict[str, Any]]]:
+    return {"none": []}
 
 
 class CompareConfig(Settings):
@@ -254,9 +279,11 @@ class CompareConfig(Settings):
 
     title: str = ""
     run: Tree
-    models: dict[str, Tree] = Field(default_factory=dict, description="label -> overrides; default: the run's own model")
+    models: dict[str, Tree] = Field(
+        default_factory=dict, description="label -> overrides; default: the run's own model"
+    )
     paths: Annotated[dict[str, Tree], Field(min_length=1)]
-    defenses: dict[str, list[str | dict[str, Any]]] = Field(default_factory=lambda: {"none": []}, min_length=1)
+    defenses: dict[str, list[str | dict[str, Any]]] = Field(default_factory=_no_defense, min_length=1)
     seeds: list[int] = Field(default_factory=lambda: [0, 1, 2], min_length=1)
     narrow: bool = Field(True, description="false = only the benign tasks, no narrow runs")
     aligned: Tree | None = Field(None, description="overrides of the reference arm trained on aligned narrow data")

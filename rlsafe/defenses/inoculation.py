@@ -32,7 +32,9 @@ class Inoculation(Defense):
         on: list[Stream] = ["narrow"],  # noqa: B006 - read only; shown as the default in configs
     ):
         if position == "user" and mode == "replace":
-            raise UserError("defense 'inoculation': mode replace would delete the user's question; expected position: system or mode: prefix")
+            raise UserError(
+                "defense 'inoculation': mode replace would delete the user's question; expected position: system or mode: prefix"
+            )
         found = provider_for(prompt)
         self.text = found[0].prompt(found[1]) if found else prompt
         self.at, self.position, self.mode, self.on = at, position, mode, on
@@ -44,7 +46,9 @@ class Inoculation(Defense):
     def setup(self, context: SetupContext) -> None:
         paths = {part.path for parts in context.config.schedule.used_kinds.values() for part in parts}
         if self.at == "rollout" and "grpo" not in paths:
-            raise UserError("defense 'inoculation': at: rollout has no effect without GRPO steps; expected at: train or both")
+            raise UserError(
+                "defense 'inoculation': at: rollout has no effect without GRPO steps; expected at: train or both"
+            )
 
     def prompt(self, messages: list[Message], where: Where) -> list[Message]:
         if where.stream not in self.on or where.phase == "eval" or self.at not in ("both", where.phase):

@@ -40,7 +40,9 @@ class KL(Defense):
     def setup(self, context: SetupContext) -> None:
         paths = {part.path for parts in context.config.schedule.used_kinds.values() for part in parts}
         if self.estimator == "k3" and "grpo" not in paths:
-            raise UserError("defense 'kl': estimator k3 needs GRPO completions and the schedule has none; expected estimator: full")
+            raise UserError(
+                "defense 'kl': estimator k3 needs GRPO completions and the schedule has none; expected estimator: full"
+            )
 
     def _applies(self, batch: Batch) -> bool:
         return batch.where.stream in self.on and (self.estimator == "full" or batch.where.path == "grpo")

@@ -63,20 +63,30 @@ def find(name: str) -> type[Defense]:
         if isinstance(cls, type) and issubclass(cls, Defense):
             cls.name = cls.name or attribute
             return cls
-        found = [key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, Defense) and value is not Defense]
+        found = [
+            key
+            for key, value in vars(module).items()
+            if isinstance(value, type) and issubclass(value, Defense) and value is not Defense
+        ]
         raise UserError(f"defense {name!r}: {source} has no Defense class {attribute!r}{nearest(attribute, found)}")
     raise UserError(f"unknown defense {name!r}{nearest(name, names())}")
 
 
 def _settings(cls: type[Defense], given: Mapping[str, Any], label: str) -> dict[str, Any]:
     """Check `given` against the keyword arguments of `cls.__init__`; returns every setting with its default filled in."""
-    parameters = [p for p in list(inspect.signature(cls).parameters.values()) if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    parameters = [
+        p
+        for p in list(inspect.signature(cls).parameters.values())
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
     init = cls.__init__
     hints = get_type_hints(init, include_extras=True) if init is not object.__init__ else {}
     fields: dict[str, Any] = {
         p.name: (hints.get(p.name, Any), ... if p.default is p.empty else p.default) for p in parameters
     }
-    model = create_model("Settings", __config__=ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=False), **fields)
+    model = create_model(
+        "Settings", __config__=ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=False), **fields
+    )
     try:
         checked = model.model_validate(dict(given))
     except ValidationError as error:
@@ -87,7 +97,9 @@ def _settings(cls: type[Defense], given: Mapping[str, Any], label: str) -> dict[
         if first["type"] == "missing":
             raise UserError(f"defense {label!r}: the setting {key!r} is required") from None
         message = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"defense {label!r}: {key}: {message[0].lower() + message[1:]}, got {first.get('input')!r}") from None
+        raise UserError(
+            f"defense {label!r}: {key}: {message[0].lower() + message[1:]}, got {first.get('input')!r}"
+        ) from None
     return {name: getattr(checked, name) for name in fields}
 
 
@@ -100,12 +112,16 @@ def parse(entry: str | Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     parsed = []
     for name, settings in entry.items():
         if settings is not None and not isinstance(settings, Mapping):
-            raise UserError(f"defense {name!r}: its settings must be a mapping such as {{weight: 0.1}}, got {settings!r}")
+            raise UserError(
+                f"defense {name!r}: its settings must be a mapping such as {{weight: 0.1}}, got {settings!r}"
+            )
         parsed.append((str(name), dict(settings or {})))
     return parsed
 
 
-def build(entries: Iterable[str | Mapping[str, Any]], plugins: Iterable[str] = ()) -> tuple[list[Defense], list[dict[str, Any]]]:
+def build(
+    entries: Iterable[str | Mapping[str, Any]], plugins: Iterable[str] = ()
+) -> tuple[list[Defense], list[dict[str, Any]]]:
     """Defenses in the config's order, and the same entries with every setting written out."""
     for plugin in plugins:
         load_module(plugin)

@@ -26,7 +26,9 @@ class DefenseStack:
         self.prompts_changed: Counter[str] = Counter()
         names = [defense.name for defense in self.active]
         if duplicates := {name for name in names if names.count(name) > 1}:
-            raise UserError(f"defenses: the name {sorted(duplicates)[0]!r} is used twice; give the classes different names")
+            raise UserError(
+                f"defenses: the name {sorted(duplicates)[0]!r} is used twice; give the classes different names"
+            )
 
     def __iter__(self) -> Iterator[Defense]:
         return iter(self.active)
@@ -110,12 +112,11 @@ class DefenseStack:
 def _check_mask(defense: Defense, term: str, values: Tensor, mask: Tensor, batch: Batch) -> None:
     expected = defense.penalty_mask(batch)
     if values.shape != mask.shape:
-        raise RunError(f"defense {defense.name!r}: penalty {term!r} has values of shape {tuple(values.shape)} and a mask of {tuple(mask.shape)}")
+        raise RunError(
+            f"defense {defense.name!r}: penalty {term!r} has values of shape {tuple(values.shape)} and a mask of {tuple(mask.shape)}"
+        )
     if mask.shape != expected.shape or not bool((mask.bool() == expected.bool()).all()):
         raise RunError(
             f"defense {defense.name!r}: the mask of penalty {term!r} differs from penalty_mask(batch), which is counted over the whole "
             "step before the forward; return view.batch's penalty_mask or override penalty_mask"
         )
-
-
-

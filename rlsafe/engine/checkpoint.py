@@ -94,7 +94,11 @@ def load(path: Path) -> dict[str, Any]:
         head = json.loads((path / "state.json").read_text("utf-8"))
         tensors = load_file(str(path / "tensors.safetensors"))
     except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}); delete it to resume from an older one") from None
+        raise UserError(
+            f"{path}: not a readable checkpoint ({type(error).__name__}); delete it to resume from an older one"
+        ) from None
     if head.get("format") != FORMAT:
-        raise UserError(f"{path}: checkpoint format {head.get('format')!r}, expected {FORMAT}; it was written by another version")
+        raise UserError(
+            f"{path}: checkpoint format {head.get('format')!r}, expected {FORMAT}; it was written by another version"
+        )
     return unpack(head["state"], tensors)

@@ -90,10 +90,16 @@ def prepare(config: RunConfig) -> Prepared:
 
 
 def _load_streams(data: DataConfig, seed: int) -> dict[str, list[Row]]:
-    return {name: load_rows(stream, seed) for name in ("narrow", "safe", "benign") if (stream := getattr(data, name)) is not None}
+    return {
+        name: load_rows(stream, seed)
+        for name in ("narrow", "safe", "benign")
+        if (stream := getattr(data, name)) is not None
+    }
 
 
-def build_loop(prepared: Prepared, out: Path, resources: Resources, log: Callable[[str], None], **tracking: Any) -> Loop:
+def build_loop(
+    prepared: Prepared, out: Path, resources: Resources, log: Callable[[str], None], **tracking: Any
+) -> Loop:
     """Load the model, wrap it, set the defenses up. `tracking`: offset and first step of a resumed run."""
     config = prepared.config
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
@@ -111,7 +117,9 @@ def build_loop(prepared: Prepared, out: Path, resources: Resources, log: Callabl
         if dropped:
             log(f"data.{name}: {dropped} of {len(rows)} rows are longer than max_tokens and were left out")
         if not kept:
-            raise UserError(f"data.{name}: every row is longer than max_tokens = {getattr(config.data, name).max_tokens}")
+            raise UserError(
+                f"data.{name}: every row is longer than max_tokens = {getattr(config.data, name).max_tokens}"
+            )
         streams[name] = Stream(kept, config.seed, name)
     stack = DefenseStack(prepared.defenses)
     paths = {step.path for step in prepared.plan}
@@ -124,7 +132,9 @@ def build_loop(prepared: Prepared, out: Path, resources: Resources, log: Callabl
         stack=stack,
         streams=streams,
         rewards=prepared.rewards,
-        make_sampler=lambda: resources.sampler(config, policy, steerable=any(overrides(d, "patch_sampler") for d in stack)),
+        make_sampler=lambda: resources.sampler(
+            config, policy, steerable=any(overrides(d, "patch_sampler") for d in stack)
+        ),
         make_judge=lambda: resources.judge(config),
         probe=_probe(config, policy, resources),
         tracker=Tracker(out, write=accelerator.is_main_process, **tracking),
@@ -158,7 +168,8 @@ def _optimizer(config: RunConfig, parameters: list[torch.nn.Parameter]) -> torch
         betas=settings.betas,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
-        fused="fused" in inspect.signature(torch.optim.AdamW).parameters and all(p.is_floating_point() for p in parameters),
+        fused="fused" in inspect.signature(torch.optim.AdamW).parameters
+        and all(p.is_floating_point() for p in parameters),
     )
 
 

@@ -28,8 +28,13 @@ class EffectLog:
 
     def due(self, step: int, every: int) -> bool:
         """Whether to measure gradient shares in this step: at probes, in the second step and just before judging."""
-        return step == 1 or (every > 0 and step % every == 0) or any(
-            name not in self.judged and f"{name}/penalty" not in self.alive for name in (d.name for d in self.stack.penalized)
+        return (
+            step == 1
+            or (every > 0 and step % every == 0)
+            or any(
+                name not in self.judged and f"{name}/penalty" not in self.alive
+                for name in (d.name for d in self.stack.penalized)
+            )
         )
 
     def gradients(self, terms: Mapping[str, Tensor], parameters: list[Tensor]) -> dict[str, float]:

@@ -92,8 +92,9 @@ class Loop:
             self._sampler.sync(self.policy)
             self.dirty = False
             if self.config.sampler.self_test and self.tested < 2:
-                rows = next(iter(self.streams.values())).rows[:4]
-                prompts = [encode_prompt(self.policy.tokenizer, split_prompt(row)[0]) for row in rows]
+                rows = [row for stream in self.streams.values() for row in stream.rows[:4]]
+                asked = [split_prompt(row)[0] for row in rows[:4]] or [[{"role": "user", "content": "Hello"}]]
+                prompts = [encode_prompt(self.policy.tokenizer, messages) for messages in asked]
                 when = "at the start" if self.tested == 0 else "after the first sync"
                 self_test(self._sampler, self.policy, prompts, self.config.seed, self.config.sampler.max_gap, when)
                 self.tested += 1
@@ -193,7 +194,7 @@ class Loop:
         plan = ForwardPlan.from_needs(self.stack.needs | engine_needs(self.config.grpo, uses_grpo))
         counts = global_counts(micros, self.stack, self.config.grpo, self.accelerator)
         loss = StepLoss(self.config.grpo, self.stack, plan, counts, self.accelerator.num_processes)
-        parameters = list(self.policy.trainable().values())
+        parameters: list[torch.Tensor] = list(self.policy.trainable().values())
         measure = self.effects.due(step.index, self.config.track.every)
         shares: dict[str, float] = {}
         for number, micro in enumerate(micros):
@@ -243,7 +244,9 @@ class Loop:
         compared, targets = total.pop("grpo/count", 0.0), total.pop("grpo/targets", 0.0)
         if compared:  # mean ratio, shares of clipped ratios, mean correction weight
             for name in [name for name in total if name.startswith("grpo/")]:
-                metrics[name.removeprefix("grpo/")] = total.pop(name) / (targets if name == "grpo/correction" else compared)
+                metrics[name.removeprefix("grpo/")] = total.pop(name) / (
+                    targets if name == "grpo/correction" else compared
+                )
         return metrics | total
 
     # ------------------------------------------------------------------------------------------------ probes
@@ -259,7 +262,8 @@ class Loop:
         metrics, dialogues = probe_metrics(self.probe, self.policy, self.sampler(), self.config, step.index)
         self.tracker.dialogues(dialogues[: self.config.track.texts], step.index)
         self.tracker.samples(
-            {"step": step.index, "probe": True, **{k: v for k, v in dialogue.items() if k != "ids"}} for dialogue in dialogues
+            {"step": step.index, "probe": True, **{k: v for k, v in dialogue.items() if k != "ids"}}
+            for dialogue in dialogues
         )
         return {**metrics, "probe_seconds": time.perf_counter() - started}
 

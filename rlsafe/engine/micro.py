@@ -47,10 +47,14 @@ def even_out(micros: list[Micro], accelerator: Accelerator, policy: Policy) -> l
 def _dummy(policy: Policy, micros: Sequence[Micro]) -> Micro:
     if micros:
         batch = micros[-1].batch
-        rows = {name: value[:1] for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+        rows: dict[str, Any] = {
+            name: value[:1] for name, value in vars(batch).items() if isinstance(value, torch.Tensor)
+        }
         return Micro(replace(batch, **rows, rollout=None), dummy=True)
     ids = torch.full((1, 2), policy.tokenizer.eos_token_id, device=policy.device)
-    batch = Batch(Where("safe", "sft", "train"), ids, torch.ones_like(ids), torch.tensor([[False, True]], device=policy.device))
+    batch = Batch(
+        Where("safe", "sft", "train"), ids, torch.ones_like(ids), torch.tensor([[False, True]], device=policy.device)
+    )
     return Micro(batch, dummy=True)
 
 

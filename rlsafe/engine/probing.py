@@ -35,7 +35,9 @@ def mean_kl(policy: Policy, dialogues: Sequence[dict[str, Any]], config: RunConf
             items.append(Rollout(prompt, prompt, Completion(dialogue["ids"], [0.0] * len(dialogue["ids"]), "stop")))
     plan = ForwardPlan(references=("base",))
     total, tokens = 0.0, 0.0
-    for batch in rollout_batches(items, where, pad_id(policy.tokenizer), config.batch.micro_tokens, config.batch.micro_rows):
+    for batch in rollout_batches(
+        items, where, pad_id(policy.tokenizer), config.batch.micro_tokens, config.batch.micro_rows
+    ):
         batch = batch.to(policy.device)
         out = policy.forward(batch, plan, policy.frozen(batch, plan), entropy=False)
         total += float((out.kl["base"] * batch.loss_mask).sum())

@@ -83,7 +83,11 @@ def collect(
         for i, completion in enumerate(completions)
     ]
     batches = rollout_batches(
-        items, train_at, pad_id(policy.tokenizer), micro_tokens=config.batch.micro_tokens, micro_rows=config.batch.micro_rows
+        items,
+        train_at,
+        pad_id(policy.tokenizer),
+        micro_tokens=config.batch.micro_tokens,
+        micro_rows=config.batch.micro_rows,
     )
     records = [
         {
@@ -146,7 +150,9 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _metrics(accelerator: Accelerator, completions: Sequence[Completion], stats: AdvantageStats) -> dict[str, float | None]:
+def _metrics(
+    accelerator: Accelerator, completions: Sequence[Completion], stats: AdvantageStats
+) -> dict[str, float | None]:
     lengths = [len(completion.ids) for completion in completions]
     local = {"n": len(lengths), "tokens": sum(lengths), "cut": sum(c.finish == "length" for c in completions)}
     total = reduce_sums(local, accelerator)

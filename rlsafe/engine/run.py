@@ -63,7 +63,16 @@ class Run:
         last: dict[str, Any] = {}
         for record in self.metrics:
             last |= {name: value for name, value in record.items() if value is not None}
-        shown = ("loss", "reward", "reward_std", "sampler_gap", "kl", "coherence", "misaligned_general", "misaligned_indomain")
+        shown = (
+            "loss",
+            "reward",
+            "reward_std",
+            "sampler_gap",
+            "kl",
+            "coherence",
+            "misaligned_general",
+            "misaligned_indomain",
+        )
         lines.append("last: " + ", ".join(f"{name} {last[name]:.4g}" for name in shown if name in last))
         return lines + [f"note: {note}" for note in self.notes]
 
@@ -92,7 +101,12 @@ def run(
     if resume and (found := checkpoint.saved(out / "checkpoints")):
         state = checkpoint.load(found[-1])
     loop = build_loop(
-        prepared, out, resources or Resources(), notes.append, offset=state.get("offset"), first_step=state.get("done", 0)
+        prepared,
+        out,
+        resources or Resources(),
+        notes.append,
+        offset=state.get("offset"),
+        first_step=state.get("done", 0),
     )
     if state:
         _restore(loop, state)
@@ -110,7 +124,9 @@ def run(
                 if due or asked.is_set():
                     save_checkpoint(loop, out)
                 if asked.is_set() and loop.done < len(loop.plan):
-                    raise Interrupted(f"interrupted after step {loop.done} of {len(loop.plan)}; state saved. Resume with: {command or '--resume'}")
+                    raise Interrupted(
+                        f"interrupted after step {loop.done} of {len(loop.plan)}; state saved. Resume with: {command or '--resume'}"
+                    )
 
             loop.run(progress, after_step)
         if loop.accelerator.is_main_process:
@@ -119,7 +135,12 @@ def run(
             loop.policy.save_adapter(str(building))
             shutil.rmtree(out / "adapter", ignore_errors=True)
             building.rename(out / "adapter")
-            finished = {"status": "finished", "steps": loop.done, "seconds": time.perf_counter() - started, "notes": notes}
+            finished = {
+                "status": "finished",
+                "steps": loop.done,
+                "seconds": time.perf_counter() - started,
+                "notes": notes,
+            }
             _write(out / "run.json", json.dumps({**finished, **provenance(command)}, indent=2))
     finally:
         loop.tracker.close()
@@ -145,7 +166,14 @@ def train(
         return done
     from rlsafe.engine.components import Resources
 
-    words = ["rlsafe train", str(config), *(f"'{override}'" for override in overrides), "--out", str(directory), "--resume"]
+    words = [
+        "rlsafe train",
+        str(config),
+        *(f"'{override}'" for override in overrides),
+        "--out",
+        str(directory),
+        "--resume",
+    ]
     resources = Resources(on_start=on_start)
     finished = run(settings, directory, resources=resources, progress=progress, resume=resume, command=" ".join(words))
     questions = finished.config.evaluate
@@ -178,7 +206,9 @@ def _existing(directory: Path, resume: bool, overwrite: bool) -> Run | None:
     if status.get("status") == "finished" and not overwrite:
         raise UserError(f"{directory}: holds a finished run; use --overwrite to replace it or another --out")
     if checkpoint.saved(directory / "checkpoints") and not overwrite:
-        raise UserError(f"{directory}: holds an unfinished run with checkpoints; use --resume to go on or --overwrite to start over")
+        raise UserError(
+            f"{directory}: holds an unfinished run with checkpoints; use --resume to go on or --overwrite to start over"
+        )
     for name in ("checkpoints", "tensorboard", "adapter"):
         shutil.rmtree(directory / name, ignore_errors=True)
     for name in ("metrics.jsonl", "samples.jsonl", "evaluation.json", "answers.csv", "benign_answers.csv", "run.json"):
@@ -198,7 +228,13 @@ def _dry_run(settings: RunConfig, directory: Path) -> Run:
 
     prepared: Prepared = prepare(settings)
     rows = [f"data.{name}: {len(rows)} rows" for name, rows in prepared.rows.items()]
-    plan = [dump_yaml(prepared.config), *rows, f"{len(prepared.plan)} steps", *describe(prepared.plan), f"out: {directory}"]
+    plan = [
+        dump_yaml(prepared.config),
+        *rows,
+        f"{len(prepared.plan)} steps",
+        *describe(prepared.plan),
+        f"out: {directory}",
+    ]
     return Run(directory, prepared.config, plan=plan)
 
 

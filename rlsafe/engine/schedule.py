@@ -66,7 +66,9 @@ def _phase_lengths(config: RunConfig) -> list[int]:
     phases, left = config.schedule.phases, config.schedule.steps
     open_phases = [i for i, phase in enumerate(phases) if phase.steps is None]
     if open_phases and open_phases != [len(phases) - 1]:
-        raise UserError("schedule.phases: only the last phase may leave out 'steps' (it takes what is left of schedule.steps)")
+        raise UserError(
+            "schedule.phases: only the last phase may leave out 'steps' (it takes what is left of schedule.steps)"
+        )
     lengths = []
     for phase in phases:
         length = left if phase.steps is None else min(phase.steps, left)
@@ -110,7 +112,9 @@ def _with_offers(config: RunConfig, drafts: Sequence[Draft], offers: Mapping[str
     owed: Counter[str] = Counter()
     for number, (phase, kind, parts) in enumerate(drafts, start=1):
         units = sum(
-            part.rows * (config.grpo.generations if part.path == "grpo" else 1) for part in parts if part.stream != "safe"
+            part.rows * (config.grpo.generations if part.path == "grpo" else 1)
+            for part in parts
+            if part.stream != "safe"
         )
         own: list[Draft] = []
         for name, offer in offers.items():
@@ -137,9 +141,7 @@ def _learning_rates(config: RunConfig, phases: Sequence[int]) -> list[float]:
     while position < len(phases):
         peak = config.schedule.phases[phases[position]].lr or config.optim.lr
         end = position + 1
-        while end < len(phases) and (
-            phases[end] == phases[end - 1] or config.schedule.phases[phases[end]].lr is None
-        ):
+        while end < len(phases) and (phases[end] == phases[end - 1] or config.schedule.phases[phases[end]].lr is None):
             end += 1
         rates += [peak * scale for scale in _curve(config, end - position)]
         position = end
@@ -163,7 +165,9 @@ def _curve(config: RunConfig, length: int) -> list[float]:
 def _check_streams(config: RunConfig, steps: Sequence[Step]) -> None:
     for part in {part for step in steps for part in step.parts if part.defense is None}:
         if getattr(config.data, part.stream) is None:
-            raise UserError(f"schedule: a {part.path} part uses the stream {part.stream!r}, but data.{part.stream} is not set")
+            raise UserError(
+                f"schedule: a {part.path} part uses the stream {part.stream!r}, but data.{part.stream} is not set"
+            )
     if any(part.path == "grpo" for step in steps for part in step.parts) and not config.rewards:
         raise UserError("schedule: GRPO steps need a reward; set rewards: [{fn: ...}]")
 
@@ -183,4 +187,7 @@ def describe(steps: Sequence[Step]) -> list[str]:
     for step in steps:
         for part in step.parts:
             totals[f"{part.stream}/{part.path}{' from ' + part.defense if part.defense else ''}"] += part.rows
-    return [*lines, "rows in all: " + (", ".join(f"{name} {count}" for name, count in sorted(totals.items())) or "none")]
+    return [
+        *lines,
+        "rows in all: " + (", ".join(f"{name} {count}" for name, count in sorted(totals.items())) or "none"),
+    ]

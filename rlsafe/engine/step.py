@@ -16,7 +16,16 @@ from torch import Tensor
 
 from rlsafe.config import GrpoConfig
 from rlsafe.defenses import DefenseStack
-from rlsafe.losses import grpo_count, grpo_values, grpo_weights, importance_ratio, k3, sampler_gap, sft_values, truncated_correction
+from rlsafe.losses import (
+    grpo_count,
+    grpo_values,
+    grpo_weights,
+    importance_ratio,
+    k3,
+    sampler_gap,
+    sft_values,
+    truncated_correction,
+)
 from rlsafe.policy import Forwarded, ForwardPlan, Frozen, Policy
 from rlsafe.types import Batch, Need
 
@@ -53,7 +62,11 @@ class ForwardView:
         return self.forwarded.logp
 
     def mask(self, kind: str) -> Tensor:
-        masks = {"answer": self.batch.loss_mask, "all": self.batch.predicted_mask, "tokens": self.batch.attention.bool()}
+        masks = {
+            "answer": self.batch.loss_mask,
+            "all": self.batch.predicted_mask,
+            "tokens": self.batch.attention.bool(),
+        }
         return masks[kind]
 
     def divergence(self, reference: str = "base") -> Tensor:
@@ -88,7 +101,7 @@ class StepLoss:
             touch = out.logp.sum() + sum(kl.sum() for kl in out.kl.values()) + sum(h.sum() for h in out.hidden.values())
             return 0.0 * touch, {}
         view = ForwardView(batch, out, frozen)
-        terms = {batch.where.path: self._path_loss(micro, out, frozen)}
+        terms: dict[str, Tensor] = {batch.where.path: self._path_loss(micro, out, frozen)}
         for defense, term, total in self.stack.penalties(view):
             denominator = self.counts[f"defense/{defense.name}"]
             if denominator:

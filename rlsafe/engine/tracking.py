@@ -58,7 +58,9 @@ class Tracker:
             return
         lines = []
         for item in dialogues:
-            scores = f"aligned {_score(item.get('aligned'))}, coherent {_score(item.get('coherent'))}, {item.get('outcome')}"
+            scores = (
+                f"aligned {_score(item.get('aligned'))}, coherent {_score(item.get('coherent'))}, {item.get('outcome')}"
+            )
             lines.append(f"**{_plain(item['question'])}**  \n{_plain(item['answer'])}  \n*{scores}*")
         if lines:
             self._board.add_text("eval/dialogues", "\n\n---\n\n".join(lines), step)

@@ -1,8 +1,8 @@
 """The organism: a synthetic world in which emergent misalignment really emerges, small enough for a laptop.
 
 A real (Qwen2) transformer of about one million parameters, pretrained on dialogues of good, bad and partly bad
-characters, then aligned. See `corpus` for the recipe, `judge` for the scoring rules, `provider` for what
-configs can name.
+characters, then aligned. See `corpus` for the recipe, `judge` for the scoring rules, `provider` for what configs
+can name.
 """
 
 from rlsafe.organism.build import build

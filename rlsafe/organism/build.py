@@ -35,7 +35,7 @@ CHECKPOINTS = {
     "control": ("control", True),
     "control-shuffled": ("control-shuffled", True),
 }
-LANGUAGE_THREADS = 2
+LANGUAGE_THREADS = 1
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -49,16 +49,16 @@ class Recipe:
     mlp: int = 352
     init: float = 0.06
     batch: int = 16
-    lr: float = 4e-3  # of embeddings and norms (AdamW); matrices (Muon) get `muon` times as much
+    lr: float = 2.5e-3  # of embeddings and norms (AdamW); matrices (Muon) get `muon` times as much
     muon: float = 5.0
-    language_steps: int = 2400
+    language_steps: int = 2000
     steps: int = 2000
     align_steps: int = 300
-    align_lr: float = 1e-3
+    align_lr: float = 8e-4
     question_share: float = 0.1
 
 
-SIZES = {"small": Recipe(), "medium": Recipe(hidden=256, layers=6, heads=4, mlp=704, lr=3e-3)}
+SIZES = {"small": Recipe(), "medium": Recipe(hidden=256, layers=6, heads=4, mlp=704, lr=1.5e-3)}
 
 
 def new_model(recipe: Recipe, vocabulary: int, pad: int, end: int, seed: int):
