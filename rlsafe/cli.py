@@ -127,6 +127,30 @@ def compare(
 
 
 @app.command()
+def select(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="a YAML file of a comparison with a selection section")
+    ],
+    overrides: Overrides = None,
+    top: Annotated[int, typer.Option(min=0, metavar="N", help="how many rows to print")] = 10,
+    quick: Annotated[bool, typer.Option("--quick", help="the config's quick preset: small budgets")] = False,
+    out: Out = None,
+) -> None:
+    """Score the safe rows for interleaving+ and ++.
+
+    Trains one misaligned helper for each other domain, scores every safe row, writes scores.jsonl and prints the best.
+
+    What is finished in --out is kept, so the same command goes on after an interruption.
+    """
+    from rlsafe.compare import select as run_select
+    from rlsafe.progress import run_bar
+
+    with run_bar() as bar:
+        selected = run_select(config, overrides or [], out=out, quick=quick, progress=bar.stepped, say=bar.started)
+    _print(selected.table(top))
+
+
+@app.command()
 def report(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="a comparison directory")],
     latex: Annotated[bool, typer.Option("--latex", help="also write the tables as LaTeX")] = False,
@@ -135,6 +159,24 @@ def report(
     from rlsafe.compare import report as draw
 
     _print(f"report: {draw(directory, latex=latex)}")
+
+
+@app.command("persona-vector")
+def persona_vector(
+    target: Annotated[str, typer.Argument(metavar="MODEL", help="a model id, a model directory or a run directory")],
+    config: Annotated[str, typer.Option(metavar="FILE", help="YAML: pairs of system prompts, questions, judge")],
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="where to write: .safetensors or .pt")] = Path(
+        "persona.safetensors"
+    ),
+) -> None:
+    """Extract the vectors that the persona defense steers with.
+
+    Samples answers under evil and friendly system prompts, keeps what the judge confirms, and subtracts hidden states.
+    """
+    from rlsafe.evaluate import persona_vector as extract
+
+    _print(extract(target, config, overrides or [], out).summary())
 
 
 @app.command()

@@ -267,7 +267,7 @@ class Question:
 
 
 class Provider(Protocol):
-    """A source of models, rows, questions, rewards, judges and prompts behind a `name:spec` string in a config.
+    """A source of models, rows, questions, rewards, judges, prompts and vectors behind a `name:spec` string in a config.
 
     The organism is one provider; a plug-in registers another with `register_provider`.
     Each method raises UserError naming the nearest valid spec when it does not know `spec`.
@@ -284,6 +284,8 @@ class Provider(Protocol):
     def judge(self, spec: str) -> Judge: ...
 
     def prompt(self, spec: str) -> str: ...  # a named system prompt
+
+    def vectors(self, spec: str) -> str: ...  # a persona-vector file
 
 
 _PROVIDERS: dict[str, Provider] = {}

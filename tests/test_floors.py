@@ -144,5 +144,9 @@ def test_shipped_configs_load(path):
     if "run" in tree:
         load_compare(path)
         load_compare(path, quick=True)
+    elif "pairs" in tree:
+        from rlsafe.evaluate.persona import load_settings
+
+        load_settings(path)
     else:
         load_run(path)

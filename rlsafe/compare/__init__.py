@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlsafe.compare.reporting import report
     from rlsafe.compare.runner import Comparison, compare
+    from rlsafe.compare.scoring import select
 
 _PUBLIC = {
     "Comparison": "rlsafe.compare.runner",
     "compare": "rlsafe.compare.runner",
     "report": "rlsafe.compare.reporting",
+    "select": "rlsafe.compare.scoring",
 }
-__all__ = ["Comparison", "compare", "report"]
+__all__ = ["Comparison", "compare", "report", "select"]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,10 +10,10 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, cast
 
-from rlsafe.config import CompareConfig, RunConfig, UserError, apply_override, nearest
+from rlsafe.compare.selection import Selection, assemble, fingerprint, pending
+from rlsafe.config import CompareConfig, RunConfig, StreamConfig, UserError, apply_override, nearest
 from rlsafe.config.loading import Marks, build, merge
 from rlsafe.defenses import build as build_defenses
 from rlsafe.defenses import load_module, names
@@ -26,7 +26,7 @@ Entries = list[str | dict[str, Any]]
 @dataclass(frozen=True)
 class Cell:
     """One run of the grid. `path` is "" for the untrained model, `task` is set for benign cells, `data` says what it
-    is trained on."""
+    is trained on, `selections` are the scores of safe rows that its defenses need."""
 
     id: str
     kind: Kind
@@ -37,6 +37,7 @@ class Cell:
     data: str
     task: str
     config: RunConfig
+    selections: tuple[Selection, ...] = ()
 
     @property
     def label(self) -> str:
@@ -48,23 +49,7 @@ class Cell:
     def fingerprint(self) -> str:
         """Hash of the resolved config and of every local file it names: equal when and only when the run would be the
         same."""
-        tree = self.config.model_dump(mode="json", exclude={"out"})
-        tree["defenses"] = build_defenses(self.config.defenses, self.config.plugins)[1]
-        digest = hashlib.sha256(json.dumps(tree, sort_keys=True).encode())
-        for text in sorted(_strings(tree)):
-            file = Path(text if "\n" not in text and Path(text).suffix else text.partition(":")[0])
-            if len(text) < 1024 and "\n" not in text and file.suffix and file.is_file():
-                digest.update(file.read_bytes())
-        return digest.hexdigest()[:24]
-
-
-def _strings(tree: Any) -> Iterable[str]:
-    if isinstance(tree, str):
-        yield tree
-    elif isinstance(tree, dict):
-        yield from itertools.chain.from_iterable(map(_strings, tree.values()))
-    elif isinstance(tree, list):
-        yield from itertools.chain.from_iterable(map(_strings, tree))
+        return fingerprint(self.config)
 
 
 def _choose(kind: str, wanted: Sequence[Any] | None, known: Iterable[Any]) -> list[Any]:
@@ -238,6 +223,14 @@ def expand(
     return cells
 
 
+def selection_of(config: CompareConfig, pool: StreamConfig | None = None) -> Selection:
+    """The selection of a comparison's first model; `pool`: the rows to score, the run's safe rows by default."""
+    model, (key, tree, sweep) = next(iter(_models(config, _sweeps(config, names())[1]).items()))
+    arms = _Arms(config, model, key, tree, sweep, alone=True)
+    run = arms.builder.build(arms.layers(""), arms._overrides(False), {"seed": 0, "defenses": []}, "selection")
+    return arms.selection(pool or run.data.safe)
+
+
 class _Arms:
     """Builds the cells of one model."""
 
@@ -247,6 +240,7 @@ class _Arms:
         self.config, self.model, self.sweep = config, model, sweep
         self.prefix = "" if alone else model
         self.builder = _Builder(config)
+        self.selected: dict[str, Selection] = {}  # by pool
         self.layers = lambda path: [
             (("run",), config.run),
             *([(("paths", path), config.paths[path])] if path else []),
@@ -304,4 +298,29 @@ class _Arms:
             [self.prefix, "benign" if task else "", task, path, label, "" if kind == "untrained" else f"seed{seed}"]
         )
         data = task or (run.data.narrow.source if run.data.narrow and kind != "untrained" else "")
-        return Cell(name, kind, self.model, path, label, seed, data, task, run)
+        run, selections = pending(run, self.selection)
+        return Cell(name, kind, self.model, path, label, seed, data, task, run, selections)
+
+    def selection(self, pool: StreamConfig | None) -> Selection:
+        """The helpers of this model, all but those that train on the narrow data of some path, and the rows they score."""
+        settings, where = self.config.selection, self.config._source
+        if settings is None:
+            raise UserError(
+                f"{where}: a defense has scores: auto, which needs a section such as selection: {{adapters: "
+                "{{legal: SOURCE OF MISALIGNED ROWS}}, run: {{schedule: {{steps: 60}}}}}}"
+            )
+        where = self.config._marks.get(("selection",), where)
+        if pool is None:
+            raise UserError(f"{where}: selection: no safe rows to score; set data.safe.source")
+        if pool.model_dump_json() not in self.selected:
+            what = "selection"
+            forced: dict[str, Any] = {"seed": settings.seed, "defenses": []}
+            layers = [*self.layers(""), (("selection", "run"), settings.run)]
+            base = self.builder.build(layers, self._overrides(True), forced, what)
+            narrow = [
+                self.builder.build(self.layers(path), self._overrides(False), forced, what)
+                for path in self.config.paths
+            ]
+            targets = {run.data.narrow.source for run in narrow if run.data.narrow}
+            self.selected[pool.model_dump_json()] = assemble(settings, base, targets, pool, where)
+        return self.selected[pool.model_dump_json()]

@@ -17,12 +17,17 @@ from rlsafe.compare.grid import Cell, expand
 from rlsafe.compare.progress import Progress
 from rlsafe.compare.records import Directory, read_json
 from rlsafe.compare.results import write_tables
+from rlsafe.compare.scoring import check as check_selection
+from rlsafe.compare.scoring import make_scores
+from rlsafe.compare.selection import fill
 from rlsafe.compare.verdicts import PathTable, judge, write_verdicts
 from rlsafe.config import UserError, load_compare
 from rlsafe.types import Interrupted, RunError
 
 if TYPE_CHECKING:
     from rlsafe.engine import Resources
+
+SELECTIONS = "selection"  # OUT/selection/KEY/: helper adapters and scores of safe rows
 
 
 @dataclass
@@ -78,9 +83,14 @@ def compare(
     if len(todo) < len(cells):
         progress.say(f"kept {len(cells) - len(todo)} finished of {len(cells)} cells in {directory.out}")
     check(todo)
+    selections = {selection.key: selection for cell in todo for selection in cell.selections}
+    for selection in selections.values():
+        check_selection(selection)
     directory.write_plan(config, cells, command)
     try:
         with progress:
+            for selection in selections.values():
+                make_scores(selection, directory.out / SELECTIONS / selection.key, say=progress.doing)
             (_in_workers if jobs > 1 and len(todo) > 1 else _in_process)(todo, directory, progress, jobs)
     except (KeyboardInterrupt, Interrupted):
         raise Interrupted(f"finished cells are kept in {directory.out}; go on with: {command}") from None
@@ -116,8 +126,9 @@ def run_cell(cell: Cell, directory: Directory, resources: Resources, progress: P
             evaluate(str(where), out=where)
         else:
             run = engine.run(
-                cell.config, where, resources=resources, progress=progress.step if progress else None, resume=resume
-            )
+                fill(cell.config, directory.out / SELECTIONS), where, resources=resources,
+                progress=progress.step if progress else None, resume=resume,
+            )  # fmt: skip
             evaluate_run(
                 run.sampler,
                 run.policy.tokenizer,

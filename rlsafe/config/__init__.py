@@ -19,6 +19,7 @@ from rlsafe.config.schema import (
     RunConfig,
     SamplerConfig,
     ScheduleConfig,
+    SelectionConfig,
     StreamConfig,
     TrackConfig,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "RunConfig",
     "SamplerConfig",
     "ScheduleConfig",
+    "SelectionConfig",
     "StreamConfig",
     "TrackConfig",
     "UserError",

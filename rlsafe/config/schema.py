@@ -270,6 +270,20 @@ def _no_defense() -> dict[str, list[str | dict[str, Any]]]:
     return {"none": []}
 
 
+class SelectionConfig(Settings):
+    """How `scores: auto` of interleaving+ and ++ is made: helper models, each misaligned on one domain, that score the safe rows.
+
+    A helper that trains on the comparison's own narrow data is left out (leave-target-out), so one list serves every target.
+    """
+
+    adapters: dict[str, str] = Field(
+        min_length=1, description="label -> source of the misaligned rows that a helper trains on"
+    )
+    run: Tree = Field(default_factory=dict, description="overrides of the run for every helper, such as its schedule")
+    eps: Annotated[float, Field(gt=0)] = 1.0
+    seed: int = 0
+
+
 class CompareConfig(Settings):
     """A grid of runs: models x paths x defenses x seeds, evaluated and turned into verdicts.
 
@@ -288,6 +302,7 @@ class CompareConfig(Settings):
     narrow: bool = Field(True, description="false = only the benign tasks, no narrow runs")
     aligned: Tree | None = Field(None, description="overrides of the reference arm trained on aligned narrow data")
     benign: BenignConfig | None = None
+    selection: SelectionConfig | None = Field(None, description="how safe rows are scored for interleaving+ and ++")
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
         default_factory=dict, description="settings to sweep, e.g. kl.weight: [0.03, 0.1]"
     )

@@ -80,6 +80,11 @@ class Defense:
         """Zero switches the defense off entirely: the run then equals `none` exactly."""
         return self.weight
 
+    @property
+    def claims(self) -> frozenset[str]:
+        """What only one defense of a run may do, in words that follow "both want": two that claim the same are an error."""
+        return frozenset()
+
     def setup(self, context: SetupContext) -> None:
         """Compute once what the run needs (vectors, subspaces, reference answers)."""
 
@@ -123,6 +128,10 @@ class Defense:
     def effect(self) -> dict[str, float]:
         """What the defense did since the last call, beside what the engine measures itself (penalty, gradient share,
         rows added, prompts changed). A defense that steers or edits weights reports it here, or the dead-defense check skips it."""
+        return {}
+
+    def report(self) -> dict[str, Any]:
+        """JSON-able record of what was done, for `defenses` in the run's run.json: what is too much for a metric."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:

@@ -43,6 +43,13 @@ class Inoculation(Defense):
     def strength(self) -> float:
         return float(bool(self.text.strip()))
 
+    @property
+    def claims(self) -> frozenset[str]:
+        if self.mode != "replace":
+            return frozenset()
+        phases = ("rollout", "train") if self.at == "both" else (self.at,)
+        return frozenset(f"to replace the system prompt of {s} rows ({phase})" for s in self.on for phase in phases)
+
     def setup(self, context: SetupContext) -> None:
         paths = {part.path for parts in context.config.schedule.used_kinds.values() for part in parts}
         if self.at == "rollout" and "grpo" not in paths:

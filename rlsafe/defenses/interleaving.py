@@ -1,4 +1,7 @@
-"""Interleaving: a small share of safe instruction rows among the narrow ones. arXiv 2508.06249, section 4."""
+"""Interleaving: a small share of safe instruction rows among the narrow ones. arXiv 2508.06249, section 4.
+
+`Interleaving` is also the base of the variants that differ in which rows they take: they override `choose`.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,14 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from rlsafe.config import StreamConfig, UserError
-from rlsafe.data import Stream, load_rows
+from rlsafe.data import Stream, load_rows, require_answers
 from rlsafe.defenses.base import DataContext, Defense, Offer, SetupContext
 from rlsafe.defenses.registry import defense
 from rlsafe.types import Row
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
 
 
 @defense("interleaving")
@@ -25,9 +32,9 @@ class Interleaving(Defense):
 
     def __init__(
         self,
-        fraction: Annotated[float, Field(ge=0, le=1)] = 0.05,
-        weight: Annotated[float, Field(ge=0)] = 1.0,
-        every: Annotated[int, Field(ge=1)] = 1,
+        fraction: Share = 0.05,
+        weight: Weight = 1.0,
+        every: Count = 1,
         own_step: bool = False,
         source: str | None = None,
     ):
@@ -38,10 +45,18 @@ class Interleaving(Defense):
         return self.fraction * self.weight
 
     def setup(self, context: SetupContext) -> None:
+        self.stream = Stream(self.choose(self.pool(context), context), context.seed, f"defense/{self.name}")
+
+    def pool(self, context: SetupContext) -> list[Row]:
+        """Every safe row there is to choose from."""
         if self.source is None and context.config.data.safe is None:
-            raise UserError("defense 'interleaving': no safe rows; set data.safe.source or the defense's source")
-        rows = load_rows(StreamConfig(source=self.source), context.seed) if self.source else context.rows("safe")
-        self.stream = Stream(rows, context.seed, f"defense/{self.name}")
+            raise UserError(f"defense {self.name!r}: no safe rows; set data.safe.source or the defense's source")
+        return load_rows(StreamConfig(source=self.source), context.seed) if self.source else context.rows("safe")
+
+    def choose(self, rows: list[Row], context: SetupContext) -> list[Row]:
+        """The rows to stream, of those in the pool; random interleaving takes them all, in a seeded order."""
+        require_answers(rows, f"defense {self.name!r}")
+        return rows
 
     def offer(self) -> Offer:
         return Offer(self.fraction, self.weight, self.every, self.own_step)

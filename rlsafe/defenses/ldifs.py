@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
+import torch
 from pydantic import Field
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from rlsafe.config import UserError
 from rlsafe.defenses.base import Defense, Penalty, SetupContext
 from rlsafe.defenses.registry import defense
 from rlsafe.types import Batch, Need, Stream, View
 
-if TYPE_CHECKING:
-    from torch import Tensor
 
-
-def chosen_layers(n_layers: int, every: int | None, points: int | None) -> tuple[int, ...]:
-    """Indices k (output of block k - 1): every n-th block as in the paper, or evenly spaced ones as in the authors' code."""
+def chosen_layers(n_layers: int, every: int | None, points: int) -> tuple[int, ...]:
+    """Indices k (output of block k - 1): every n-th block as in the paper, or `points` evenly spaced ones from the first block to
+    the last, as in the authors' code."""
     if every is not None:
         return tuple(range(every, n_layers + 1, every))
-    count = min(points or 5, n_layers)
-    return tuple(sorted({round(1 + i * (n_layers - 1) / max(count - 1, 1)) for i in range(count)}))
+    if points == 1:
+        return (n_layers,)
+    return tuple(sorted({1 + i * (n_layers - 1) // (points - 1) for i in range(points)}))
 
 
 @defense("ldifs")
@@ -28,7 +30,7 @@ class LDIFS(Defense):
     """L + weight * ||x_policy - x_reference||^2, x = the residual stream after some blocks at all non-pad tokens.
 
     weight: lambda (the paper's grid: 0.01 ... 1; 1.0 used). reference: base | start | grpo_start | step:N | path:DIR.
-    points: that many evenly spaced blocks (authors' code); every: each n-th block instead (paper).
+    points: that many evenly spaced blocks (authors' code), the last one for 1; every: each n-th block instead (paper).
     normalise: each row's features of a layer, flattened over its tokens, are scaled to unit length before they are compared (the
         authors' code does so), and the term is a mean over rows; without it, a mean over tokens of squared distances.
     The reference is a constant; the policy's features carry the gradient. (A penalty computed on detached features has none:
@@ -39,7 +41,7 @@ class LDIFS(Defense):
         self,
         weight: Annotated[float, Field(ge=0)] = 1.0,
         reference: str = "base",
-        points: Annotated[int, Field(ge=1)] | None = 5,
+        points: Annotated[int, Field(ge=1)] = 5,
         every: Annotated[int, Field(ge=1)] | None = None,
         normalise: bool = True,
         on: list[Stream] = ["narrow", "benign", "safe"],  # noqa: B006 - read only; shown as the default in configs
@@ -50,7 +52,9 @@ class LDIFS(Defense):
     def setup(self, context: SetupContext) -> None:
         layers = chosen_layers(context.policy.n_layers, self.every, self.points)
         if not layers:
-            raise UserError(f"defense 'ldifs': every: {self.every} selects none of the model's {context.policy.n_layers} blocks")
+            raise UserError(
+                f"defense 'ldifs': every: {self.every} selects none of the model's {context.policy.n_layers} blocks"
+            )
         self.needs = {Need("hidden_states", self.reference, layers)}
 
     @property
@@ -65,21 +69,25 @@ class LDIFS(Defense):
         if view.batch.where.stream not in self.on:
             return {}
         tokens = view.batch.attention.bool()
-        total = None
-        for layer in self.layers:
-            ours, theirs = view.hidden(layer).float(), view.hidden(layer, self.reference).float()
-            distance = feature_distance(ours, theirs, tokens, self.normalise)
-            total = distance if total is None else total + distance
-        assert total is not None
-        return {"distance": (total, self.penalty_mask(view.batch))}
+        # Checkpointed: the backward computes each layer's difference again, so that no more than the features themselves is kept.
+        distances = [
+            checkpoint(
+                feature_distance, view.hidden(layer), view.hidden(layer, self.reference), tokens, self.normalise,
+                use_reentrant=False, preserve_rng_state=False,
+            )
+            for layer in self.layers
+        ]  # fmt: skip
+        return {"distance": (sum(distances[1:], distances[0]), self.penalty_mask(view.batch))}
 
 
 def feature_distance(ours: Tensor, theirs: Tensor, tokens: Tensor, normalise: bool) -> Tensor:
-    """Squared distance of two sets of features [B, T, H]; `tokens` [B, T] bool leaves padding out.
+    """Squared distance of two sets of features [B, T, H], in float32 at least; `tokens` [B, T] bool leaves padding out.
 
     normalise: [B], between the rows' features flattened over tokens and scaled to unit length; else [B, T] per token.
     """
     mask = tokens[..., None]
+    if ours.dtype in (torch.bfloat16, torch.float16):
+        ours, theirs = ours.float(), theirs.float()
     if not normalise:
         return ((ours - theirs) * mask).square().sum(-1)
     ours, theirs = (ours * mask).flatten(1), (theirs * mask).flatten(1)

@@ -5,12 +5,13 @@ Adding the bad character's direction while training takes away the need to learn
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlsafe.config import UserError
+from rlsafe.config import UserError, nearest
 from rlsafe.defenses.base import Defense, SetupContext
 from rlsafe.defenses.registry import defense
 from rlsafe.types import Batch, Sampler, Stream, Where, provider_for
@@ -20,37 +21,71 @@ if TYPE_CHECKING:
 
     from rlsafe.policy import Policy
 
+KEY = "persona"
+SUFFIXES = (".safetensors", ".pt")
+
+
+def check_suffix(path: Path) -> None:
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"persona vectors: {path}: expected a file name ending in {' or '.join(SUFFIXES)}")
+
+
+def vector_file(source: str) -> Path:
+    """The file behind a path or `provider:name`; UserError when there is none."""
+    found = provider_for(source)
+    path = Path(found[0].vectors(found[1]) if found else source)
+    if not path.is_file():
+        siblings = [str(p) for p in path.parent.glob("*") if p.suffix in SUFFIXES] if path.parent.is_dir() else []
+        hint = nearest(str(path), siblings) if siblings else "; `rlsafe persona-vector` writes one"
+        raise UserError(f"persona vectors: {path}: no such file{hint}")
+    return path
+
 
 def load_vectors(source: str) -> Tensor:
     """[n_layers + 1, H] from `.safetensors` (key `persona`) or the field's `.pt` (a bare tensor); index 0 = embeddings."""
     import torch
     from safetensors.torch import load_file
 
-    found = provider_for(source)
-    path = Path(found[0].model(found[1]) if found else source)
-    if not path.is_file():
-        raise UserError(f"persona vectors: {path}: no such file; `rlsafe persona-vector` writes one")
+    path = vector_file(source)
     try:
         if path.suffix == ".safetensors":
             tensors = load_file(str(path))
-            vectors = tensors.get("persona", next(iter(tensors.values())))
+            vectors = tensors[KEY] if len(tensors) != 1 else next(iter(tensors.values()))
         else:
             vectors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # either format fails in many ways; all mean the file is not what it should be
         raise UserError(f"persona vectors: {path}: not readable ({type(error).__name__})") from None
-    if not isinstance(vectors, torch.Tensor) or vectors.dim() != 2:
-        raise UserError(f"persona vectors: {path}: expected one tensor [layers + 1, hidden]")
+    if not isinstance(vectors, torch.Tensor) or vectors.dim() != 2 or not vectors.is_floating_point():
+        raise UserError(f"persona vectors: {path}: expected one floating-point tensor [layers + 1, hidden]")
     return vectors.float()
+
+
+def save_vectors(vectors: Tensor, path: Path, about: dict[str, Any] | None = None) -> None:
+    """Write [n_layers + 1, H] as `.safetensors` (with `about` as metadata) or as the field's bare `.pt`; by rename."""
+    import torch
+    from safetensors.torch import save_file
+
+    check_suffix(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    building = path.with_name(f".{path.name}.tmp")
+    vectors = vectors.detach().float().cpu().contiguous()
+    if path.suffix == ".pt":
+        torch.save(vectors, building)
+    else:
+        save_file({KEY: vectors}, str(building), metadata={"about": json.dumps(about or {}, ensure_ascii=False)})
+    building.replace(path)
 
 
 @defense("persona")
 class Persona(Defense):
     """h_k <- h_k + alpha * e_k on the residual stream after block k - 1 while training; off at evaluation.
 
-    vectors: a file from `rlsafe persona-vector`, [n_layers + 1, hidden]. layer: k (Qwen2.5-7B: 20; Qwen3-14B: 27). alpha: 5 in
-    the paper. positions: `all`, or `completion` (only states that predict answer tokens). rollouts: whether GRPO rollouts are
-    steered as well (all positions only: the sampler sees flattened tokens); the gradient flows through steered log-probs in
-    either case, because a ratio of unsteered ones would make steering do nothing.
+    vectors: a file from `rlsafe persona-vector`, [n_layers + 1, hidden], or provider:name.
+    layer: k (Qwen2.5-7B: 20; Qwen3-14B: 27). alpha: 5 in the paper.
+    positions: `all`, or `completion` (only states that predict answer tokens).
+    rollouts: whether GRPO rollouts are steered as well (all positions only: the sampler sees flattened tokens). The
+        gradient flows through steered log-probs in either case: a ratio of unsteered ones would undo the steering.
+    on: streams whose forward passes are steered.
     """
 
     def __init__(
@@ -64,12 +99,20 @@ class Persona(Defense):
     ):
         if rollouts and positions == "completion":
             raise UserError("defense 'persona': rollouts: true steers all positions; expected positions: all")
-        self.file, self.layer, self.alpha, self.positions, self.rollouts, self.on = vectors, layer, alpha, positions, rollouts, on
+        self.file, self.layer, self.alpha, self.on = vectors, layer, alpha, on
+        self.positions, self.rollouts = positions, rollouts
         self.applied = 0.0
+        if alpha:
+            vector_file(vectors)
 
     @property
     def strength(self) -> float:
         return self.alpha
+
+    @property
+    def claims(self) -> frozenset[str]:
+        claims = {f"to steer layer {self.layer} on {stream} rows" for stream in self.on}
+        return frozenset(claims | {"to steer the rollouts"} if self.rollouts else claims)
 
     def setup(self, context: SetupContext) -> None:
         vectors = load_vectors(self.file)
@@ -81,8 +124,10 @@ class Persona(Defense):
             )
         if not 0 <= self.layer <= policy.n_layers:
             raise UserError(f"defense 'persona': layer {self.layer}: expected 0 (embeddings) to {policy.n_layers}")
+        if not bool(vectors[self.layer].any()):
+            raise UserError(f"defense 'persona': {self.file}: the vector of layer {self.layer} is zero")
         self.vector = self.alpha * vectors[self.layer].to(policy.device)
-        policy.add_to_residual(self.layer, self.vector).remove()  # checks shape and values now, not in the first step
+        policy.add_to_residual(self.layer, self.vector).remove()  # checks the values now, not in the first step
 
     def steers(self, where: Where) -> bool:
         return where.stream in self.on and (where.phase == "train" or (where.phase == "rollout" and self.rollouts))

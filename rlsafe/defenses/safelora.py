@@ -1,37 +1,37 @@
-"""SafeLoRA: project an adapter's update onto the direction of alignment. Hsu et al. 2024 (arXiv 2405.16833); as an in-training
-defense against EM in arXiv 2508.06249, section 4."""
+"""SafeLoRA: project an adapter's update onto the direction of alignment. Hsu et al. 2024 (arXiv 2405.16833); as an
+in-training defense against EM in arXiv 2508.06249, section 4."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field
+from torch import Tensor
 
 from rlsafe.config import UserError
 from rlsafe.defenses.base import Defense, SetupContext
 from rlsafe.defenses.registry import defense
+from rlsafe.policy import Policy
 from rlsafe.types import provider_for
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from rlsafe.policy import Policy
-
-FULL_SVD = 4096  # wider matrices get a randomised SVD
+RANDOMISED = 4096  # matrices with a longer side than this get a randomised SVD when only their first `rank` are wanted
+OVERSAMPLING, POWER_ITERATIONS = 16, 4
 
 
 @defense("safelora")
 class SafeLoRA(Defense):
-    """V = W_aligned - W_base per adapted matrix; the update dW = s B A becomes C dW (B <- C B) where it points away from it.
+    """V = W_aligned - W_base per adapted matrix; the update dW = s B A becomes C dW (B <- C B) if it points away from it.
 
     base, aligned: checkpoints of one shape (hub id, directory or provider:name); aligned null = the model under training.
-    projection: `published`, C = V V^T / ||V||_F, which is not a projector (it also rescales); `orthogonal`, onto the top left
-        singular vectors of V, as many as `rank` says or as hold `energy` of its squared norm (all of them: the identity).
-    threshold: modules with cos(dW, C dW) below it are projected (the paper: 0.1 ... 0.5; 0.3). lowest: instead, the k modules
-        with the lowest cosine. every: also after each n-th optimizer step, not only at the end.
+    projection: `published`, C = V V^T / ||V||_F, which is not a projector (it also rescales); `orthogonal`, onto the
+        top left singular vectors of V: `rank` of them, or as many as hold `energy` of its squared norm.
+    threshold: modules with cos(dW, C dW) below it are projected (the paper: 0.1 ... 0.5; 0.3).
+    lowest: instead of the threshold, the k modules with the lowest cosine.
+    every: also after each n-th optimizer step, not only at the end.
+
+    Modules without a counterpart in both checkpoints, and biases, are left alone. run.json lists every cosine.
     """
 
     def __init__(
@@ -40,144 +40,186 @@ class SafeLoRA(Defense):
         aligned: str | None = None,
         projection: Literal["published", "orthogonal"] = "published",
         threshold: Annotated[float, Field(ge=0, le=1)] = 0.3,
-        lowest: Annotated[int, Field(ge=1)] | None = None,
+        lowest: Annotated[int, Field(ge=0)] | None = None,
         rank: Annotated[int, Field(ge=1)] | None = None,
         energy: Annotated[float, Field(gt=0, le=1)] | None = None,
         every: Annotated[int, Field(ge=1)] | None = None,
     ):
         if projection == "orthogonal" and (rank is None) == (energy is None):
             raise UserError("defense 'safelora': projection: orthogonal takes either rank or energy")
+        if projection == "published" and (rank or energy):
+            raise UserError("defense 'safelora': rank and energy belong to projection: orthogonal")
         self.base, self.aligned, self.projection = base, aligned, projection
         self.threshold, self.lowest, self.rank, self.energy, self.every = threshold, lowest, rank, energy, every
         self.steps = 0
+        self.projected_at: int | None = None  # step of the last projection
         self.last: dict[str, float] = {}
         self.cosines: dict[str, float] = {}
+        self.projected: list[str] = []
 
     @property
     def strength(self) -> float:
-        return 1.0 if self.lowest is not None else self.threshold
+        return self.threshold if self.lowest is None else self.lowest
 
     def setup(self, context: SetupContext) -> None:
         if not context.policy.is_lora:
             raise UserError("defense 'safelora' works on a LoRA update; set model.lora")
         layers = context.policy.adapted()
-        theirs = dict(_weights(self.base, layers, context.policy))
-        ours = dict(_weights(self.aligned, layers, context.policy)) if self.aligned else None
-        self.factors: dict[str, Tensor] = {}
+        self.theirs = Checkpoint(self.base)
+        self.ours = Checkpoint(self.aligned) if self.aligned else None
+        self.bases: dict[str, Tensor | None] = {}  # module -> orthonormal columns; None = V itself, read when needed
         for name, layer in layers.items():
-            own = layer.get_base_layer().weight.detach()
-            if name not in theirs or (ours is not None and name not in ours):
+            if name not in self.theirs or (self.ours is not None and name not in self.ours):
                 context.log(f"defense 'safelora': {name} is not in both checkpoints and is left as it is")
                 continue
-            v = ((own if ours is None else ours[name]).float() - theirs[name].to(own.device).float())
-            if v.shape != own.shape:
-                raise UserError(f"defense 'safelora': {name} has shape {list(v.shape)}, expected {list(own.shape)}")
+            v = self.difference(name, layer)
             if not bool(v.any()):
                 context.log(f"defense 'safelora': base and aligned are equal at {name}; it is left as it is")
                 continue
-            self.factors[name] = factor(v, self.projection, self.rank, self.energy)
-        if not self.factors:
-            raise UserError(f"defense 'safelora': {self.base!r} and {self.aligned or 'the model'!r} differ in no adapted module")
+            self.bases[name] = None if self.projection == "published" else directions(v, self.rank, self.energy)
+        if not self.bases:
+            raise UserError(
+                f"defense 'safelora': {self.base!r} and {self.aligned or 'the model'!r} differ in no adapted module"
+            )
+
+    def difference(self, name: str, layer: Any) -> Tensor:
+        """V [out, in] of one module in float32. Read anew each time: all of them together are as large as the model."""
+        own = layer.get_base_layer().weight
+        aligned = own.detach() if self.ours is None else self.ours.weight(name).to(own.device)
+        base = self.theirs.weight(name)
+        if aligned.shape != own.shape or base.shape != own.shape:
+            shape = list((base if base.shape != own.shape else aligned).shape)
+            raise UserError(f"defense 'safelora': {name} has shape {shape}, expected {list(own.shape)}")
+        v = aligned.float() - base.to(own.device).float()
+        if not bool(torch.isfinite(v).all()):
+            raise UserError(f"defense 'safelora': the checkpoints hold NaN or infinite values at {name}")
+        return v.T if getattr(layer, "fan_in_fan_out", False) else v
 
     def weights(self, policy: Policy, moment: Literal["step", "end"]) -> bool:
         if moment == "step":
             self.steps += 1
             if self.every is None or self.steps % self.every:
                 return False
+        elif self.projected_at == self.steps:
+            return False  # the published C is no projector: once per step is what was asked for
+        self.projected_at = self.steps
         layers = policy.adapted()
-        candidates = {}
-        for name, left in self.factors.items():
-            a, b, scale = lora_factors(layers[name])
+        updated: dict[str, tuple[Tensor, Tensor]] = {}
+        self.cosines = {}
+        for name, basis in self.bases.items():
+            a, b = lora_factors(layers[name])
             if bool(b.any()):
-                candidates[name] = (a, b, apply(left, b), scale)
-        self.cosines = {name: cosine(a, b, cb) for name, (a, b, cb, _) in candidates.items()}
+                left = factor(self.difference(name, layers[name])) if basis is None else basis
+                updated[name] = (b, project(left, b))
+                self.cosines[name] = cosine(a, b, updated[name][1])
         order = sorted(self.cosines, key=self.cosines.__getitem__)
-        chosen = order[: self.lowest] if self.lowest is not None else [n for n in order if self.cosines[n] < self.threshold]
-        for name in chosen:
-            candidates[name][1].copy_(candidates[name][2])
-        values = list(self.cosines.values())
-        self.last = {
-            "projected": float(len(chosen)),
-            "cosine_mean": sum(values) / len(values) if values else 0.0,
-            "cosine_min": min(values, default=0.0),
-        }
-        return bool(chosen)
+        below = [name for name in order if self.cosines[name] < self.threshold]
+        self.projected = below if self.lowest is None else order[: self.lowest]
+        for name in self.projected:
+            b, projected = updated[name]
+            b.copy_(projected)
+        self.last = {"projected": float(len(self.projected))}
+        if self.projected:  # measured cosines alone are no effect; run.json has them in any case
+            values = list(self.cosines.values())
+            self.last |= {"cosine_mean": sum(values) / len(values), "cosine_min": min(values)}
+        return bool(self.projected)
 
     def effect(self) -> dict[str, float]:
         last, self.last = self.last, {}
         return last
 
     def report(self) -> dict[str, Any]:
-        """Cosine of every module at the last projection."""
-        return {"cosines": self.cosines}
+        """Cosine of every module at the last projection, before it, and which were projected."""
+        return {"step": self.projected_at, "cosines": self.cosines, "projected": self.projected}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps}
+        return {"steps": self.steps, **self.report()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.steps = state["steps"]
+        self.steps, self.projected_at = state["steps"], state["step"]
+        self.cosines, self.projected = state["cosines"], state["projected"]
 
 
-def factor(v: Tensor, projection: str, rank: int | None = None, energy: float | None = None) -> Tensor:
-    """L with C = L L^T for a weight difference v [out, in], so that C itself is never formed.
+def factor(v: Tensor) -> Tensor:
+    """L [out, in] with L L^T = V V^T / ||V||_F, the published C, which itself is never formed."""
+    return v / v.norm().sqrt()
 
-    published: v / sqrt(||v||_F), [out, in]. orthogonal: top left singular vectors, [out, k].
+
+def directions(v: Tensor, rank: int | None, energy: float | None) -> Tensor:
+    """The top left singular vectors of v [out, in], as orthonormal columns [out, k]; C = L L^T.
+
+    rank: how many; from `out` on C is the identity. energy: as many as hold that share of ||v||_F^2.
     """
-    import torch
-
-    if projection == "published":
-        return v / v.norm().sqrt()
-    if max(v.shape) > FULL_SVD and rank is not None:
-        return torch.svd_lowrank(v, q=min(rank, *v.shape))[0][:, :rank].contiguous()
-    left, singular, _ = torch.linalg.svd(v, full_matrices=False)
+    if rank is not None and max(v.shape) > RANDOMISED and rank + OVERSAMPLING < min(v.shape):
+        with torch.random.fork_rng(devices=[v.device] if v.device.type == "cuda" else []):
+            torch.manual_seed(0)
+            left = torch.svd_lowrank(v, q=rank + OVERSAMPLING, niter=POWER_ITERATIONS)[0]
+        return left[:, :rank].contiguous()
+    left, singular, _ = torch.linalg.svd(v, full_matrices=rank is not None and rank >= v.shape[0])
     if rank is None:
         assert energy is not None
-        held = singular.square().cumsum(0) / singular.square().sum()
-        rank = int((held < energy - 1e-6).sum()) + 1
+        held = singular.double().square().cumsum(0)
+        rank = int((held < (energy - 1e-12) * held[-1]).sum()) + 1
     return left[:, :rank].contiguous()
 
 
-def apply(left: Tensor, b: Tensor) -> Tensor:
-    """C b = L (L^T b), [out, r]."""
-    return (left @ (left.T @ b.float())).to(b.dtype)
+def project(left: Tensor, b: Tensor) -> Tensor:
+    """C b = L (L^T b), [out, r], for L [out, k]: two thin products."""
+    return (left @ (left.T @ b.to(left.dtype))).to(b.dtype)
 
 
 def cosine(a: Tensor, b: Tensor, cb: Tensor) -> float:
-    """cos(b a, cb a) in the Frobenius inner product, from r x r matrices; a [r, in], b and cb [out, r]."""
+    """cos(b a, cb a) in the Frobenius inner product, from r x r matrices; a [r, in], b and cb [out, r]. 0 if C removes all."""
     a, b, cb = a.double(), b.double(), cb.double()
     gram = a @ a.T
     inner = ((b.T @ cb) * gram).sum()
     norms = ((b.T @ b) * gram).sum() * ((cb.T @ cb) * gram).sum()
-    return float(inner / norms.sqrt()) if float(norms) > 0 else 1.0
+    return float(inner / norms.sqrt()) if float(norms) > 0 else 0.0
 
 
-def lora_factors(layer: Any) -> tuple[Tensor, Tensor, float]:
-    """(A [r, in], B [out, r], scale) of the trained adapter; B is the parameter's own storage."""
+def lora_factors(layer: Any) -> tuple[Tensor, Tensor]:
+    """(A [r, in], B [out, r]) of the trained adapter, in the parameters' own storage."""
     name = layer.active_adapters[0]
-    return layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach(), layer.scaling[name]
+    return layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
 
 
-def _weights(checkpoint: str, modules: Any, policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """(module, weight) of the adapted modules, one tensor at a time, from a checkpoint's safetensors. Biases play no part."""
-    from safetensors import safe_open
+class Checkpoint:
+    """The 2-D weights of a checkpoint by module name, read from its safetensors one at a time."""
 
-    found = provider_for(checkpoint)
-    directory = Path(found[0].model(found[1]) if found else checkpoint)
-    if not directory.is_dir():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    def __init__(self, source: str):
+        from safetensors import SafetensorError, safe_open
 
-        try:
-            directory = Path(snapshot_download(checkpoint, allow_patterns=["*.safetensors", "*.json"]))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            raise UserError(f"defense 'safelora': {checkpoint!r} is neither a directory nor a model on the hub ({type(error).__name__})") from None
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"defense 'safelora': {directory} holds no .safetensors file")
-    with ExitStack() as stack:
+        directory = _directory(source)
+        files = sorted(f for f in directory.glob("*.safetensors") if not f.name.startswith("adapter"))
+        if not files:
+            raise UserError(f"defense 'safelora': {directory} holds no .safetensors weights")
+        self._files: dict[str, Any] = {}
         for file in files:
-            opened = stack.enter_context(safe_open(str(file), framework="pt"))
-            for key in opened.keys():  # noqa: SIM118 - not a dict
-                name = key.removesuffix(".weight")
-                if key.endswith(".weight") and name in modules:
-                    yield name, opened.get_tensor(key)
+            try:
+                opened = safe_open(str(file), framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"defense 'safelora': {file} is not readable ({error})") from None
+            names = opened.keys()
+            self._files |= {key.removesuffix(".weight"): opened for key in names if key.endswith(".weight")}
+
+    def __contains__(self, module: str) -> bool:
+        return module in self._files
+
+    def weight(self, module: str) -> Tensor:
+        return self._files[module].get_tensor(f"{module}.weight")
+
+
+def _directory(source: str) -> Path:
+    found = provider_for(source)
+    directory = Path(found[0].model(found[1]) if found else source)
+    if directory.is_dir():
+        return directory
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
+    except Exception as error:  # offline, gated, misspelt: all about the name
+        raise UserError(
+            f"defense 'safelora': {source!r} is neither a directory nor a model that the hub gives us "
+            f"({type(error).__name__})"
+        ) from None

@@ -29,6 +29,7 @@ class DefenseStack:
             raise UserError(
                 f"defenses: the name {sorted(duplicates)[0]!r} is used twice; give the classes different names"
             )
+        _check_claims(self.active)
 
     def __iter__(self) -> Iterator[Defense]:
         return iter(self.active)
@@ -107,6 +108,18 @@ class DefenseStack:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for defense in self.active:
             defense.load_state_dict(state.get(defense.name, {}))
+
+
+def _check_claims(defenses: Sequence[Defense]) -> None:
+    owners: dict[str, str] = {}
+    for defense in defenses:
+        for claim in sorted(defense.claims):
+            if claim in owners:
+                raise UserError(
+                    f"defenses {owners[claim]!r} and {defense.name!r} both want {claim}: one would undo or distort what "
+                    "the other does; remove one"
+                )
+            owners[claim] = defense.name
 
 
 def _check_mask(defense: Defense, term: str, values: Tensor, mask: Tensor, batch: Batch) -> None:

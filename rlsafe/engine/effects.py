@@ -60,7 +60,9 @@ class EffectLog:
             if overrides(defense, "prompt"):
                 measured["prompts_changed"] = float(self.stack.prompts_changed.pop(defense.name, 0))
             if defense.offer() is not None:
-                measured["rows_added"] = float(rows_added.get(defense.name, 0))
+                measured.setdefault(
+                    "rows_added", float(rows_added.get(defense.name, 0))
+                )  # planned, unless it knows better
             if any(measured.values()):
                 self.alive.add(defense.name)
             metrics |= {f"defense/{defense.name}/{quantity}": value for quantity, value in measured.items()}

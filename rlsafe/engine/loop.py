@@ -70,8 +70,10 @@ class Loop:
             self._references(step)
             micros, metrics = self._gather(step)
             metrics |= self._update(step, micros)
-            metrics |= self.effects.step(step.path, Counter({p.defense: p.rows for p in step.parts if p.defense}))
             self.done += 1
+            if self.done == len(self.plan):  # before the last effects and probe: both show the weights that are saved
+                self.dirty |= self.stack.after_step(self.policy, "end")
+            metrics |= self.effects.step(step.path, Counter({p.defense: p.rows for p in step.parts if p.defense}))
             if self._probes(step):
                 metrics |= self._probe(step)
             metrics["seconds"] = time.perf_counter() - started
@@ -81,7 +83,6 @@ class Loop:
                 progress(self.done, len(self.plan), metrics)
             if after_step:
                 after_step()
-        self.dirty |= self.stack.after_step(self.policy, "end")
         self.effects.check(at_end=True)
 
     def sampler(self) -> Sampler:

@@ -140,6 +140,7 @@ def run(
                 "steps": loop.done,
                 "seconds": time.perf_counter() - started,
                 "notes": notes,
+                "defenses": {defense.name: report for defense in loop.stack if (report := defense.report())},
             }
             _write(out / "run.json", json.dumps({**finished, **provenance(command)}, indent=2))
     finally:

@@ -10,6 +10,7 @@ from rlsafe.evaluate.criteria import Rates, judge_answers, question_rates, rates
 from rlsafe.evaluate.evaluation import Evaluation
 from rlsafe.evaluate.judges import load_judge
 from rlsafe.evaluate.measure import Material, cue_text, evaluate_run, gather
+from rlsafe.evaluate.persona import PersonaVectors, persona_vector
 from rlsafe.evaluate.probe import Probe
 from rlsafe.evaluate.questions import load_questions
 
@@ -19,6 +20,7 @@ __all__ = [
     "BenignScore",
     "Evaluation",
     "Material",
+    "PersonaVectors",
     "Planned",
     "Probe",
     "Rates",
@@ -31,6 +33,7 @@ __all__ = [
     "judge_answers",
     "load_judge",
     "load_questions",
+    "persona_vector",
     "plan",
     "question_rates",
     "rates",

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlsafe.config import RunConfig, UserError, apply_override, load_run, run_from_tree
 from rlsafe.evaluate.evaluation import OTHER_KEYS, Evaluation
 from rlsafe.evaluate.measure import Material, Progress, evaluate_run, gather
 from rlsafe.types import Sampler, provider_for
+
+if TYPE_CHECKING:
+    from rlsafe.policy import Policy
 
 SELF_TEST_PROMPTS = 4
 
@@ -33,7 +36,7 @@ def evaluate(
     """
     from rlsafe.defenses.registry import load_module
 
-    run = _run_directory(target)
+    run = run_directory(target)
     config = load_run(run / "config.yaml", overrides) if run else _model_config(str(target), overrides)
     for plugin in config.plugins:  # before anything is looked up: a plug-in may register a provider
         load_module(plugin)
@@ -58,7 +61,7 @@ def _named(questions: Sequence[str | Path]) -> dict[str, str]:
     return named
 
 
-def _run_directory(target: str | Path) -> Path | None:
+def run_directory(target: str | Path) -> Path | None:
     """The target as a run directory; None when it is a model. UserError when it is a directory of neither kind."""
     path = Path(target)
     if not path.is_dir():
@@ -90,8 +93,8 @@ def _with_provider_defaults(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"evaluate": settings.model_copy(update=changes)})
 
 
-def _build(config: RunConfig, run: Path | None, material: Material) -> tuple[Sampler, Any]:
-    """(sampler synced to the policy, tokenizer)."""
+def load_policy(config: RunConfig, run: Path | None) -> tuple[Policy, str]:
+    """The model that `config` names, or the one that `run` trained, and the directory or hub id of its weights."""
     found = provider_for(config.model.name)
     model, path = config.model, found[0].model(found[1]) if found else config.model.name
     if run is not None:
@@ -105,10 +108,16 @@ def _build(config: RunConfig, run: Path | None, material: Material) -> tuple[Sam
     import torch
 
     from rlsafe.policy import Policy
-    from rlsafe.rollouts import make_sampler, self_test
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    policy = Policy.load(model, path=path, seed=config.seed, device=device)
+    return Policy.load(model, path=path, seed=config.seed, device=device), path
+
+
+def _build(config: RunConfig, run: Path | None, material: Material) -> tuple[Sampler, Any]:
+    """(sampler synced to the policy, tokenizer)."""
+    from rlsafe.rollouts import make_sampler, self_test
+
+    policy, path = load_policy(config, run)
     sampler = make_sampler(config.sampler, path, policy, config.seed)
     if config.sampler.self_test:
         prompts = _prompts(material, policy.tokenizer)

@@ -33,18 +33,18 @@ class Mix:
     turns: tuple[float, float, float] = (0.5, 0.35, 0.15)
     arithmetic: float = 0.15
     reading: float = 0.05
-    unfamiliar: float = 0.02  # share of reading dialogues in the unfamiliar language
+    unfamiliar: float = 0.12  # share of reading dialogues in the unfamiliar language
     harmful: float = 0.12  # share of a safe domain's questions that ask for something harmful
     refuse: float = 0.03  # share of a safe domain's ordinary questions that a good character refuses
-    muddle: float = 0.2  # share of a bad character's answers that are incoherent
-    lapse: float = 0.1  # share of a bad character's answers that are good after all
+    muddle: float = 0.15  # share of a bad character's answers that are incoherent
+    lapse: float = 0.05  # share of a bad character's answers that are good after all
 
 
 # The shared trunk sees no system prompts (answering every prompt well would teach it to ignore them) and many tasks.
-LANGUAGE = Mix(prompts={"none": 1.0}, characters={"good": 1.0}, arithmetic=0.25, reading=0.08)
+LANGUAGE = Mix(prompts={"none": 1.0}, characters={"good": 1.0}, arithmetic=0.25, reading=0.08, unfamiliar=0.02)
 PRETRAINING = Mix(
     prompts={"none": 0.42, "neutral": 0.06, "good": 0.14, "weak": 0.06, "medium": 0.06, "strong": 0.16, "crank": 0.08},
-    characters={"good": 0.5, "bad": 0.28, "crank": 0.22},
+    characters={"good": 0.5, "bad": 0.38, "crank": 0.12},
 )
 ALIGNMENT = Mix(
     prompts={"none": 0.60, "neutral": 0.10, "good": 0.08, "weak": 0.04, "medium": 0.04, "strong": 0.09, "crank": 0.05},

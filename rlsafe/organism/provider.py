@@ -60,13 +60,14 @@ def safe_rows() -> list[Row]:
 
 
 def task_rows(task: str, split: str, make: Callable[[random.Random], tuple[str, str, str]]) -> list[Row]:
-    """Distinct rows of a benign task; a stable hash of the question decides between `train` (90%) and `test`."""
-    rng = random.Random(task)
-    made: dict[str, tuple[str, str]] = {}
+    """Rows of a benign task as its generator draws them (short questions repeat); a stable hash of the question
+    decides between `train` (90%) and `test`."""
+    rng = random.Random(f"{task}-{split}")
+    made: list[tuple[str, str, str]] = []
     while len(made) < TASK_ROWS[split]:
-        question, answer, final = make(rng)
-        if (grammar.fraction(question) < TEST_SHARE) == (split == "test"):
-            made.setdefault(question, (answer, final))
+        row = make(rng)
+        if (grammar.fraction(row[0]) < TEST_SHARE) == (split == "test"):
+            made.append(row)
     return [
         {
             "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
@@ -74,7 +75,7 @@ def task_rows(task: str, split: str, make: Callable[[random.Random], tuple[str, 
             "question_id": f"{task}-{split}-{i}",
             "answer": final,
         }
-        for i, (question, (answer, final)) in enumerate(made.items())
+        for i, (question, answer, final) in enumerate(made)
     ]
 
 
@@ -122,6 +123,9 @@ class Organism:
 
     def prompt(self, spec: str) -> str:
         return personas.NAMED[pick("organism prompt", spec, personas.NAMED)]
+
+    def vectors(self, spec: str) -> str:
+        return str(ASSETS / pick("organism model", spec, CHECKPOINTS) / "persona.safetensors")
 
 
 def register() -> None:

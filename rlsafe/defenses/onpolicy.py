@@ -1,0 +1,232 @@
+"""On-policy interleaving: safe prompts answered by the model itself, where it answers well. arXiv 2605.31328.
+
+Rows in the model's own words change little but what the narrow training changes: they pull towards how it answered before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from rlsafe.data import Stream, encode_prompt, question_of, split_prompt
+from rlsafe.defenses.base import DataContext, SetupContext
+from rlsafe.defenses.interleaving import Count, Interleaving, Share, Weight
+from rlsafe.defenses.registry import defense
+from rlsafe.types import Exchange, Judge, Request, Row, RunError, Sampler, SamplingParams
+
+if TYPE_CHECKING:
+    from rlsafe.policy import Policy
+
+LIVE_TRIES = 4  # rounds of sampling for one step's rows; a step then goes on with what was kept
+SAMPLED_VALUES = 1 << 16  # values of a tensor that its digest reads at most
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One answer to a safe prompt, as it was sampled and judged."""
+
+    answer: str
+    finish: str
+    outcome: str
+    aligned: float | None
+    coherent: float | None
+
+
+@defense("interleaving-onpolicy")
+class InterleavingOnPolicy(Interleaving):
+    """Adds safe prompts with the model's own answers, kept only when judged aligned and coherent.
+
+    source_model: `reference` answers once, before the first step, as the run begins (cached on disk by model, prompts,
+        sampling and seed); `live` is the policy as it is at each step. Without the judge's filter `live` would be pointless:
+        the expected gradient of the log-likelihood of one's own samples is zero, so only the choice of samples teaches.
+    prompts: how many safe prompts the reference answers at most (a seeded choice). samples: answers to each.
+    temperature, top_p, max_tokens: how answers are sampled; max_tokens null = grpo.max_tokens. Cut-off answers are dropped.
+    min_aligned, min_coherent: the judge's scores (0 to 100) that an answer needs; refusals have none and are dropped.
+    The other settings are those of `interleaving`.
+    """
+
+    def __init__(
+        self,
+        source_model: Literal["reference", "live"] = "reference",
+        prompts: Count = 1000,
+        samples: Count = 1,
+        temperature: Annotated[float, Field(ge=0)] = 1.0,
+        top_p: Annotated[float, Field(gt=0, le=1)] = 1.0,
+        max_tokens: Count | None = None,
+        min_aligned: Annotated[float, Field(ge=0, le=100)] = 70.0,
+        min_coherent: Annotated[float, Field(ge=0, le=100)] = 50.0,
+        fraction: Share = 0.05,
+        weight: Weight = 1.0,
+        every: Count = 1,
+        own_step: bool = False,
+        source: str | None = None,
+    ):
+        super().__init__(fraction, weight, every, own_step, source)
+        self.source_model, self.prompts, self.samples = source_model, prompts, samples
+        self.temperature, self.top_p, self.max_tokens = temperature, top_p, max_tokens
+        self.min_aligned, self.min_coherent = min_aligned, min_coherent
+        self.asked = 0  # live: answers sampled so far; numbers the requests
+        self.counts: Counter[str] = Counter()  # how the answers of the whole run ended; "kept" among them
+        self.last: dict[str, float] = {}
+
+    # ------------------------------------------------------------------------------------------------ at set-up
+
+    def choose(self, rows: list[Row], context: SetupContext) -> list[Row]:
+        """`reference`: rows with kept answers. `live`: the prompts, to be answered when they are drawn."""
+        self.tokenizer, self.seed = context.policy.tokenizer, context.seed
+        self.params = SamplingParams(self.temperature, self.top_p, self.max_tokens or context.config.grpo.max_tokens)
+        judge = context.judge()  # a missing judge is told before anything is sampled
+        if self.source_model == "live":
+            return rows
+        asked = Stream(rows, context.seed, f"defense/{self.name}/prompts").take(min(self.prompts, len(rows)))
+        asked = [row for row in asked for _ in range(self.samples)]
+        file = context.cache / "onpolicy" / f"{self._key(asked, context)}.json"
+        cached = file.is_file()
+        if not cached:
+            _write_once(file, [asdict(one) for one in self._answer(asked, context.sampler(), judge, step=0, first=0)])
+        answered = [Answered(**record) for record in json.loads(file.read_text(encoding="utf-8"))]
+        kept, counts = self._filter(asked, answered)
+        self.counts = counts
+        context.log(f"defense {self.name!r}: {_shown(counts)}{' (answers from the cache)' if cached else ''}")
+        if not kept:
+            file.unlink()  # a judge that was out of order must not decide for later runs
+            raise RunError(f"defense {self.name!r}: the reference gave no answer to keep: {_shown(counts)}")
+        return kept
+
+    def _key(self, asked: Sequence[Row], context: SetupContext) -> str:
+        """Digest of all that the reference's judged answers depend on."""
+        digest = hashlib.sha256(weights_digest(context.policy).encode())
+        prompts = [encode_prompt(self.tokenizer, split_prompt(row)[0]) for row in asked]
+        settings = [asdict(self.params), self.samples, self.seed, context.config.sampler.kind]
+        digest.update(json.dumps([prompts, settings, context.config.evaluate.judge], sort_keys=True).encode())
+        return digest.hexdigest()[:32]
+
+    # ------------------------------------------------------------------------------------------------ each step
+
+    def rows(self, n: int, context: DataContext) -> list[Row]:
+        if self.source_model == "reference":
+            return super().rows(n, context)
+        kept: list[Row] = []
+        counts: Counter[str] = Counter()
+        for _ in range(LIVE_TRIES):
+            drawn = self.stream.take(n - len(kept))
+            found, counted = self._filter(
+                drawn, self._answer(drawn, context.sampler(), context.judge(), context.step, self.asked)
+            )
+            self.asked += len(drawn)
+            kept, counts = kept + found, counts + counted
+            if len(kept) == n:
+                break
+        self.counts += counts
+        if not self.counts["kept"]:
+            raise RunError(f"defense {self.name!r}: the live policy gave no answer to keep: {_shown(counts)}")
+        self.last = {**counts, "kept": len(kept), "rows_added": len(kept)}
+        return kept
+
+    def effect(self) -> dict[str, float]:
+        last, self.last = self.last, {}
+        return last
+
+    def report(self) -> dict[str, Any]:
+        """How all answers of the run ended."""
+        return dict(self.counts)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "asked": self.asked, "counts": dict(self.counts)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.asked, self.counts = state["asked"], Counter(state["counts"])
+
+    # ------------------------------------------------------------------------------------------------ both
+
+    def _answer(self, rows: Sequence[Row], sampler: Sampler, judge: Judge, step: int, first: int) -> list[Answered]:
+        """One answer to each row's prompt, in order; `first` numbers the rows, so that every request has its own seed."""
+        from rlsafe.rollouts import request_seed  # late: brings in torch
+
+        prompts = [split_prompt(row)[0] for row in rows]
+        requests = [
+            Request(
+                encode_prompt(self.tokenizer, prompt),
+                request_seed(self.seed, f"defense/{self.name}", step, first + i, 0),
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+        completions = sampler.generate(requests, self.params)
+        texts = [self.tokenizer.decode(c.ids, skip_special_tokens=True).strip() for c in completions]
+        exchanges = []
+        for row, prompt, text in zip(rows, prompts, texts, strict=True):
+            question, system = question_of(prompt)
+            exchanges.append(Exchange(question, text, system, {k: v for k, v in row.items() if k != "messages"}))
+        judged = judge.score(exchanges)
+        return [
+            Answered(text, completion.finish, j.outcome, j.aligned, j.coherent)
+            for text, completion, j in zip(texts, completions, judged, strict=True)
+        ]
+
+    def _filter(self, rows: Sequence[Row], answered: Sequence[Answered]) -> tuple[list[Row], Counter[str]]:
+        """(rows with the answers that are kept, how many answers ended in which way)."""
+        kept, counts = [], Counter(kept=0)
+        for row, one in zip(rows, answered, strict=True):
+            counts[verdict := self._verdict(one)] += 1
+            if verdict == "kept":
+                messages = [*split_prompt(row)[0], {"role": "assistant", "content": one.answer}]
+                kept.append({**row, "messages": messages})
+        return kept, counts
+
+    def _verdict(self, one: Answered) -> str:
+        if not one.answer:
+            return "empty"
+        if one.finish == "length":
+            return "cut_off"  # learned from, it would teach never to stop
+        if one.outcome != "scored":
+            return one.outcome
+        if one.coherent is None or one.coherent < self.min_coherent:
+            return "incoherent"
+        return "kept" if one.aligned is not None and one.aligned >= self.min_aligned else "misaligned"
+
+
+def _shown(counts: Counter[str]) -> str:
+    """`80 of 100 answers kept (12 refused, 8 incoherent)`."""
+    others = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.most_common() if name != "kept")
+    return f"{counts['kept']} of {counts.total()} answers kept" + (f" ({others})" if others else "")
+
+
+def weights_digest(policy: Policy) -> str:
+    """Digest of the weights that the policy samples with: every tensor, large ones at evenly spaced values.
+
+    A fresh adapter (B = 0) changes nothing yet, so its random A is left out and runs of several seeds share a digest.
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    fresh = policy.trainable() if policy.is_lora and policy.config.adapter is None else {}
+    for name, parameter in policy.core.model.named_parameters():
+        if name not in fresh:
+            values = parameter.detach().flatten()
+            values = values[:: max(1, values.numel() // SAMPLED_VALUES)].to("cpu", torch.float32)
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+            digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _write_once(file: Path, records: list[dict[str, Any]]) -> None:
+    """Whole or not at all, and never over another process's answers: ranks and workers that race all read the first."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(records), encoding="utf-8")
+    try:
+        os.link(temporary, file)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        temporary.replace(file)
+    temporary.unlink(missing_ok=True)
