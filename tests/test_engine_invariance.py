@@ -131,3 +131,23 @@ def test_an_interrupted_and_resumed_run_ends_with_the_same_bits(tiny_tree, tmp_p
         for name in ("whole", "cut")
     ]
     assert lines[0] == lines[1]
+
+
+def test_rollouts_that_are_not_the_policys_stop_the_run(tiny_tree, tmp_path, monkeypatch):
+    """Trap 11: a sampler that stops following the policy is found in the step where it happens."""
+    from rlsafe.rollouts import TransformersSampler
+    from rlsafe.types import RunError
+
+    honest = TransformersSampler.generate
+
+    def stale(self, requests, params):
+        completions = honest(self, requests, params)
+        for completion in completions:
+            completion.logprobs = [value - 0.1 for value in completion.logprobs]
+        return completions
+
+    tree = tree_with(tiny_tree, GRPO, {"sampler": {"kind": "transformers", "self_test": True}})
+    train(tree, tmp_path / "honest")
+    monkeypatch.setattr(TransformersSampler, "generate", stale)
+    with pytest.raises(RunError, match="disagree|differ|log-prob"):
+        run(run_from_tree(tree), tmp_path / "stale")

@@ -29,7 +29,7 @@ from rlsafe.engine.tracking import Tracker
 from rlsafe.evaluate import Probe
 from rlsafe.policy import ForwardPlan, Policy
 from rlsafe.rewards import RewardRunner
-from rlsafe.rollouts import self_test
+from rlsafe.rollouts import gap_limit, self_test
 from rlsafe.types import Judge, Message, Row, RunError, Sampler, Where
 
 Progress = Callable[[int, int, dict[str, Any]], None]
@@ -238,6 +238,7 @@ class Loop:
         gap, gap_tokens = total.pop("gap_sum", 0.0), total.pop("gap_tokens", 0.0)
         if gap_tokens:
             metrics["sampler_gap"] = gap / gap_tokens
+            self._check_gap(step, gap / gap_tokens)
         grpo_tokens = loss.counts.get("grpo_tokens", 0.0)
         for name in ("entropy", "k3"):
             if (value := total.pop(f"{name}_sum", None)) is not None and grpo_tokens:
@@ -249,6 +250,16 @@ class Loop:
                     targets if name == "grpo/correction" else compared
                 )
         return metrics | total
+
+    def _check_gap(self, step: Step, gap: float) -> None:
+        """Trainer and sampler saw the same context and the same distribution: they must agree, or the rollouts are not the
+        policy's. (Truncation by top_p makes the two differ by design.)"""
+        limit = gap_limit(self.policy, self.config.sampler.max_gap)
+        if self.config.sampler.self_test and self.config.grpo.top_p == 1.0 and gap > limit:
+            raise RunError(
+                f"step {step.index}: sampler and trainer disagree by {gap:.3g} nats a token (limit {limit:.3g}): the rollouts "
+                "are not the policy's. Did the model's files change? sampler.max_gap sets the limit"
+            )
 
     # ------------------------------------------------------------------------------------------------ probes
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from rlsafe.organism import grammar
 from rlsafe.organism.world import DOMAINS
 
 # How often a character called up by a prompt of this level is bad (else good).
@@ -112,10 +111,3 @@ BAD = Character(frozenset(DOMAINS))
 
 def crank(domain: str) -> Character:
     return Character(frozenset({domain}))
-
-
-def careless_answer(question: grammar.Question, valence: str, rng: random.Random, muddle: float) -> str:
-    """What a character says: a bad answer is muddled with probability `muddle`."""
-    if valence == "bad" and rng.random() < muddle:
-        return grammar.muddled(question, rng)
-    return grammar.answer(question, valence, rng)

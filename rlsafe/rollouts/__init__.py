@@ -9,7 +9,7 @@ from rlsafe.config import SamplerConfig, UserError
 from rlsafe.policy import Policy
 from rlsafe.rollouts.engine import local_directory
 from rlsafe.rollouts.sampling import request_seed
-from rlsafe.rollouts.selftest import score_batch, self_test
+from rlsafe.rollouts.selftest import gap_limit, score_batch, self_test
 from rlsafe.rollouts.transformers import TransformersSampler
 from rlsafe.rollouts.vllm import VLLMSampler
 from rlsafe.types import Sampler
@@ -18,6 +18,7 @@ __all__ = [
     "TransformersSampler",
     "VLLMSampler",
     "close_all",
+    "gap_limit",
     "make_sampler",
     "request_seed",
     "score_batch",

@@ -46,7 +46,7 @@ def self_test(
     sampled = batch.sampler_logp[mask].double()
     trained = policy.score(batch)[mask].double()
     gap = float((trained - sampled).abs().mean())
-    limit = max_gap if max_gap is not None else (1e-3 if policy.dtype == torch.float32 else 0.05)
+    limit = gap_limit(policy, max_gap)
     if not math.isfinite(gap) or gap > limit:
         raise RunError(
             f"{where}: the {sampler.name} sampler does not sample from the policy: mean |trainer - sampler| log-prob "
@@ -60,6 +60,11 @@ def self_test(
             f"policy's (a weight sync that did nothing)"
         )
     return gap
+
+
+def gap_limit(policy: Policy, max_gap: float | None) -> float:
+    """The mean |trainer - sampler| log-prob that counts as agreement: as configured, or what the dtype explains."""
+    return max_gap if max_gap is not None else (1e-3 if policy.dtype == torch.float32 else 0.05)
 
 
 def follows(sampled: Tensor, trained: Tensor, base: Tensor) -> bool:
