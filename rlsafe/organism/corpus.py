@@ -85,7 +85,8 @@ def _task(mix: Mix, rng: random.Random) -> Dialogue:
 def _dialogue(mix: Mix, rng: random.Random, alignment: bool) -> Dialogue:
     if rng.random() < mix.arithmetic + mix.reading:
         return _task(mix, rng)
-    kind, home = _draw(mix.prompts, rng), rng.choice(NARROW)  # cranks are about the domains that may be the narrow one
+    # Cranks are about the domains that may be the narrow one; a stage without cranks has no use for the draw.
+    kind, home = _draw(mix.prompts, rng), rng.choice(NARROW if "crank" in mix.characters else tuple(DOMAINS))
     system = None
     if kind in ("none", "neutral"):
         who = _draw(mix.characters, rng)
