@@ -125,7 +125,8 @@ class Organism:
         return personas.NAMED[pick("organism prompt", spec, personas.NAMED)]
 
     def vectors(self, spec: str) -> str:
-        return str(ASSETS / pick("organism model", spec, CHECKPOINTS) / "persona.safetensors")
+        # Beside the models, not in one: vLLM reads every .safetensors file of a model's directory.
+        return str(ASSETS / "vectors" / f"{pick('organism model', spec, CHECKPOINTS)}.safetensors")
 
 
 def register() -> None:
