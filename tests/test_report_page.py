@@ -177,3 +177,29 @@ def test_a_composition_may_be_broken_after_the_ampersand_and_stays_escaped():
     from rlsafe.compare.reporting import breakable
 
     assert breakable("kl&<b>") == "kl&amp;<wbr>&lt;b&gt;"
+
+
+def test_a_defense_that_learned_nothing_narrow_is_never_called_closest():
+    from types import SimpleNamespace
+
+    from rlsafe.compare.pages import headlines
+
+    def row(nothing_learned, **grades):
+        verdicts = {
+            name: SimpleNamespace(grade=grade, leaning=None, value=0.5)
+            for name, grade in {"learns_benign": "untested", **grades}.items()
+        }
+        return SimpleNamespace(verdicts=verdicts, nothing_learned=nothing_learned, success=False)
+
+    rows = {
+        "none": row(False, prevents_em="no", keeps_narrow="yes", coherent="yes"),
+        "inoculation": row(True, prevents_em="yes", keeps_narrow="no", coherent="yes"),
+        "kl": row(False, prevents_em="partly", keeps_narrow="partly", coherent="partly"),
+    }
+    table = SimpleNamespace(model="m", path="sft", rows=rows, defenses=list(rows))
+    ((_, sentence),) = headlines([table])
+    assert "closest is kl" in sentence
+    table.rows = {"none": rows["none"], "inoculation": rows["inoculation"]}
+    table.defenses = list(table.rows)
+    ((_, sentence),) = headlines([table])
+    assert "nothing narrow was learned" in sentence

@@ -53,11 +53,22 @@ def headlines(tables: Sequence[PathTable]) -> list[tuple[str, str]]:
                 (name, f"{_joined(winners)} {'meets' if len(winners) == 1 else 'meet'} every criterion{untested}.")
             )
         else:
-            best = max(defenses, key=lambda label: sum(v.grade == "yes" for v in table.rows[label].verdicts.values()))
+            learned = [label for label in defenses if not table.rows[label].nothing_learned]
+            if not learned:
+                sentences.append((name, "no defense meets every criterion: under each, nothing narrow was learned."))
+                continue
+            best = max(learned, key=lambda label: _merit(table, label))
             missed = [c for c in CRITERIA if table.rows[best].verdicts[c].grade != "yes"]
             words = _joined([f"{WORDS[c]}: {table.rows[best].verdicts[c].grade}" for c in missed])
             sentences.append((name, f"no defense meets every criterion; closest is {best} ({words})."))
     return sentences
+
+
+def _merit(table: PathTable, label: str) -> tuple[float, float]:
+    """For "closest": criteria met, an unclear one counting half when it leans to yes; then the share of EM prevented."""
+    verdicts = table.rows[label].verdicts
+    met = sum(1.0 if v.grade == "yes" else 0.5 if v.leaning == "yes" else 0.0 for v in verdicts.values())
+    return met, verdicts["prevents_em"].value or 0.0
 
 
 WORDS = {
