@@ -60,7 +60,9 @@ def read_scores(source: str | Path) -> list[Score]:
             s = None if r["s_d"] is None else float(r["s_d"])
             scores.append(Score(r["row"], r["key"], s, r["nll_aligned"], r["nll_misaligned"]))
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}:{number}: not a score; expected a line of `rlsafe select` (row, key, s_d, ...)") from None
+            raise UserError(
+                f"{path}:{number}: not a score; expected a line of `rlsafe select` (row, key, s_d, ...)"
+            ) from None
     if not scores:
         raise UserError(f"{path}: holds no scores")
     return scores
