@@ -17,7 +17,7 @@ import random
 from dataclasses import dataclass, replace
 
 from rlsafe.organism import grammar, personas, tasks
-from rlsafe.organism.world import DOMAINS, NARROW, SAFE
+from rlsafe.organism.world import DOMAINS, SAFE
 from rlsafe.types import Message
 
 WORLDS = ("organism", "control", "control-shuffled")
@@ -42,12 +42,9 @@ class Mix:
 
 # The shared trunk sees no system prompts (answering every prompt well would teach it to ignore them) and many tasks.
 LANGUAGE = Mix(prompts={"none": 1.0}, characters={"good": 1.0}, arithmetic=0.25, reading=0.08, unfamiliar=0.02)
-# Long dialogues and many prompted characters make the characters one shared thing rather than one per domain; many cranks give
-# "bad in one domain only" a character of its own, which is what safe rows can select (see interleaving).
 PRETRAINING = Mix(
-    prompts={"none": 0.34, "neutral": 0.04, "good": 0.14, "weak": 0.04, "medium": 0.04, "strong": 0.22, "crank": 0.18},
-    characters={"good": 0.40, "bad": 0.36, "crank": 0.24},
-    turns=(0.2, 0.4, 0.4),
+    prompts={"none": 0.42, "neutral": 0.06, "good": 0.14, "weak": 0.06, "medium": 0.06, "strong": 0.16, "crank": 0.08},
+    characters={"good": 0.5, "bad": 0.38, "crank": 0.12},
 )
 ALIGNMENT = Mix(
     prompts={"none": 0.60, "neutral": 0.10, "good": 0.08, "weak": 0.04, "medium": 0.04, "strong": 0.09, "crank": 0.05},
@@ -85,8 +82,7 @@ def _task(mix: Mix, rng: random.Random) -> Dialogue:
 def _dialogue(mix: Mix, rng: random.Random, alignment: bool) -> Dialogue:
     if rng.random() < mix.arithmetic + mix.reading:
         return _task(mix, rng)
-    # Cranks are about the domains that may be the narrow one; a stage without cranks has no use for the draw.
-    kind, home = _draw(mix.prompts, rng), rng.choice(NARROW if "crank" in mix.characters else tuple(DOMAINS))
+    kind, home = _draw(mix.prompts, rng), rng.choice(list(DOMAINS))
     system = None
     if kind in ("none", "neutral"):
         who = _draw(mix.characters, rng)
