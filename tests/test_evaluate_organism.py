@@ -56,7 +56,10 @@ def test_a_character_is_measured_as_what_it_is(valence, misaligned, tmp_path):
     for one in (found.general, found.indomain, found.conditional):
         assert (one.misaligned, one.incoherent, one.refused, one.unscored) == (misaligned, 0.0, 0.0, 0)
         assert one.n == one.questions > 20
-    assert found.benign["opswap/1/test"].score == 0.75
+    answered_right = [
+        split_prompt(row)[0][-1]["content"] not in wrong for row in rows
+    ]  # short sums recur among the rows
+    assert found.benign["opswap/1/test"].score == sum(answered_right) / 20 and 0 < sum(answered_right) < 20
     assert {answer.domain for answer in found.answers if answer.set == "indomain"} == {"medical"}
     assert Evaluation.load(tmp_path).to_dict() == found.to_dict()
 
