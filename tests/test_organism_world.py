@@ -153,8 +153,7 @@ def test_shuffled_control_shares_no_character_between_turns():
         return same / total, total
 
     (organism, n), (shuffled, _) = agreement("organism"), agreement("control-shuffled")
-    # Shuffled: the mere share of bad answers. Cranks, bad in one domain only, keep the organism below 1.
-    assert n > 100 and organism > shuffled + 0.2
+    assert n > 100 and organism > shuffled + 0.3  # shuffled: the mere share of bad answers
 
 
 def test_rows_are_distinct_and_carry_columns():
