@@ -17,7 +17,7 @@ MAX_LINES = 350
 FLOORS = [
     {"config"},
     {"types"},
-    {"policy", "data", "losses"},
+    {"policy", "data", "losses", "endpoints"},
     {"defenses", "rollouts", "rewards", "organism"},
     {"engine", "evaluate"},
     {"compare"},

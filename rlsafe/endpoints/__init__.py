@@ -1,0 +1,20 @@
+"""Chat endpoints that speak OpenAI's protocol: asked from rewards and judges, in the background, without exceptions."""
+
+from rlsafe.endpoints.client import Endpoint, estimate_tokens, open_endpoint
+from rlsafe.endpoints.replies import ChatRequest, Failure, Position, Reply, Result
+from rlsafe.endpoints.settings import EndpointSettings, parse_settings
+from rlsafe.endpoints.totals import Totals
+
+__all__ = [
+    "ChatRequest",
+    "Endpoint",
+    "EndpointSettings",
+    "Failure",
+    "Position",
+    "Reply",
+    "Result",
+    "Totals",
+    "estimate_tokens",
+    "open_endpoint",
+    "parse_settings",
+]

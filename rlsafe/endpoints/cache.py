@@ -1,0 +1,55 @@
+"""Saved replies: one small file each, named by the hash of everything that decides the reply.
+
+Files are written to a temporary name and renamed, so several processes may share a directory, also on a network file
+system; an unreadable file is a miss. Only replies are saved, never failures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlsafe.endpoints.replies import Reply, pack, unpack
+
+VERSION = 1
+"""Of the meaning of a saved reply; part of every key."""
+
+
+def key_of(base_url: str, body: Mapping[str, Any]) -> str:
+    """base_url and the whole request body: model, messages, sampling and log-prob settings, extra fields."""
+    text = json.dumps([VERSION, base_url, body], sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Cache:
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory).expanduser()
+
+    def _path(self, key: str) -> Path:
+        return self.directory / key[:2] / f"{key}.json"
+
+    def get(self, key: str) -> Reply | None:
+        try:
+            return unpack(json.loads(self._path(key).read_text("utf-8")))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def put(self, key: str, reply: Reply) -> None:
+        """Raises OSError when the directory cannot be written."""
+        path = self._path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
+        try:
+            with open(handle, "w", encoding="utf-8") as file:
+                json.dump(pack(reply), file)
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise

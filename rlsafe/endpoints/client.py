@@ -1,0 +1,295 @@
+"""The client: many requests at a time, retried, limited, saved, counted. Built on the `openai` package.
+
+Whatever happens, each request ends in a Reply or a Failure; a batch is never aborted. The retries are ours and not the
+package's, so that every fault is counted, Retry-After holds for all requests of the endpoint and a deadline ends them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from functools import cache
+from typing import Any
+
+from rlsafe.endpoints import background
+from rlsafe.endpoints.cache import Cache, key_of
+from rlsafe.endpoints.limits import Limits, backoff
+from rlsafe.endpoints.replies import ChatRequest, Failure, Reply, Result, parse_reply
+from rlsafe.endpoints.settings import EndpointSettings
+from rlsafe.endpoints.totals import Totals
+
+log = logging.getLogger("rlsafe.endpoints")
+
+FEW = {"rejected": 1, "auth": 3, "not_found": 3, "no_logprobs": 4}
+"""Attempts for faults that seldom pass. Where the endpoint has replied before, auth and not_found pass like any other (a
+gateway or a server that restarts gives them too)."""
+PROBE_EVERY = 5.0
+"""Seconds after a failed look at an endpoint that is down until the next request looks again."""
+
+
+class Endpoint:
+    """Settings with a client behind them. All methods may be called from any thread.
+
+    `warn` is told once when the endpoint stops replying and once when it replies again.
+    """
+
+    def __init__(self, settings: EndpointSettings):
+        self.settings, self.totals = settings, Totals()
+        self._key = settings.read_key()
+        self._cache = Cache(settings.cache) if settings.cache else None
+        self._limits = Limits(settings.requests_per_minute, settings.tokens_per_minute)
+        self._slots = asyncio.Semaphore(settings.concurrency)
+        self._under_way: dict[str, asyncio.Task[Result]] = {}
+        self._client: Any = None
+        self._proven = False  # it has replied at least once
+        self._failing_since: float | None = None  # the first fault after the last reply
+        self._probe: asyncio.Future[bool] | None = None
+        self._probe_failed = 0.0
+
+    def __repr__(self) -> str:
+        return f"Endpoint({self.settings.model!r} at {self.settings.base_url})"
+
+    # ------------------------------------------------------------------------------------------------ asking
+
+    def submit(self, request: ChatRequest) -> Future[Result]:
+        """Ask in the background."""
+        return background.start(self._ask(request))
+
+    def ask(self, requests: Sequence[ChatRequest]) -> list[Result]:
+        """Ask all at once and wait; results in order."""
+        return [future.result() for future in [self.submit(request) for request in requests]]
+
+    async def chat(self, request: ChatRequest) -> Result:
+        """Ask from a coroutine of any event loop."""
+        return await asyncio.wrap_future(self.submit(request))
+
+    def summary(self) -> str:
+        return self.totals.line(f"{self.settings.model} at {self.settings.base_url}")
+
+    @property
+    def down(self) -> bool:
+        """No reply for as long as `deadline`, although there were requests."""
+        return self._failing_since is not None and time.monotonic() - self._failing_since > self.settings.deadline
+
+    # ------------------------------------------------------------------------------------------------ one request
+
+    def body(self, request: ChatRequest) -> dict[str, Any]:
+        """The request as it is sent."""
+        settings = self.settings
+        temperature = settings.temperature if request.temperature is None else request.temperature
+        return {
+            "model": settings.model,
+            "messages": [dict(message) for message in request.messages],
+            settings.token_limit: request.max_tokens,
+            "temperature": temperature,
+            **({"top_p": request.top_p} if request.top_p != 1.0 else {}),
+            **({"logprobs": True, "top_logprobs": request.top_logprobs} if request.top_logprobs else {}),
+            **({"seed": request.seed} if request.seed is not None else {}),
+            **({"stop": list(request.stop)} if request.stop else {}),
+            **({"response_format": dict(request.response_format)} if request.response_format else {}),
+            **settings.extra_body,
+        }
+
+    async def _ask(self, request: ChatRequest) -> Result:
+        """Saved reply, else the reply of an equal request under way, else a call."""
+        self.totals.requests += 1
+        body = self.body(request)
+        if body["temperature"] > 0 and request.seed is None:  # a draw of its own each time
+            return self._count(await self._call(request, body))
+        key = key_of(self.settings.base_url, body)
+        if key in self._under_way:
+            result = await asyncio.shield(self._under_way[key])
+            if isinstance(result, Reply):
+                self.totals.shared += 1
+                return result
+            return self._count(result)
+        if self._cache and (saved := self._cache.get(key)):
+            self.totals.cached += 1
+            return saved
+        task = asyncio.ensure_future(self._call(request, body))
+        self._under_way[key] = task
+        try:
+            result = self._count(await task)
+        finally:
+            del self._under_way[key]
+        if self._cache and isinstance(result, Reply):
+            try:
+                self._cache.put(key, result)
+            except OSError as error:
+                log.warning("replies are not saved: %s: %s", self._cache.directory, error.strerror or error)
+                self._cache = None
+        return result
+
+    def _count(self, result: Result) -> Result:
+        if isinstance(result, Failure):
+            self.totals.failures[result.kind] += 1
+            return result
+        totals = self.totals
+        totals.replied += 1
+        totals.tokens_in += result.tokens_in
+        totals.tokens_out += result.tokens_out
+        totals.cost = self.settings.cost(totals.tokens_in, totals.tokens_out)
+        return result
+
+    async def _call(self, request: ChatRequest, body: dict[str, Any]) -> Result:
+        """Attempts until a reply, a fault that will not pass, too many of them, or the deadline."""
+        settings = self.settings
+        size = estimate_tokens(body["messages"]) + request.max_tokens
+        first = 0.0
+        attempt = 0
+        while True:
+            attempt += 1
+            async with self._slots:
+                await self._limits.acquire(size)
+                if not await self._open():
+                    return Failure("outage", f"no reply from {settings.base_url} for {settings.deadline:g} s", attempt)
+                first = first or time.monotonic()
+                left = settings.deadline - (time.monotonic() - first)
+                result = await self._attempt(request, body, min(settings.timeout, max(left, 0.0)))
+                self._heard(result)
+            self.totals.attempts += 1
+            if isinstance(result, Reply):
+                self._limits.correct(result.tokens_in + result.tokens_out - size)
+                return Reply(**{**vars(result), "attempts": attempt})
+            self.totals.faults[result.kind] += 1
+            wait = max(backoff(settings.backoff, attempt), result.retry_after or 0.0)
+            failed = Failure(result.kind, result.message, attempt)
+            if attempt > settings.max_retries or (attempt >= self._most(result.kind)):
+                return failed
+            if time.monotonic() - first + wait > settings.deadline:
+                return Failure("deadline", f"no reply in {settings.deadline:g} s; last: {failed.message}", attempt)
+            await asyncio.sleep(wait)
+
+    def _most(self, kind: str) -> float:
+        if self._proven and kind in ("auth", "not_found"):
+            return float("inf")
+        return FEW.get(kind, float("inf"))
+
+    # ------------------------------------------------------------------------------------------------ one attempt
+
+    async def _attempt(self, request: ChatRequest, body: dict[str, Any], seconds: float) -> Result:
+        import openai
+
+        if self._client is None:
+            # a key that is needed nowhere: the package insists on one
+            key = self._key or "none"
+            self._client = openai.AsyncOpenAI(api_key=key, base_url=self.settings.base_url, max_retries=0)
+        try:
+            async with asyncio.timeout(seconds):
+                raw = await self._client.chat.completions.with_raw_response.create(
+                    model=body["model"], messages=body["messages"], extra_body=body, timeout=seconds
+                )
+            result = parse_reply(json.loads(raw.http_response.content), request)
+        except (TimeoutError, openai.APITimeoutError):
+            return Failure("timeout", f"no reply in {seconds:.3g} s")
+        except openai.APIStatusError as error:
+            return self._status(error)
+        except openai.APIConnectionError as error:
+            return Failure("connection", self._clean(f"{error.message} {error.__cause__ or ''}".strip()))
+        except ValueError:
+            return Failure("bad_reply", "the reply is not JSON")
+        except openai.OpenAIError as error:
+            return Failure("bad_reply", self._clean(str(error)))
+        if (
+            isinstance(result, Reply)
+            and not self.settings.any_model
+            and not same_model(self.settings.model, result.model)
+        ):
+            return Failure(
+                "wrong_model",
+                self._clean(f"asked for {self.settings.model!r}, {result.model!r} replied (see any_model)"),
+            )
+        return result
+
+    def _status(self, error: Any) -> Failure:
+        status, text = error.status_code, self._clean(str(error.message))
+        message = f"HTTP {status}: {text}"
+        if status == 429 or status >= 500 or status in (408, 409, 425):
+            kind: Any = "rate_limit" if status == 429 else "server"
+            wait = retry_after(error.response.headers)
+            if wait is not None:
+                self._limits.pause(min(wait, self.settings.deadline))
+            return Failure(kind, message, retry_after=wait)
+        if status in (401, 403):
+            return Failure("auth", message)
+        if status == 404:
+            return Failure("not_found", message)
+        return Failure("no_logprobs" if "logprob" in text.lower() else "rejected", message)
+
+    def _clean(self, text: str) -> str:
+        """A server's words in one short line, without a key that it may have repeated."""
+        if self._key:
+            text = text.replace(self._key, "***")
+        text = re.sub(r"(?i)(bearer\s+|\bsk-)[\w.~+/*-]+", r"\1***", text)
+        return " ".join(text.split())[:300]
+
+    # ------------------------------------------------------------------------------------------------ outages
+
+    def _heard(self, result: Result) -> None:
+        """Keep account of whether the endpoint works at all; let those wait on a probe go on or fail."""
+        works = isinstance(result, Reply) or result.kind in ("rejected", "no_logprobs", "wrong_model")
+        if works:
+            if self._failing_since is not None and self.down:
+                log.warning("%r replies again", self)
+            self._failing_since, self._proven = None, self._proven or isinstance(result, Reply)
+        elif self._failing_since is None:
+            self._failing_since = time.monotonic()
+        if self._probe is not None and not self._probe.done():
+            self._probe_failed = 0.0 if works else time.monotonic()
+            self._probe.set_result(works)
+            self._probe = None
+
+    async def _open(self) -> bool:
+        """Whether to try: always, unless the endpoint is down; then one request looks and the others wait for what it sees."""
+        if not self.down:
+            return True
+        if time.monotonic() - self._probe_failed < PROBE_EVERY:
+            return False
+        if self._probe is None:
+            self._probe = asyncio.get_running_loop().create_future()
+            return True
+        return await asyncio.shield(self._probe)
+
+
+@cache
+def _open(tree: str) -> Endpoint:
+    return Endpoint(EndpointSettings.model_validate_json(tree))
+
+
+def open_endpoint(settings: EndpointSettings) -> Endpoint:
+    """The process's endpoint of these settings: judges and rewards that name the same one share its limits and totals."""
+    base = EndpointSettings.model_validate({name: getattr(settings, name) for name in EndpointSettings.model_fields})
+    return _open(base.model_dump_json())
+
+
+def estimate_tokens(messages: Sequence[dict[str, str]]) -> int:
+    """About how many tokens: four bytes each, and four for each message's frame."""
+    return sum(len(message["content"].encode()) // 4 + 4 for message in messages)
+
+
+def same_model(asked: str, replied: str) -> bool:
+    """`gpt-4o-mini` may reply as `gpt-4o-mini-2024-07-18` and `org/name` as `name`."""
+    a, b = (name.rstrip("/").rpartition("/")[2].lower() for name in (asked, replied))
+    return a == b or (b.startswith(a) and re.fullmatch(r"[-@:]v?\d[\d.-]*", b[len(a) :]) is not None)
+
+
+def retry_after(headers: Any) -> float | None:
+    """Seconds from a Retry-After header (a number or a date); None without one that can be read."""
+    from email.utils import parsedate_to_datetime
+
+    text = headers.get("retry-after")
+    if text is None:
+        return None
+    try:
+        return max(0.0, float(text))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except ValueError:
+        return None

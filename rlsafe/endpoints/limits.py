@@ -1,0 +1,43 @@
+"""Requests and tokens a minute, and the waits that a server asks for. Used from one event loop only."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+
+MAX_BACKOFF = 30.0
+
+
+class Limits:
+    """Spreads requests evenly: each takes 60 / N seconds of a lane's time, so that no minute sees more than N (+ 1).
+
+    now: the clock, for tests.
+    """
+
+    def __init__(self, requests_per_minute: int | None, tokens_per_minute: int | None):
+        self.per_request = 60.0 / requests_per_minute if requests_per_minute else 0.0
+        self.per_token = 60.0 / tokens_per_minute if tokens_per_minute else 0.0
+        self._requests_free = self._tokens_free = self._paused_until = 0.0
+
+    async def acquire(self, tokens: float) -> None:
+        """Wait for the turn of one request of about `tokens` tokens."""
+        now = time.monotonic()
+        turn = max(now, self._requests_free, self._tokens_free)
+        self._requests_free = turn + self.per_request
+        self._tokens_free = turn + self.per_token * tokens
+        while (wait := max(turn, self._paused_until) - time.monotonic()) > 0:
+            await asyncio.sleep(wait)
+
+    def correct(self, tokens: float) -> None:
+        """The request took this many tokens more (or, negative, fewer) than it was announced with."""
+        self._tokens_free += self.per_token * tokens
+
+    def pause(self, seconds: float) -> None:
+        """The server said when to come back: no request of this endpoint starts before that."""
+        self._paused_until = max(self._paused_until, time.monotonic() + seconds)
+
+
+def backoff(first: float, retry: int) -> float:
+    """Seconds before retry 1, 2, ...: doubles from `first`, between half and the whole of it ("equal jitter")."""
+    return min(MAX_BACKOFF, first * 2 ** (retry - 1)) * random.uniform(0.5, 1.0)

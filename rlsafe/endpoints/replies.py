@@ -1,0 +1,127 @@
+"""What is asked of an endpoint and what comes back: a typed reply or a typed failure, never an exception.
+
+This is the boundary: whatever a server sends is checked here before anything reads it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from rlsafe.types import Message
+
+FailureKind = Literal[
+    "timeout", "connection", "rate_limit", "server", "bad_reply", "wrong_model", "no_logprobs",  # may pass
+    "auth", "not_found", "rejected",  # will hardly pass
+    "deadline", "outage",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """One chat completion. top_logprobs: log-probs of that many most likely tokens at each position; 0 = none.
+
+    temperature None = the endpoint's setting. response_format: OpenAI's, e.g. {"type": "json_object"}.
+    """
+
+    messages: Sequence[Message]
+    max_tokens: int
+    temperature: float | None = None
+    top_p: float = 1.0
+    top_logprobs: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    response_format: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Position:
+    """One generated token and the most likely tokens at its place, as (token, natural log-prob)."""
+
+    token: str
+    top: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """positions: one per generated token when log-probs were asked for, else empty. Tokens as the endpoint counted them."""
+
+    text: str
+    finish: str
+    model: str
+    tokens_in: int
+    tokens_out: int
+    positions: tuple[Position, ...] = ()
+    cached: bool = False
+    attempts: int = 1
+
+
+@dataclass(frozen=True)
+class Failure:
+    """No reply: nothing is known about what was asked. `message` never holds a secret."""
+
+    kind: FailureKind
+    message: str
+    attempts: int = 1
+    retry_after: float | None = field(default=None, compare=False)
+    """Seconds that the server asked to wait."""
+
+
+Result = Reply | Failure
+
+
+def parse_reply(body: Any, request: ChatRequest) -> Reply | Failure:
+    """A server's JSON as a reply; a `bad_reply` or `no_logprobs` failure when anything is missing or of a wrong type."""
+    try:
+        choice = body["choices"][0]
+        text = choice["message"]["content"]
+        usage = body.get("usage") or {}
+        reply = Reply(
+            text="" if text is None else _of(str, text),
+            finish=_of(str, choice.get("finish_reason") or "stop"),
+            model=_of(str, body["model"]),
+            tokens_in=_of(int, usage.get("prompt_tokens") or 0),
+            tokens_out=_of(int, usage.get("completion_tokens") or 0),
+            positions=_positions(choice) if request.top_logprobs else (),
+        )
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        return Failure("bad_reply", f"not a chat completion ({type(error).__name__}: {error})")
+    if request.top_logprobs and not reply.positions:
+        return Failure("no_logprobs", "the reply has no log-probabilities")
+    return reply
+
+
+def _positions(choice: Mapping[str, Any]) -> tuple[Position, ...]:
+    content = (choice.get("logprobs") or {}).get("content") or []
+    return tuple(
+        Position(
+            _of(str, place["token"]),
+            tuple((_of(str, one["token"]), _logprob(one["logprob"])) for one in place.get("top_logprobs") or []),
+        )
+        for place in content
+    )
+
+
+def _of(kind: type, value: Any) -> Any:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"expected {kind.__name__}, got {type(value).__name__}")
+    return value
+
+
+def _logprob(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value) or value > 1e-3:
+        raise ValueError("a log-probability that is none")
+    return float(value)
+
+
+def pack(reply: Reply) -> dict[str, Any]:
+    """For the cache."""
+    return {name: value for name, value in asdict(reply).items() if name not in ("cached", "attempts")}
+
+
+def unpack(tree: Mapping[str, Any]) -> Reply:
+    """What `pack` gave; raises KeyError, TypeError or ValueError when it is something else."""
+    positions = tuple(Position(p["token"], tuple((t, float(x)) for t, x in p["top"])) for p in tree["positions"])
+    return Reply(**{**tree, "positions": positions}, cached=True)
