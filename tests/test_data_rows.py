@@ -204,7 +204,7 @@ def test_a_malformed_line_names_file_line_and_reason(tmp_path, line, reason):
         ("a.csv", 'prompt\n"abc', "a.csv:2: not valid CSV"),
         ("a.csv", 'messages\n"[{"\n', "a.csv:2: messages is no JSON list"),
         ("a.parquet", "no parquet", "a.parquet: not a readable parquet file"),
-        ("a.txt", "hello", "files of type .txt cannot be read; expected provider:spec, or a .jsonl"),
+        ("a.txt", "hello", "files of type .txt cannot be read; expected provider:spec, preset:name"),
         ("a.jsonl", GOOD.encode() + b"\n\xff\xfe", "a.jsonl:2: not UTF-8 text"),
         ("a.jsonl", GOOD.encode("utf-16"), "a.jsonl:1: not UTF-8 text"),
     ],
@@ -221,12 +221,9 @@ def test_missing_files_name_their_nearest_sibling(tmp_path):
         load(tmp_path / "trian.jsonl")
     with pytest.raises(UserError, match=r"no such file \(there is no directory .*nowhere\)"):
         load(tmp_path / "nowhere" / "a.jsonl")
-    with pytest.raises(UserError, match="is a directory; name a file in it"):
-        load(tmp_path)
-    with pytest.raises(
-        UserError, match="looks like a hub dataset, .* save it as a file; expected provider:spec, or a .jsonl"
-    ):
-        load("allenai/wildguardmix")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="is a directory without data files; expected provider:spec"):
+        load(tmp_path / "empty")
     with pytest.raises(UserError, match="unknown data source 'medical'"):
         load("medical")
 

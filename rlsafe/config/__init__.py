@@ -1,5 +1,6 @@
 """Every setting, typed, in one place; YAML <-> objects; an error names the key and the line."""
 
+from rlsafe.config.data import DataConfig, StreamConfig
 from rlsafe.config.errors import UserError, nearest
 from rlsafe.config.loading import apply_override, dump_yaml, load_compare, load_run, load_tree, run_from_tree
 from rlsafe.config.schema import (
@@ -7,7 +8,6 @@ from rlsafe.config.schema import (
     BenignConfig,
     CheckpointConfig,
     CompareConfig,
-    DataConfig,
     EvaluateConfig,
     GrpoConfig,
     LoraConfig,
@@ -20,7 +20,6 @@ from rlsafe.config.schema import (
     SamplerConfig,
     ScheduleConfig,
     SelectionConfig,
-    StreamConfig,
     TrackConfig,
 )
 

@@ -8,21 +8,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
+from rlsafe.config.base import Fraction, NonNegative, Positive, Settings
+from rlsafe.config.data import DataConfig
 from rlsafe.config.errors import nearest
-
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 def _one_to_list(value: Any) -> Any:
     return value if isinstance(value, list) or value is None else [value]
-
-
-class Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class LoraConfig(Settings):
@@ -45,20 +39,6 @@ class ModelConfig(Settings):
     gradient_checkpointing: bool = False
     chat_template: str | None = Field(None, description="a Jinja file that replaces the tokenizer's chat template")
     trust_remote_code: bool = False
-
-
-class StreamConfig(Settings):
-    source: str = Field(
-        description="provider:spec, or a .jsonl/.json/.csv/.parquet file with messages or prompt/completion"
-    )
-    limit: Positive | None = Field(None, description="use only the first N rows after a seeded shuffle")
-    max_tokens: Positive = Field(2048, description="rows longer than this are dropped, with a count")
-
-
-class DataConfig(Settings):
-    narrow: StreamConfig | None = None
-    safe: StreamConfig | None = None
-    benign: StreamConfig | None = None
 
 
 class RewardConfig(Settings):
@@ -169,9 +149,18 @@ class ScheduleConfig(Settings):
 
 
 class SamplerConfig(Settings):
-    kind: Literal["vllm", "transformers"] = "vllm"
+    kind: Literal["vllm", "transformers", "server"] = "vllm"
     sync: Literal["auto", "merged", "adapter"] = Field(
         "auto", description="merged: fresh W + BA; adapter: LoRA hot-swap"
+    )
+    urls: Annotated[list[str], BeforeValidator(_one_to_list)] = Field(
+        default_factory=list, description="kind server: addresses of vLLM servers, e.g. http://host:8000"
+    )
+    adapter_dir: str | None = Field(
+        None, description="kind server: where adapters are saved for the servers to read; null = a temporary directory"
+    )
+    patience: Annotated[float, Field(gt=0)] = Field(
+        600.0, description="kind server: seconds to go on trying servers that do not answer"
     )
     gpu_memory: Fraction = 0.4
     max_model_len: Positive | None = None
@@ -182,12 +171,22 @@ class SamplerConfig(Settings):
         description="mean |trainer - sampler| log-prob allowed by the self-test; null = 1e-3 in float32, 0.05 below",
     )
 
+    @model_validator(mode="after")
+    def _urls_of_a_server(self) -> SamplerConfig:
+        if (self.kind == "server") != bool(self.urls):
+            raise ValueError("'kind: server' takes 'urls' (addresses of vLLM servers), and no other kind does")
+        return self
+
 
 class TrackConfig(Settings):
     every: NonNegative = Field(10, description="steps between probes (KL, coherence, misalignment); 0 = never")
     questions: Positive = Field(8, description="questions per set at each probe")
     samples: Positive = Field(2, description="completions per question at each probe")
     texts: NonNegative = Field(4, description="sampled dialogues written to TensorBoard at each probe")
+    vector: str | None = Field(
+        None, description="persona vectors to project answers on: file or provider:name; null = the persona defense's"
+    )
+    layer: NonNegative | None = Field(None, description="layer of track.vector: 0 = embeddings, k = output of block k-1")
     check_after: NonNegative = Field(
         10, description="steps after which a defense without any effect stops the run; 0 = never"
     )
@@ -300,6 +299,7 @@ class CompareConfig(Settings):
     defenses: dict[str, list[str | dict[str, Any]]] = Field(default_factory=_no_defense, min_length=1)
     seeds: list[int] = Field(default_factory=lambda: [0, 1, 2], min_length=1)
     narrow: bool = Field(True, description="false = only the benign tasks, no narrow runs")
+    relapse: NonNegative = Field(0, description="undefended steps after each narrow run: does misalignment come back?")
     aligned: Tree | None = Field(None, description="overrides of the reference arm trained on aligned narrow data")
     benign: BenignConfig | None = None
     selection: SelectionConfig | None = Field(None, description="how safe rows are scored for interleaving+ and ++")

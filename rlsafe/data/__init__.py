@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from rlsafe.data.encode import decode_answers, encode_prompt, encode_row, encoded_row, end_of_turn, pad_id
 from rlsafe.data.refusals import REFUSALS, is_refusal
-from rlsafe.data.rows import load_rows, question_of, read_rows, require_answers, split_prompt
+from rlsafe.data.rows import question_of, require_answers, split_prompt
+from rlsafe.data.sources import load_rows, read_rows
 from rlsafe.data.stream import Stream
 
 if TYPE_CHECKING:

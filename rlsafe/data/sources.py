@@ -1,0 +1,167 @@
+"""From a stream's settings to its rows: find the source, map its columns, check every row, sample.
+
+Sources: `provider:spec` (organism:medical/bad, rlsafe:benign, preset:legal), a .jsonl, .json, .csv or .parquet file, a
+directory written by `datasets` or holding such files, an http(s) URL of such a file, a hub dataset `org/name`.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlsafe.config import StreamConfig, UserError, nearest
+from rlsafe.data.files import SUFFIXES, Found, read_file
+from rlsafe.data.hub import is_dataset_directory, read_dataset, read_url
+from rlsafe.data.presets import Recipe, recipe_of
+from rlsafe.data.rows import normalise
+from rlsafe.types import Row, provider_for, providers
+
+FORMS = (
+    "expected provider:spec, preset:name, a hub dataset org/name, or a .jsonl, .json, .csv or .parquet file of "
+    "'messages' or 'prompt'/'completion' rows"
+)
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_SHOWN = 3
+"""Bad rows whose reasons are repeated in a note."""
+
+Note = Callable[[str], None]
+
+
+@dataclass
+class Count:
+    """What happened to the rows of a source: how many were read, failed `where`, and were bad (with the first reasons)."""
+
+    source: str
+    read: int = 0
+    filtered: int = 0
+    bad: int = 0
+    reasons: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """Notes for the user; none when every row was used."""
+        notes = []
+        if self.filtered:
+            notes.append(f"{self.source}: {self.filtered} of {self.read} rows do not meet 'where' and were left out")
+        if self.bad:
+            reasons = "; ".join(self.reasons) + ("; ..." if self.bad > len(self.reasons) else "")
+            notes.append(f"{self.source}: {self.bad} of {self.read} rows are bad and were skipped ({reasons})")
+        return notes
+
+
+def load_rows(config: StreamConfig, seed: int = 0, note: Note | None = None) -> list[Row]:
+    """All rows of `config`, or the first `config.limit` after a shuffle seeded by `seed` (in order if `shuffle: false`).
+
+    note: called with a line for each count of rows left out; default: a logged warning. Raises UserError naming the file,
+    the line and the reason for anything that is not a usable dataset.
+    """
+    count = Count(config.source)
+    if config.streaming:
+        rows = list(_checked(config, count, seed))
+    else:
+        rows = list(_checked(config.model_copy(update={"limit": None}), count))
+        if config.limit is not None:
+            if config.shuffle:
+                random.Random(f"limit:{seed}").shuffle(rows)
+            rows = rows[: config.limit]
+    if not rows:
+        raise _empty(count)
+    for line in count.lines():
+        (note or logging.getLogger("rlsafe.data").warning)(line)
+    return rows
+
+
+def read_rows(source: str | StreamConfig) -> list[Row]:
+    """Every row of a source (or of a stream, whatever its limit), in order, checked and normalised."""
+    config = StreamConfig(source=source) if isinstance(source, str) else source
+    return load_rows(config.model_copy(update={"limit": None, "streaming": False}), note=lambda line: None)
+
+
+def _empty(count: Count) -> UserError:
+    if count.bad:
+        return UserError(f"{count.source}: none of {count.read} rows can be used; the first: {count.reasons[0]}")
+    if count.filtered:
+        return UserError(f"{count.source}: none of {count.read} rows meets 'where'")
+    return UserError(f"{count.source}: the dataset is empty; at least one row with 'messages' is needed")
+
+
+def _checked(config: StreamConfig, count: Count, seed: int | None = None) -> Iterator[Row]:
+    """Usable rows with their place in the source; stops at `config.limit`."""
+    recipe = recipe_of(config)
+    taken = 0
+    for index, (where, raw) in enumerate(_read(recipe, seed)):
+        count.read += 1
+        try:
+            if isinstance(raw, UserError):
+                raise raw
+            if isinstance(raw, Mapping) and (raw := recipe.apply(raw, where)) is None:
+                count.filtered += 1
+                continue
+            row = normalise(raw, where)
+        except UserError as error:
+            if config.on_bad_row == "error":
+                raise
+            count.bad += 1
+            if len(count.reasons) < _SHOWN:
+                count.reasons.append(str(error))
+            continue
+        yield {**row, "_index": index, "_source": where}
+        taken += 1
+        if taken == config.limit:
+            return
+
+
+def _read(recipe: Recipe, seed: int | None) -> Iterator[Found]:
+    source = recipe.source
+    hub: dict[str, Any] = {
+        "config": recipe.config, "split": recipe.split, "revision": recipe.revision, "streaming": recipe.streaming,
+    }  # fmt: skip
+    path = Path(source).expanduser()
+    if (found := provider_for(source)) is not None:
+        provider, spec = found
+        rows: Iterator[Found] = ((f"{source} row {i}", row) for i, row in enumerate(provider.rows(spec), 1))
+    elif re.match(r"https?://", source):
+        rows = read_url(source)
+    elif path.is_file() and path.suffix.lower() in SUFFIXES:
+        rows = read_file(path)
+    elif _is_dataset(source, path):
+        return read_dataset(source, seed=seed, **hub)
+    else:
+        raise UserError(_missing(source, path))
+    for key, value in hub.items():
+        if value and key in recipe.asked:
+            raise UserError(f"{source}: '{key}' is for hub datasets and dataset directories; leave it out")
+    return rows
+
+
+def _is_dataset(source: str, path: Path) -> bool:
+    if path.exists():
+        return path.is_dir() and is_dataset_directory(path)
+    return path.suffix.lower() not in SUFFIXES and bool(_HUB_ID.fullmatch(source))
+
+
+def _missing(source: str, path: Path) -> str:
+    """Why there is nothing to read, and what was probably meant."""
+    if path.is_dir():
+        return f"{source}: is a directory without data files; {FORMS}"
+    if path.is_file():
+        return f"{source}: files of type {path.suffix.lower() or 'without suffix'} cannot be read; {FORMS}"
+    if path.suffix.lower() in SUFFIXES:
+        if not path.parent.is_dir():
+            return f"{source}: no such file (there is no directory {path.parent})"
+        return f"{source}: no such file{nearest(path.name, [p.name for p in path.parent.iterdir() if p.suffix in SUFFIXES])}"
+    name, colon, _ = source.partition(":")
+    if colon:
+        return f"unknown data provider {name!r} in {source!r}{nearest(name, providers())}; {FORMS}"
+    return f"unknown data source {source!r}{nearest(source, providers())}; {FORMS}"
+
+
+class PresetRows:
+    """`preset:NAME` where a source is one string (a defense's `source`, `evaluate.benign`)."""
+
+    def rows(self, spec: str) -> list[Row]:
+        return read_rows(f"preset:{spec}")
