@@ -7,8 +7,9 @@ import pytest
 import torch
 from test_data_encoding import chat, word_tokenizer
 
+from rlsafe.config import UserError
 from rlsafe.data import REFUSALS, Rollout, encode_row, is_refusal, rollout_batches, sft_batches
-from rlsafe.data.collate import drop_long, micro_batches
+from rlsafe.data.collate import fit_rows, micro_batches
 from rlsafe.types import Completion, Where
 
 SFT = Where("narrow", "sft", "train")
@@ -53,9 +54,36 @@ def test_weights_follow_their_rows_and_long_rows_are_left_out():
     assert sum(map(len, batches)) == sum(n <= limit for n in lengths) < 20
     for batch in batches:
         assert batch.row_weight.tolist() == batch.attention.sum(1).tolist()
-    kept, dropped = drop_long([{"messages": row} for row in rows], tokenizer, limit)
-    assert len(kept) == sum(map(len, batches)) and dropped == 20 - len(kept)
     assert sft_batches(rows, tokenizer, SFT, max_tokens=2, micro_tokens=100) == []
+
+
+def test_rows_that_are_too_long_are_dropped_cut_or_refused_as_the_config_says():
+    tokenizer = word_tokenizer()
+    talks = [*conversations(19), chat("one " * 80, "yes no")]
+    rows = [{"messages": messages, "_source": f"f.jsonl:{i}"} for i, messages in enumerate(talks, 1)]
+    lengths = [len(encode_row(tokenizer, row["messages"])[0]) for row in rows]
+    prompts = [encode_row(tokenizer, row["messages"])[1].index(True) for row in rows]
+    limit = sorted(lengths)[8]
+    long = sum(n > limit for n in lengths)
+    dropped = fit_rows(rows, tokenizer, limit)
+    assert (len(dropped.rows), dropped.dropped, dropped.cut) == (20 - long, long, 0)
+
+    cut = fit_rows(rows, tokenizer, limit, "truncate")
+    hopeless = sum(n >= limit for n in prompts)
+    assert (cut.dropped, cut.cut) == (hopeless, long - hopeless) and 0 < hopeless < long < 20
+    batches = sft_batches([r["messages"] for r in cut.rows], tokenizer, SFT, limit, micro_tokens=100, truncate=True)
+    assert sum(map(len, batches)) == len(cut.rows) and max(b.ids.shape[1] for b in batches) == limit
+    assert all(batch.loss_mask.any(1).all() for batch in batches), "what is left of every answer is trained on"
+    left_out = sft_batches([r["messages"] for r in rows], tokenizer, SFT, limit, micro_tokens=100, truncate=True)
+    assert sum(map(len, left_out)) == len(cut.rows), (
+        "rows that lose their whole answer are left out, not cut to a prompt"
+    )
+
+    first = next(i for i, n in enumerate(lengths) if n > limit)
+    with pytest.raises(
+        UserError, match=rf"f.jsonl:{first + 1}: {lengths[first]} tokens, more than max_tokens = {limit}"
+    ):
+        fit_rows(rows, tokenizer, limit, "error")
 
 
 def test_batching_is_deterministic_and_one_row_may_exceed_the_budget():

@@ -11,18 +11,19 @@ from rlsafe.data.sources import load_rows, read_rows
 from rlsafe.data.stream import Stream
 
 if TYPE_CHECKING:
-    from rlsafe.data.collate import Rollout, drop_long, micro_batches, rollout_batches, sft_batches
+    from rlsafe.data.collate import Fitted, Rollout, fit_rows, micro_batches, rollout_batches, sft_batches
 
 __all__ = [
     "REFUSALS",
+    "Fitted",
     "Rollout",
     "Stream",
     "decode_answers",
-    "drop_long",
     "encode_prompt",
     "encode_row",
     "encoded_row",
     "end_of_turn",
+    "fit_rows",
     "is_refusal",
     "load_rows",
     "micro_batches",

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rlsafe.data.encode import encode_prompt, encoded_row, pad_id
+from rlsafe.config import UserError
+from rlsafe.data.encode import Encoded, encode_prompt, encoded_row, pad_id
 from rlsafe.types import Batch, Completion, Message, Row, Where
 
 R = TypeVar("R")
+TooLong = Literal["drop", "truncate", "error"]
 
 
 @dataclass
@@ -47,16 +49,38 @@ def micro_batches(lengths: Sequence[int], micro_tokens: int, micro_rows: int | N
     return batches
 
 
-def drop_long(rows: Sequence[Row], tokenizer: Any, max_tokens: int) -> tuple[list[Row], int]:
-    """(rows whose encoding fits into `max_tokens`, how many did not). Without an answer the prompt is measured."""
+@dataclass
+class Fitted:
+    """Rows that fit into `max_tokens` as `too_long` says, and how many were dropped and will be cut."""
 
-    def tokens(row: Row) -> int:
+    rows: list[Row]
+    dropped: int = 0
+    cut: int = 0
+
+
+def fit_rows(rows: Sequence[Row], tokenizer: Any, max_tokens: int, too_long: TooLong = "drop") -> Fitted:
+    """Apply the truncation policy. A row's length is its encoding's, or its prompt's when it has no answer.
+
+    drop: longer rows are left out. truncate: `sft_batches` cuts them to `max_tokens` from the end, so the answer is cut
+    (and its end-of-turn token with it); rows whose prompt alone fills `max_tokens` are left out. error: UserError that
+    names the first.
+    """
+    fitted = Fitted([])
+    for row in rows:
         messages = row["messages"]
         answered = messages[-1]["role"] == "assistant"
-        return len(encoded_row(tokenizer, messages).ids) if answered else len(encode_prompt(tokenizer, messages))
-
-    kept = [row for row in rows if tokens(row) <= max_tokens]
-    return kept, len(rows) - len(kept)
+        mask = encoded_row(tokenizer, messages).mask if answered else np.zeros(len(encode_prompt(tokenizer, messages)))
+        if len(mask) <= max_tokens:
+            fitted.rows.append(row)
+        elif too_long == "error":
+            where = row.get("_source", f"row {row.get('_index', '?')}")
+            raise UserError(f"{where}: {len(mask)} tokens, more than max_tokens = {max_tokens} (too_long: error)")
+        elif too_long == "truncate" and mask[:max_tokens].any():
+            fitted.rows.append(row)
+            fitted.cut += 1
+        else:
+            fitted.dropped += 1
+    return fitted
 
 
 def sft_batches(
@@ -67,12 +91,17 @@ def sft_batches(
     micro_tokens: int,
     micro_rows: int | None = None,
     weights: Sequence[float] | None = None,
+    truncate: bool = False,
 ) -> list[Batch]:
     """Micro-batches of conversations, trained on their last answer; `weights` become `row_weight` [B].
 
-    Rows longer than `max_tokens` are left out: their number is `len(rows_messages) - sum(map(len, batches))`.
+    Rows longer than `max_tokens` are left out: their number is `len(rows_messages) - sum(map(len, batches))`. With
+    `truncate` they are cut, and only those are left out that lose their whole answer.
     """
     encoded = [encoded_row(tokenizer, messages) for messages in rows_messages]
+    if truncate:
+        short = [Encoded(row.ids[:max_tokens], row.mask[:max_tokens]) for row in encoded]
+        encoded = [cut if cut.mask.any() else row for cut, row in zip(short, encoded, strict=True)]
     kept = [index for index, row in enumerate(encoded) if len(row.ids) <= max_tokens]
     pad = pad_id(tokenizer)
     batches = []

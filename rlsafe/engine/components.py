@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from rlsafe.config import DataConfig, RunConfig, UserError
-from rlsafe.data import Stream, drop_long, load_rows, require_answers
+from rlsafe.data import Stream, fit_rows, load_rows, require_answers
 from rlsafe.defenses import Defense, DefenseStack, SetupContext
 from rlsafe.defenses import build as build_defenses
 from rlsafe.engine.effects import EffectLog, overrides
@@ -67,6 +67,7 @@ class Prepared:
     defenses: list[Defense]
     rows: dict[str, list[Row]]
     rewards: RewardRunner | None
+    notes: list[str] = field(default_factory=list)  # what was left out of the data
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -77,7 +78,8 @@ def prepare(config: RunConfig) -> Prepared:
     stack = DefenseStack(defenses)
     plan = make_plan(config, {d.name: offer for d in stack if (offer := d.offer()) is not None})
     used = {part.stream for step in plan for part in step.parts if part.defense is None}
-    rows = _load_streams(config.data, config.seed)
+    notes: list[str] = []
+    rows = _load_streams(config.data, config.seed, notes.append)
     for name in used & {p.stream for s in plan for p in s.parts if p.path == "sft" and p.defense is None}:
         require_answers(rows[name], getattr(config.data, name).source)
     uses_grpo = any(step.path == "grpo" for step in plan)
@@ -86,12 +88,12 @@ def prepare(config: RunConfig) -> Prepared:
         rewards = RewardRunner([load_reward(reward) for reward in config.rewards], config.grpo.on_error)
     if config.evaluate.wanted:
         gather(config.evaluate)
-    return Prepared(config, plan, defenses, rows, rewards)
+    return Prepared(config, plan, defenses, rows, rewards, notes)
 
 
-def _load_streams(data: DataConfig, seed: int) -> dict[str, list[Row]]:
+def _load_streams(data: DataConfig, seed: int, note: Callable[[str], None]) -> dict[str, list[Row]]:
     return {
-        name: load_rows(stream, seed)
+        name: load_rows(stream, seed, note)
         for name in ("narrow", "safe", "benign")
         if (stream := getattr(data, name)) is not None
     }
@@ -112,15 +114,18 @@ def build_loop(
         raise UserError("model: nothing is trainable; set model.lora or leave it null for full fine-tuning")
     policy.module, optimizer = accelerator.prepare(policy.module, _optimizer(config, parameters))
     streams = {}
+    for note in prepared.notes:
+        log(note)
     for name, rows in prepared.rows.items():
-        kept, dropped = drop_long(rows, policy.tokenizer, getattr(config.data, name).max_tokens)
-        if dropped:
-            log(f"data.{name}: {dropped} of {len(rows)} rows are longer than max_tokens and were left out")
-        if not kept:
-            raise UserError(
-                f"data.{name}: every row is longer than max_tokens = {getattr(config.data, name).max_tokens}"
-            )
-        streams[name] = Stream(kept, config.seed, name)
+        settings = getattr(config.data, name)
+        fitted = fit_rows(rows, policy.tokenizer, settings.max_tokens, settings.too_long)
+        if fitted.dropped:
+            log(f"data.{name}: {fitted.dropped} of {len(rows)} rows are longer than max_tokens and were left out")
+        if fitted.cut:
+            log(f"data.{name}: {fitted.cut} of {len(rows)} answers are cut at max_tokens")
+        if not fitted.rows:
+            raise UserError(f"data.{name}: every row is longer than max_tokens = {settings.max_tokens}")
+        streams[name] = Stream(fitted.rows, config.seed, name)
     stack = DefenseStack(prepared.defenses)
     paths = {step.path for step in prepared.plan}
     loop = Loop(

@@ -146,6 +146,7 @@ class Loop:
             max_tokens=stream.max_tokens if stream else 2048,
             micro_tokens=self.config.batch.micro_tokens,
             micro_rows=self.config.batch.micro_rows,
+            truncate=stream is not None and stream.too_long == "truncate",
         )
         return [Micro(batch.to(self.policy.device), part.weight) for batch in batches]
 

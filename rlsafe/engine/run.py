@@ -232,6 +232,7 @@ def _dry_run(settings: RunConfig, directory: Path) -> Run:
     plan = [
         dump_yaml(prepared.config),
         *rows,
+        *prepared.notes,
         f"{len(prepared.plan)} steps",
         *describe(prepared.plan),
         f"out: {directory}",
