@@ -128,7 +128,7 @@ def test_rows_are_encoded_once_and_a_new_template_starts_over(monkeypatch):
     tokenizer = word_tokenizer()
     calls = []
     render = encoding.Encoder.render
-    monkeypatch.setattr(encoding.Encoder, "render", lambda self, *args: calls.append(1) or render(self, *args))
+    monkeypatch.setattr(encoding.Encoder, "render", lambda *args, **more: calls.append(1) or render(*args, **more))
     first = encode_row(tokenizer, chat("one", "two"))
     made = len(calls)
     assert encode_row(tokenizer, chat("one", "two")) == first and len(calls) == made

@@ -31,10 +31,21 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def save_architecture(directory: Path, architecture: str) -> str:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def think_tokenizer() -> Any:
+    """The byte tokenizer with Qwen3's chat template and think tags (ordinary added tokens, as there)."""
+    from trl.chat_template_utils import qwen3_chat_template
 
     tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = qwen3_chat_template
+    return tokenizer
+
+
+def save_architecture(directory: Path, architecture: str, tokenizer: Any = None, **settings: Any) -> str:
+    """A random model that any text can be fed to. `settings` replace the shape's."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = tokenizer or byte_tokenizer()
     ids = {
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
@@ -42,7 +53,7 @@ def save_architecture(directory: Path, architecture: str) -> str:
         "bos_token_id": None,
     }
     torch.manual_seed(0)
-    config = AutoConfig.for_model(architecture, **(SHAPE | ids | ARCHITECTURES[architecture]))
+    config = AutoConfig.for_model(architecture, **(SHAPE | ids | ARCHITECTURES[architecture] | settings))
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():

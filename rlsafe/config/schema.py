@@ -15,6 +15,11 @@ from rlsafe.config.data import DataConfig
 from rlsafe.config.errors import nearest
 
 
+def _on_off(value: Any) -> Any:
+    """YAML reads a bare `on` or `off` as a boolean."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
 def _one_to_list(value: Any) -> Any:
     return value if isinstance(value, list) or value is None else [value]
 
@@ -33,11 +38,20 @@ class ModelConfig(Settings):
     name: str = Field(description="hub id, local directory, or provider:name such as organism:aligned")
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["4bit", "8bit"] | None = Field(
+        None, description="bitsandbytes: the frozen base in 4 (NF4, double quantisation) or 8 bits; needs model.lora"
+    )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    lora: LoraConfig | None = LoraConfig()
+    lora: LoraConfig | None = Field(LoraConfig(), description="null = full fine-tuning")
     adapter: str | None = Field(None, description="a PEFT adapter directory to start from")
     gradient_checkpointing: bool = False
     chat_template: str | None = Field(None, description="a Jinja file that replaces the tokenizer's chat template")
+    thinking: Annotated[Literal["on", "off", "no_think"] | None, BeforeValidator(_on_off)] = Field(
+        None,
+        description="think-block models: on, off = the template's switch; no_think = ' /no_think' ends the last user "
+        "turn; null = as the template does by default",
+    )
+    train_thinking: bool = Field(True, description="SFT's loss covers the think block of an answer")
     trust_remote_code: bool = False
 
 

@@ -4,20 +4,33 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rlsafe.data.encode import decode_answers, encode_prompt, encode_row, encoded_row, end_of_turn, pad_id
+from rlsafe.data.encode import (
+    configure_chat,
+    decode_answers,
+    encode_prompt,
+    encode_row,
+    encoded_row,
+    end_of_turn,
+    pad_id,
+    read_completion,
+)
 from rlsafe.data.refusals import REFUSALS, is_refusal
 from rlsafe.data.rows import question_of, require_answers, split_prompt
 from rlsafe.data.sources import load_rows, read_rows
 from rlsafe.data.stream import Stream
+from rlsafe.data.thinking import Chat, Thought, split_think
 
 if TYPE_CHECKING:
     from rlsafe.data.collate import Fitted, Rollout, fit_rows, micro_batches, rollout_batches, sft_batches
 
 __all__ = [
     "REFUSALS",
+    "Chat",
     "Fitted",
     "Rollout",
     "Stream",
+    "Thought",
+    "configure_chat",
     "decode_answers",
     "encode_prompt",
     "encode_row",
@@ -29,11 +42,13 @@ __all__ = [
     "micro_batches",
     "pad_id",
     "question_of",
+    "read_completion",
     "read_rows",
     "require_answers",
     "rollout_batches",
     "sft_batches",
     "split_prompt",
+    "split_think",
 ]
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rlsafe.config import UserError
+from rlsafe.data.thinking import CLOSE, OPEN, SWITCHES, Chat, Thought, decode_with_tags, split_think
 from rlsafe.types import Message
 
 TrainOn = Literal["last", "all"]
@@ -57,6 +58,23 @@ def decode_answers(tokenizer: Any, completions: Sequence[Sequence[int]]) -> list
     return tokenizer.batch_decode([list(ids) for ids in completions], skip_special_tokens=True)
 
 
+def read_completion(tokenizer: Any, ids: Sequence[int]) -> Thought:
+    """A completion's think block and answer; knows whether the generation prompt already opened the block."""
+    return split_think(decode_with_tags(tokenizer, ids), encoder_for(tokenizer).opened)
+
+
+def configure_chat(tokenizer: Any, chat: Chat) -> None:
+    """Encode this tokenizer's conversations as `chat` says from now on. UserError when its template cannot."""
+    tokenizer.rlsafe_chat = Chat()
+    encoder = encoder_for(tokenizer)
+    if chat.thinking in ("on", "off") and encoder.switch is None:
+        raise UserError(
+            f"model.thinking: {chat.thinking}: the chat template does not read {' or '.join(SWITCHES)}; leave it null"
+            f"{', or no_think' if chat.thinking == 'off' else ''}"
+        )
+    tokenizer.rlsafe_chat = chat
+
+
 def pad_id(tokenizer: Any) -> int:
     """The id to pad with (masked everywhere): the tokenizer's, or its end-of-text id, or 0."""
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
@@ -69,13 +87,13 @@ def end_of_turn(tokenizer: Any) -> int | None:
 
 
 def encoder_for(tokenizer: Any) -> Encoder:
-    """The tokenizer's encoder with its cache. A changed chat template gets a new one."""
-    return _encoder(tokenizer, str(tokenizer.chat_template))
+    """The tokenizer's encoder with its cache. A changed chat template, or other chat settings, get a new one."""
+    return _encoder(tokenizer, str(tokenizer.chat_template), getattr(tokenizer, "rlsafe_chat", Chat()))
 
 
 @lru_cache(maxsize=8)
-def _encoder(tokenizer: Any, template: str) -> Encoder:
-    return Encoder(tokenizer)
+def _encoder(tokenizer: Any, template: str, chat: Chat) -> Encoder:
+    return Encoder(tokenizer, chat)
 
 
 def _key(messages: Sequence[Message]) -> Key:
@@ -89,7 +107,7 @@ def _start(messages: Key) -> str:
 class Encoder:
     """One tokenizer and its chat template; remembers what it encoded, since rows come back every epoch."""
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any, chat: Chat):
         if not tokenizer.chat_template:
             raise UserError(
                 f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template; "
@@ -98,14 +116,23 @@ class Encoder:
         self.tokenizer = tokenizer
         self.own: str = tokenizer.get_chat_template()
         self.special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+        self.chat, self.switch = chat, self._find_switch()
+        set_to = {"on": True, "off": False}.get(chat.thinking or "")
+        self.switches = {} if self.switch is None or set_to is None else {self.switch: set_to}
         self.end = self._find_end()
-        self.header = self._find_header()
+        self.header, self.opened = self._find_header()
         self.prompt = lru_cache(maxsize=65536)(self._prompt)
         self.row = lru_cache(maxsize=65536)(self._row)
 
     # ------------------------------------------------------------------------------------------ the template
 
-    def render(self, messages: Key, generation_prompt: bool, template: str | None = None) -> str:
+    def render(
+        self,
+        messages: Key,
+        generation_prompt: bool,
+        template: str | None = None,
+        switches: dict[str, bool] | None = None,
+    ) -> str:
         conversation = [{"role": role, "content": content} for role, content in messages]
         try:
             return self.tokenizer.apply_chat_template(
@@ -113,6 +140,7 @@ class Encoder:
                 tokenize=False,
                 add_generation_prompt=generation_prompt,
                 chat_template=template or self.own,
+                **(self.switches if switches is None else switches),
             )
         except Exception as error:  # a template is a program of its own: it may raise anything
             roles = ", ".join(role for role, _ in messages)
@@ -129,11 +157,20 @@ class Encoder:
             )
         return next((i for i in self.tokenize(text.rpartition(_PROBE)[2]) if i in self.special), None)
 
-    def _find_header(self) -> list[int]:
-        """Ids of the generation prompt, such as `<|im_start|>assistant\\n`."""
+    def _find_switch(self) -> str | None:
+        """The variable that turns the template's thinking on and off: the one that changes the generation prompt."""
+        asked: Key = (("user", "hi"),)
+        for name in SWITCHES:
+            if self.render(asked, True, switches={name: True}) != self.render(asked, True, switches={name: False}):
+                return name
+        return None
+
+    def _find_header(self) -> tuple[list[int], bool]:
+        """Ids of the generation prompt, such as `<|im_start|>assistant\\n`, and whether it opens a think block."""
         asked = (("user", "hi"),)
         bare, prompted = self.render(asked, False), self.render(asked, True)
-        return self.tokenize(prompted[len(bare) :]) if prompted.startswith(bare) else []
+        header = prompted[len(bare) :] if prompted.startswith(bare) else ""
+        return self.tokenize(header), prompted.rstrip().endswith(OPEN)
 
     @property
     def training(self) -> str:
@@ -153,14 +190,16 @@ class Encoder:
     # ------------------------------------------------------------------------------------------ rows
 
     def _prompt(self, messages: Key) -> tuple[int, ...]:
-        return tuple(self.tokenize(self.render(messages, True)))
+        return tuple(self.tokenize(self.render(self.chat.conversation(messages), True)))
 
     def _row(self, messages: Key, train_on: TrainOn) -> Encoded:
         if train_on == "last" and messages[-1][0] != "assistant":
             raise UserError(
                 f"a row ends with a {messages[-1][0]} turn; sft needs an answer to train on: {_start(messages)}"
             )
-        ids, mask = self._last(messages) if train_on == "last" else self._all(messages)
+        ids, mask = self._last(messages) if train_on == "last" else self._all(self.chat.conversation(messages))
+        if not self.chat.train_thinking:
+            mask = self._without_thinking(ids, mask)
         if not any(mask):
             raise UserError(f"a row has no answer tokens to train on: {_start(messages)}")
         return Encoded(np.asarray(ids, dtype=np.int64), np.asarray(mask, dtype=bool))
@@ -168,9 +207,10 @@ class Encoder:
     def _last(self, messages: Key) -> tuple[list[int], list[bool]]:
         """The prompt as it will be sampled from, then the answer. The template's own rendering is used: history in
         a row looks as it will at generation (Qwen3, for one, drops earlier think blocks)."""
-        prompt_text, text = self.render(messages[:-1], True), self.render(messages, False)
+        whole = self.chat.conversation(messages)
+        prompt_text, text = self.render(whole[:-1], True), self.render(whole, False)
         if not text.startswith(prompt_text):
-            ids, mask = self._all(messages)  # e.g. a generation prompt that opens a think block the answer lacks
+            ids, mask = self._all(whole)  # e.g. a generation prompt that opens a think block the answer lacks
             start = max((i for i in range(len(ids)) if mask[i] and (i == 0 or not mask[i - 1])), default=len(ids))
             return ids, [masked and i >= start for i, masked in enumerate(mask)]
         prompt, ids = self.prompt(messages[:-1]), self.tokenize(text)
@@ -190,6 +230,23 @@ class Encoder:
         eos = self.tokenizer.eos_token_id
         return answer if eos is None else [*answer, eos]
 
+    def _without_thinking(self, ids: list[int], mask: list[bool]) -> list[bool]:
+        """The mask without the think block at the beginning of each answer, and the space behind it."""
+        mask, close, start = list(mask), self.tokenize(CLOSE), 0
+        while start < len(ids):
+            if not mask[start]:
+                start += 1
+                continue
+            stop = next((i for i in range(start, len(ids)) if not mask[i]), len(ids))
+            ends = [i + len(close) for i in range(start, stop) if ids[i : i + len(close)] == close]
+            if ends and (self.opened or self.tokenizer.decode(ids[start:stop]).lstrip().startswith(OPEN)):
+                answer = ends[0]
+                while answer < stop and not self.tokenizer.decode(ids[answer]).strip():
+                    answer += 1
+                mask[start:answer] = [False] * (answer - start)
+            start = stop
+        return mask
+
     def _all(self, messages: Key) -> tuple[list[int], list[bool]]:
         """Every assistant turn by the template's generation spans. Spans are mapped by character offsets here:
         `return_assistant_tokens_mask` marks the whole rest of a row when a span's last character makes no token."""
@@ -201,6 +258,7 @@ class Encoder:
             chat_template=self.training,
             return_assistant_tokens_mask=True,
             **self.tokenizer.special_tokens_map,
+            **self.switches,
         )
         encoding = self.tokenizer(texts[0], add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = encoding["input_ids"], encoding["offset_mapping"]

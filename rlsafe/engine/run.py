@@ -130,11 +130,12 @@ def run(
 
             loop.run(progress, after_step)
         if loop.accelerator.is_main_process:
-            building = out / ".adapter"
+            name = loop.policy.saved_as  # adapter/, or model/ after full fine-tuning
+            building = out / f".{name}"
             shutil.rmtree(building, ignore_errors=True)
             loop.policy.save_adapter(str(building))
-            shutil.rmtree(out / "adapter", ignore_errors=True)
-            building.rename(out / "adapter")
+            shutil.rmtree(out / name, ignore_errors=True)
+            building.rename(out / name)
             finished = {
                 "status": "finished",
                 "steps": loop.done,
@@ -210,7 +211,7 @@ def _existing(directory: Path, resume: bool, overwrite: bool) -> Run | None:
         raise UserError(
             f"{directory}: holds an unfinished run with checkpoints; use --resume to go on or --overwrite to start over"
         )
-    for name in ("checkpoints", "tensorboard", "adapter"):
+    for name in ("checkpoints", "tensorboard", "adapter", "model"):
         shutil.rmtree(directory / name, ignore_errors=True)
     for name in ("metrics.jsonl", "samples.jsonl", "evaluation.json", "answers.csv", "benign_answers.csv", "run.json"):
         (directory / name).unlink(missing_ok=True)

@@ -98,13 +98,13 @@ def load_policy(config: RunConfig, run: Path | None) -> tuple[Policy, str]:
     found = provider_for(config.model.name)
     model, path = config.model, found[0].model(found[1]) if found else config.model.name
     if run is not None:
-        adapter = run / "adapter"
-        if not adapter.is_dir():
-            raise UserError(f"{run}: has no adapter/; the run is not finished (go on with rlsafe train --resume)")
-        if (adapter / "adapter_config.json").is_file():
-            model = model.model_copy(update={"adapter": str(adapter)})
-        else:  # full fine-tuning: the directory holds the whole model
-            path = str(adapter)
+        saved = run / ("model" if model.lora is None else "adapter")
+        if not saved.is_dir():
+            raise UserError(f"{run}: has no {saved.name}/; the run is not finished (go on with rlsafe train --resume)")
+        if model.lora is None:  # full fine-tuning: the whole model
+            path = str(saved)
+        else:
+            model = model.model_copy(update={"adapter": str(saved)})
     import torch
 
     from rlsafe.policy import Policy

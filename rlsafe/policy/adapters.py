@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rlsafe.config import LoraConfig, UserError, nearest
+from rlsafe.policy.quantize import is_quantized, plain_weight
 
 PEFT_PREFIX = "base_model.model."
 ADAPTER = "default"
@@ -125,11 +126,21 @@ def adapters_off(model: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def merged(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """W + scale * B A of every adapted weight, computed in float32 from the untouched base and then rounded once."""
-    for name, layer in adapter_layers(model).items():
-        weight = layer.get_base_layer().weight
+    """W + scale * B A of every adapted weight, computed in float32 from the untouched base and then rounded once.
+
+    Over a quantised base W is what the packed numbers stand for, and layers without an adapter come along: a sampler
+    that starts from the original checkpoint must take over the quantisation too.
+    """
+    layers = adapter_layers(model)
+    half = model.get_base_model().get_output_embeddings().weight.dtype
+    for name, layer in layers.items():
+        linear = layer.get_base_layer()
+        weight = plain_weight(linear)
         delta = layer.get_delta_weight(ADAPTER).float()
-        yield f"{name}.weight", (weight.float() + delta).to(weight.dtype)
+        yield f"{name}.weight", (weight.float() + delta).to(half if is_quantized(linear) else weight.dtype)
+    for name, module in model.get_base_model().named_modules():
+        if is_quantized(module) and name.removesuffix(".base_layer") not in layers:
+            yield f"{name}.weight", plain_weight(module).to(half)
 
 
 def read_reference(directory: str, model: Any, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from rlsafe.config import ModelConfig, UserError, nearest
+from rlsafe.data import Chat, configure_chat
 from rlsafe.policy.adapters import attach_lora, load_adapter
+from rlsafe.policy.quantize import check_quantization, prepare_quantized, quantization_settings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -45,7 +47,8 @@ def load_tokenizer(config: ModelConfig, path: str) -> Any:
 
 
 def check_tokenizer(config: ModelConfig, tokenizer: Any, rows: int) -> None:
-    """UserError unless a rendered message becomes tokens that the model's `rows` embeddings cover."""
+    """UserError unless a rendered message becomes tokens that the model's `rows` embeddings cover, and the template
+    can do what `model.thinking` asks. From here on the tokenizer carries these chat settings."""
     message = [{"role": "user", "content": "x"}]
     try:
         text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
@@ -58,6 +61,7 @@ def check_tokenizer(config: ModelConfig, tokenizer: Any, rows: int) -> None:
     largest = max(*ids, tokenizer.eos_token_id, tokenizer.pad_token_id)
     if largest >= rows:
         raise UserError(f"model.name: {config.name}: its tokenizer gives token {largest}, the model has only {rows}")
+    configure_chat(tokenizer, Chat(config.thinking, config.train_thinking))
 
 
 def resolve_dtype(config: ModelConfig, device: torch.device, model_config: Any) -> torch.dtype:
@@ -89,28 +93,35 @@ def load_model(config: ModelConfig, path: str, seed: int, device: torch.device) 
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model.name: {config.name}: {_explain(path, error)}") from None
     dtype = resolve_dtype(config, device, settings)
+    quantized = check_quantization(config, settings, device)
+    extra = quantization_settings(config.quantization, dtype) if config.quantization else {}
+    if quantized:  # quantised weights are made on their device and stay there
+        extra["device_map"] = {"": "cpu" if device.type == "cpu" else f"{device.type}:{device.index or 0}"}
     try:
-        with _no_progress_bar():
+        with no_progress_bar():
             model = AutoModelForCausalLM.from_pretrained(
                 path, revision=config.revision, trust_remote_code=config.trust_remote_code, dtype=dtype,
-                attn_implementation=config.attention,
+                attn_implementation=config.attention, **extra,
             )  # fmt: skip
     except ImportError as error:
         raise UserError(f"model.attention: {config.attention}: {_first_line(error)}") from None
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         about = "model.attention" if "attn" in str(error) or "attention" in str(error).lower() else "model.name"
         raise UserError(f"{about}: {config.name}: {_first_line(error)}") from None
+    if quantized:
+        prepare_quantized(model, dtype)
     if config.adapter:
         model = load_adapter(model, config.adapter)
     elif config.lora is not None:
         model = attach_lora(model, config.lora, seed)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.to(device)
+    return model if quantized else model.to(device)
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
+    """Transformers' own bars off: a run has one of its own."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -84,7 +84,7 @@ class PolicyModule(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 logits [..., V]; for sampling the next token only."""
-        logits = self.output(hidden).float() * self.logit_scale
+        logits = self.output(hidden.to(self.output.weight.dtype)).float() * self.logit_scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     @property
@@ -125,7 +125,8 @@ class PolicyModule(nn.Module):
 def verify_head(module: PolicyModule, what: str) -> None:
     """UserError when decoder + head do not give the model's own log-probs: it computes its logits in its own way."""
     ids = torch.arange(1, 5, device=module.output.weight.device).unsqueeze(0)
-    own = module.model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+    with module.autocast():  # over a quantised base norms are float32 and the head is not
+        own = module.model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
     ours = module.logits(module.hidden_states(ids)[0]).log_softmax(-1)
     gap = float((own - ours).abs().max())
     if not gap < (1e-3 if module.output.weight.dtype == torch.float32 else 0.2):

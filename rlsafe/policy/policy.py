@@ -6,16 +6,17 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from rlsafe.config import ModelConfig
 from rlsafe.policy.adapters import PEFT_PREFIX, adapter_layers, merged
-from rlsafe.policy.load import check_tokenizer, load_model, load_tokenizer
+from rlsafe.policy.load import check_tokenizer, load_model, load_tokenizer, no_progress_bar
 from rlsafe.policy.module import PolicyModule, verify_head
 from rlsafe.policy.plan import Forwarded, ForwardPlan, Frozen
+from rlsafe.policy.quantize import is_quantized
 from rlsafe.policy.references import References
 from rlsafe.policy.taps import Addition, Handle
 from rlsafe.types import Batch
@@ -90,6 +91,16 @@ class Policy:
     @property
     def is_lora(self) -> bool:
         return hasattr(self.core.model, "peft_config")
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the frozen base is stored in 4 or 8 bits."""
+        return any(is_quantized(module) for module in self.core.modules())
+
+    @property
+    def saved_as(self) -> Literal["adapter", "model"]:
+        """The directory of a run that `save` fills: a PEFT adapter, or the whole model after full fine-tuning."""
+        return "adapter" if self.is_lora else "model"
 
     @property
     def lora_rank(self) -> int | None:
@@ -230,7 +241,10 @@ class Policy:
         """PEFT's layout; after full fine-tuning the whole model in Hugging Face's layout."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        self.core.model.save_pretrained(str(directory), **({"save_embedding_layers": False} if self.is_lora else {}))
+        with no_progress_bar():
+            self.core.model.save_pretrained(
+                str(directory), **({"save_embedding_layers": False} if self.is_lora else {})
+            )
         (directory / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
         if self.is_lora:
             file = directory / "adapter_config.json"

@@ -1,0 +1,80 @@
+"""Think blocks: what a reasoning model says to itself before it answers, and the answer.
+
+Only a block at the beginning counts as thinking; `<think>` later in a text is part of the answer. A block that never
+closes leaves no answer at all: callers give such a completion its own outcome, never a score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+OPEN, CLOSE = "<think>", "</think>"
+SWITCHES = ("enable_thinking", "thinking")
+"""Variables by which chat templates turn thinking on and off (Qwen3, GLM; DeepSeek)."""
+SOFT_SWITCH = " /no_think"
+"""Qwen3 reads this at the end of a user turn; its template writes nothing for it."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """How conversations are put to a think-block model; `configure_chat` ties it to a tokenizer.
+
+    thinking: "on" and "off" set the template's switch, "no_think" appends the soft switch to the last user turn; None
+    leaves it to the template. train_thinking: whether SFT's loss covers the think block of an answer.
+    """
+
+    thinking: Literal["on", "off", "no_think"] | None = None
+    train_thinking: bool = True
+
+    def conversation(self, messages: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+        """The (role, content) turns as the template is to see them: with the soft switch where it is asked for, and
+        without the think block of the last answer where the model is told not to think."""
+        turns = list(messages)
+        if self.thinking in ("off", "no_think") and turns and turns[-1][0] == "assistant":
+            turns[-1] = ("assistant", split_think(turns[-1][1]).answer)
+        if self.thinking == "no_think":
+            last = max((i for i, (role, _) in enumerate(turns) if role == "user"), default=None)
+            if last is not None:
+                turns[last] = ("user", turns[last][1] + SOFT_SWITCH)
+        return tuple(turns)
+
+
+class Thought(NamedTuple):
+    """think: the text of the block, None without one. answer: what follows. unclosed: the block has no end, so the
+    answer is empty and says nothing about the model."""
+
+    think: str | None
+    answer: str
+    unclosed: bool
+
+
+def split_think(text: str, opened: bool = False) -> Thought:
+    """Split a completion into its leading think block and its answer.
+
+    opened: the generation prompt already wrote `<think>`. Space around the block is no part of the answer; a text
+    without a leading block is returned as it is, so that nothing can hide from a judge behind a stray tag.
+    """
+    body = text.lstrip()
+    if body.startswith(OPEN):
+        body, opened = body[len(OPEN) :], True
+    if not opened:
+        return Thought(None, text, False)
+    think, closed, answer = body.partition(CLOSE)
+    return Thought(think.strip(), answer.lstrip(), not closed)
+
+
+def decode_with_tags(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The completion's text without special tokens, but with its think tags, which some tokenizers call special."""
+    added = tokenizer.added_tokens_decoder
+    tags = {index: str(token) for index, token in added.items() if token.special and str(token) in (OPEN, CLOSE)}
+    if not tags.keys() & set(ids):
+        return tokenizer.decode(list(ids), skip_special_tokens=True)
+    parts: list[str] = []
+    start = 0
+    for i, token in enumerate(ids):
+        if token in tags:
+            parts += [tokenizer.decode(list(ids[start:i]), skip_special_tokens=True), tags[token]]
+            start = i + 1
+    return "".join([*parts, tokenizer.decode(list(ids[start:]), skip_special_tokens=True)])

@@ -1,0 +1,89 @@
+"""A frozen base in 4 or 8 bits (bitsandbytes), LoRA on top: QLoRA, Dettmers et al. 2023 (arXiv 2305.14314)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rlsafe.config import ModelConfig, UserError
+
+WITHOUT = "set model.quantization=null (bfloat16) or train a smaller model"
+
+
+def check_quantization(config: ModelConfig, settings: Any, device: torch.device) -> bool:
+    """Whether the base will be quantised: by `model.quantization`, or because the checkpoint is (bitsandbytes only).
+
+    UserError for what cannot be: no LoRA to train, another scheme in the checkpoint, bitsandbytes missing or not for
+    this device.
+    """
+    stored = getattr(settings, "quantization_config", None)
+    if stored is None and config.quantization is None:
+        return False
+    if stored is not None:
+        method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+        method = str(getattr(method, "value", method))
+        if method != "bitsandbytes":
+            raise UserError(
+                f"model.name: {config.name}: its checkpoint is quantised by {method}, which cannot be trained here; "
+                "expected an unquantised or a bitsandbytes checkpoint"
+            )
+        if config.quantization is not None:
+            raise UserError(
+                f"model.quantization: {config.quantization}: the checkpoint of {config.name} is quantised already; "
+                "leave it null"
+            )
+    where = f"model.quantization: {config.quantization}" if config.quantization else f"model.name: {config.name}"
+    if config.lora is None:
+        raise UserError(f"{where}: quantised weights cannot be trained themselves; full fine-tuning (model.lora: null) "
+                        "needs model.quantization=null and an unquantised checkpoint")  # fmt: skip
+    _require_bitsandbytes(where, device)
+    return True
+
+
+def _require_bitsandbytes(where: str, device: torch.device) -> None:
+    try:
+        import bitsandbytes
+    except Exception as error:  # absent, or broken native libraries
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{where}: needs bitsandbytes, which does not import here ({reason}); {WITHOUT}") from None
+    supported = getattr(bitsandbytes, "supported_torch_devices", {"cuda"})
+    if device.type not in supported:
+        raise UserError(
+            f"{where}: this bitsandbytes runs on {', '.join(sorted(supported))}, not on {device.type}; {WITHOUT}"
+        )
+
+
+def quantization_settings(bits: Literal["4bit", "8bit"], dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of `from_pretrained`. The head stays as it is: its probabilities are what everything here measures."""
+    from transformers import BitsAndBytesConfig
+
+    if bits == "8bit":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    four = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    return {"quantization_config": four}
+
+
+def prepare_quantized(model: Any, dtype: torch.dtype) -> None:
+    """PEFT's preparation (everything frozen, norms in float32), with embeddings and head back in `dtype`: in float32
+    they would be a third of a 4-bit model."""
+    import peft
+
+    peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        module.to(dtype)
+
+
+def plain_weight(module: nn.Module) -> Tensor:
+    """The weight of a linear layer as numbers: itself, or a fresh dequantised copy."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    return dequantize_module_weight(module)
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a layer's weight is stored in bitsandbytes' packed form."""
+    return type(getattr(module, "weight", None)).__name__ in ("Params4bit", "Int8Params")
