@@ -98,6 +98,9 @@ def compare(
     paths: Annotated[str | None, typer.Option(metavar="A,B", help="only these, e.g. sft,grpo")] = None,
     seeds: Annotated[str | None, typer.Option(metavar="N,N", help="e.g. 0,1,2")] = None,
     jobs: Annotated[int, typer.Option(min=0, metavar="N", help="cells at a time; 0 = what suits the machine")] = 0,
+    relapse: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="then N undefended steps after each run: does it come back?")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="the config's quick preset: small budgets")] = False,
     out: Out = None,
 ) -> None:
@@ -118,6 +121,7 @@ def compare(
         out=out,
         overrides=overrides or [],
         quick=quick,
+        relapse=relapse,
     )
     _print(comparison.table())
     _print(f"report: {comparison.report}")

@@ -137,9 +137,17 @@ def test_an_interrupt_during_evaluation_does_not_cost_the_training(lab):
     assert "sft--kl--seed0" not in lab.ran and "sft--kl--seed0" in lab.evaluated
 
 
-def test_a_user_error_in_a_cell_stops_the_comparison_and_names_the_cell(lab):
+def test_a_user_error_in_a_cell_costs_that_cell_only(lab):
     lab.trouble["sft--kl--seed0"] = UserError("no such reward")
-    with pytest.raises(UserError, match="sft / kl / seed 0: no such reward"):
+    done = lab.compare()
+    assert done.failed == {"sft--kl--seed0": "no such reward"}
+    assert lab.ran[-1] == "sft--kl--seed1"
+
+
+def test_a_user_error_that_keeps_every_cell_from_training_is_the_users(lab):
+    for id in ("sft--none--seed0", "sft--kl--seed0", "sft--none--seed1", "sft--kl--seed1"):
+        lab.trouble[id] = UserError("no such reward")
+    with pytest.raises(UserError, match="sft / none / seed 0: no such reward"):
         lab.compare()
 
 

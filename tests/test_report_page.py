@@ -9,7 +9,7 @@ import pytest
 from synthetic_comparison import CONFIG, make
 
 from rlsafe.compare import pages, report
-from rlsafe.compare.plots import _label_places
+from rlsafe.compare.charts import label_places
 from rlsafe.compare.results import load
 from rlsafe.compare.verdicts import judge
 
@@ -92,10 +92,10 @@ def test_verdicts_are_words_and_symbols_not_colours_alone(html):
 
 
 def test_what_learned_nothing_is_not_shown_as_success(out):
-    from rlsafe.compare.reporting import _shown
+    from rlsafe.compare.sections import shown as shown_cell
 
     grpo = next(table for table in judge(load(out)) if table.path == "grpo")
-    shown = _shown(grpo.rows["kl"], "prevents_em")
+    shown = shown_cell(grpo.rows["kl"], "prevents_em")
     assert (shown["word"], shown["grade"], shown["value"], shown["leaning"]) == (
         "nothing learned",
         "untested",
@@ -154,7 +154,7 @@ def test_any_label_can_be_drawn(tmp_path, label):
 
 def test_labels_of_close_points_do_not_cover_each_other():
     points = {name: (100.0 + index, 50.0) for index, name in enumerate(["kl", "inoculation", "interleaving", "none"])}
-    places = _label_places(points, [], 400)
+    places = label_places(points, [], 400)
     boxes = [(x, x + 6.2 * len(name), y - 7, y + 7) for name, (x, y) in places.items()]
     for i, a in enumerate(boxes):
         for b in boxes[i + 1 :]:

@@ -3,53 +3,30 @@ one starts."""
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import itertools
 import json
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any
 
-from rlsafe.compare.selection import Selection, assemble, fingerprint, pending
-from rlsafe.config import CompareConfig, RunConfig, StreamConfig, UserError, apply_override, nearest
-from rlsafe.config.loading import Marks, build, merge
+from rlsafe.compare.cells import Arms, Cell, Entries, Swept
+from rlsafe.compare.selection import Selection
+from rlsafe.config import CompareConfig, RunConfig, StreamConfig, UserError, nearest
 from rlsafe.defenses import build as build_defenses
 from rlsafe.defenses import load_module, names
 from rlsafe.defenses.registry import parse
 
-Kind = Literal["narrow", "aligned", "untrained", "benign"]
-Entries = list[str | dict[str, Any]]
+__all__ = ["Cell", "expand", "selection_of"]
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One run of the grid. `path` is "" for the untrained model, `task` is set for benign cells, `data` says what it
-    is trained on, `selections` are the scores of safe rows that its defenses need."""
+class _Model:
+    """One model of the grid: its key in `models`, that entry's overrides, and a swept run setting's as `key.path=value`."""
 
-    id: str
-    kind: Kind
-    model: str
-    path: str
-    defense: str
-    seed: int
-    data: str
-    task: str
-    config: RunConfig
-    selections: tuple[Selection, ...] = ()
-
-    @property
-    def label(self) -> str:
-        """For people: `sft / kl / seed 0`."""
-        parts = [self.path, self.task, self.defense, "" if self.kind == "untrained" else f"seed {self.seed}"]
-        return " / ".join(part for part in parts if part)
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the resolved config and of every local file it names: equal when and only when the run would be the
-        same."""
-        return fingerprint(self.config)
+    key: str
+    tree: Mapping[str, Any]
+    sweep: list[str]
+    swept: Swept
 
 
 def _choose(kind: str, wanted: Sequence[Any] | None, known: Iterable[Any]) -> list[Any]:
@@ -75,21 +52,25 @@ def _entries(label: str, config: CompareConfig, registered: Sequence[str]) -> En
     return found
 
 
-def _swept(label: str, entries: Entries, settings: dict[tuple[str, str], list[Any]]) -> dict[str, Entries]:
+def _swept(
+    label: str, entries: Entries, settings: dict[tuple[str, str], list[Any]]
+) -> dict[str, tuple[Entries, Swept]]:
     """Every combination of the swept settings of one defense: label `kl[weight=0.3]` -> entries."""
     parsed = [part for entry in entries for part in parse(entry)]
     present = {name for name, _ in parsed}
     mine = {key: values for key, values in settings.items() if key[0] in present}
     if not mine:
-        return {label: entries}
-    variants: dict[str, Entries] = {}
+        return {label: (entries, Swept(label))}
+    variants: dict[str, tuple[Entries, Swept]] = {}
     for values in itertools.product(*mine.values()):
         chosen = dict(zip(mine, values, strict=True))
         shown = ",".join(f"{setting}={value}" for (_, setting), value in chosen.items())
-        variants[f"{label}[{shown}]"] = [
+        swept = Swept(label, {f"{owner}.{setting}": value for (owner, setting), value in chosen.items()})
+        given: Entries = [
             {name: given | {setting: value for (owner, setting), value in chosen.items() if owner == name}}
             for name, given in parsed
         ]
+        variants[f"{label}[{shown}]"] = (given, swept)
     return variants
 
 
@@ -116,67 +97,19 @@ def _sweeps(
     return of_defenses, of_runs
 
 
-def _models(config: CompareConfig, of_runs: dict[str, list[Any]]) -> dict[str, tuple[str, dict[str, Any], list[str]]]:
-    """Label -> (key in `models`, overrides, sweep overrides). A swept run setting counts as another model with its
-    own references."""
+def _models(config: CompareConfig, of_runs: dict[str, list[Any]]) -> dict[str, _Model]:
+    """A swept run setting counts as another model with its own references."""
     own = (
         str(config.run.get("model", {}).get("name", "model")) if isinstance(config.run.get("model"), dict) else "model"
     )
-    found: dict[str, tuple[str, dict[str, Any], list[str]]] = {}
+    found: dict[str, _Model] = {}
     for label, tree in (config.models or {own: {}}).items():
         for values in itertools.product(*of_runs.values()):
-            sweep = [f"{key}={json.dumps(value)}" for key, value in zip(of_runs, values, strict=True)]
-            shown = ",".join(f"{key}={value}" for key, value in zip(of_runs, values, strict=True))
-            found[f"{label}[{shown}]" if sweep else label] = (label, tree, sweep)
+            chosen = dict(zip(of_runs, values, strict=True))
+            sweep = [f"{key}={json.dumps(value)}" for key, value in chosen.items()]
+            shown = ",".join(f"{key}={value}" for key, value in chosen.items())
+            found[f"{label}[{shown}]" if sweep else label] = _Model(label, tree, sweep, Swept(label, chosen))
     return found
-
-
-class _Builder:
-    """Merges layers into checked RunConfigs, keeping track of the line that each key came from."""
-
-    def __init__(self, config: CompareConfig):
-        self.config = config
-
-    def build(
-        self,
-        layers: Sequence[tuple[tuple[str, ...], dict[str, Any]]],
-        overrides: Sequence[str],
-        forced: dict[str, Any],
-        what: str,
-    ) -> RunConfig:
-        tree: dict[str, Any] = {}
-        marks: Marks = {}
-        for prefix, layer in layers:
-            tree = cast(dict[str, Any], merge(tree, layer))
-            marks |= {
-                key[len(prefix) :]: at
-                for key, at in self.config._marks.items()
-                if key[: len(prefix)] == prefix and key != prefix
-            }
-        tree = copy.deepcopy(tree)
-        for override in overrides:
-            apply_override(tree, override, marks)
-        # Lists and null must replace here, so forced keys are set one level deep at most.
-        for key, value in forced.items():
-            tree[key] = (
-                {**tree.get(key, {}), **value} if isinstance(value, dict) and isinstance(tree.get(key), dict) else value
-            )
-        try:
-            return build(RunConfig, tree, marks, self.config._source)
-        except UserError as error:
-            raise UserError(f"{error} (in {what})") from None
-
-
-_READABLE = str.maketrans({"&": "+and+", "/": ".", ":": ".", " ": "_"})
-
-
-def _slug(parts: Sequence[str]) -> str:
-    """A directory name that a person can read; a digest keeps names apart when characters had to go."""
-    text = "--".join(part for part in parts if part).translate(_READABLE)
-    safe = re.sub(r"[^A-Za-z0-9.+=_,\[\]-]", "_", text)
-    if safe == text and len(safe) <= 160:
-        return safe
-    return f"{safe[:140]}--{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def expand(
@@ -184,143 +117,63 @@ def expand(
     defenses: Sequence[str] | None = None,
     paths: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
+    relapse: int | None = None,
 ) -> list[Cell]:
-    """Every cell of the grid in running order (all of one seed before the next, so that an early look shows every arm).
+    """Every cell of the grid in running order (all of one seed before the next, so that an early look shows every arm; what
+    starts from another cell comes after all others).
 
-    UserError for unknown names, and for any cell whose merged settings or defenses are wrong: before anything runs.
+    relapse: undefended steps after each run; None = as the config says. UserError for unknown names, and for any cell whose
+    merged settings or defenses are wrong: before anything runs.
     """
     for plugin in config.run.get("plugins") or []:
         load_module(plugin)
     registered = names()
     of_defenses, of_runs = _sweeps(config, registered)
-    chosen: dict[str, Entries] = {}
+    chosen: dict[str, tuple[Entries, Swept]] = {}
     for label in dict.fromkeys(defenses or config.defenses):
         chosen |= _swept(label, _entries(label, config, registered), of_defenses)
+    _check_defenses(config, {label: entries for label, (entries, _) in chosen.items()})
+    path_names = _choose("path", paths, config.paths)
+    models = _models(config, of_runs)
+    after = config.relapse if relapse is None else relapse
+    if after and not config.narrow:
+        raise UserError("relapse: there are no narrow runs to go on from (narrow: false)")
+    cells: list[Cell] = []
+    relapses: list[Cell] = []
+    for model, one in models.items():
+        arms = Arms(config, model, one.key, one.tree, one.sweep, one.swept, alone=len(models) == 1)
+        if config.narrow or config.benign:
+            cells.append(arms.untrained(int((seeds or config.seeds)[0])))
+        for seed in dict.fromkeys(seeds or config.seeds):
+            for path in path_names:
+                if config.narrow:
+                    narrow = [arms.narrow(path, label, entries, seed, by) for label, (entries, by) in chosen.items()]
+                    cells += narrow
+                    cells += [arms.aligned(path, seed)] if config.aligned is not None else []
+                    if after:
+                        relapses.append(arms.relapse(path, seed, after, None))
+                        relapses += [arms.relapse(path, seed, after, cell) for cell in narrow]
+                if config.benign and (config.benign.seeds is None or seeds or seed in config.benign.seeds):
+                    cells += [
+                        arms.benign(path, label, entries, seed, task, by)
+                        for task in config.benign.tasks
+                        for label, (entries, by) in chosen.items()
+                    ]
+    return cells + relapses
+
+
+def _check_defenses(config: CompareConfig, chosen: Mapping[str, Entries]) -> None:
     for label, entries in chosen.items():
         try:
             build_defenses(entries, config.run.get("plugins") or [])
         except UserError as error:
             where = config._marks.get(("defenses", label.partition("[")[0]), config._source)
             raise UserError(f"{where}: defenses.{label}: {error}") from None
-    path_names = _choose("path", paths, config.paths)
-    models = _models(config, of_runs)
-    cells: list[Cell] = []
-    for model in models:
-        arms = _Arms(config, model, *models[model], alone=len(models) == 1)
-        if config.narrow or config.benign:
-            cells.append(arms.untrained(int((seeds or config.seeds)[0])))
-        for seed in dict.fromkeys(seeds or config.seeds):
-            for path in path_names:
-                if config.narrow:
-                    cells += [arms.narrow(path, label, entries, seed) for label, entries in chosen.items()]
-                    cells += [arms.aligned(path, seed)] if config.aligned is not None else []
-                if config.benign and (config.benign.seeds is None or seeds or seed in config.benign.seeds):
-                    cells += [
-                        arms.benign(path, label, entries, seed, task)
-                        for task in config.benign.tasks
-                        for label, entries in chosen.items()
-                    ]
-    return cells
 
 
 def selection_of(config: CompareConfig, pool: StreamConfig | None = None) -> Selection:
     """The selection of a comparison's first model; `pool`: the rows to score, the run's safe rows by default."""
-    model, (key, tree, sweep) = next(iter(_models(config, _sweeps(config, names())[1]).items()))
-    arms = _Arms(config, model, key, tree, sweep, alone=True)
+    model, one = next(iter(_models(config, _sweeps(config, names())[1]).items()))
+    arms = Arms(config, model, one.key, one.tree, one.sweep, one.swept, alone=True)
     run = arms.builder.build(arms.layers(""), arms._overrides(False), {"seed": 0, "defenses": []}, "selection")
     return arms.selection(pool or run.data.safe)
-
-
-class _Arms:
-    """Builds the cells of one model."""
-
-    def __init__(
-        self, config: CompareConfig, model: str, key: str, tree: dict[str, Any], sweep: list[str], alone: bool
-    ):
-        self.config, self.model, self.sweep = config, model, sweep
-        self.prefix = "" if alone else model
-        self.builder = _Builder(config)
-        self.selected: dict[str, Selection] = {}  # by pool
-        self.layers = lambda path: [
-            (("run",), config.run),
-            *([(("paths", path), config.paths[path])] if path else []),
-            (("models", key), tree),
-        ]
-
-    def _overrides(self, own_data: bool) -> list[str]:
-        """The command line comes last, but it cannot take away the data that define the aligned arm or a benign
-        task."""
-        given = [*self.sweep, *self.config.overrides]
-        return [o for o in given if not (own_data and o.split(".")[0].split("=")[0].strip() in ("data", "rewards"))]
-
-    def narrow(self, path: str, label: str, entries: Entries, seed: int) -> Cell:
-        what = f"{path} / {label}"
-        run = self.builder.build(self.layers(path), self._overrides(False), {"seed": seed, "defenses": entries}, what)
-        return self._cell("narrow", path, label, seed, run)
-
-    def aligned(self, path: str, seed: int) -> Cell:
-        layers = [*self.layers(path), (("aligned",), self.config.aligned or {})]
-        run = self.builder.build(layers, self._overrides(True), {"seed": seed, "defenses": []}, f"{path} / aligned")
-        return self._cell("aligned", path, "aligned", seed, run)
-
-    def benign(self, path: str, label: str, entries: Entries, seed: int, task: str) -> Cell:
-        benign = self.config.benign
-        assert benign is not None
-        layers = [
-            *self.layers(path),
-            (("benign", "paths", path), benign.paths.get(path, {})),
-            (("benign", "tasks", task), benign.tasks[task]),
-        ]
-        forced = {"seed": seed, "defenses": entries, "evaluate": {"general": None, "indomain": None, "cue": None}}
-        run = self.builder.build(layers, self._overrides(True), forced, f"benign {task} / {path} / {label}")
-        if not run.evaluate.benign:
-            where = self.config._marks.get(("benign", "tasks", task), self.config._source)
-            raise UserError(f"{where}: benign task {task!r}: evaluate.benign names no test set to score it")
-        return self._cell("benign", path, label, seed, run, task)
-
-    def untrained(self, seed: int) -> Cell:
-        """No training: the model as it is, asked everything that any other cell is asked."""
-        tasks = self.config.benign.tasks.values() if self.config.benign else []
-        tests = [test for task in tasks for test in task.get("evaluate", {}).get("benign", [])]
-        own = self.config.run.get("evaluate", {}).get("benign", [])
-        forced = {
-            "seed": seed,
-            "defenses": [],
-            "rewards": [],
-            "schedule": {"steps": 0, "phases": [{"cycle": ["sft"]}]},
-            "evaluate": {"benign": list(dict.fromkeys([*own, *tests]))},
-        }
-        run = self.builder.build(self.layers(""), self._overrides(False), forced, "the untrained model")
-        return self._cell("untrained", "", "untrained", seed, run)
-
-    def _cell(self, kind: Kind, path: str, label: str, seed: int, run: RunConfig, task: str = "") -> Cell:
-        name = _slug(
-            [self.prefix, "benign" if task else "", task, path, label, "" if kind == "untrained" else f"seed{seed}"]
-        )
-        data = task or (run.data.narrow.source if run.data.narrow and kind != "untrained" else "")
-        run, selections = pending(run, self.selection)
-        return Cell(name, kind, self.model, path, label, seed, data, task, run, selections)
-
-    def selection(self, pool: StreamConfig | None) -> Selection:
-        """The helpers of this model, all but those that train on the narrow data of some path, and the rows they score."""
-        settings, where = self.config.selection, self.config._source
-        if settings is None:
-            raise UserError(
-                f"{where}: a defense has scores: auto, which needs a section such as selection: {{adapters: "
-                "{{legal: SOURCE OF MISALIGNED ROWS}}, run: {{schedule: {{steps: 60}}}}}}"
-            )
-        where = self.config._marks.get(("selection",), where)
-        if pool is None:
-            raise UserError(f"{where}: selection: no safe rows to score; set data.safe.source")
-        if pool.model_dump_json() not in self.selected:
-            what = "selection"
-            forced: dict[str, Any] = {"seed": settings.seed, "defenses": []}
-            layers = [*self.layers(""), (("selection", "run"), settings.run)]
-            base = self.builder.build(layers, self._overrides(True), forced, what)
-            narrow = [
-                self.builder.build(self.layers(path), self._overrides(False), forced, what)
-                for path in self.config.paths
-            ]
-            targets = {run.data.narrow.source for run in narrow if run.data.narrow}
-            self.selected[pool.model_dump_json()] = assemble(settings, base, targets, pool, where)
-        return self.selected[pool.model_dump_json()]

@@ -256,17 +256,26 @@ def budget_sentence(found: dict[str, int]) -> str:
 
 
 def costs(results: Results, table: PathTable) -> list[dict[str, Any]]:
-    """Seconds of each label's runs and of their training steps, as multiples of none."""
+    """Seconds of each label's runs, of their training steps, and peak memory, the last two also as multiples of none's."""
     measured = {}
     for label in [*table.defenses, "aligned"]:
         cells = results.of("aligned" if label == "aligned" else "narrow", table.model, table.path, label)
-        steps = [value for cell in cells for _, value in cell.curve("seconds")]
+        steps = [
+            value - m.get("probe_seconds", 0.0) for cell in cells for m in cell.metrics if (value := m.get("seconds"))
+        ]
         seconds = [cell.seconds for cell in cells if cell.seconds]
+        peaks = [peak for cell in cells if (peak := cell.record.get("peak_memory"))]
         if seconds:
-            measured[label] = (mean(seconds), median(steps) if steps else None)
-    none = measured.get("none")
-    rows = []
-    for label, (whole, step) in measured.items():
-        ratio = step / none[1] if none and none[1] and step else None
-        rows.append({"label": label, "seconds": whole, "step": step, "ratio": ratio})
-    return rows
+            measured[label] = (mean(seconds), median(steps) if steps else None, mean(peaks) if peaks else None)
+    none = measured.get("none", (None, None, None))
+    return [
+        {
+            "label": label,
+            "seconds": whole,
+            "step": step,
+            "ratio": step / none[1] if step and none[1] else None,
+            "memory": peak / 2**20 if peak else None,
+            "memory_ratio": peak / none[2] if peak and none[2] else None,
+        }
+        for label, (whole, step, peak) in measured.items()
+    ]

@@ -52,7 +52,7 @@ def looks(labels: Sequence[str]) -> dict[str, Look]:
 F = TypeVar("F", bound=Callable[..., Markup])
 
 
-def _drawing(draw: F) -> F:
+def drawing(draw: F) -> F:
     """Labels come from configs: a `$` in one is no formula. Text stays text, and nothing depends on a user's
     matplotlibrc."""
 
@@ -67,25 +67,25 @@ def _drawing(draw: F) -> F:
     return with_settings  # type: ignore[return-value]
 
 
-def _figure(width: float, height: float, left: float, bottom: float = 26) -> tuple[Any, Any]:
+def figure(width: float, height: float, left: float, bottom: float = 26) -> tuple[Any, Any]:
     """A bare figure in CSS pixels and its axes; fixed margins (a layout engine would take most of the drawing time)."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width / 72, height / 72), dpi=72)
-    figure.subplots_adjust(left=left / width, right=1 - 12 / width, bottom=bottom / height, top=1 - 8 / height)
-    axes = figure.add_subplot()
+    drawn = Figure(figsize=(width / 72, height / 72), dpi=72)
+    drawn.subplots_adjust(left=left / width, right=1 - 12 / width, bottom=bottom / height, top=1 - 8 / height)
+    axes = drawn.add_subplot()
     axes.tick_params(colors=MUTED, labelsize=11, length=0, pad=5)
     for spine in axes.spines.values():
         spine.set(color=GRID, linewidth=1)
     axes.grid(True, color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
-    return figure, axes
+    return drawn, axes
 
 
-def _svg(figure: Any, name: str, description: str) -> Markup:
+def svg(drawn: Any, name: str, description: str) -> Markup:
     """The figure as inline SVG. `name` keeps its ids apart from those of other figures on the page."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    drawn.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
@@ -105,21 +105,21 @@ def _svg(figure: Any, name: str, description: str) -> Markup:
     return Markup(text)
 
 
-def _short(label: str, most: int = 28) -> str:
+def short(label: str, most: int = 28) -> str:
     """A label that leaves room for the chart: its middle goes first."""
     return label if len(label) <= most else f"{label[: most - 12]}\u2026{label[-11:]}"
 
 
-def _marker(axes: Any, x: float, y: float, look: Look, size: float) -> None:
+def marker(axes: Any, x: float, y: float, look: Look, size: float) -> None:
     axes.plot([x], [y], look.marker, color=look.color, markersize=size, markeredgewidth=2 if look.marker in "|x" else 0)
 
 
-@_drawing
+@drawing
 def whiskers(rates: Mapping[str, Rate], style: Mapping[str, Look], top: float, name: str, description: str) -> Markup:
     """One rate of every label: the mean, its 95% interval, and each seed as a faint dot. In percent, up to `top` (a
     fraction)."""
     labels = list(rates)[::-1]
-    figure, axes = _figure(352, 42 + 26 * len(labels), left=18 + 6.1 * max(len(_short(label)) for label in labels))
+    drawn, axes = figure(352, 42 + 26 * len(labels), left=18 + 6.1 * max(len(short(label)) for label in labels))
     axes.grid(False, axis="y")
     for position, label in enumerate(labels):
         rate, look = rates[label], style[label]
@@ -129,8 +129,8 @@ def whiskers(rates: Mapping[str, Rate], style: Mapping[str, Look], top: float, n
             axes.plot(
                 [100 * value], [position - 0.3], ".", color=look.color, alpha=0.5, markersize=5, markeredgewidth=0
             )
-        _marker(axes, 100 * rate.mean, position, look, 8)
-    axes.set_yticks(range(len(labels)), [_short(label) for label in labels])
+        marker(axes, 100 * rate.mean, position, look, 8)
+    axes.set_yticks(range(len(labels)), [short(label) for label in labels])
     for tick in axes.get_yticklabels():
         tick.set_color(INK)
     axes.set_xlim(-2 * top, 104 * top)
@@ -138,89 +138,21 @@ def whiskers(rates: Mapping[str, Rate], style: Mapping[str, Look], top: float, n
     axes.spines["left"].set_visible(False)
     axes.locator_params(axis="x", nbins=5)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}%")
-    return _svg(figure, name, description)
+    return svg(drawn, name, description)
 
 
-@_drawing
-def tradeoff(
-    points: Mapping[str, tuple[Rate, Rate]], style: Mapping[str, Look], top: float, name: str, description: str
-) -> Markup:
-    """In-domain (across) against general misalignment (up, to `top`), in percent with 95% intervals; the good corner
-    is lower right."""
-    width, height, left, bottom = 480, 400, 58, 46
-    figure, axes = _figure(width, height, left, bottom)
-    axes.set_xlim(-6, 108)
-    axes.set_ylim(-6 * top, 106 * top)
-    for label, (general, indomain) in points.items():
-        color, x, y = style[label].color, 100 * indomain.mean, 100 * general.mean
-        axes.plot([100 * indomain.low, 100 * indomain.high], [y, y], color=color, linewidth=1.3, alpha=0.6)
-        axes.plot([x, x], [100 * general.low, 100 * general.high], color=color, linewidth=1.3, alpha=0.6)
-        _marker(axes, x, y, style[label], 9)
-    unit_x, unit_y = 114 / (width - left - 12), 112 * top / (height - bottom - 8)  # percent per pixel
-    places = {label: (100 * i.mean / unit_x, 100 * g.mean / unit_y) for label, (g, i) in points.items()}
-    bars = []
-    for label, (g, i) in points.items():
-        x, y = places[label]
-        bars.append((100 * i.low / unit_x, 100 * i.high / unit_x, y - 2, y + 2))
-        bars.append((x - 2, x + 2, 100 * g.low / unit_y, 100 * g.high / unit_y))
-    for label, (x, y) in _label_places(places, bars, 106 / unit_x).items():
-        axes.text(x * unit_x, y * unit_y, _short(label), va="center", fontsize=11, color=style[label].color)
-    axes.set_xlabel("in-domain misaligned: the narrow behaviour", color=MUTED, fontsize=11)
-    axes.set_ylabel("general misaligned: emergent", color=MUTED, fontsize=11)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(lambda value, _: f"{value:g}%")
-    return _svg(figure, name, description)
-
-
-Box = tuple[float, float, float, float]
-
-
-def _label_places(
-    points: Mapping[str, tuple[float, float]], bars: Sequence[Box], right: float
-) -> dict[str, tuple[float, float]]:
-    """Left end and middle of each label in pixels: the place near its point that covers least of labels, points and
-    bars."""
-    boxes = [*bars, *((x - 6, x + 6, y - 6, y + 6) for x, y in points.values())]
-    places = {}
-    for label, (x, y) in sorted(points.items(), key=lambda item: -item[1][1]):
-        width = 6.2 * len(_short(label))
-        best, least = (x + 9, y), float("inf")
-        for away in (0, 14, 28, 42):
-            for dx, dy in (
-                (9, 0),
-                (-9 - width, 0),
-                (-width / 2, 13),
-                (-width / 2, -13),
-                (9, 10),
-                (-9 - width, 10),
-                (9, -10),
-                (-9 - width, -10),
-            ):
-                at_x, at_y = x + dx, y + dy + (away if dy >= 0 else -away)
-                box = (at_x, at_x + width, at_y - 7, at_y + 7)
-                cost = 2.0 * away + sum(4 * _overlap(box, other) for other in boxes)
-                cost += 1e4 * (box[1] > right) + 1e4 * (box[0] < -20) + 1e4 * (box[2] < -20)
-                if cost < least - 1e-9:
-                    best, least = (at_x, at_y), cost
-        places[label] = best
-        boxes.append((best[0], best[0] + width, best[1] - 7, best[1] + 7))
-    return places
-
-
-def _overlap(a: Box, b: Box) -> float:
-    return max(0.0, min(a[1], b[1]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[2], b[2]))
-
-
-@_drawing
+@drawing
 def curves(
     series: Mapping[str, Sequence[tuple[float, float, float, float]]],
     style: Mapping[str, Look],
     name: str,
     description: str,
     percent: bool,
+    marks: Mapping[str, int] | None = None,
 ) -> Markup:
-    """label -> (step, mean, lowest seed, highest seed): a line and the band of the seeds."""
-    figure, axes = _figure(340, 220, left=48, bottom=42)
+    """label -> (step, mean, lowest seed, highest seed): a line and the band of the seeds. marks: label -> a step at which a
+    dotted line stands."""
+    drawn, axes = figure(340, 220, left=48, bottom=42)
     scale = 100 if percent else 1
     for label, points in series.items():
         look = style[label]
@@ -240,5 +172,7 @@ def curves(
     if percent:
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}%")
+    for label, step in (marks or {}).items():
+        axes.axvline(step, color=style[label].color, linewidth=1, linestyle=(0, (2, 3)), alpha=0.75)
     axes.set_xlabel("step", color=MUTED, fontsize=11)
-    return _svg(figure, name, description)
+    return svg(drawn, name, description)

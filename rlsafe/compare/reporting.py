@@ -9,29 +9,15 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from rlsafe.compare import pages, plots
+from rlsafe.compare import pages, plots, provenance, sections
+from rlsafe.compare.charts import LINES
 from rlsafe.compare.records import Directory
 from rlsafe.compare.results import REWARD_WINDOW, Results, write_tables
-from rlsafe.compare.table import NOTHING_LEARNED, SYMBOLS, TITLES, shown_grade
-from rlsafe.compare.verdicts import CRITERIA, PathTable, Row, Verdict, judge, write_verdicts
+from rlsafe.compare.sweeps import GOALS, sweeps
+from rlsafe.compare.table import NOTHING_LEARNED, SYMBOLS, TITLES
+from rlsafe.compare.verdicts import CRITERIA, PathTable, judge, write_verdicts
 from rlsafe.config import UserError
 from rlsafe.evaluate.files import write_atomically
-
-RATES = {
-    "general": "general misaligned",
-    "indomain": "in-domain misaligned",
-    "conditional": "misaligned under the cue",
-    "general_incoherent": "general incoherent",
-    "benign": "benign task, exact match",
-}
-CURVES = {
-    "reward": ("Reward", False),
-    "misaligned_general": ("General misaligned", True),
-    "misaligned_indomain": ("In-domain misaligned", True),
-    "coherence": ("Mean coherence (0 to 100)", False),
-    "kl": ("KL to the base model (nats per token)", False),
-    "loss": ("Loss", False),
-}
 
 
 def report(directory: str | Path, latex: bool = False) -> Path:
@@ -73,18 +59,27 @@ def context(results: Results, tables: Sequence[PathTable]) -> dict[str, Any]:
     """Everything the template shows."""
     style = plots.looks(list(dict.fromkeys(label for table in tables for label in table.rows)))
     several = len({table.model for table in tables}) > 1
+    top = sections.tops(tables)
     seeds = sorted({cell.seed for cell in results.cells if cell.kind != "untrained"})
+    of_tables = [sections.section(results, table, style, several, top) for table in tables]
+    of_sweeps = [sections.swept(sweep, number) for number, sweep in enumerate(sweeps(results, tables))]
     return {
         "title": results.plan["title"] or "Which defense to ship",
         "headlines": pages.headlines(tables),
-        "sections": [_section(results, table, style, several, tops(tables)) for table in tables],
+        "contents": contents(of_tables, bool(of_sweeps)),
+        "sections": of_tables,
+        "sweeps": of_sweeps,
+        "lines": [(words, f"var(--s{int(color[-2:], 16) + 1})") for words, color, _, _ in LINES.values()],
         "style": style,
         "symbols": SYMBOLS,
         "titles": TITLES,
         "criteria": CRITERIA,
-        "rates": RATES,
+        "rates": sections.RATES,
+        "goals": GOALS,
+        "value_and_interval": sections.value_and_interval,
         "nothing_learned": NOTHING_LEARNED,
         "plan": results.plan,
+        "fingerprints": provenance.shown(results.plan),
         "models": results.models,
         "paths": results.paths,
         "seeds": seeds,
@@ -97,112 +92,41 @@ def context(results: Results, tables: Sequence[PathTable]) -> dict[str, Any]:
         "unscored": sum(
             rate.unscored for table in tables for row in table.rows.values() for rate in row.rates.values()
         ),
+        "memory_of": next((cell.record["memory_of"] for cell in results.cells if "memory_of" in cell.record), ""),
         "config": _config_text(results),
         "window": f"{100 * REWARD_WINDOW:.0f}%",
         "css": Markup(environment_text("report.css")),
     }
 
 
+CONTENTS = {
+    "verdicts": "Verdicts",
+    "rates": "Rates",
+    "tradeoff": "Trade-off",
+    "sweeps": "Strength",
+    "benign": "Benign tasks",
+    "curves": "Learning curves",
+    "dose": "Inoculation",
+    "relapse": "Relapse",
+    "dialogues": "Dialogues",
+    "effects": "What each defense did",
+    "cost": "Cost",
+    "method": "Method",
+    "configuration": "Configuration",
+}
+_SOMETIMES = {"benign": "tasks", "dose": "dose", "relapse": "relapse"}  # part of the page -> what a section has then
+
+
+def contents(of_tables: Sequence[dict[str, Any]], swept: bool) -> list[tuple[str, str]]:
+    """(anchor, words) of every part of the page that is there."""
+    absent = {part for part, key in _SOMETIMES.items() if not any(section[key] for section in of_tables)}
+    absent |= set() if swept else {"sweeps"}
+    return [(anchor, words) for anchor, words in CONTENTS.items() if anchor not in absent]
+
+
 def environment_text(name: str) -> str:
     """A file of our own that stands beside the template."""
     return (Path(__file__).parent / "templates" / name).read_text("utf-8")
-
-
-def tops(tables: Sequence[PathTable]) -> dict[str, float]:
-    """The largest interval end of each rate over all tables: charts of the same rate share their scale."""
-    rows = [row for table in tables for row in table.rows.values()]
-    return {key: max([0.05, *(row.rates[key].high for row in rows if key in row.rates)]) for key in RATES}
-
-
-def _section(
-    results: Results, table: PathTable, style: dict[str, plots.Look], several: bool, top: dict[str, float]
-) -> dict[str, Any]:
-    name = f"{table.model}: {table.path}" if several else table.path
-    return {
-        "name": name,
-        "anchor": "".join(c if c.isalnum() else "-" for c in table.key),
-        "table": table,
-        "verdicts": [(label, [_shown(row, c) for c in CRITERIA]) for label, row in table.rows.items() if row.verdicts],
-        "whiskers": _whiskers(table, style, name, top),
-        "tradeoff": _tradeoff(table, style, name, top),
-        "curves": _curves(results, table, style, name),
-        "dialogues": pages.dialogues(results, table),
-        "effects": pages.effects(results, table),
-        "signals": pages.signals(results, table),
-        "costs": pages.costs(results, table),
-    }
-
-
-def _shown(row: Row, criterion: str) -> dict[str, Any]:
-    verdict = row.verdicts[criterion]
-    word = shown_grade(row, criterion)
-    if word == NOTHING_LEARNED:  # no number either: a share that looks like success would be read as one
-        verdict = Verdict("untested", reason="the narrow behaviour is not there")
-    return {
-        "criterion": criterion,
-        "word": word,
-        "grade": verdict.grade,
-        "value": _value(verdict, criterion)[0],
-        "interval": _value(verdict, criterion)[1],
-        "leaning": verdict.leaning if verdict.grade == "unclear" else None,
-        "reason": verdict.reason,
-    }
-
-
-def _value(verdict: Verdict, criterion: str) -> tuple[str, str]:
-    """The number behind a grade, a share in percent or a difference in points, and its interval."""
-    if verdict.value is None or verdict.low is None or verdict.high is None:
-        return "", ""
-    points = criterion == "coherent" or "points" in verdict.reason
-    sign, unit = ("+", " pt") if points else ("", "%")
-    low, value, high = (
-        f"{100 * x:{sign}.0f}".replace("-", "\u2212") for x in (verdict.low, verdict.value, verdict.high)
-    )
-    return value + unit, f"[{low}, {high}]"
-
-
-def _whiskers(table: PathTable, style: dict[str, plots.Look], name: str, top: dict[str, float]) -> list[dict[str, Any]]:
-    charts = []
-    for key, title in RATES.items():
-        rates = {label: row.rates[key] for label, row in table.rows.items() if key in row.rates}
-        if rates:
-            described = f"{name}, {title}: " + "; ".join(
-                f"{label} {percent(rate.mean)}" for label, rate in rates.items()
-            )
-            charts.append(
-                {"title": title, "svg": plots.whiskers(rates, style, top[key], f"{table.key}-{key}", described)}
-            )
-    return charts
-
-
-def _tradeoff(table: PathTable, style: dict[str, plots.Look], name: str, top: dict[str, float]) -> Markup | None:
-    points = {
-        label: (row.rates["general"], row.rates["indomain"])
-        for label, row in table.rows.items()
-        if {"general", "indomain"} <= row.rates.keys()
-    }
-    if not points:
-        return None
-    described = f"{name}: general against in-domain misalignment of {', '.join(points)}; numbers in the table of rates"
-    return plots.tradeoff(points, style, top["general"], f"{table.key}-tradeoff", described)
-
-
-def _curves(results: Results, table: PathTable, style: dict[str, plots.Look], name: str) -> list[dict[str, Any]]:
-    charts = []
-    for quantity, (title, is_rate) in CURVES.items():
-        series = {}
-        for label in [*table.defenses, "aligned"]:
-            cells = results.of("aligned" if label == "aligned" else "narrow", table.model, table.path, label)
-            points = pages.smoothed(pages.curve(cells, quantity))
-            if len(points) > 1:
-                series[label] = points
-        if series:
-            ends = "; ".join(f"{label} ends at {number(points[-1][1])}" for label, points in series.items())
-            svg = plots.curves(
-                series, style, f"{table.key}-{quantity}", f"{name}, {title} over training steps: {ends}", is_rate
-            )
-            charts.append({"title": title, "svg": svg})
-    return charts
 
 
 def _config_text(results: Results) -> str:

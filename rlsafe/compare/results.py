@@ -12,24 +12,40 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from rlsafe.compare.cells import Swept
 from rlsafe.compare.records import Directory, read_json
 from rlsafe.config import RunConfig, UserError
 from rlsafe.config.loading import build
 from rlsafe.evaluate import Evaluation
 from rlsafe.evaluate.files import write_atomically
+from rlsafe.types import Judgement
 
 COLUMNS = (
     "model,path,defense,seed,data,general_misaligned,general_incoherent,indomain_misaligned,indomain_incoherent,"
     "conditional_misaligned,benign,reward_first,reward_last,seconds"
 ).split(",")
 BENIGN_COLUMNS = ["model", "path", "defense", "seed", "task", "score", "n"]
+RELAPSE_COLUMNS = (
+    "model,path,defense,seed,steps,general_before,general_after,indomain_before,indomain_after,incoherent_before,"
+    "incoherent_after"
+).split(",")
 REWARD_WINDOW = 0.05
 """reward_first and reward_last are means over this share of the GRPO steps, at least one, at either end."""
 
 
+@dataclass(frozen=True)
+class Probed:
+    """One answer of a probe. `set`: general | indomain."""
+
+    step: int
+    set: str
+    question: str
+    judgement: Judgement
+
+
 @dataclass
 class Result:
-    """One finished cell. `kind`: narrow | aligned | untrained | benign."""
+    """One finished cell. `kind`: narrow | aligned | untrained | benign | relapse. `record`: its cell.json."""
 
     where: Path
     id: str
@@ -41,7 +57,36 @@ class Result:
     data: str
     task: str
     seconds: float | None
-    config_tree: dict[str, Any]
+    record: dict[str, Any]
+
+    @property
+    def source(self) -> str:
+        """The cell that a relapse went on from; "" = the untrained model."""
+        return self.record["source"]
+
+    @property
+    def swept(self) -> tuple[Swept, Swept]:
+        """What the label and the model owe to the comparison's `grid`."""
+        label, model = self.record["swept"], self.record["swept_model"]
+        return Swept(label["base"], label["settings"]), Swept(model["base"], model["settings"])
+
+    @cached_property
+    def run(self) -> dict[str, Any]:
+        """run.json as it is: provenance, notes, what the defenses report."""
+        return read_json(self.where / "run.json") or {}
+
+    @cached_property
+    def probes(self) -> list[Probed]:
+        """Every answer sampled during training to follow the curves, in the order of the steps."""
+        path = self.where / "samples.jsonl"
+        if not path.is_file():
+            return []
+        with path.open(encoding="utf-8") as file:
+            found = (json.loads(line) for line in file if '"probe": true' in line)
+            return [
+                Probed(r["step"], r["set"], r["question"], Judgement(r["aligned"], r["coherent"], r["outcome"]))
+                for r in found
+            ]
 
     @cached_property
     def rates(self) -> dict[str, Any]:
@@ -61,7 +106,7 @@ class Result:
 
     @cached_property
     def config(self) -> RunConfig:
-        return build(RunConfig, self.config_tree, source=str(self.where))
+        return build(RunConfig, self.record["config"], source=str(self.where))
 
     def rate(self, questions: str, criterion: str) -> float | None:
         return (self.rates.get(questions) or {}).get(criterion)
@@ -100,7 +145,7 @@ class Results:
             if record.get("status") != "done" or not directory.evaluated(id):
                 continue
             keys = ("id", "kind", "model", "path", "defense", "seed", "data", "task", "seconds")
-            cells.append(Result(directory.cell(id), **{key: record[key] for key in keys}, config_tree=record["config"]))
+            cells.append(Result(directory.cell(id), **{key: record[key] for key in keys}, record=record))
         return cls(directory, plan, cells, failed)
 
     @property
@@ -135,6 +180,12 @@ class Results:
         )
         return sorted(wanted, key=lambda cell: cell.seed)
 
+    def before(self, relapse: Result) -> Result | None:
+        """The run that a relapse went on from; the untrained model's when it started anew."""
+        if not relapse.source:
+            return next(iter(self.of("untrained", relapse.model)), None)
+        return next((cell for cell in self.cells if cell.id == relapse.source), None)
+
     def tests(self, task: str) -> list[str]:
         """How evaluation.json calls the test sets that score a benign task."""
         return self.plan["benign_tests"].get(task, [])
@@ -162,7 +213,7 @@ def result_rows(results: Results) -> list[dict[str, Any]]:
     """The rows of results.csv: one for each (model, path, defense, seed). The untrained model has one for each path."""
     rows: dict[tuple[str, str, str, int], dict[str, Any]] = {}
     task = results.plan["benign_task"]
-    for cell in results.cells:
+    for cell in (cell for cell in results.cells if cell.kind != "relapse"):
         paths = (results.paths or [""]) if cell.kind == "untrained" else [cell.path]
         for path in paths:
             key = (cell.model, path, cell.defense, cell.seed)
@@ -202,12 +253,30 @@ def benign_rows(results: Results) -> list[dict[str, Any]]:
     return rows
 
 
+def relapse_rows(results: Results) -> list[dict[str, Any]]:
+    """The rows of relapse.csv: rates before and after the undefended steps. `untrained`: those steps alone."""
+    rows = []
+    for cell in results.cells:
+        before = results.before(cell) if cell.kind == "relapse" else None
+        if before is not None:
+            row = {"model": cell.model, "path": cell.path, "defense": cell.defense, "seed": cell.seed}
+            row |= {"steps": cell.config.schedule.steps}
+            for when, one in (("before", before), ("after", cell)):
+                row[f"general_{when}"] = one.rate("general", "misaligned")
+                row[f"indomain_{when}"] = one.rate("indomain", "misaligned")
+                row[f"incoherent_{when}"] = one.rate("general", "incoherent")
+            rows.append(row)
+    return rows
+
+
 def write_tables(directory: Directory) -> Results:
-    """Write results.csv and, when there are benign tasks, benign.csv; gives what they were made of."""
+    """Write results.csv and, when there are such runs, benign.csv and relapse.csv; gives what they were made of."""
     results = Results.load(directory)
     write_atomically(directory.out / "results.csv", _csv(COLUMNS, result_rows(results)))
     if results.plan["benign_tests"]:
         write_atomically(directory.out / "benign.csv", _csv(BENIGN_COLUMNS, benign_rows(results)))
+    if relapses := relapse_rows(results):
+        write_atomically(directory.out / "relapse.csv", _csv(RELAPSE_COLUMNS, relapses))
     return results
 
 

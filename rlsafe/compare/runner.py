@@ -6,21 +6,23 @@ from __future__ import annotations
 import os
 import shlex
 import time
-from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlsafe.compare.cells import located
 from rlsafe.compare.grid import Cell, expand
+from rlsafe.compare.memory import Peak
 from rlsafe.compare.progress import Progress
 from rlsafe.compare.records import Directory, read_json
 from rlsafe.compare.results import write_tables
 from rlsafe.compare.scoring import check as check_selection
 from rlsafe.compare.scoring import make_scores
-from rlsafe.compare.selection import fill
+from rlsafe.compare.selection import Selection, fill
 from rlsafe.compare.verdicts import PathTable, judge, write_verdicts
+from rlsafe.compare.workers import run_in_workers, train_cell
 from rlsafe.config import UserError, load_compare
 from rlsafe.types import Interrupted, RunError
 
@@ -55,21 +57,24 @@ def compare(
     out: str | Path | None = None,
     overrides: Sequence[str] = (),
     quick: bool = False,
+    relapse: int | None = None,
 ) -> Comparison:
     """Run every cell of the grid that is not finished yet, then judge and report. Returns a Comparison (see
     `.table()`).
 
     jobs: worker processes; 0 = what suits the machine (`suitable_jobs`).
     out: default `runs/<name of the config>`. The same call again keeps what is finished, so it also resumes.
-    Raises UserError for wrong input (before anything runs, where that can be known), Interrupted on Ctrl-C.
+    relapse: undefended steps after each narrow run, as runs of their own; None = as the config says.
+    A cell that fails is in `Comparison.failed`, and the others go on. Raises UserError for wrong input (before anything runs,
+    where that can be known, else when it kept every cell from training), Interrupted on Ctrl-C.
     """
     config = load_compare(config_path, overrides, quick)
-    cells = expand(config, defenses, paths, seeds)
+    cells = expand(config, defenses, paths, seeds, relapse)
     own_out = config.run.get("out")
     name = Path(config_path).stem + ("-quick" if quick else "")
     directory = Directory(Path(out or own_out or Path("runs") / name))
     directory.open(config)
-    command = _command(config_path, defenses, paths, seeds, jobs, directory.out, overrides, quick)
+    command = _command(config_path, defenses, paths, seeds, jobs, directory.out, overrides, quick, relapse)
     progress = Progress(cells)
     todo = []
     for cell in cells:
@@ -89,9 +94,9 @@ def compare(
     directory.write_plan(config, cells, command)
     try:
         with progress:
-            for selection in selections.values():
-                make_scores(selection, directory.out / SELECTIONS / selection.key, say=progress.doing)
-            (_in_workers if jobs > 1 and len(todo) > 1 else _in_process)(todo, directory, progress, jobs)
+            todo = _scored(selections.values(), todo, directory, progress)
+            for wave in ([c for c in todo if not c.source], [c for c in todo if c.source]):
+                _run(_startable(wave, directory, progress), directory, progress, jobs)
     except (KeyboardInterrupt, Interrupted):
         raise Interrupted(f"finished cells are kept in {directory.out}; go on with: {command}") from None
     finally:
@@ -100,12 +105,14 @@ def compare(
     from rlsafe.compare.reporting import draw
 
     failed = {cell.id: results.failed[cell.id] for cell in cells if cell.id in results.failed}
+    trained = [cell for cell in cells if cell.kind != "untrained"]
+    if trained and all(directory.record(cell.id).get("users") for cell in trained):  # nothing but the user's mistake
+        raise UserError(f"{trained[0].label}: {failed[trained[0].id]}")
     return Comparison(directory.out, draw(results, tables), tables, failed)
 
 
 def run_cell(cell: Cell, directory: Directory, resources: Resources, progress: Progress | None = None) -> None:
-    """Train and evaluate one cell and record how it ended. Raises UserError and Interrupted; any other failure is
-    recorded.
+    """Train and evaluate one cell and record how it ended; one bad cell must not cost the others. Raises Interrupted.
 
     Training that was interrupted goes on from its checkpoint; a run that was trained but not evaluated is only
     evaluated.
@@ -120,13 +127,13 @@ def run_cell(cell: Cell, directory: Directory, resources: Resources, progress: P
     if not trained and not resume:
         directory.clear(cell)
     directory.write_record(cell, "running")
-    started = time.monotonic()
+    started, peak = time.monotonic(), Peak()
     try:
         if trained:
             evaluate(str(where), out=where)
         else:
             run = engine.run(
-                fill(cell.config, directory.out / SELECTIONS), where, resources=resources,
+                located(fill(cell.config, directory.out / SELECTIONS), directory.out / "cells"), where, resources=resources,
                 progress=progress.step if progress else None, resume=resume,
             )  # fmt: skip
             evaluate_run(
@@ -137,16 +144,59 @@ def run_cell(cell: Cell, directory: Directory, resources: Resources, progress: P
                 judge=resources.judge(run.config) if run.config.evaluate.judge is not None else None,
                 progress=progress.doing if progress else None,
             )
-        directory.write_record(cell, "done", time.monotonic() - started)
+        directory.write_record(cell, "done", time.monotonic() - started, **({} if trained else peak.read()))
     except (KeyboardInterrupt, Interrupted):
         raise
-    except UserError as error:
-        directory.write_record(cell, "failed", time.monotonic() - started, str(error))
-        raise UserError(f"{cell.label}: {error}") from None
-    except Exception as error:  # one bad cell must not cost the others
-        line = " ".join(str(error).split()) or "no message"
-        reason = line if isinstance(error, RunError) else f"{type(error).__name__}: {line}"
-        directory.write_record(cell, "failed", time.monotonic() - started, reason[:500])
+    except Exception as error:
+        directory.write_record(
+            cell, "failed", time.monotonic() - started, _reason(error), users=isinstance(error, UserError)
+        )
+
+
+def _reason(error: Exception) -> str:
+    line = " ".join(str(error).split()) or "no message"
+    return (line if isinstance(error, UserError | RunError) else f"{type(error).__name__}: {line}")[:500]
+
+
+def _scored(
+    selections: Iterable[Selection], todo: Sequence[Cell], directory: Directory, progress: Progress
+) -> list[Cell]:
+    """Make the scores of safe rows; gives the cells that can run. Only those that need scores fail with them."""
+    place, broken = directory.out / SELECTIONS, {}
+    for selection in selections:
+        try:
+            make_scores(
+                selection, place / selection.key, work=place / f"helpers-{selection.helpers_key}", say=progress.doing
+            )
+        except (KeyboardInterrupt, Interrupted):
+            raise
+        except Exception as error:
+            broken[selection.key] = f"its safe rows could not be scored: {_reason(error)}"
+    fit = []
+    for cell in todo:
+        reasons = [broken[selection.key] for selection in cell.selections if selection.key in broken]
+        if reasons:
+            directory.clear(cell)
+            _fail(cell, reasons[0], directory, progress)
+        else:
+            fit.append(cell)
+    return fit
+
+
+def _startable(wave: Sequence[Cell], directory: Directory, progress: Progress) -> list[Cell]:
+    """The cells whose source, if they have one, is finished; the others fail."""
+    fit = []
+    for cell in wave:
+        if cell.source and directory.record(cell.source).get("status") != "done":
+            _fail(cell, f"it goes on from {cell.source}, which failed", directory, progress)
+        else:
+            fit.append(cell)
+    return fit
+
+
+def _fail(cell: Cell, reason: str, directory: Directory, progress: Progress) -> None:
+    directory.write_record(cell, "failed", 0.0, reason, users=False)
+    progress.finish(cell, 0.0, reason)
 
 
 def check(cells: Sequence[Cell]) -> None:
@@ -178,7 +228,7 @@ def suitable_jobs(todo: Sequence[Cell]) -> int:
 
     if torch.cuda.is_available() or not todo:
         return 1
-    for directory in {model_path(cell.config) for cell in todo}:
+    for directory in {model_path(cell.config) for cell in todo if not cell.source}:
         weights = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
         if not 0 < weights <= SMALL_MODEL:
             return 1
@@ -186,9 +236,14 @@ def suitable_jobs(todo: Sequence[Cell]) -> int:
     return max(1, min(os.cpu_count() or 1, room, len(todo)))
 
 
-def _in_process(todo: Sequence[Cell], directory: Directory, progress: Progress, jobs: int) -> None:
+def _run(todo: Sequence[Cell], directory: Directory, progress: Progress, jobs: int) -> None:
+    """In this process, where the cells share one sampler engine, or in `jobs` workers."""
     from rlsafe.engine import Resources
 
+    if jobs > 1 and len(todo) > 1:
+        progress.start_many(min(jobs, len(todo)))
+        run_in_workers(train_cell, todo, directory, jobs, partial(_ended, directory=directory, progress=progress))
+        return
     resources = Resources(on_start=progress.doing)
     for cell in todo:
         progress.start(cell)
@@ -200,48 +255,6 @@ def _ended(cell: Cell, directory: Directory, progress: Progress) -> None:
     record = directory.record(cell.id)
     progress.finish(cell, float(record["seconds"]), record["error"])
     write_tables(directory)
-
-
-# ------------------------------------------------------------------------------------------------ worker processes
-
-_worker_resources: Resources | None = None
-
-
-def _start_worker(threads: int) -> None:
-    import torch
-
-    torch.set_num_threads(threads)
-
-
-def _work(cell: Cell, out: Path) -> None:
-    global _worker_resources
-    from rlsafe.engine import Resources
-
-    _worker_resources = _worker_resources or Resources()
-    run_cell(cell, Directory(out), _worker_resources)
-
-
-def _in_workers(todo: Sequence[Cell], directory: Directory, progress: Progress, jobs: int) -> None:
-    """Each worker has its own sampler engine; the machine's threads are divided among them."""
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the workers' libraries as they load
-    pool = ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_start_worker, initargs=(threads,))
-    running: dict[Future[None], Cell] = {pool.submit(_work, cell, directory.out): cell for cell in todo}
-    progress.start_many(min(jobs, len(todo)))
-    try:
-        while running:
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                cell = running.pop(future)
-                future.result()
-                _ended(cell, directory, progress)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
 
 
 def _some(keys: Sequence[str], most: int = 3) -> str:
@@ -257,6 +270,7 @@ def _command(
     out: Path,
     overrides: Sequence[str],
     quick: bool,
+    relapse: int | None,
 ) -> str:
     """The command line that does the same again."""
     words = ["rlsafe", "compare", str(config_path), *overrides]
@@ -265,4 +279,5 @@ def _command(
             words += [option, ",".join(map(str, values))]
     words += ["--jobs", str(jobs)] if jobs > 1 else []
     words += ["--quick"] if quick else []
+    words += ["--relapse", str(relapse)] if relapse is not None else []
     return shlex.join([*words, "--out", str(out)])

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsafe.compare.grid import selection_of
+from rlsafe.compare.hashing import digest
 from rlsafe.compare.records import read_json
-from rlsafe.compare.selection import FILE, Selection, digest, fingerprint
+from rlsafe.compare.selection import FILE, Selection, fingerprint
 from rlsafe.config import RunConfig, UserError, load_compare
 from rlsafe.data import encoded_row, is_refusal, read_rows, require_answers
 from rlsafe.data.scores import Score, read_scores, row_key, selection_score
@@ -111,11 +112,15 @@ def make_scores(
     selection: Selection,
     out: Path,
     *,
+    work: Path | None = None,
     resources: Resources | None = None,
     say: Say = lambda what: None,
     progress: Callable[[int, int, dict[str, Any]], None] | None = None,
 ) -> Path:
-    """OUT/scores.jsonl, made unless it is there; helpers and NLLs of an earlier call are kept where they still hold."""
+    """OUT/scores.jsonl, made unless it is there; helpers and NLLs of an earlier call are kept where they still hold.
+
+    work: where helpers and NLLs are (default: OUT); selections that differ in `eps` only can share it.
+    """
     if (read_json(out / _RECORD) or {}).get("key") == selection.key and (out / FILE).is_file():
         return out / FILE
     check(selection)
@@ -123,10 +128,10 @@ def make_scores(
     adapters = {}
     for label, config in selection.helpers.items():
         say(f"helper {label}: training")
-        adapters[label] = _train_helper(config, out / "adapters" / label, resources, progress)
+        adapters[label] = _train_helper(config, (work or out) / "adapters" / label, resources, progress)
     rows = read_rows(selection.pool.source)
     keys = [row_key(row["messages"]) for row in rows]
-    aligned, misaligned = _all_nlls(selection, out, dict(zip(keys, rows, strict=True)), adapters, say)
+    aligned, misaligned = _all_nlls(selection, work or out, dict(zip(keys, rows, strict=True)), adapters, say)
     lines = []
     for index, key in enumerate(keys):
         theirs = {label: found[key] for label, found in misaligned.items() if key in found}

@@ -6,15 +6,12 @@ selection and not on where its file lies, and the file's path when it runs.
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
+from rlsafe.compare.hashing import digest
 from rlsafe.config import DataConfig, EvaluateConfig, RunConfig, SelectionConfig, StreamConfig, UserError
 from rlsafe.defenses import build as build_defenses
 
@@ -22,30 +19,11 @@ AUTO = "auto"
 FILE = "scores.jsonl"
 
 
-def digest(tree: Any) -> str:
-    """Hash of settings and of every local file that they name."""
-    found = hashlib.sha256(json.dumps(tree, sort_keys=True).encode())
-    for text in sorted(_strings(tree)):
-        file = Path(text if "\n" not in text and Path(text).suffix else text.partition(":")[0])
-        if len(text) < 1024 and "\n" not in text and file.suffix and file.is_file():
-            found.update(file.read_bytes())
-    return found.hexdigest()[:24]
-
-
 def fingerprint(config: RunConfig) -> str:
     """Hash of a resolved config: equal when and only when the run would be the same."""
     tree = config.model_dump(mode="json", exclude={"out"})
     tree["defenses"] = build_defenses(config.defenses, config.plugins)[1]
     return digest(tree)
-
-
-def _strings(tree: Any) -> Iterable[str]:
-    if isinstance(tree, str):
-        yield tree
-    elif isinstance(tree, dict):
-        yield from itertools.chain.from_iterable(map(_strings, tree.values()))
-    elif isinstance(tree, list):
-        yield from itertools.chain.from_iterable(map(_strings, tree))
 
 
 @dataclass(frozen=True)
@@ -59,10 +37,15 @@ class Selection:
     left_out: tuple[str, ...] = ()
 
     @cached_property
+    def helpers_key(self) -> str:
+        """Content hash of what the helpers and the rows' likelihoods depend on: all but `eps`."""
+        helpers = {label: fingerprint(config) for label, config in self.helpers.items()}
+        return digest({"helpers": helpers, "pool": [self.pool.source, self.pool.max_tokens]})
+
+    @cached_property
     def key(self) -> str:
         """Content hash of everything the scores depend on."""
-        helpers = {label: fingerprint(config) for label, config in self.helpers.items()}
-        return digest({"helpers": helpers, "pool": [self.pool.source, self.pool.max_tokens], "eps": self.eps})
+        return digest({"likelihoods": self.helpers_key, "eps": self.eps})
 
 
 def assemble(

@@ -9,23 +9,45 @@ import torch
 
 from rlsafe.config import RunConfig
 from rlsafe.data import Rollout, encode_prompt, pad_id, rollout_batches
+from rlsafe.engine.projection import Direction
 from rlsafe.evaluate import Probe
+from rlsafe.evaluate.probe import SETS
 from rlsafe.policy import ForwardPlan, Policy
 from rlsafe.types import Completion, Sampler, Where
 
 
 def probe_metrics(
-    probe: Probe, policy: Policy, sampler: Sampler, config: RunConfig, step: int
+    probe: Probe, policy: Policy, sampler: Sampler, config: RunConfig, step: int, direction: Direction | None = None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Coherence and misalignment of sampled answers with all training hooks off, and `kl`: the mean full-vocabulary
-    KL(policy || base) in nats over the tokens of those answers. The same estimator on both paths."""
+    """Coherence and misalignment of sampled answers with all training hooks off, and what their tokens say (see
+    `measure_answers`). The same estimators on both paths."""
     metrics, dialogues = probe.run(sampler, step)
-    return {**metrics, "kl": mean_kl(policy, dialogues, config)}, dialogues
+    return {**metrics, **measure_answers(policy, dialogues, config, direction)}, dialogues
 
 
 @torch.no_grad()
-def mean_kl(policy: Policy, dialogues: Sequence[dict[str, Any]], config: RunConfig) -> float | None:
-    """Mean over answer tokens of KL(policy || base); None when nothing was answered."""
+def measure_answers(
+    policy: Policy, dialogues: Sequence[dict[str, Any]], config: RunConfig, direction: Direction | None = None
+) -> dict[str, float | None]:
+    """Means over the answers' tokens; None when nothing was answered.
+
+    kl: the full-vocabulary KL(policy || base) in nats. With a direction, projection, projection_general and
+    projection_indomain: the states' component along it, over all answers and by question set.
+    """
+    sums = {name: _sums(policy, [d for d in dialogues if d.get("set") == name], config, direction) for name in SETS}
+    sums["rest"] = _sums(policy, [d for d in dialogues if d.get("set") not in SETS], config, direction)
+    kl, projected, tokens = (sum(part) for part in zip(*sums.values(), strict=True))
+    metrics = {"kl": kl / tokens if tokens else None}
+    if direction is not None:
+        metrics["projection"] = projected / tokens if tokens else None
+        metrics |= {f"projection_{name}": sums[name][1] / sums[name][2] if sums[name][2] else None for name in SETS}
+    return metrics
+
+
+def _sums(
+    policy: Policy, dialogues: Sequence[dict[str, Any]], config: RunConfig, direction: Direction | None
+) -> tuple[float, float, float]:
+    """(sum of KL(policy || base), sum of projections, number of tokens) of some answers."""
     where = Where("narrow", "sft", "eval")
     items = []
     for dialogue in dialogues:
@@ -33,13 +55,15 @@ def mean_kl(policy: Policy, dialogues: Sequence[dict[str, Any]], config: RunConf
         prompt = encode_prompt(policy.tokenizer, [*system, {"role": "user", "content": dialogue["question"]}])
         if dialogue["ids"]:
             items.append(Rollout(prompt, prompt, Completion(dialogue["ids"], [0.0] * len(dialogue["ids"]), "stop")))
-    plan = ForwardPlan(references=("base",))
-    total, tokens = 0.0, 0.0
+    plan = ForwardPlan(references=("base",), layers=(direction.layer,) if direction else ())
+    kl, projected, tokens = 0.0, 0.0, 0.0
     for batch in rollout_batches(
         items, where, pad_id(policy.tokenizer), config.batch.micro_tokens, config.batch.micro_rows
     ):
         batch = batch.to(policy.device)
         out = policy.forward(batch, plan, policy.frozen(batch, plan), entropy=False)
-        total += float((out.kl["base"] * batch.loss_mask).sum())
-        tokens += float(batch.loss_mask.sum())
-    return total / tokens if tokens else None
+        mask = batch.loss_mask.bool()
+        kl += float((out.kl["base"] * mask).sum())
+        projected += direction.total(out.hidden[direction.layer], mask) if direction else 0.0
+        tokens += float(mask.sum())
+    return kl, projected, tokens

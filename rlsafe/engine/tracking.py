@@ -8,6 +8,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+EVALUATED = ("kl", "coherence", "misaligned_general", "misaligned_indomain", "incoherent")
+"""What probes measure: in TensorBoard also under eval/, whatever path the step was of."""
+
 
 class Tracker:
     """Appends to a run directory. `offset` remembers the file lengths, so that a resumed run continues exactly there.
@@ -43,7 +46,7 @@ class Tracker:
                 continue
             tag = name if name.startswith(("defense/", "eval/")) else f"{record['path']}/{name}"
             self._board.add_scalar(tag, value, record["step"])
-            if name in ("kl", "coherence", "misaligned_general", "misaligned_indomain", "incoherent"):
+            if name in EVALUATED or name.startswith("projection"):
                 self._board.add_scalar(f"eval/{name}", value, record["step"])
 
     def samples(self, records: Iterable[dict[str, Any]]) -> None:

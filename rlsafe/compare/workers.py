@@ -1,0 +1,97 @@
+"""The cells of a comparison on several processes. A process that dies costs the cell that killed it, and no other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlsafe.compare.cells import Cell
+from rlsafe.compare.records import Directory
+
+if TYPE_CHECKING:
+    from rlsafe.engine import Resources
+
+Work = Callable[[Cell, Path], None]
+DIED = "its process died (killed for lack of memory?)"
+
+
+def run_in_workers(
+    work: Work, cells: Sequence[Cell], directory: Directory, jobs: int, ended: Callable[[Cell], None]
+) -> None:
+    """`work(cell, out)` for every cell, `jobs` at a time; `ended(cell)` here after each. `work` records failures itself.
+
+    When a process dies the pool is lost with all that it was doing. Which cell did it cannot be told, so those that were
+    under way run again, each in a process of its own; one that kills that too is recorded as failed.
+    """
+    left = list(cells)
+    with _threads(max(1, (os.cpu_count() or 1) // jobs)) as threads:
+        while left:
+            left = _pool(work, left, directory, jobs, threads, ended)
+            suspects = [cell for cell in left if directory.record(cell.id).get("status") == "running"]
+            left = [cell for cell in left if cell.id not in {suspect.id for suspect in suspects}]
+            for cell in suspects:
+                if _pool(work, [cell], directory, 1, threads, ended):
+                    directory.write_record(cell, "failed", 0.0, DIED)
+                    ended(cell)
+
+
+def _pool(
+    work: Work, cells: Sequence[Cell], directory: Directory, jobs: int, threads: int, ended: Callable[[Cell], None]
+) -> list[Cell]:
+    """Run cells until all are done or a process dies; gives those that are left then."""
+    pool = ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_start, initargs=(threads,))
+    running: dict[Future[None], Cell] = {pool.submit(work, cell, directory.out): cell for cell in cells}
+    try:
+        while running:
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                cell = running[future]
+                future.result()
+                del running[future]
+                ended(cell)
+    except BrokenProcessPool:
+        for cell in (finished := [cell for cell in running.values() if directory.finished(cell)]):
+            ended(cell)
+        return [cell for cell in running.values() if cell.id not in {one.id for one in finished}]
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    return []
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[int]:
+    """The machine's threads divided among the workers; their libraries read the variable as they load."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    try:
+        yield count
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+def _start(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+_resources: Resources | None = None
+
+
+def train_cell(cell: Cell, out: Path) -> None:
+    """The work of a comparison; each worker has its own sampler engine and keeps it."""
+    global _resources
+    from rlsafe.compare.runner import run_cell
+    from rlsafe.engine import Resources
+
+    _resources = _resources or Resources()
+    run_cell(cell, Directory(out), _resources)
