@@ -16,7 +16,8 @@ from rlsafe.config import DataConfig, RunConfig, UserError
 from rlsafe.data import Stream, fit_rows, load_rows, require_answers
 from rlsafe.defenses import Defense, DefenseStack, SetupContext
 from rlsafe.defenses import build as build_defenses
-from rlsafe.engine.effects import EffectLog, overrides
+from rlsafe.engine import projection
+from rlsafe.engine.effects import EffectLog
 from rlsafe.engine.loop import Loop
 from rlsafe.engine.schedule import Step, make_plan
 from rlsafe.engine.tracking import Tracker
@@ -24,7 +25,7 @@ from rlsafe.evaluate import Probe, gather, load_judge, load_questions
 from rlsafe.policy import Policy
 from rlsafe.rewards import RewardRunner, load_reward
 from rlsafe.rollouts import make_sampler
-from rlsafe.types import Judge, Row, Sampler, provider_for
+from rlsafe.types import Judge, Row, Sampler, Where, provider_for
 
 
 @dataclass
@@ -75,6 +76,7 @@ def prepare(config: RunConfig) -> Prepared:
     defenses, resolved = build_defenses(config.defenses, config.plugins)
     config = config.model_copy(update={"defenses": resolved})
     model_path(config)
+    projection.check(config)
     stack = DefenseStack(defenses)
     plan = make_plan(config, {d.name: offer for d in stack if (offer := d.offer()) is not None})
     used = {part.stream for step in plan for part in step.parts if part.defense is None}
@@ -128,6 +130,8 @@ def build_loop(
         streams[name] = Stream(fitted.rows, config.seed, name)
     stack = DefenseStack(prepared.defenses)
     paths = {step.path for step in prepared.plan}
+    sampled = {part.stream for step in prepared.plan for part in step.parts if part.path == "grpo"}
+    steered = any(stack.steers(Where(stream, "grpo", "rollout")) for stream in sampled)
     loop = Loop(
         config=config,
         plan=prepared.plan,
@@ -137,11 +141,10 @@ def build_loop(
         stack=stack,
         streams=streams,
         rewards=prepared.rewards,
-        make_sampler=lambda: resources.sampler(
-            config, policy, steerable=any(overrides(d, "patch_sampler") for d in stack)
-        ),
+        make_sampler=lambda: resources.sampler(config, policy, steerable=steered),
         make_judge=lambda: resources.judge(config),
-        probe=_probe(config, policy, resources),
+        probe=(probe := _probe(config, policy, resources)),
+        direction=projection.direction(config, policy) if probe else None,
         tracker=Tracker(out, write=accelerator.is_main_process, **tracking),
         effects=EffectLog(stack, paths, config.track.check_after, log),
         log=log,

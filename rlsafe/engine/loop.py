@@ -22,6 +22,7 @@ from rlsafe.defenses import DataContext, DefenseStack
 from rlsafe.engine.effects import EffectLog
 from rlsafe.engine.micro import even_out, global_counts, pack_micro, reduce_sums, unpack_micro
 from rlsafe.engine.probing import probe_metrics
+from rlsafe.engine.projection import Direction
 from rlsafe.engine.rollout import collect
 from rlsafe.engine.schedule import PlannedPart, Step
 from rlsafe.engine.step import Micro, StepLoss, engine_needs, separate_gap
@@ -51,6 +52,7 @@ class Loop:
     make_sampler: Callable[[], Sampler]
     make_judge: Callable[[], Judge]
     probe: Probe | None
+    direction: Direction | None  # a persona vector that sampled answers are projected on
     tracker: Tracker
     effects: EffectLog
     log: Callable[[str], None]
@@ -272,7 +274,7 @@ class Loop:
         """Sample and judge a few answers with all training hooks off; KL to the base on those very tokens."""
         started = time.perf_counter()
         assert self.probe is not None
-        metrics, dialogues = probe_metrics(self.probe, self.policy, self.sampler(), self.config, step.index)
+        metrics, dialogues = probe_metrics(self.probe, self.policy, self.sampler(), self.config, step.index, self.direction)
         self.tracker.dialogues(dialogues[: self.config.track.texts], step.index)
         self.tracker.samples(
             {"step": step.index, "probe": True, **{k: v for k, v in dialogue.items() if k != "ids"}}
