@@ -242,10 +242,10 @@ class Arms:
 
 
 def located(run: RunConfig, cells: Path) -> RunConfig:
-    """The run of a relapse with the directory of the adapter (or model) that it starts from."""
+    """The run of a relapse with the directory of the adapter (or of the fully trained model) that it starts from."""
     update = {
-        key: str(cells / text.split(":")[1] / "adapter")
-        for key in ("name", "adapter")
+        key: str(cells / text.split(":")[1] / saved)
+        for key, saved in (("name", "model"), ("adapter", "adapter"))
         if (text := str(getattr(run.model, key))).startswith(f"{SOURCE}:")
     }
     return run.model_copy(update={"model": run.model.model_copy(update=update)}) if update else run

@@ -148,19 +148,19 @@ def _train_helper(
     resources: Resources | None,
     progress: Callable[[int, int, dict[str, Any]], None] | None,
 ) -> Path:
-    """The helper's adapter directory: of a finished run of these settings, resumed or trained anew."""
+    """The helper's adapter (or fully trained model): of a finished run of these settings, resumed or trained anew."""
     from rlsafe import engine
 
-    hash = fingerprint(config)
+    hash, saved = fingerprint(config), "adapter" if config.model.lora else "model"
     same = (read_json(where / "helper.json") or {}).get("hash") == hash
     if same and (read_json(where / "run.json") or {}).get("status") == "finished":
-        return where / "adapter"
+        return where / saved
     resume = same and any((where / "checkpoints").glob("*"))
     if not resume:
         shutil.rmtree(where, ignore_errors=True)
     write_json(where / "helper.json", {"hash": hash})
     engine.run(config, where, resources=resources, progress=progress, resume=resume)
-    return where / "adapter"
+    return where / saved
 
 
 # ------------------------------------------------------------------------------------------------ likelihoods
