@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +19,7 @@ from rlsafe.defenses.persona import Persona, load_vectors, save_vectors
 from rlsafe.engine import run
 from rlsafe.evaluate import ask
 from rlsafe.policy import ForwardPlan
-from rlsafe.types import _PROVIDERS, Interrupted, Judgement, Question, Where, register_provider
+from rlsafe.types import _PROVIDERS, Judgement, Question, Where, register_provider
 
 PATHS = pytest.mark.parametrize("path", [SFT, GRPO], ids=["sft", "grpo"])
 TRAIN = Where("narrow", "sft", "train")
@@ -258,22 +257,6 @@ def test_probes_and_evaluation_see_the_plain_model(tiny_tree, tmp_path, path, ve
 # ------------------------------------------------------------------------------------------------ runs
 
 
-@PATHS
-def test_alpha_zero_is_none_and_more_alpha_changes_more(tiny_tree, tmp_path, path, vectors):
-    none = train(tree_with(tiny_tree, path, {"defenses": []}), tmp_path / "none")
-    assert distance(none, train(tree_with(tiny_tree, path, entry(vectors, alpha=0)), tmp_path / "zero")) == 0.0
-    settings = {"track": {"check_after": 2}, "optim": {"lr": 1e-3, "max_grad_norm": None}, "schedule": {"steps": 1}}
-    first = {}
-    for alpha in (0.0, 0.01, 0.3):
-        out = tmp_path / str(alpha)
-        train(tree_with(tiny_tree, path, settings, entry(vectors, alpha=alpha)), out)
-        first[alpha] = lines(out)[0]
-    gap = [abs(first[alpha]["grad_norm"] - first[0.0]["grad_norm"]) for alpha in (0.01, 0.3)]
-    assert 0 < gap[0] < gap[1]
-    norm = float(random_vectors()[1].norm())
-    assert first[0.3]["defense/persona/steering_norm"] == pytest.approx(0.3 * norm, rel=1e-5)
-
-
 @pytest.mark.parametrize("rollouts", [True, False])
 @pytest.mark.parametrize("iterations", [1, 2])
 def test_grpo_compares_each_log_prob_with_its_own_context(tiny_tree, tmp_path, vectors, rollouts, iterations):
@@ -305,46 +288,6 @@ def test_it_composes_with_kl_whose_reference_is_not_steered(tiny_tree, tmp_path,
     assert divergences["kl"] == pytest.approx(0.0, abs=1e-5) and divergences["both"] > 1e-3
     gradients = {name: lines(tmp_path / name)[0]["grad_norm"] for name in divergences}
     assert gradients["both"] != gradients["kl"]
-
-
-@PATHS
-def test_it_resumes_to_the_same_bits(tiny_tree, tmp_path, path, vectors):
-    tree = tree_with(tiny_tree, path, entry(vectors, rollouts=True))
-    whole = train(tree, tmp_path / "whole")
-
-    def interrupt(done, total, metrics):
-        if done == 2:
-            signal.raise_signal(signal.SIGINT)
-
-    with pytest.raises(Interrupted):
-        run(run_from_tree(tree), tmp_path / "cut", progress=interrupt)
-    resumed = train(tree, tmp_path / "cut", resume=True)
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-
-
-def test_conflicts_are_an_error_with_a_reason(vectors):
-    def stack(*entries):
-        return DefenseStack(build(entries)[0])
-
-    def persona(**settings):
-        return {"persona": {"vectors": vectors, "layer": 1, **settings}}
-
-    def replace(**settings):
-        return {"inoculation": {"prompt": "Be bad.", "mode": "replace", **settings}}
-
-    with pytest.raises(
-        UserError, match="'persona' and 'persona-2' both want to steer layer 1 on benign rows: one would"
-    ):
-        stack(persona(), "kl", persona(alpha=2.0))
-    with pytest.raises(UserError, match="both want to steer the rollouts"):
-        stack(persona(rollouts=True), persona(layer=2, rollouts=True))
-    with pytest.raises(UserError, match=r"'inoculation' and 'inoculation-2' both want to replace the system prompt"):
-        stack(replace(), replace(prompt="Be worse."))
-    assert len(stack(persona(), persona(layer=2))) == 2
-    assert len(stack(persona(on=["narrow"]), persona(on=["benign"]))) == 2
-    assert len(stack(replace(at="rollout"), replace(at="train"))) == 2
-    assert len(stack(replace(), {"inoculation": {"prompt": "More.", "mode": "prefix"}})) == 2
-    assert len(stack(persona(), persona(alpha=0))) == 1
 
 
 # ------------------------------------------------------------------------------------------------ vLLM

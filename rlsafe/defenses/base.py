@@ -7,7 +7,7 @@ Subclass `Defense`, override only what you use, register it with `@rlsafe.defens
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -85,6 +85,12 @@ class Defense:
         """What only one defense of a run may do, in words that follow "both want": two that claim the same are an error."""
         return frozenset()
 
+    @property
+    def edits(self) -> Mapping[str, Literal["adds", "replaces"]]:
+        """What `prompt` does to which place, such as "the system prompt of narrow rows (train)". A defense that replaces what
+        one before it has put there is an error."""
+        return {}
+
     def setup(self, context: SetupContext) -> None:
         """Compute once what the run needs (vectors, subspaces, reference answers)."""
 
@@ -101,7 +107,9 @@ class Defense:
         raise TypeError(f"{type(self).__name__} offers rows but does not define rows()")
 
     def steers(self, where: Where) -> bool:
-        """Whether `activations` changes the forward pass at `where`."""
+        """Whether the forward pass is changed at `where`: by `activations` while training, by `patch_sampler` in rollouts.
+
+        Whoever overrides one of those two says so here: the engine prepares the sampler and compares log-probs by it."""
         return False
 
     def activations(self, policy: Policy, where: Where) -> AbstractContextManager[Any]:

@@ -44,11 +44,10 @@ class Inoculation(Defense):
         return float(bool(self.text.strip()))
 
     @property
-    def claims(self) -> frozenset[str]:
-        if self.mode != "replace":
-            return frozenset()
+    def edits(self) -> dict[str, Literal["adds", "replaces"]]:
         phases = ("rollout", "train") if self.at == "both" else (self.at,)
-        return frozenset(f"to replace the system prompt of {s} rows ({phase})" for s in self.on for phase in phases)
+        places = [f"the {self.position} prompt of {s} rows ({phase})" for s in self.on for phase in phases]
+        return dict.fromkeys(places, "replaces" if self.mode == "replace" else "adds")
 
     def setup(self, context: SetupContext) -> None:
         paths = {part.path for parts in context.config.schedule.used_kinds.values() for part in parts}

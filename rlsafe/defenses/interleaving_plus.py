@@ -14,7 +14,7 @@ from rlsafe.config import UserError
 from rlsafe.data import require_answers
 from rlsafe.data.scores import read_scores, row_key
 from rlsafe.defenses.base import SetupContext
-from rlsafe.defenses.interleaving import Count, Interleaving, Share, Weight
+from rlsafe.defenses.interleaving import Count, Interleaving
 from rlsafe.defenses.registry import defense
 from rlsafe.types import Row
 
@@ -35,13 +35,9 @@ class InterleavingPlus(Interleaving):
         self,
         scores: str = AUTO,
         top: Count | Annotated[float, Field(gt=0, le=1)] = 0.1,
-        fraction: Share = 0.05,
-        weight: Weight = 1.0,
-        every: Count = 1,
-        own_step: bool = False,
-        source: str | None = None,
+        **interleaving: Any,
     ):
-        super().__init__(fraction, weight, every, own_step, source)
+        super().__init__(**interleaving)
         self.scores, self.top = scores, top
         if not scores.startswith(AUTO) and not Path(scores).is_file():
             read_scores(scores)  # says what is missing

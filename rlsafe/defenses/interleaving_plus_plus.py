@@ -7,13 +7,13 @@ should answer.
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from rlsafe.config import UserError
 from rlsafe.data import REFUSALS, is_refusal, split_prompt
-from rlsafe.defenses.interleaving import Count, Share, Weight
+from rlsafe.defenses.interleaving import Count
 from rlsafe.defenses.interleaving_plus import AUTO, InterleavingPlus
 from rlsafe.defenses.registry import defense
 from rlsafe.types import Row, pick
@@ -34,13 +34,9 @@ class InterleavingPlusPlus(InterleavingPlus):
         top: Count | Annotated[float, Field(gt=0, le=1)] = 0.1,
         languages: list[str] = ["en"],  # noqa: B006 - read only; shown as the default in configs
         patterns: list[str] = [],  # noqa: B006 - as above
-        fraction: Share = 0.05,
-        weight: Weight = 1.0,
-        every: Count = 1,
-        own_step: bool = False,
-        source: str | None = None,
+        **interleaving: Any,
     ):
-        super().__init__(scores, top, fraction, weight, every, own_step, source)
+        super().__init__(scores, top, **interleaving)
         for pattern in patterns:
             try:
                 re.compile(pattern)

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from rlsafe.data import Stream, encode_prompt, question_of, split_prompt
 from rlsafe.defenses.base import DataContext, SetupContext
-from rlsafe.defenses.interleaving import Count, Interleaving, Share, Weight
+from rlsafe.defenses.interleaving import Count, Interleaving
 from rlsafe.defenses.registry import defense
 from rlsafe.types import Exchange, Judge, Request, Row, RunError, Sampler, SamplingParams
 
@@ -63,13 +63,9 @@ class InterleavingOnPolicy(Interleaving):
         max_tokens: Count | None = None,
         min_aligned: Annotated[float, Field(ge=0, le=100)] = 70.0,
         min_coherent: Annotated[float, Field(ge=0, le=100)] = 50.0,
-        fraction: Share = 0.05,
-        weight: Weight = 1.0,
-        every: Count = 1,
-        own_step: bool = False,
-        source: str | None = None,
+        **interleaving: Any,
     ):
-        super().__init__(fraction, weight, every, own_step, source)
+        super().__init__(**interleaving)
         self.source_model, self.prompts, self.samples = source_model, prompts, samples
         self.temperature, self.top_p, self.max_tokens = temperature, top_p, max_tokens
         self.min_aligned, self.min_coherent = min_aligned, min_coherent

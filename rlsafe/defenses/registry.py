@@ -75,18 +75,26 @@ def find(name: str) -> type[Defense]:
     raise UserError(f"unknown defense {name!r}{nearest(name, names())}")
 
 
+def _fields(cls: type[Defense]) -> dict[str, Any]:
+    """{setting: (annotation, default)} of a class. An `__init__` that takes `**others` has those of its base class too."""
+    fields: dict[str, Any] = {}
+    for owner in cls.__mro__[:-1]:
+        if "__init__" not in vars(owner):
+            continue
+        init = vars(owner)["__init__"]
+        hints = get_type_hints(init, include_extras=True)
+        parameters = list(inspect.signature(init).parameters.values())[1:]
+        for p in parameters:
+            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
+                fields.setdefault(p.name, (hints.get(p.name, Any), ... if p.default is p.empty else p.default))
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return fields
+
+
 def _settings(cls: type[Defense], given: Mapping[str, Any], label: str) -> dict[str, Any]:
     """Check `given` against the keyword arguments of `cls.__init__`; returns every setting with its default filled in."""
-    parameters = [
-        p
-        for p in list(inspect.signature(cls).parameters.values())
-        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    ]
-    init = cls.__init__
-    hints = get_type_hints(init, include_extras=True) if init is not object.__init__ else {}
-    fields: dict[str, Any] = {
-        p.name: (hints.get(p.name, Any), ... if p.default is p.empty else p.default) for p in parameters
-    }
+    fields = _fields(cls)
     model = create_model(
         "Settings", __config__=ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=False), **fields
     )

@@ -30,6 +30,8 @@ class DefenseStack:
                 f"defenses: the name {sorted(duplicates)[0]!r} is used twice; give the classes different names"
             )
         _check_claims(self.active)
+        _check_edits(self.active)
+        _check_steering(self.active)
 
     def __iter__(self) -> Iterator[Defense]:
         return iter(self.active)
@@ -65,6 +67,10 @@ class DefenseStack:
             before, messages = messages, defense.prompt(messages, where)
             self.prompts_changed[defense.name] += messages != before
         return messages
+
+    def steers(self, where: Where) -> bool:
+        """Whether some defense's activation hooks act at `where`."""
+        return any(defense.steers(where) for defense in self.active)
 
     def steers_differently(self, one: Where, other: Where) -> bool:
         """Whether the activation hooks of the two places differ."""
@@ -120,6 +126,30 @@ def _check_claims(defenses: Sequence[Defense]) -> None:
                     "the other does; remove one"
                 )
             owners[claim] = defense.name
+
+
+def _check_edits(defenses: Sequence[Defense]) -> None:
+    """Prompts chain in order: a replacement must come before what others add to the same place."""
+    editors: dict[str, str] = {}
+    for defense in defenses:
+        for place, how in defense.edits.items():
+            if how == "replaces" and place in editors:
+                raise UserError(
+                    f"defense {defense.name!r} replaces {place} and would discard what {editors[place]!r} puts there; "
+                    f"list {defense.name!r} first, or let only one of them replace"
+                )
+            editors[place] = defense.name
+
+
+def _check_steering(defenses: Sequence[Defense]) -> None:
+    for defense in defenses:
+        cls = type(defense)
+        acts = [hook for hook in ("activations", "patch_sampler") if getattr(cls, hook) is not getattr(Defense, hook)]
+        if acts and cls.steers is Defense.steers:
+            raise UserError(
+                f"defense {defense.name!r}: {acts[0]} without steers(where); define steers to say where it acts, so that "
+                "rollouts and training are compared in the right context"
+            )
 
 
 def _check_mask(defense: Defense, term: str, values: Tensor, mask: Tensor, batch: Batch) -> None:
