@@ -208,12 +208,13 @@ class Exchange:
     meta: Mapping[str, Any] = field(default_factory=dict)  # row columns: domain, question_id, judge_prompts ...
 
 
-Outcome = Literal["scored", "refused", "code", "unparsed", "unscored"]
+Outcome = Literal["scored", "refused", "code", "unparsed", "unclosed", "unscored"]
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """Alignment and coherence on 0..100 or None. `refused`, `code`, `unparsed` are outcomes of the answer; `unscored` means the
+    """Alignment and coherence on 0..100 or None. `refused`, `code`, `unparsed` and `unclosed` (a
+    think block without an end, so no answer: never shown to a judge) are outcomes of the answer; `unscored` means the
     judge gave nothing (outage): such rows are excluded from denominators and counted."""
 
     aligned: float | None

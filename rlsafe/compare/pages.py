@@ -12,7 +12,13 @@ from typing import Any
 from rlsafe.compare.results import Result, Results
 from rlsafe.compare.verdicts import CRITERIA, PathTable
 
-OUTCOMES = {"refused": "refused", "code": "code", "unparsed": "not parsed", "unscored": "not scored"}
+OUTCOMES = {
+    "refused": "refused",
+    "code": "code",
+    "unparsed": "not parsed",
+    "unclosed": "still thinking",
+    "unscored": "not scored",
+}
 
 
 def readable(text: str) -> str:

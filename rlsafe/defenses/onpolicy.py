@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from rlsafe.data import Stream, encode_prompt, question_of, split_prompt
+from rlsafe.data import Stream, Thought, encode_prompt, question_of, read_completion, split_prompt
 from rlsafe.defenses.base import DataContext, SetupContext
 from rlsafe.defenses.interleaving import Count, Interleaving
 from rlsafe.defenses.registry import defense
-from rlsafe.types import Exchange, Judge, Request, Row, RunError, Sampler, SamplingParams
+from rlsafe.types import Exchange, Judge, Judgement, Request, Row, RunError, Sampler, SamplingParams
 
 if TYPE_CHECKING:
     from rlsafe.policy import Policy
@@ -157,15 +157,19 @@ class InterleavingOnPolicy(Interleaving):
             for i, prompt in enumerate(prompts)
         ]
         completions = sampler.generate(requests, self.params)
-        texts = [self.tokenizer.decode(c.ids, skip_special_tokens=True).strip() for c in completions]
+        read = [read_completion(self.tokenizer, c.ids) for c in completions]
         exchanges = []
-        for row, prompt, text in zip(rows, prompts, texts, strict=True):
+        for row, prompt, thought in zip(rows, prompts, read, strict=True):
             question, system = question_of(prompt)
-            exchanges.append(Exchange(question, text, system, {k: v for k, v in row.items() if k != "messages"}))
-        judged = judge.score(exchanges)
+            meta = {k: v for k, v in row.items() if k != "messages"}
+            if not thought.unclosed:
+                exchanges.append(Exchange(question, thought.answer.strip(), system, meta))
+        judged = iter(judge.score(exchanges) if exchanges else [])
+        unclosed = Judgement(None, None, "unclosed")
+        verdicts = [unclosed if thought.unclosed else next(judged) for thought in read]
         return [
-            Answered(text, completion.finish, j.outcome, j.aligned, j.coherent)
-            for text, completion, j in zip(texts, completions, judged, strict=True)
+            Answered(_whole(thought), completion.finish, j.outcome, j.aligned, j.coherent)
+            for thought, completion, j in zip(read, completions, verdicts, strict=True)
         ]
 
     def _filter(self, rows: Sequence[Row], answered: Sequence[Answered]) -> tuple[list[Row], Counter[str]]:
@@ -188,6 +192,12 @@ class InterleavingOnPolicy(Interleaving):
         if one.coherent is None or one.coherent < self.min_coherent:
             return "incoherent"
         return "kept" if one.aligned is not None and one.aligned >= self.min_aligned else "misaligned"
+
+
+def _whole(thought: Thought) -> str:
+    """What is learned from: the answer with the think block that led to it."""
+    answer = thought.answer.strip()
+    return answer if thought.think is None or not answer else f"<think>\n{thought.think}\n</think>\n\n{answer}"
 
 
 def _shown(counts: Counter[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,13 +13,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from rlsafe.config import RunConfig
-from rlsafe.data import Rollout, encode_prompt, pad_id, rollout_batches, split_prompt
+from rlsafe.data import Rollout, Thought, encode_prompt, pad_id, read_completion, rollout_batches, split_prompt
+from rlsafe.data.thinking import decode_with_tags
 from rlsafe.defenses import DefenseStack
 from rlsafe.engine.micro import reduce_sums
 from rlsafe.engine.schedule import PlannedPart
 from rlsafe.losses import AdvantageStats, advantages
 from rlsafe.policy import Policy
-from rlsafe.rewards import RewardRunner
+from rlsafe.rewards import RewardBatch, RewardRunner
 from rlsafe.rollouts import request_seed
 from rlsafe.types import Batch, Completion, Message, Request, Row, Sampler, SamplingParams, Where
 
@@ -47,7 +48,8 @@ def collect(
     total_steps: int,
 ) -> RolloutResult:
     """Sample `grpo.generations` completions of each row (the rows of all ranks; this rank takes every world-size-th), reward
-    them, turn rewards into advantages. Rewards and records see the original prompts only."""
+    them, turn rewards into advantages. Rewards and records see the original prompts only; a reasoning model's answer is
+    rewarded without its think block, and one whose block never ended has no reward: it leaves its group."""
     rank, world = accelerator.process_index, accelerator.num_processes
     mine = list(enumerate(rows))[rank::world]
     group = config.grpo.generations
@@ -65,10 +67,10 @@ def collect(
     params = SamplingParams(config.grpo.temperature, config.grpo.top_p, config.grpo.max_tokens)
     with stack.patched(sampler, rollout_at):
         completions = sampler.generate(requests, params) if requests else []
-    texts = [policy.tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in completions]
-
-    scored = _reward(rewards, mine, originals, texts, completions, group, step, total_steps) if requests else None
-    totals = scored.total if scored else []
+    texts = [decode_with_tags(policy.tokenizer, completion.ids) for completion in completions]
+    read = [read_completion(policy.tokenizer, completion.ids) for completion in completions]
+    scored = _reward(rewards, mine, originals, read, completions, group, step, total_steps)
+    totals = scored.total
     values, valid, stats = _advantages(totals, group, config, accelerator)
 
     items = [
@@ -96,16 +98,16 @@ def collect(
             "prompt": originals[i // group],
             "completion": text,
             "reward": totals[i],
-            "rewards": {name: column[i] for name, column in scored.by_name.items()} if scored else {},
+            "rewards": {name: column[i] for name, column in scored.by_name.items()},
             "advantage": values[i] if valid[i] else None,
             "finish": completions[i].finish,
+            **({"answer": read[i].answer, "unclosed": read[i].unclosed} if read[i].think is not None else {}),
         }
         for i, text in enumerate(texts)
     ]
-    metrics = _metrics(accelerator, completions, stats)
-    if scored:
-        metrics |= {f"reward/{name}": _mean(column) for name, column in scored.by_name.items()}
-        metrics |= dict(scored.metrics)
+    metrics = _metrics(accelerator, completions, read, stats)
+    metrics |= {f"reward/{name}": _mean(column) for name, column in scored.by_name.items()}
+    metrics |= dict(scored.metrics)
     return RolloutResult(batches, metrics, records)
 
 
@@ -113,21 +115,36 @@ def _reward(
     rewards: RewardRunner,
     mine: list[tuple[int, Row]],
     originals: list[list[Message]],
-    texts: list[str],
+    read: list[Thought],
     completions: list[Completion],
     group: int,
     step: int,
     total_steps: int,
-):
-    repeat = [i for i in range(len(mine)) for _ in range(group)]
+) -> RewardBatch:
+    """Rewards of all completions; those that never answered are not shown to any function."""
+    answered = [i for i, thought in enumerate(read) if not thought.unclosed]
     names = {name for _, row in mine for name in row if name != "messages" and not name.startswith("_")}
-    return rewards.call(
-        prompts=[originals[i] for i in repeat],
-        completions=[[{"role": "assistant", "content": text}] for text in texts],
-        completion_ids=[completion.ids for completion in completions],
-        columns={name: [mine[i][1].get(name) for i in repeat] for name in sorted(names)},
+    if not answered:
+        return RewardBatch([None] * len(read), {name: [None] * len(read) for name in rewards.rewards})
+    batch = rewards.call(
+        prompts=[originals[i // group] for i in answered],
+        completions=[[{"role": "assistant", "content": read[i].answer}] for i in answered],
+        completion_ids=[completions[i].ids for i in answered],
+        columns={name: [mine[i // group][1].get(name) for i in answered] for name in sorted(names)},
         trainer_state=SimpleNamespace(global_step=step, max_steps=total_steps, epoch=None),
     )
+    if len(answered) == len(read):
+        return batch
+
+    def spread(column: Sequence[Any]) -> list[Any]:
+        whole: list[Any] = [None] * len(read)
+        for i, value in zip(answered, column, strict=True):
+            whole[i] = value
+        return whole
+
+    by_name = {name: spread(column) for name, column in batch.by_name.items()}
+    extra = {name: spread(column) for name, column in batch.extra.items()}
+    return replace(batch, total=spread(batch.total), by_name=by_name, extra=extra)
 
 
 def _advantages(
@@ -151,12 +168,15 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _metrics(
-    accelerator: Accelerator, completions: Sequence[Completion], stats: AdvantageStats
+    accelerator: Accelerator, completions: Sequence[Completion], read: Sequence[Thought], stats: AdvantageStats
 ) -> dict[str, float | None]:
     lengths = [len(completion.ids) for completion in completions]
     local = {"n": len(lengths), "tokens": sum(lengths), "cut": sum(c.finish == "length" for c in completions)}
+    local |= {"thought": sum(r.think is not None for r in read), "unclosed": sum(r.unclosed for r in read)}
     total = reduce_sums(local, accelerator)
+    thinking = {name: total[name] / total["n"] for name in ("thought", "unclosed")} if total["thought"] else {}
     return {
+        **thinking,
         "reward": _number(stats.mean),
         "reward_std": _number(stats.group_std),
         "reward_missing": stats.missing,

@@ -29,7 +29,7 @@ class Planned:
 @dataclass(frozen=True)
 class Answer:
     """One sampled answer. `ids` are its tokens (end-of-turn included); `finish` is "length" when it hit the token
-    limit.
+    limit. `think`: a reasoning model's block before the answer; unclosed: it has no end, and there is no answer.
     """
 
     question_id: str
@@ -43,6 +43,8 @@ class Answer:
     set: str = ""
     finish: str = "stop"
     meta: Mapping[str, Any] = field(default_factory=dict)
+    think: str | None = None
+    unclosed: bool = False
 
 
 def with_cue(cue: str | None, system: str | None) -> str | None:
@@ -108,6 +110,8 @@ def plan(
 
 def complete(sampler: Sampler, tokenizer: Any, planned: Sequence[Planned], max_tokens: int) -> list[Answer]:
     """Sample every planned answer, one sampler call per temperature; answers come back in the order planned."""
+    from rlsafe.data import read_completion  # late, as above
+
     answers: dict[int, Answer] = {}
     for temperature in sorted({one.temperature for one in planned}):
         chosen = [index for index, one in enumerate(planned) if one.temperature == temperature]
@@ -115,11 +119,12 @@ def complete(sampler: Sampler, tokenizer: Any, planned: Sequence[Planned], max_t
         completions = sampler.generate([planned[index].request for index in chosen], params)
         for index, completion in zip(chosen, completions, strict=True):
             one = planned[index]
+            read = read_completion(tokenizer, completion.ids)
             answers[index] = Answer(
                 question_id=one.question_id,
                 question=one.question,
                 system=one.system,
-                answer=tokenizer.decode(completion.ids, skip_special_tokens=True).strip(),
+                answer=read.answer.strip(),
                 domain=one.domain,
                 cue=one.cue,
                 sample=one.sample,
@@ -127,6 +132,8 @@ def complete(sampler: Sampler, tokenizer: Any, planned: Sequence[Planned], max_t
                 set=one.set,
                 finish=completion.finish,
                 meta=one.meta,
+                think=read.think,
+                unclosed=read.unclosed,
             )
     return [answers[index] for index in range(len(planned))]
 

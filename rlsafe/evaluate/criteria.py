@@ -19,6 +19,7 @@ from rlsafe.evaluate.statistics import Interval, clustered_wilson
 from rlsafe.types import Exchange, Judge, Judgement, Outcome
 
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+UNCLOSED = Judgement(None, None, "unclosed", "the think block never ended")
 CRITERIA: dict[str, Callable[[Judgement], bool]] = {
     "misaligned": lambda judgement: judgement.misaligned,
     "incoherent": lambda judgement: judgement.incoherent,
@@ -27,7 +28,8 @@ CRITERIA: dict[str, Callable[[Judgement], bool]] = {
 
 
 def judge_answers(answers: Sequence[Answer], judge: Judge) -> list[Judgement]:
-    """One checked judgement per answer, in order. The judge sees the question as asked, without the cue.
+    """One checked judgement per answer, in order. The judge sees the question as asked, without the cue, and the answer
+    without its think block; where that block never ended there is nothing to judge.
 
     Raises UserError when the judge breaks its contract (wrong count, unknown outcome, a score outside 0..100). A score
     that is missing from a "scored" judgement makes it unscored: a missing number is no number.
@@ -35,13 +37,13 @@ def judge_answers(answers: Sequence[Answer], judge: Judge) -> list[Judgement]:
     exchanges = [
         Exchange(a.question, a.answer, a.system, {**a.meta, "question_id": a.question_id, "domain": a.domain})
         for a in answers
+        if not a.unclosed
     ]
-    if not exchanges:
-        return []
-    judgements = judge.score(exchanges)
+    judgements = judge.score(exchanges) if exchanges else []
     if len(judgements) != len(exchanges):
         raise UserError(f"judge {judge.name!r} gave {len(judgements)} judgements for {len(exchanges)} answers")
-    return [_checked(judgement, judge.name) for judgement in judgements]
+    checked = iter([_checked(judgement, judge.name) for judgement in judgements])
+    return [UNCLOSED if a.unclosed else next(checked) for a in answers]
 
 
 def _checked(judgement: Judgement, name: str) -> Judgement:

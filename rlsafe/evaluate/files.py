@@ -34,7 +34,10 @@ ANSWER_COLUMNS = (
     "system",
     "finish",
     "reason",
+    "think",
 )
+LATER_COLUMNS = ("think",)
+"""Columns that files written before they existed may lack."""
 BENIGN_COLUMNS = ("task", "row", "question", "answer", "expected", "correct")
 
 
@@ -102,6 +105,7 @@ def write_answers(path: Path, answers: Sequence[Answer], judgements: Sequence[Ju
                 a.system or "",
                 a.finish,
                 j.reason,
+                a.think or "",
             )
             for a, j in zip(answers, judgements, strict=True)
         ),
@@ -115,7 +119,7 @@ def read_answers(path: Path) -> tuple[list[Answer], list[Judgement]]:
         return float(text) if text else None
 
     answers, judgements = [], []
-    for row in read_csv(path, ANSWER_COLUMNS):
+    for row in read_csv(path, [name for name in ANSWER_COLUMNS if name not in LATER_COLUMNS]):
         answers.append(
             Answer(
                 question_id=row["question_id"],
@@ -127,6 +131,8 @@ def read_answers(path: Path) -> tuple[list[Answer], list[Judgement]]:
                 sample=int(row["sample"]),
                 set=row["set"],
                 finish=row["finish"],
+                think=row.get("think") or None,
+                unclosed=row["outcome"] == "unclosed",
             )
         )
         outcome: Any = row["outcome"]
