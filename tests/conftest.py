@@ -115,3 +115,25 @@ def tiny_tree(tiny_model_dir, narrow_file, safe_file, reward_file) -> dict[str, 
         "sampler": {"kind": "transformers"},
         "track": {"every": 0, "check_after": 0},
     }
+
+
+@pytest.fixture(scope="session")
+def judge_server(tmp_path_factory, pytestconfig):
+    """A real OpenAI-compatible server with a tiny judge, for the whole session: `.base_url`, `.model`; see judge_server.py."""
+    pytest.importorskip("vllm")
+    from judge_server import JudgeServer, trained_judge
+
+    directory = trained_judge(pytestconfig.cache.mkdir("judge"))
+    server = JudgeServer(directory, tmp_path_factory.mktemp("judge-server") / "log.txt").start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Public research data that is not part of the project: RLSAFE_SHARED_DATA, or shared/data in or beside the checkout."""
+    root = Path(__file__).resolve().parent.parent
+    places = [Path(p) for p in [os.environ.get("RLSAFE_SHARED_DATA")] if p]
+    places += [root / "shared" / "data", root.parent / "shared" / "data"]
+    found = next((place for place in places if (place / "sft").is_dir()), None)
+    return found or pytest.skip("the shared research data is not here")

@@ -1,5 +1,6 @@
 """Chat endpoints that speak OpenAI's protocol: asked from rewards and judges, in the background, without exceptions."""
 
+from rlsafe.endpoints import background
 from rlsafe.endpoints.client import Endpoint, estimate_tokens, open_endpoint
 from rlsafe.endpoints.replies import ChatRequest, Failure, Position, Reply, Result
 from rlsafe.endpoints.settings import EndpointSettings, parse_settings
@@ -14,6 +15,7 @@ __all__ = [
     "Reply",
     "Result",
     "Totals",
+    "background",
     "estimate_tokens",
     "open_endpoint",
     "parse_settings",

@@ -40,7 +40,7 @@ class Endpoint:
 
     def __init__(self, settings: EndpointSettings):
         self.settings, self.totals = settings, Totals()
-        self._key = settings.read_key()
+        self._key: str | None = None
         self._cache = Cache(settings.cache) if settings.cache else None
         self._limits = Limits(settings.requests_per_minute, settings.tokens_per_minute)
         self._slots = asyncio.Semaphore(settings.concurrency)
@@ -57,8 +57,14 @@ class Endpoint:
     # ------------------------------------------------------------------------------------------------ asking
 
     def submit(self, request: ChatRequest) -> Future[Result]:
-        """Ask in the background."""
+        """Ask in the background. UserError when the key that the endpoint needs is not set."""
+        self.ready()
         return background.start(self._ask(request))
+
+    def ready(self) -> None:
+        """Read the key. Not done earlier: a plan or an estimate needs none."""
+        if self._key is None:
+            self._key = self.settings.read_key()
 
     def ask(self, requests: Sequence[ChatRequest]) -> list[Result]:
         """Ask all at once and wait; results in order."""
@@ -248,7 +254,7 @@ class Endpoint:
         """Whether to try: always, unless the endpoint is down; then one request looks and the others wait for what it sees."""
         if not self.down:
             return True
-        if time.monotonic() - self._probe_failed < PROBE_EVERY:
+        if time.monotonic() - self._probe_failed < min(PROBE_EVERY, self.settings.deadline):
             return False
         if self._probe is None:
             self._probe = asyncio.get_running_loop().create_future()
