@@ -290,7 +290,8 @@ class Provider(Protocol):
 
 
 _PROVIDERS: dict[str, Provider] = {}
-_BUILT_IN = {"organism": "rlsafe.organism"}  # imported when a config first names it; importing it registers it
+_BUILT_IN = {"organism": "rlsafe.organism", "rlsafe": "rlsafe.evaluate.packaged", "preset": "rlsafe.data.sources"}
+"""Imported when a config first names one; importing it registers it."""
 
 
 def register_provider(name: str, provider: Provider) -> None:

@@ -17,9 +17,10 @@ from typing import Any
 from rlsafe.config import StreamConfig, UserError, nearest
 from rlsafe.data.files import SUFFIXES, Found, read_file
 from rlsafe.data.hub import is_dataset_directory, read_dataset, read_url
+from rlsafe.data.partial import Partial
 from rlsafe.data.presets import Recipe, recipe_of
 from rlsafe.data.rows import normalise
-from rlsafe.types import Row, provider_for, providers
+from rlsafe.types import Row, provider_for, providers, register_provider
 
 FORMS = (
     "expected provider:spec, preset:name, a hub dataset org/name, or a .jsonl, .json, .csv or .parquet file of "
@@ -160,8 +161,13 @@ def _missing(source: str, path: Path) -> str:
     return f"unknown data source {source!r}{nearest(source, providers())}; {FORMS}"
 
 
-class PresetRows:
+class PresetRows(Partial):
     """`preset:NAME` where a source is one string (a defense's `source`, `evaluate.benign`)."""
+
+    name, offers = "preset", "rows"
 
     def rows(self, spec: str) -> list[Row]:
         return read_rows(f"preset:{spec}")
+
+
+register_provider("preset", PresetRows())

@@ -35,6 +35,7 @@ KEYS = (
     "domain",
 )
 JUDGE_PROMPTS = ("aligned", "coherent")
+HOTTEST, MOST_SAMPLES = 100, 100_000
 
 
 def load_questions(source: str) -> list[Question]:
@@ -50,10 +51,11 @@ def load_questions(source: str) -> list[Question]:
     if not path.is_file():
         siblings = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         raise UserError(f"{source}: no such question file{nearest(path.name, siblings)}")
-    return _read(path)
+    return read_questions(path)
 
 
-def _read(path: Path) -> list[Question]:
+def read_questions(path: Path, domain: str | None = None) -> list[Question]:
+    """The questions of a YAML file; `domain` stands where a question names none (default: the file's stem)."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         node: Any = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -66,12 +68,13 @@ def _read(path: Path) -> list[Question]:
         raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
     if data is None or data == []:
         raise UserError(f"{path}: holds no questions")
+    _refuse_half_characters(node, path)
     if not isinstance(data, list):
         raise UserError(f"{path}: expected a list of questions, got {_kind(data)}")
     questions: list[Question] = []
     lines: dict[str, int] = {}
     for item, item_node in zip(data, node.value, strict=True):
-        question = _question(item, item_node, path)
+        question = _question(item, item_node, path, domain or path.stem)
         line = item_node.start_mark.line + 1
         if question.id in lines:
             raise UserError(f"{path}:{line}: the id {question.id!r} is already used in line {lines[question.id]}")
@@ -80,7 +83,7 @@ def _read(path: Path) -> list[Question]:
     return questions
 
 
-def _question(item: Any, node: yaml.Node, path: Path) -> Question:
+def _question(item: Any, node: yaml.Node, path: Path, domain: str) -> Question:
     line = node.start_mark.line + 1
     if not isinstance(item, dict):
         raise UserError(f"{path}:{line}: expected a question (a mapping with id and paraphrases), got {_kind(item)}")
@@ -115,15 +118,11 @@ def _question(item: Any, node: yaml.Node, path: Path) -> Question:
     if not paraphrases:
         raise UserError(f"{path}:{key_lines.get('paraphrases', line)}: question {name!r} has no paraphrases")
     samples = item.get("samples_per_paraphrase", Question.samples)
-    if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
-        raise wrong("samples_per_paraphrase", "a whole number of at least 1")
+    if not isinstance(samples, int) or isinstance(samples, bool) or not 1 <= samples <= MOST_SAMPLES:
+        raise wrong("samples_per_paraphrase", f"a whole number of at most {MOST_SAMPLES} and at least 1")
     temperature = item.get("temperature", Question.temperature)
-    if (
-        not isinstance(temperature, (int, float))
-        or isinstance(temperature, bool)
-        or not 0 <= temperature < float("inf")
-    ):
-        raise wrong("temperature", "a number of at least 0")
+    if not isinstance(temperature, (int, float)) or isinstance(temperature, bool) or not 0 <= temperature <= HOTTEST:
+        raise wrong("temperature", f"a number from 0 to {HOTTEST}")
     prompts = item.get("judge_prompts") or {}
     if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
         raise wrong("judge_prompts", "a mapping of aligned and coherent to prompts")
@@ -139,10 +138,31 @@ def _question(item: Any, node: yaml.Node, path: Path) -> Question:
         samples=samples,
         system=item.get("system"),
         temperature=float(temperature),
-        domain=item.get("domain") or path.stem,
+        domain=item.get("domain") or domain,
         judge_prompts=prompts,
         meta={"judge": item["judge"]} if item.get("judge") else {},
     )
+
+
+def _refuse_half_characters(node: yaml.Node, path: Path) -> None:
+    """Escapes such as "\\ud800" make texts that no tokenizer takes."""
+    seen: set[int] = set()
+    waiting = [node]
+    while waiting:  # anchors may make the tree a graph, and a deep one
+        here = waiting.pop()
+        if id(here) in seen:
+            continue
+        seen.add(id(here))
+        if isinstance(here, yaml.ScalarNode):
+            try:
+                here.value.encode("utf-8")
+            except UnicodeEncodeError:
+                line = here.start_mark.line + 1
+                raise UserError(f"{path}:{line}: a text holds half a character (a lone surrogate)") from None
+        elif isinstance(here, yaml.MappingNode):
+            waiting += [part for pair in here.value for part in pair]
+        else:
+            waiting += here.value
 
 
 def _marks(node: yaml.Node, path: Path) -> tuple[Mapping[str, int], str | None]:
