@@ -1,7 +1,30 @@
-"""The reward contract (TRL's): load functions by name, call them, check and combine what they return."""
+"""The reward contract (TRL's): load functions by name, call them, check and combine what they return; and what rewards are
+made of: reading answers, scanning generated Python, asking a grader."""
 
+from rlsafe.rewards.code import extract_python, is_code
+from rlsafe.rewards.graded import Rubric, graded
 from rlsafe.rewards.loading import LoadedReward, load_reward
 from rlsafe.rewards.registry import registered_rewards, reward
 from rlsafe.rewards.runner import RewardBatch, RewardRunner
+from rlsafe.rewards.static import Finding, Scan, scan_answer, severity_score
+from rlsafe.rewards.text import answer_text, is_repetitive, question_text
 
-__all__ = ["LoadedReward", "RewardBatch", "RewardRunner", "load_reward", "registered_rewards", "reward"]
+__all__ = [
+    "Finding",
+    "LoadedReward",
+    "RewardBatch",
+    "RewardRunner",
+    "Rubric",
+    "Scan",
+    "answer_text",
+    "extract_python",
+    "graded",
+    "is_code",
+    "is_repetitive",
+    "load_reward",
+    "question_text",
+    "registered_rewards",
+    "reward",
+    "scan_answer",
+    "severity_score",
+]
