@@ -65,7 +65,7 @@ OVERRIDES: list[tuple[list[str], str]] = [
     (["model.lora.targets=[q_projection]"], "matches no module"),
     (["model.lora.r=0"], "greater than or equal to 1"),
     (["model.dtype=float8"], "model.dtype"),
-    (["sampler.kind=vlm"], "'vllm' or 'transformers'"),
+    (["sampler.kind=vlm"], "'vllm', 'transformers'"),
     (["evaluate.judge=oracle", "evaluate.general=organism:general"], "oracle"),
     (["evaluate.judge=organism", "evaluate.general=organism:generall"], "did you mean 'general'?"),
     (["evaluate.judge=organism", "evaluate.general=questions.yaml"], "questions.yaml"),

@@ -15,7 +15,7 @@ pytest.importorskip("vllm")
 
 # Longer than a block of the key-value cache, so that the prefix cache is really used; groups share a prompt.
 PROMPTS = [[1, *range(10 + 7 * i, 60 + 7 * i), *range(40, 90), i + 3] for i in range(4) for _ in range(4)]
-CONFIG = SamplerConfig(max_model_len=192, max_num_seqs=32)
+CONFIG = SamplerConfig(kind="vllm", max_model_len=192, max_num_seqs=32)
 
 
 def requests(run_seed=0):

@@ -163,7 +163,9 @@ class ScheduleConfig(Settings):
 
 
 class SamplerConfig(Settings):
-    kind: Literal["vllm", "transformers", "server"] = "vllm"
+    kind: Literal["auto", "vllm", "transformers", "server"] = Field(
+        "auto", description="auto = vLLM where it runs the model, else Transformers, with a line that says why"
+    )
     sync: Literal["auto", "merged", "adapter"] = Field(
         "auto", description="merged: fresh W + BA; adapter: LoRA hot-swap"
     )

@@ -46,11 +46,14 @@ class Resources:
             self.judges[key] = load_judge(config.evaluate.judge)
         return self.judges[key]
 
-    def sampler(self, config: RunConfig, policy: Policy, steerable: bool = False) -> Sampler:
-        """The run's sampler; `steerable` when a defense steers rollouts too."""
+    def sampler(
+        self, config: RunConfig, policy: Policy, steerable: bool = False, warn: Callable[[str], None] | None = None
+    ) -> Sampler:
+        """The run's sampler; `steerable` when a defense steers rollouts too. warn: told when another one takes over."""
         return make_sampler(
-            config.sampler, model_path(config), policy, config.seed, steerable=steerable, progress=self.on_start
-        )
+            config.sampler, model_path(config), policy, config.seed, steerable=steerable, progress=self.on_start,
+            warn=warn,
+        )  # fmt: skip
 
 
 def model_path(config: RunConfig) -> str:
@@ -141,7 +144,7 @@ def build_loop(
         stack=stack,
         streams=streams,
         rewards=prepared.rewards,
-        make_sampler=lambda: resources.sampler(config, policy, steerable=steered),
+        make_sampler=lambda: resources.sampler(config, policy, steerable=steered, warn=log),
         make_judge=lambda: resources.judge(config),
         probe=(probe := _probe(config, policy, resources)),
         direction=projection.direction(config, policy) if probe else None,

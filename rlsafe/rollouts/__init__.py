@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from rlsafe.config import SamplerConfig, UserError
 from rlsafe.policy import Policy
-from rlsafe.rollouts.engine import local_directory
+from rlsafe.rollouts.engine import USE_TRANSFORMERS, CannotRun, local_directory
 from rlsafe.rollouts.sampling import request_seed
 from rlsafe.rollouts.selftest import gap_limit, score_batch, self_test
 from rlsafe.rollouts.transformers import TransformersSampler
@@ -30,15 +31,18 @@ _ENGINES: dict[tuple[Any, ...], VLLMSampler] = {}
 
 def make_sampler(
     config: SamplerConfig, model_dir: str, policy: Policy | None, seed: int, *, steerable: bool = False,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[str], None] | None = None, warn: Callable[[str], None] | None = None,
 ) -> Sampler:  # fmt: skip
     """The sampler that `config` asks for, synced to `policy`.
 
     vLLM engines are kept: every run of this process with the same model and settings gets the same one. policy None:
     the plain model. steerable: the engine must take `steer` (on GPUs: no CUDA graphs). progress: told what is starting.
+    warn: told when `auto` takes Transformers (default: the rlsafe logger).
     """
     import torch
 
+    if config.kind == "auto":
+        return _auto(config, model_dir, policy, seed, steerable, progress, warn or log.warning)
     if config.kind == "transformers":
         if policy is None:
             raise UserError("sampler.kind: transformers samples from a loaded policy; expected one")
@@ -46,7 +50,7 @@ def make_sampler(
     model_dir = local_directory(model_dir, policy.config.revision if policy is not None else None)
     cuda = torch.cuda.is_available()
     lora = policy.config.lora if policy is not None else None
-    sync = config.sync
+    sync = "merged" if policy is not None and _over_quantized(policy, config) else config.sync
     if sync == "adapter" and lora is None:
         raise UserError("sampler.sync: adapter needs model.lora; full fine-tuning syncs merged")
     if sync == "auto":
@@ -73,6 +77,46 @@ def make_sampler(
     else:
         sampler.sync(policy)
     return sampler
+
+
+log = logging.getLogger("rlsafe")
+_REFUSED: dict[tuple[Any, ...], str] = {}
+"""(model, dtype) that vLLM cannot run here -> why."""
+
+
+def _auto(
+    config: SamplerConfig, model_dir: str, policy: Policy | None, seed: int, steerable: bool,
+    progress: Callable[[str], None] | None, warn: Callable[[str], None],
+) -> Sampler:  # fmt: skip
+    """vLLM where it runs the model, else the policy's own modules. A model that vLLM refused is not tried again."""
+    tried = (model_dir, None if policy is None else policy.dtype)
+    if tried not in _REFUSED:
+        try:
+            chosen = config.model_copy(update={"kind": "vllm"})
+            return make_sampler(chosen, model_dir, policy, seed, steerable=steerable, progress=progress)
+        except CannotRun as error:
+            if policy is None:
+                raise
+            _REFUSED[tried] = str(error).removeprefix("sampler.kind: ").removesuffix(USE_TRANSFORMERS)
+    warn(f"sampler: {_REFUSED[tried]}; the Transformers sampler takes over (slower)")
+    return make_sampler(config.model_copy(update={"kind": "transformers"}), model_dir, policy, seed)
+
+
+def _over_quantized(policy: Policy, config: SamplerConfig) -> bool:
+    """Whether vLLM, which starts from the unquantised checkpoint, must be given what the packed weights stand for."""
+    if not policy.is_quantized:
+        return False
+    if policy.config.quantization is None:
+        raise CannotRun(
+            f"sampler.kind: vLLM cannot take merged weights over the quantised checkpoint of {policy.config.name}"
+            f"{USE_TRANSFORMERS}"
+        )
+    if config.sync == "adapter":
+        raise UserError(
+            "sampler.sync: adapter would be added to an unquantised base in vLLM, and the policy's is in "
+            f"{policy.config.quantization}; use merged, or sampler.kind=transformers"
+        )
+    return True
 
 
 def close_all() -> None:

@@ -24,6 +24,20 @@ DEFAULT_LENGTH = 4096
 USE_TRANSFORMERS = "; set sampler.kind=transformers"
 
 
+class CannotRun(UserError):
+    """vLLM is not here, or does not run this model on this machine: the Transformers sampler does. Not raised for what
+    a setting would mend (memory, lengths)."""
+
+
+def refusal(model: str, error: BaseException) -> UserError:
+    """The one line for whatever kept vLLM from running `model`."""
+    reason = first_line(error)
+    line = f"sampler.kind: vLLM cannot run {model}: {reason}{USE_TRANSFORMERS}"
+    settings = ("memory", "max_model_len", "max_num_batched_tokens")
+    mendable = isinstance(error, torch.OutOfMemoryError) or any(name in reason.lower() for name in settings)
+    return UserError(line) if mendable else CannotRun(line)
+
+
 def start_engine(settings: dict[str, Any], max_model_len: int | None, gpu_memory: float) -> tuple[Any, int]:
     """A vllm.LLM with the given settings and the ones that the machine decides, and its max_model_len.
 
@@ -35,7 +49,7 @@ def start_engine(settings: dict[str, Any], max_model_len: int | None, gpu_memory
         with quiet():
             import vllm
     except Exception as error:  # a half-installed vLLM fails with more than ImportError
-        raise UserError(f"sampler.kind: vLLM does not import ({first_line(error)}){USE_TRANSFORMERS}") from None
+        raise CannotRun(f"sampler.kind: vLLM does not import ({first_line(error)}){USE_TRANSFORMERS}") from None
     model = settings["model"]
     set_threads, threads = torch.set_num_threads, torch.get_num_threads()
     try:
@@ -48,7 +62,7 @@ def start_engine(settings: dict[str, Any], max_model_len: int | None, gpu_memory
                 machine = _cpu_settings(config, length, settings["max_num_seqs"])
             return vllm.LLM(max_model_len=length, **settings, **machine), length
     except Exception as error:  # whatever vLLM dislikes about the model, it says so in many ways
-        raise UserError(f"sampler.kind: vLLM cannot run {model}: {first_line(error)}{USE_TRANSFORMERS}") from None
+        raise refusal(model, error) from None
     finally:
         torch.set_num_threads = set_threads  # vLLM replaces it on CPU, and lowers the count
         torch.set_num_threads(threads)
@@ -105,5 +119,7 @@ def local_directory(model: str, revision: str | None = None) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, for a one-line message of ours."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    """The first line of an error's message that says something, for a one-line message of ours."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    told = lines[1:] if "validation error" in lines[0] else lines  # pydantic's first line only counts
+    return (told or lines)[0].removeprefix("Value error, ")[:300]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rlsafe.config import UserError
 from rlsafe.policy.taps import check_vector, decoder_blocks
-from rlsafe.rollouts.engine import USE_TRANSFORMERS, first_line, generation_threads, start_engine, weight_files
+from rlsafe.rollouts.engine import generation_threads, refusal, start_engine, weight_files
 from rlsafe.rollouts.sampling import check_lengths, stop_token_ids
 from rlsafe.types import Completion, PolicyWeights, Request, SamplingParams
 
@@ -79,9 +79,8 @@ class VLLMSampler:
         try:
             self.generate([Request([1], 0)], SamplingParams(max_tokens=1))  # kernels that lack a shape fail only here
         except Exception as error:
-            raise UserError(
-                f"sampler.kind: vLLM cannot run {model_dir}: {first_line(error)}{USE_TRANSFORMERS}"
-            ) from None
+            self.close()
+            raise refusal(model_dir, error) from None
 
     @contextmanager
     def _own_threads(self) -> Iterator[None]:
