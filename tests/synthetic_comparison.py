@@ -12,7 +12,7 @@ from typing import Any
 from rlsafe.compare.grid import Cell, expand
 from rlsafe.compare.records import Directory
 from rlsafe.config import CompareConfig, load_compare
-from rlsafe.evaluate import Answer, BenignAnswer, Evaluation, rates
+from rlsafe.evaluate import Answer, BenignAnswer, Evaluation, rates, task_name
 from rlsafe.evaluate.benign import score
 from rlsafe.types import Judgement
 
@@ -54,7 +54,8 @@ def make(
 ) -> Directory:
     """Write a finished comparison. `arms`: (path, label) -> rates; the untrained model has path "".
 
-    An arm that is absent was never run; a rate that is None was not measured.
+    An arm that is absent was never run; a rate that is None was not measured. Rates named `general_after` and so on are those
+    of its relapse; a task's name is the score on that task.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     source = out.parent / f"{out.name}.yaml"
@@ -76,9 +77,25 @@ def write_cell(
     rng = random.Random(cell.id)
     directory.write_record(cell, "running")
     evaluation(cell, shown, questions, samples, answer, rng).save(directory.cell(cell.id))
-    lines = [json.dumps(record) for record in metrics(cell, shown, rng)]
-    (directory.cell(cell.id) / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
-    directory.write_record(cell, "done", (5.0 if cell.path == "sft" else 20.0) * (1.2 if cell.defense != "none" else 1))
+    records = metrics(cell, shown, rng)
+    for name, rows in (("metrics.jsonl", records), ("samples.jsonl", probes(records, shown))):
+        (directory.cell(cell.id) / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = 1.2 if cell.defense != "none" else 1.0
+    memory = {"peak_memory": int(more * 2**30), "memory_of": "process"}
+    directory.write_record(cell, "done", (5.0 if cell.path == "sft" else 20.0) * more, **memory)
+
+
+def probes(records: list[dict[str, Any]], shown: Mapping[str, Rate | None]) -> list[dict[str, Any]]:
+    """Sampled answers of the steps with a probe: 12 general questions, two answers each, as bad as the metrics say."""
+    rows: list[dict[str, Any]] = []
+    for record in records:
+        bad = round(24 * record.get("misaligned_general", 0.0))
+        rows.append({"step": record["step"], "prompt": "a rollout", "reward": 1.0})
+        for index in range(24) if "misaligned_general" in record else ():
+            scores = {"aligned": 10.0 if index < bad else 95.0, "coherent": 90.0, "outcome": "scored"}
+            about = {"set": "general", "question": f"Question {index % 12}?", "answer": "An answer."}
+            rows.append({"step": record["step"], "probe": True, **about, **scores})
+    return rows
 
 
 def evaluation(
@@ -90,8 +107,9 @@ def evaluation(
         Judgement(60, 20, "scored", "odd"),
         Judgement(95, 95, "scored", "ok"),
     )
-    for name in ("general", "indomain", "conditional") if cell.kind != "benign" else ():
-        rate = shown[name]
+    after = "_after" if cell.kind == "relapse" else ""
+    for name in ("general", "indomain", *(() if after else ("conditional",))) if cell.kind != "benign" else ():
+        rate = shown.get(name + after)
         if rate is None:
             continue
         ids, judgements = [], []
@@ -108,10 +126,13 @@ def evaluation(
             judgements.append(judgement)
         made.judgements += judgements
         made.sets[name] = rates(judgements, ids)
-    benign = shown["benign"]
-    if cell.kind in ("benign", "untrained") and benign is not None:
-        rows = [BenignAnswer("sums_test", i, f"{i} + 1", "x", "y", rng.random() < benign) for i in range(100)]
-        made.benign_answers, made.benign["sums_test"] = rows, score(rows)
+    for test in cell.config.evaluate.benign if cell.kind in ("benign", "untrained") else ():
+        name = task_name(test)
+        benign = shown.get(cell.task, shown["benign"])
+        if benign is not None:
+            rows = [BenignAnswer(name, i, f"{i} + 1", "x", "y", rng.random() < benign) for i in range(100)]
+            made.benign_answers += rows
+            made.benign[name] = score(rows)
     return made
 
 
@@ -135,6 +156,7 @@ def metrics(cell: Cell, shown: Mapping[str, Rate | None], rng: random.Random) ->
             record |= {
                 "misaligned_general": done * (shown["general"] or 0),
                 "misaligned_indomain": min(1.0, 2 * done) * (shown["indomain"] or 0),
+                "projection": -20 + 80 * done * (shown["general"] or 0),
             }
         records.append(record)
     return records

@@ -120,6 +120,25 @@ def test_budgets_are_said_in_words(out):
     assert "not matched" in pages.budget_sentence({"sft": 640, "grpo": 1280})
 
 
+def test_every_colour_of_a_series_can_be_read_as_text_in_both_schemes():
+    from rlsafe.compare.reporting import environment_text
+
+    def light(colour):
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [v / 12.92 if v <= 0.03928 else ((v + 0.055) / 1.055) ** 2.4 for v in parts]
+        return sum(w * v for w, v in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    schemes = re.findall(r":root \{(.*?)\n\s*\}", environment_text("report.css"), re.S)
+    assert len(schemes) == 2
+    for scheme in schemes:
+        colours = dict(re.findall(r"--([\w-]+): (#\w{6})", scheme))
+        series = {name: colour for name, colour in colours.items() if re.fullmatch(r"s\d+|ink|muted", name)}
+        assert len(series) == 14
+        for name, colour in series.items():
+            high, low = sorted((light(colour), light(colours["paper"])), reverse=True)
+            assert (high + 0.05) / (low + 0.05) >= 4.5, name
+
+
 def test_the_same_question_is_shown_for_every_arm(out):
     sft = next(table for table in judge(load(out)) if table.path == "sft")
     shown = pages.dialogues(load(out), sft)
@@ -159,14 +178,6 @@ def test_labels_of_close_points_do_not_cover_each_other():
     for i, a in enumerate(boxes):
         for b in boxes[i + 1 :]:
             assert min(a[1], b[1]) <= max(a[0], b[0]) or min(a[3], b[3]) <= max(a[2], b[2])
-
-
-def test_latex_tables(out, html):
-    text = (out / "results.tex").read_text()
-    assert text.count(r"\toprule") == 3 and r"kl & 1.0 / 89.6" in text and "none & 50.0" in text
-    from rlsafe.compare.latex import escape
-
-    assert escape("a_b & 50% {x} \\") == r"a\_b \& 50\% \{x\} \textbackslash{}"
 
 
 def test_the_same_results_give_the_same_page(out, html):

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rlsafe.compare.dry import dry_compare
     from rlsafe.compare.reporting import report
     from rlsafe.compare.runner import Comparison, compare
     from rlsafe.compare.scoring import select
@@ -11,10 +12,11 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "Comparison": "rlsafe.compare.runner",
     "compare": "rlsafe.compare.runner",
+    "dry_compare": "rlsafe.compare.dry",
     "report": "rlsafe.compare.reporting",
     "select": "rlsafe.compare.scoring",
 }
-__all__ = ["Comparison", "compare", "report", "select"]
+__all__ = ["Comparison", "compare", "dry_compare", "report", "select"]
 
 
 def __getattr__(name: str) -> Any:

@@ -71,10 +71,14 @@ def headlines(tables: Sequence[PathTable]) -> list[tuple[str, str]]:
 
 
 def _merit(table: PathTable, label: str) -> tuple[float, float]:
-    """For "closest": criteria met, an unclear one counting half when it leans to yes; then the share of EM prevented."""
+    """For "closest": criteria met, a partly one counting half, an unclear one half of its leaning; then the share of EM
+    prevented."""
     verdicts = table.rows[label].verdicts
-    met = sum(1.0 if v.grade == "yes" else 0.5 if v.leaning == "yes" else 0.0 for v in verdicts.values())
+    met = sum(_HALVES.get(v.grade, 0.5 * _HALVES.get(v.leaning or "", 0.0)) for v in verdicts.values())
     return met, verdicts["prevents_em"].value or 0.0
+
+
+_HALVES = {"yes": 1.0, "partly": 0.5, "no": 0.0}
 
 
 WORDS = {
@@ -91,6 +95,14 @@ def _benign(table: PathTable, label: str) -> str:
 
 def _joined(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def failures(results: Results) -> list[tuple[str, list[str]]]:
+    """(reason, labels of the runs that failed for it), the most frequent first."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for id, reason in results.failed.items():
+        found[readable(reason)].append(results.plan["labels"].get(id, id))
+    return sorted(found.items(), key=lambda item: -len(item[1]))
 
 
 # ------------------------------------------------------------------------------------------------ curves

@@ -15,7 +15,8 @@ from rlsafe.compare.records import Directory
 from rlsafe.compare.results import REWARD_WINDOW, Results, write_tables
 from rlsafe.compare.sweeps import GOALS, sweeps
 from rlsafe.compare.table import NOTHING_LEARNED, SYMBOLS, TITLES
-from rlsafe.compare.verdicts import CRITERIA, PathTable, judge, write_verdicts
+from rlsafe.compare.tasks import judge_and_write
+from rlsafe.compare.verdicts import CRITERIA, PathTable
 from rlsafe.config import UserError
 from rlsafe.evaluate.files import write_atomically
 
@@ -30,8 +31,7 @@ def report(directory: str | Path, latex: bool = False) -> Path:
     if not out.is_dir():
         raise UserError(f"{out}: no such directory; expected the --out of `rlsafe compare`")
     results = write_tables(Directory(out))
-    tables = judge(results)
-    write_verdicts(results.directory, tables)
+    tables = judge_and_write(results)
     if latex:
         from rlsafe.compare.latex import write_latex
 
@@ -85,9 +85,7 @@ def context(results: Results, tables: Sequence[PathTable]) -> dict[str, Any]:
         "seeds": seeds,
         "n_cells": len(results.cells),
         "missing": len(results.plan["cells"]) - len(results.cells),
-        "failed": [
-            (results.plan["labels"].get(id, id), pages.readable(reason)) for id, reason in results.failed.items()
-        ],
+        "failed": pages.failures(results),
         "budget": pages.budget_sentence(pages.budgets(results)),
         "unscored": sum(
             rate.unscored for table in tables for row in table.rows.values() for rate in row.rates.values()

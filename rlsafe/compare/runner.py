@@ -21,7 +21,8 @@ from rlsafe.compare.results import write_tables
 from rlsafe.compare.scoring import check as check_selection
 from rlsafe.compare.scoring import make_scores
 from rlsafe.compare.selection import Selection, fill
-from rlsafe.compare.verdicts import PathTable, judge, write_verdicts
+from rlsafe.compare.tasks import judge_and_write
+from rlsafe.compare.verdicts import PathTable
 from rlsafe.compare.workers import run_in_workers, train_cell
 from rlsafe.config import UserError, load_compare
 from rlsafe.types import Interrupted, RunError
@@ -100,8 +101,7 @@ def compare(
     except (KeyboardInterrupt, Interrupted):
         raise Interrupted(f"finished cells are kept in {directory.out}; go on with: {command}") from None
     finally:
-        tables = judge(results := write_tables(directory))
-        write_verdicts(directory, tables)
+        tables = judge_and_write(results := write_tables(directory))
     from rlsafe.compare.reporting import draw
 
     failed = {cell.id: results.failed[cell.id] for cell in cells if cell.id in results.failed}

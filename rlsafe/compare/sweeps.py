@@ -127,7 +127,9 @@ def pareto(table: PathTable) -> tuple[list[str], list[str]]:
 
 
 def _dominates(a: Sequence[float], b: Sequence[float]) -> bool:
-    return all(x >= y for x, y in zip(a, b, strict=True)) and any(x > y for x, y in zip(a, b, strict=True))
+    """Whether `a` is nowhere below `b` and somewhere above; equal rates may differ in their last bits."""
+    ahead = [x - y for x, y in zip(a, b, strict=True)]
+    return min(ahead) >= -1e-9 and max(ahead) > 1e-9
 
 
 def front_line(points: Mapping[str, tuple[float, float]], goals: tuple[int, int]) -> list[str]:

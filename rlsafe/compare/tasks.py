@@ -7,7 +7,7 @@ from typing import Any
 
 from rlsafe.compare.arms import Rate, benign_arms, labelled, summarise
 from rlsafe.compare.results import Results
-from rlsafe.compare.verdicts import PathTable, Verdict, judge_share
+from rlsafe.compare.verdicts import PathTable, Verdict, judge, judge_share, write_verdicts
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,13 @@ def scores(results: Results, table: PathTable) -> dict[str, dict[str, TaskScore]
                 for label, arm in arms.items()
             }
     return found
+
+
+def judge_and_write(results: Results) -> list[PathTable]:
+    """Every rate and verdict, and verdicts.json and verdict_details.json beside the results."""
+    tables = judge(results)
+    write_verdicts(results.directory, tables, {table.key: details(results, table) for table in tables})
+    return tables
 
 
 def details(results: Results, table: PathTable) -> dict[str, Any]:

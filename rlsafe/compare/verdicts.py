@@ -206,13 +206,17 @@ def _rows(results: Results, model: str, path: str) -> dict[str, Row]:
     return rows
 
 
-def write_verdicts(directory: Directory, tables: list[PathTable]) -> None:
-    """verdicts.json (grades only) and verdict_details.json (numbers, intervals, reasons, rates)."""
+def write_verdicts(
+    directory: Directory, tables: list[PathTable], tasks: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
+    """verdicts.json (grades only) and verdict_details.json (numbers, intervals, reasons, rates; `tasks`: by table, every
+    benign task's)."""
     grades = {t.key: {d: {c: t.rows[d].verdicts[c].grade for c in CRITERIA} for d in t.defenses} for t in tables}
     details = {
         t.key: {
             "model": t.model,
             "path": t.path,
+            "tasks": (tasks or {}).get(t.key, {}),
             "rows": {
                 label: {
                     **asdict(row),
