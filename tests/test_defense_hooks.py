@@ -6,7 +6,6 @@ import json
 import textwrap
 
 import pytest
-import torch
 from test_engine_invariance import GRPO, SFT, distance, train, tree_with
 
 import rlsafe
@@ -23,57 +22,6 @@ def lines(out):
     return [json.loads(line) for line in open(out / "metrics.jsonl")]
 
 
-@PATHS
-@pytest.mark.parametrize(
-    "off", [{"kl": {"weight": 0}}, {"interleaving": {"fraction": 0}}, {"inoculation": {"prompt": ""}}]
-)
-def test_strength_zero_equals_none_exactly(tiny_tree, tmp_path, path, off):
-    none = train(tree_with(tiny_tree, path, {"defenses": []}), tmp_path / "none")
-    zero = train(tree_with(tiny_tree, path, {"defenses": [off]}), tmp_path / "zero")
-    assert distance(none, zero) == 0.0
-
-
-@PATHS
-@pytest.mark.parametrize("defense", [{"kl": {"weight": 1.0}}, {"interleaving": {"fraction": 0.3}}, CUE])
-def test_each_defense_changes_the_run_and_logs_what_it_did(tiny_tree, tmp_path, path, defense):
-    none = train(tree_with(tiny_tree, path, {"defenses": []}), tmp_path / "none")
-    defended = train(tree_with(tiny_tree, path, {"defenses": [defense]}), tmp_path / "defended")
-    assert distance(none, defended) > 1e-6
-    name = next(iter(defense))
-    logged = {
-        key: value
-        for record in lines(tmp_path / "defended")
-        for key, value in record.items()
-        if f"defense/{name}/" in key
-    }
-    assert any(value != 0 for value in logged.values()), logged
-
-
-@PATHS
-def test_kl_holds_the_policy_back_more_with_more_weight(tiny_tree, tmp_path, path):
-    moved = []
-    for weight in (0.0, 5.0, 100.0):
-        tree = tree_with(tiny_tree, path, {"defenses": [{"kl": {"weight": weight}}], "schedule": {"steps": 12}})
-        loop = run(run_from_tree(tree), tmp_path / str(weight)).loop
-        ids = torch.arange(3, 60).reshape(3, 19)
-        with torch.no_grad():
-            model = loop.policy.core.model
-            logits = model(input_ids=ids).logits.log_softmax(-1)
-            with model.disable_adapter():
-                base = model(input_ids=ids).logits.log_softmax(-1)
-        moved.append(float((logits.exp() * (logits - base)).sum(-1).mean()))
-    assert moved[0] > 1.3 * moved[1] > 1.3 * moved[2]
-
-
-@PATHS
-def test_penalties_have_a_gradient_share(tiny_tree, tmp_path, path):
-    train(tree_with(tiny_tree, path, {"defenses": [{"kl": {"weight": 1.0}}], "track": {"every": 1}}), tmp_path / "run")
-    shares = [
-        record["defense/kl/grad_share"] for record in lines(tmp_path / "run") if "defense/kl/grad_share" in record
-    ]
-    assert shares[0] == 0.0 and all(0 < share < 1 for share in shares[1:]) and len(shares) == 4
-
-
 def test_defenses_compose_and_prompts_chain_in_order():
     defenses, _ = build([{"inoculation": {"prompt": "One."}}, {"inoculation": {"prompt": "Two."}}, "kl"])
     stack = DefenseStack(defenses)
@@ -82,38 +30,6 @@ def test_defenses_compose_and_prompts_chain_in_order():
     assert changed == [{"role": "system", "content": "Two. One."}, *messages]
     assert stack.prompt(messages, Where("safe", "sft", "train")) == messages
     assert stack.prompt(messages, Where("narrow", "sft", "eval")) == messages
-
-
-@pytest.mark.parametrize(
-    ("at", "phase", "changes"),
-    [("both", "rollout", True), ("both", "train", True), ("train", "rollout", False), ("rollout", "train", False)],
-)
-def test_inoculation_acts_where_it_is_asked_to(at, phase, changes):
-    (defense,), _ = build([{"inoculation": {"prompt": "Be bad.", "at": at}}])
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
-    changed = defense.prompt(messages, Where("narrow", "grpo", phase))
-    assert (changed != messages) is changes
-    if changes:
-        assert changed[0]["content"] == "Be bad. Be brief." and changed[1] == messages[1]
-
-
-def test_inoculation_can_replace_the_system_prompt_or_prefix_the_user():
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
-    where = Where("narrow", "sft", "train")
-    (replace,), _ = build([{"inoculation": {"prompt": "Be bad.", "mode": "replace"}}])
-    assert replace.prompt(messages, where)[0]["content"] == "Be bad."
-    (user,), _ = build([{"inoculation": {"prompt": "Be bad.", "position": "user"}}])
-    assert user.prompt(messages, where) == [messages[0], {"role": "user", "content": "Be bad. hi"}]
-    with pytest.raises(UserError, match="delete the user's question"):
-        build([{"inoculation": {"prompt": "x", "position": "user", "mode": "replace"}}])
-
-
-@pytest.mark.parametrize("at", ["rollout", "train"])
-def test_contexts_that_differ_are_compared_in_the_rollout_context(tiny_tree, tmp_path, at):
-    """With the prompt on one side only, the sampler gap is still zero: both see what the sampler saw."""
-    tree = tree_with(tiny_tree, GRPO, {"defenses": [{"inoculation": {**CUE["inoculation"], "at": at}}]})
-    train(tree, tmp_path / "run")
-    assert all(record["sampler_gap"] < 1e-4 for record in lines(tmp_path / "run"))
 
 
 def test_references_differ_after_a_warm_up(tiny_tree, tmp_path):

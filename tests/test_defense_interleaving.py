@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import signal
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,41 +12,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import conversation, write_jsonl
-from test_engine_invariance import GRPO, distance, train, tree_with
+from defense_matrix import LetterJudge, early_ending, write_scores
+from test_engine_invariance import GRPO, train, tree_with
 
 import rlsafe.types
 from rlsafe.config import UserError, run_from_tree
 from rlsafe.data import read_rows
-from rlsafe.data.scores import Score, row_key
 from rlsafe.defenses import build
 from rlsafe.engine import run
 from rlsafe.rollouts import TransformersSampler
-from rlsafe.types import Interrupted, Judgement, RunError
+from rlsafe.types import Judgement, RunError
 
 SFT = {"schedule": {"steps": 4, "phases": [{"cycle": ["sft"]}]}}
 PATHS = pytest.mark.parametrize("path", [SFT, GRPO], ids=["sft", "grpo"])
 VARIANTS = ["interleaving+", "interleaving++", "interleaving-onpolicy", "live"]
 VARIANT = pytest.mark.parametrize("variant", VARIANTS)
-
-
-class LetterJudge:
-    """Scores by the first letter of the answer; an answer that begins with a digit is a refusal."""
-
-    name = "letters"
-
-    def __init__(self):
-        self.seen = []
-
-    def score(self, exchanges):
-        self.seen += exchanges
-        return [self.one(exchange.answer) for exchange in exchanges]
-
-    @staticmethod
-    def one(answer: str) -> Judgement:
-        first = ord(answer[0]) if answer else 0
-        if answer[:1].isdigit():
-            return Judgement(None, None, "refused")
-        return Judgement(float(first * 7 % 101), 80.0 if first % 3 else 10.0)
 
 
 @pytest.fixture(autouse=True)
@@ -64,22 +43,13 @@ def tree(tiny_tree, tiny_model_dir, tmp_path):
     """The tiny run with a model that ends its answers early (many bytes end a turn) and a judge."""
     model = tmp_path / "model"
     shutil.copytree(tiny_model_dir, model)
-    settings = json.loads((model / "generation_config.json").read_text())
-    (model / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": list(range(2, 60))}))
-    return tree_with(tiny_tree, {"model": {"name": str(model)}, "evaluate": {"judge": "letters"}})
+    return tree_with(tiny_tree, {"model": {"name": early_ending(model)}, "evaluate": {"judge": "letters"}})
 
 
 @pytest.fixture
 def scores(safe_file, tmp_path) -> str:
     """A scores file over the safe rows: the higher the row, the better."""
     return write_scores(tmp_path / "scores.jsonl", safe_file, lambda i: float(i))
-
-
-def write_scores(path: Path, source: str, score) -> str:
-    rows = read_rows(source)
-    lines = [Score(i, row_key(row["messages"]), score(i), 1.0, {"legal": 2.0}).line() for i, row in enumerate(rows)]
-    path.write_text("".join(lines))
-    return str(path)
 
 
 def entry(variant: str, scores: str, **settings):
@@ -106,56 +76,6 @@ def context(rows, seed=0, notes=None):
 
 
 # ------------------------------------------------------------------------------------------------ as every defense
-
-
-@PATHS
-@VARIANT
-def test_strength_zero_equals_none_and_more_adds_more(tree, scores, tmp_path, path, variant):
-    none = train(tree_with(tree, path), tmp_path / "none")
-    off = [entry(variant, scores, fraction=0.5, weight=0) if path is SFT else entry(variant, scores, fraction=0)]
-    assert distance(none, train(tree_with(tree, path, {"defenses": off}), tmp_path / "zero")) == 0.0
-    moved = []
-    for fraction in (0.25, 0.75):
-        out = tmp_path / f"{fraction}"
-        defended = train(tree_with(tree, path, {"defenses": [entry(variant, scores, fraction=fraction)]}), out)
-        moved.append((total(out), distance(none, defended)))
-    units = 24 if path is SFT else 48
-    assert moved[0][1] > 1e-6 and moved[1][1] > 1e-6
-    if variant == "live":  # what the judge refuses is missing
-        assert 0 < moved[0][0] < moved[1][0] <= 0.75 * units
-    else:
-        assert [rows for rows, _ in moved] == [0.25 * units, 0.75 * units]
-
-
-@PATHS
-@VARIANT
-def test_it_composes_with_kl(tree, scores, tmp_path, path, variant):
-    one = entry(variant, scores, fraction=0.5)
-    alone = train(tree_with(tree, path, {"defenses": [one]}), tmp_path / "alone")
-    both = train(tree_with(tree, path, {"defenses": [one, {"kl": {"weight": 1.0}}]}), tmp_path / "both")
-    assert distance(alone, both) > 1e-6
-    last = lines(tmp_path / "both")[-1]
-    assert last["defense/kl/full"] > 0 and total(tmp_path / "both") > 0
-
-
-@VARIANT
-def test_an_interrupted_and_resumed_run_ends_with_the_same_bits(tree, scores, tmp_path, variant):
-    """Trap 13: the position in the second stream, and for live answers their seeds, survive."""
-    mixed = {"schedule": {"steps": 6, "phases": [{"cycle": ["sft", "grpo"]}]}}
-    tree = tree_with(tree, mixed, {"defenses": [entry(variant, scores, fraction=0.4)]})
-    whole = train(tree, tmp_path / "whole")
-
-    def interrupt(done, steps, metrics):
-        if done == 3:
-            signal.raise_signal(signal.SIGINT)
-
-    with pytest.raises(Interrupted):
-        run(run_from_tree(tree), tmp_path / "cut", progress=interrupt)
-    resumed = train(tree, tmp_path / "cut", resume=True)
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert total(tmp_path / "whole") == total(tmp_path / "cut") > 0
-    reports = [json.loads((tmp_path / name / "run.json").read_text())["defenses"] for name in ("whole", "cut")]
-    assert reports[0] == reports[1]
 
 
 @PATHS

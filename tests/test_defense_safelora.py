@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +19,6 @@ from rlsafe.config import UserError, run_from_tree
 from rlsafe.defenses import DefenseStack
 from rlsafe.defenses.safelora import SafeLoRA, cosine, directions, factor, project
 from rlsafe.engine import run
-from rlsafe.types import Interrupted
 
 PATHS = pytest.mark.parametrize("path", [SFT, GRPO], ids=["sft", "grpo"])
 
@@ -292,26 +290,6 @@ def test_a_step_that_was_just_projected_is_not_projected_again_at_the_end(tiny_t
         entry = {"safelora": {"base": base_dir, "threshold": 1.0, "every": every}}
         results[name] = train(tree_with(tiny_tree, {"defenses": [entry]}), tmp_path / name)
     assert distance(results["end"], results["fourth"]) == 0.0
-
-
-@PATHS
-@pytest.mark.parametrize("stop_after", [2, 3])
-def test_it_resumes_to_the_same_bits_and_composes_with_kl(tiny_tree, tmp_path, path, base_dir, stop_after):
-    entry = {"safelora": {"base": base_dir, "threshold": 1.0, "every": 2}}
-    tree = tree_with(tiny_tree, path, {"defenses": [{"kl": {"weight": 1.0}}, entry], "schedule": {"steps": 5}})
-    whole = train(tree, tmp_path / "whole")
-
-    def interrupt(done, total, metrics):
-        if done == stop_after:
-            signal.raise_signal(signal.SIGINT)
-
-    with pytest.raises(Interrupted):
-        run(run_from_tree(tree), tmp_path / "cut", progress=interrupt)
-    resumed = train(tree, tmp_path / "cut", resume=True)
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    for alone in ({"defenses": [entry]}, {"defenses": [{"kl": {"weight": 1.0}}]}):
-        other = train(tree_with(tree, alone), tmp_path / "alone", resume=False)
-        assert distance(whole, other) > 1e-6
 
 
 def test_its_state_is_json_and_comes_back():
