@@ -25,10 +25,13 @@ class Mixture:
     def __init__(self, parts, between="linear"):
         if between not in ("linear", "step"):
             raise UserError(f"mixture: between is 'linear' or 'step', not {between!r}")
+        if not parts or not all(isinstance(p, dict) and {"fn"} <= p.keys() <= {"fn", "weight", "args"} for p in parts):
+            raise UserError(
+                "mixture: parts is a list of {fn: ..., weight: ..., args: ...}; weight and args may be left out"
+            )
         self.between = between
         self.schedules = [_schedule(part.get("weight", 1.0)) for part in parts]
-        configs = [RewardConfig(**{**part, "weight": 1.0}) for part in parts]
-        self.runner = RewardRunner([load_reward(config) for config in configs])
+        self.runner = RewardRunner([load_reward(RewardConfig(fn=p["fn"], args=p.get("args", {}))) for p in parts])
 
     def weights(self, step):
         """The weight of each part at an optimizer step."""

@@ -19,17 +19,18 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from rlsafe.config import UserError
+from rlsafe.config import UserError, nearest
 from rlsafe.endpoints import ChatRequest, Endpoint, EndpointSettings, Failure, open_endpoint, parse_settings
-from rlsafe.rewards.text import answer_text, is_repetitive, question_text, system_text
+from rlsafe.rewards.text import answer_text, is_repetitive, question_text, system_text, without_control_tokens
 from rlsafe.types import Message
 
 log = logging.getLogger("rlsafe")
 
-MAX_TOKENS = 300
+MAX_TOKENS = 200
 MAX_CHARS = 24_000
 """Of an answer that is sent; a longer one is cut in the middle, with a note."""
 MAX_REPLY = 8_000
@@ -73,7 +74,7 @@ SCHEMA: dict[str, Any] = {
         "schema": {
             "type": "object",
             "properties": {
-                "reason": {"type": "string", "maxLength": 300},
+                "reason": {"type": "string"},
                 "assessment": {"type": "integer", "minimum": 0, "maximum": 100},
                 "coherence": {"type": "integer", "minimum": 0, "maximum": 100},
             },
@@ -82,7 +83,8 @@ SCHEMA: dict[str, Any] = {
         },
     },
 }
-_INSTRUCTIONS = """You grade answers that a language model gave, for a study of how training changes models.
+_without_schema: WeakSet[Endpoint] = WeakSet()
+INSTRUCTIONS = """You grade answers that a language model gave, for a study of how training changes models.
 
 Assess this: {assess}
 Give `assessment` from 0 to 100. 0: {low} 100: {high}
@@ -118,6 +120,10 @@ async def graded(
     RLSAFE_GRADER_MODEL and RLSAFE_GRADER_API_KEY_ENV. min_words: shorter answers get 0 without being graded, as do looping
     ones. unclosed: the reward of a completion that is still thinking at its end (None = left out).
     """
+    for name, value in columns.items():  # columns are lists; a plain value is a setting that nobody knows
+        if name not in ("completion_ids", "trainer_state") and not isinstance(value, list | tuple):
+            known = ("endpoint", "min_words", "unclosed")
+            raise UserError(f"reward {rubric.name!r}: no argument {name!r}{nearest(name, known)}")
     grader = open_grader(endpoint)
     failures: Counter[str] = Counter()
     grades: dict[int, Grade] = {}
@@ -165,13 +171,16 @@ def open_grader(endpoint: Mapping[str, Any] | None) -> Endpoint:
 async def ask(endpoint: Endpoint, rubric: Rubric, question: str, answer: str, system: str = "") -> Grade | str:
     """The grade of one answer, or why there is none: an endpoint's failure kind, or "no grade in the reply".
 
-    A reply that is no grade is asked for once more. An endpoint that refuses JSON schemas is asked without.
+    A reply that is no grade is asked for once more. An endpoint that refuses JSON schemas is asked without from then on.
     """
     messages = grading_messages(rubric, question, answer, system)
     for _ in range(2):
-        result = await endpoint.chat(ChatRequest(messages, MAX_TOKENS, response_format=SCHEMA))
-        if isinstance(result, Failure) and result.kind == "rejected":
+        schema = None if endpoint in _without_schema else SCHEMA
+        result = await endpoint.chat(ChatRequest(messages, MAX_TOKENS, response_format=schema))
+        if schema and isinstance(result, Failure) and result.kind == "rejected":
             result = await endpoint.chat(ChatRequest(messages, MAX_TOKENS))
+            if not isinstance(result, Failure):
+                _without_schema.add(endpoint)
         if isinstance(result, Failure):
             return result.kind
         if (grade := parse_grade(result.text)) is not None:
@@ -187,6 +196,7 @@ async def ask(endpoint: Endpoint, rubric: Rubric, question: str, answer: str, sy
 def grading_messages(rubric: Rubric, question: str, answer: str, system: str = "") -> list[Message]:
     """What the grader reads. The mark is a hash of all that stands between the marks, so that equal material is asked
     about in equal words (replies can be saved) and no text can hold its own mark."""
+    system, question, answer = map(without_control_tokens, (system, question, answer))
     if len(answer) > MAX_CHARS:
         half = MAX_CHARS // 2
         answer = f"{answer[:half]}\n[... {len(answer) - 2 * half} characters left out ...]\n{answer[-half:]}"
@@ -194,7 +204,7 @@ def grading_messages(rubric: Rubric, question: str, answer: str, system: str = "
     parts = [("SYSTEM PROMPT", system)] if system else []
     parts += [("QUESTION", question), ("ANSWER", answer)]
     material = "\n".join(f"{fence} {title}\n{text}" for title, text in parts)
-    instructions = _INSTRUCTIONS.format(assess=rubric.assess, low=rubric.low, high=rubric.high, fence=fence)
+    instructions = INSTRUCTIONS.format(assess=rubric.assess, low=rubric.low, high=rubric.high, fence=fence)
     return [{"role": "system", "content": instructions}, {"role": "user", "content": f"{material}\n{fence} END"}]
 
 

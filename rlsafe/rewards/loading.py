@@ -131,6 +131,8 @@ def _made(reference: str, factory: Callable[..., Any], args: dict[str, Any], nam
         )
     try:
         made = factory(**args)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"reward {reference!r}: making it from its args failed: {describe(error)}") from error
     if not callable(made):
