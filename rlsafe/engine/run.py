@@ -181,10 +181,12 @@ def train(
     questions = finished.config.evaluate
     if questions.wanted:
         from rlsafe.evaluate import evaluate_run
+        from rlsafe.evaluate.journal import identity
 
         finished.evaluation = evaluate_run(
             finished.sampler, finished.policy.tokenizer, questions, directory,
             judge=resources.judge(finished.config) if questions.judge is not None else None,
+            weights=identity(finished.config, directory),
         )  # fmt: skip
     return finished
 

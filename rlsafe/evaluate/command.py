@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlsafe.config import RunConfig, UserError, apply_override, load_run, run_from_tree
 from rlsafe.evaluate.evaluation import OTHER_KEYS, Evaluation
+from rlsafe.evaluate.journal import identity
 from rlsafe.evaluate.measure import Material, Progress, evaluate_run, gather
 from rlsafe.types import Sampler, provider_for
 
@@ -47,7 +48,10 @@ def evaluate(
     material = gather(config.evaluate, extra=_named(questions))  # before the model: its errors should not wait
     sampler, tokenizer = _build(config, run, material)
     directory = Path(out) if out else run or Path("runs") / f"evaluate-{_file_name(str(target))}"
-    return evaluate_run(sampler, tokenizer, config.evaluate, directory, progress=progress, material=material)
+    weights = identity(config, run)
+    return evaluate_run(
+        sampler, tokenizer, config.evaluate, directory, progress=progress, material=material, weights=weights
+    )
 
 
 def _named(questions: Sequence[str | Path]) -> dict[str, str]:

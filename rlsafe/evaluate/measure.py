@@ -13,6 +13,7 @@ from rlsafe.evaluate import benign
 from rlsafe.evaluate.asking import Planned, complete, plan
 from rlsafe.evaluate.criteria import judge_answers, rates
 from rlsafe.evaluate.evaluation import Evaluation
+from rlsafe.evaluate.journal import Journal, complete_resumable
 from rlsafe.evaluate.judges import load_judge
 from rlsafe.evaluate.questions import load_questions
 from rlsafe.types import Judge, Question, Row, Sampler, provider_for
@@ -75,19 +76,28 @@ def evaluate_run(
     judge: Judge | None = None,
     progress: Progress | None = None,
     material: Material | None = None,
+    weights: str | None = None,
 ) -> Evaluation:
     """Ask everything `config` names of the model that `sampler` was last synced to; judge, score, write to `out` if
     given.
 
     The conditional probe asks the general questions under `config.cue`. progress: called with one line at each stage.
-    material: what `gather` gave, when it was called before. Raises UserError when nothing is to be measured.
+    material: what `gather` gave, when it was called before. weights: `journal.identity` of the model; with it (and
+    `out`) an interrupted evaluation goes on by question. Raises UserError when nothing is to be measured.
     """
     begun = time.monotonic()
     say = progress or (lambda line: None)
     material = material or gather(config, judge)
     planned = _plan(tokenizer, config, material)
     say(f"sampling {len(planned)} answers")
-    answers = complete(sampler, tokenizer, planned, config.max_tokens)
+    journal: Journal | None = None
+    if out is not None and weights is not None:
+        directory = Path(out)
+        answers, journal = complete_resumable(
+            sampler, tokenizer, planned, config.max_tokens, directory, weights, say
+        )
+    else:
+        answers = complete(sampler, tokenizer, planned, config.max_tokens)
     evaluation = Evaluation(settings=_settings(sampler, config, material))
     for task, rows in material.tasks.items():
         graded = benign.grade(task, rows, [answer for answer in answers if answer.set == f"benign/{task}"])
@@ -102,6 +112,8 @@ def evaluate_run(
     evaluation.seconds = time.monotonic() - begun
     if out is not None:
         evaluation.save(out)
+    if journal is not None:
+        journal.close()
     return evaluation
 
 
