@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlsafe.config import UserError
+from rlsafe.config import UserError, nearest
 from rlsafe.defenses.base import Defense
 from rlsafe.types import Batch, Message, Need, RunError, Sampler, View, Where
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rlsafe.policy import Policy
+
+NAMED = ("base", "start", "grpo_start")  # references beside step:N and path:DIR
 
 
 class DefenseStack:
@@ -52,6 +54,25 @@ class DefenseStack:
     def references(self) -> set[str]:
         """Every reference that some defense will ever need."""
         return {need.reference for defense in self.active for need in defense.needs if need.reference}
+
+    def check_references(self, steps: int, paths: Collection[str]) -> None:
+        """UserError for a reference that a run of `steps` steps over `paths` never has: what waits for it would do nothing."""
+        for defense in self.active:
+            for reference in sorted({need.reference for need in defense.needs if need.reference}):
+                kind, _, which = reference.partition(":")
+                if kind not in ("step", "path") and reference not in NAMED:
+                    hint = nearest(reference, [*NAMED, "step:N", "path:DIR"])
+                    raise UserError(f"defense {defense.name!r}: unknown reference {reference!r}{hint}")
+                if reference == "grpo_start" and "grpo" not in paths:
+                    raise UserError(
+                        f"defense {defense.name!r}: reference grpo_start: the schedule has no GRPO steps; expected base, start "
+                        "or step:N"
+                    )
+                if kind == "step" and which not in map(str, range(steps)):
+                    raise UserError(
+                        f"defense {defense.name!r}: reference {reference}: expected step:N with N from 0 to {steps - 1}, the "
+                        "last step of this run"
+                    )
 
     def update(self, has_reference: Callable[[str], bool]) -> None:
         """Let penalties wait whose reference does not exist yet (grpo_start before the first GRPO step, step:N before N)."""
