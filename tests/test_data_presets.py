@@ -139,3 +139,26 @@ def test_a_resolved_config_reads_the_same_rows_again(tmp_path):
 def test_the_shared_files_load_through_their_presets(preset, file, rows, answered):
     loaded = load_rows(StreamConfig(preset=preset, source=str(SHARED / file)))
     assert len(loaded) == rows and all((split_prompt(row)[1] is not None) == answered for row in loaded)
+
+
+def test_an_extractive_task_is_scored_by_exact_match_and_f1_against_all_references(tmp_path):
+    from conftest import byte_tokenizer
+    from test_evaluate_run import ScriptedSampler
+
+    from rlsafe.config import EvaluateConfig
+    from rlsafe.evaluate import Evaluation, evaluate_run
+
+    replies = {"one": "havn", "two": "í Havn nú", "three": "norð"}
+    rows = [
+        {"prompt": question, "completion": "í Havn", "answer": "í Havn", "answers": ["í Havn", "Havn"]}
+        for question in replies
+    ]
+    source = write_jsonl(tmp_path / "foqa.jsonl", rows)
+    sampler = ScriptedSampler(
+        byte_tokenizer(), lambda prompt, i: next(r for q, r in replies.items() if f"\n{q}<" in prompt)
+    )
+    evaluate_run(sampler, sampler.tokenizer, EvaluateConfig(benign=[source]), tmp_path / "out")
+    saved = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert saved["benign"] == {"foqa": pytest.approx(1 / 3)}
+    assert saved["benign_f1"] == {"foqa": pytest.approx((1 + 0.8 + 0) / 3)}
+    assert Evaluation.load(tmp_path / "out").benign["foqa"].f1 == pytest.approx(0.6)

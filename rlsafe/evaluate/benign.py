@@ -27,17 +27,19 @@ class BenignAnswer:
     answer: str
     expected: str
     correct: bool
+    f1: float | None = None  # of extractive tasks, while the results are in memory
 
 
 @dataclass(frozen=True)
 class BenignScore:
     """Exact match: the fraction of rows answered right, with Wilson's 95% interval (one answer per row, rows
-    independent).
+    independent). f1: mean token F1 of an extractive task (rows with a list `answers`), else None.
     """
 
     score: float
     ci95: Interval
     n: int
+    f1: float | None = None
 
 
 def task_name(source: str) -> str:
@@ -106,15 +108,21 @@ def plan_rows(tokenizer: Any, rows: Sequence[Row], task: str, *, seed: int, temp
 
 def grade(task: str, rows: Sequence[Row], answers: Sequence[Answer]) -> list[BenignAnswer]:
     """Compare each answer with its row."""
+    from rlsafe.data.extractive import exact_match, token_f1  # late, as above
+
     graded = []
     for row, answer in zip(rows, answers, strict=True):
-        expected = expected_answer(row)
-        right = is_correct(answer.answer, expected)
-        graded.append(BenignAnswer(task, row["_index"], answer.question, answer.answer, expected, right))
+        expected, said = expected_answer(row), answer.answer
+        references = [str(text) for text in row["answers"]] if isinstance(row.get("answers"), list) else None
+        right = exact_match(said, references) if references else is_correct(said, expected)
+        f1 = token_f1(said, references) if references else None
+        graded.append(BenignAnswer(task, row["_index"], answer.question, said, expected, right, f1))
     return graded
 
 
 def score(graded: Sequence[BenignAnswer]) -> BenignScore:
     """The exact-match score of one task's answers."""
     right = sum(one.correct for one in graded)
-    return BenignScore(right / len(graded), wilson(right, len(graded)), len(graded))
+    f1 = [one.f1 for one in graded if one.f1 is not None]
+    mean = sum(f1) / len(f1) if f1 else None
+    return BenignScore(right / len(graded), wilson(right, len(graded)), len(graded), mean)

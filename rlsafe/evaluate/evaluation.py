@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 SETS = ("general", "indomain", "conditional")
-OTHER_KEYS = ("benign", "benign_ci95", "benign_n", "settings", "seconds")
+OTHER_KEYS = ("benign", "benign_ci95", "benign_n", "benign_f1", "settings", "seconds")
 """Keys of evaluation.json that are no question set."""
 
 
@@ -72,6 +72,7 @@ class Evaluation:
             "benign": {task: one.score for task, one in self.benign.items()},
             "benign_ci95": {task: list(one.ci95) for task, one in self.benign.items()},
             "benign_n": {task: one.n for task, one in self.benign.items()},
+            "benign_f1": {task: one.f1 for task, one in self.benign.items() if one.f1 is not None},
             "settings": self.settings,
             "seconds": round(self.seconds, 3),
         }
@@ -98,7 +99,9 @@ class Evaluation:
                 if name not in OTHER_KEYS and part is not None
             }
             benign = {
-                task: BenignScore(score, tuple(tree["benign_ci95"][task]), tree["benign_n"][task])
+                task: BenignScore(
+                    score, tuple(tree["benign_ci95"][task]), tree["benign_n"][task], tree.get("benign_f1", {}).get(task)
+                )
                 for task, score in tree["benign"].items()
             }
         except (TypeError, KeyError, AttributeError) as error:
