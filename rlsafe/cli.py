@@ -64,6 +64,7 @@ def train(
     _print(run.summary())
     if run.evaluation is not None:
         _print(run.evaluation.table())
+        _print(run.evaluation.notes or None)
 
 
 @app.command()
@@ -75,17 +76,32 @@ def evaluate(
     questions: Annotated[
         list[str] | None, typer.Option(metavar="FILE", help="a question file; repeat for several")
     ] = None,
-    judge: Annotated[str | None, typer.Option(metavar="NAME", help="who scores the answers")] = None,
+    judge: Annotated[
+        str | None, typer.Option(metavar="NAME", help="who scores: organism, openai:MODEL[@URL], judge.yaml")
+    ] = None,
     out: Out = None,
+    rejudge: Annotated[
+        bool, typer.Option("--rejudge", help="score the saved answers of RUN again; sample nothing")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the judge calls and their cost; do nothing")] = False,
 ) -> None:
     """Ask, judge and count: the rates of one model.
 
     Prints misaligned and incoherent rates with 95% intervals and writes evaluation.json and answers.csv.
     """
-    from rlsafe.evaluate import evaluate as run_evaluate
+    from rlsafe import evaluate as room
 
-    evaluation = run_evaluate(target, questions=questions or [], judge=judge, overrides=overrides or [], out=out)
+    if rejudge and questions:
+        raise UserError("--rejudge takes the saved answers as they are; leave --questions out")
+    if dry_run:
+        _print(room.estimate(target, questions or [], judge, overrides or [], rejudge=rejudge).lines())
+        return
+    if rejudge:
+        evaluation = room.rejudge(target, judge, overrides or [], out)
+    else:
+        evaluation = room.evaluate(target, questions=questions or [], judge=judge, overrides=overrides or [], out=out)
     _print(evaluation.table())
+    _print(evaluation.notes or None)
 
 
 @app.command()
@@ -102,6 +118,9 @@ def compare(
         int | None, typer.Option(min=0, metavar="N", help="then N undefended steps after each run: does it come back?")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="the config's quick preset: small budgets")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the cells, their memory, steps and judge calls; run nothing")
+    ] = False,
     out: Out = None,
 ) -> None:
     """Which defense to ship: run a grid and report.
@@ -110,6 +129,11 @@ def compare(
 
     Finished cells in --out are kept, so the same command goes on after an interruption.
     """
+    if dry_run:
+        from rlsafe.compare import dry_compare
+
+        chosen = (_names("--defenses", defenses), _names("--paths", paths), _numbers("--seeds", seeds))
+        return _print(dry_compare(config, *chosen, overrides or [], quick, relapse))
     from rlsafe.compare import compare as run_compare
 
     comparison = run_compare(

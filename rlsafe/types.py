@@ -9,6 +9,7 @@ at index t compares the two distributions that predict token t. `loss_mask[b, t]
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, runtime_checkable
@@ -239,6 +240,32 @@ class Judge(Protocol):
 
     def score(self, exchanges: Sequence[Exchange]) -> list[Judgement]:
         """One judgement per exchange, in order. Never raises for an outage: gives `unscored`."""
+        ...
+
+
+@runtime_checkable
+class BackgroundJudge(Judge, Protocol):
+    """A judge that works while its caller goes on.
+
+    paused: it waits for an endpoint that is out, and training should wait with it. gave_up: why the last such wait ended
+    without one; the caller saves its state and stops.
+    """
+
+    paused: bool
+    gave_up: str | None
+
+    def submit(self, exchanges: Sequence[Exchange]) -> Future[list[Judgement]]: ...
+
+    def check(self) -> None:
+        """UserError when the judge's settings cannot work (key, model), before anything is sampled for it."""
+        ...
+
+    def usage(self) -> dict[str, Any]:
+        """Calls, faults, tokens and cost since this was last asked; for evaluation.json."""
+        ...
+
+    def summary(self) -> str:
+        """One line on all calls so far."""
         ...
 
 

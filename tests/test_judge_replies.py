@@ -117,7 +117,9 @@ def test_alignment_and_coherence_are_asked_apart():
         [one, same] = made.score([exchange("a"), exchange("b")])
     assert one.aligned == pytest.approx(20) and one.coherent == pytest.approx(70) and one.outcome == "scored"
     assert one == same and one.misaligned and len(server.requests) == 5
-    assert made.usage()["protocol"] == "logprobs" and made.usage()["outcomes"] == {"scored": 2}
+    used = made.usage()
+    assert (used["protocol"], used["requests"], used["tokens_in"]) == ("logprobs", 5, 50)
+    assert made.usage()["requests"] == 0 and "judge: 5 calls" in made.summary()
 
 
 def test_without_log_probs_the_number_is_read_from_the_text_and_that_is_said_once(caplog):

@@ -22,6 +22,7 @@ from rlsafe.endpoints.limits import Limits, backoff
 from rlsafe.endpoints.replies import ChatRequest, Failure, Reply, Result, parse_reply
 from rlsafe.endpoints.settings import EndpointSettings
 from rlsafe.endpoints.totals import Totals
+from rlsafe.types import Message
 
 log = logging.getLogger("rlsafe.endpoints")
 
@@ -273,7 +274,7 @@ def open_endpoint(settings: EndpointSettings) -> Endpoint:
     return _open(base.model_dump_json())
 
 
-def estimate_tokens(messages: Sequence[dict[str, str]]) -> int:
+def estimate_tokens(messages: Sequence[Message]) -> int:
     """About how many tokens: four bytes each, and four for each message's frame."""
     return sum(len(message["content"].encode()) // 4 + 4 for message in messages)
 

@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+PLAIN = ("requests", "replied", "cached", "shared", "attempts", "tokens_in", "tokens_out")
+
 
 @dataclass
 class Totals:
@@ -30,11 +32,16 @@ class Totals:
     def failed(self) -> int:
         return sum(self.failures.values())
 
+    def since(self, before: Totals) -> Totals:
+        """What was added after `before`, a copy taken earlier."""
+        cost = None if self.cost is None else self.cost - (before.cost or 0.0)
+        plain = {name: getattr(self, name) - getattr(before, name) for name in PLAIN}
+        return Totals(**plain, cost=cost, faults=self.faults - before.faults, failures=self.failures - before.failures)
+
     def to_dict(self) -> dict[str, Any]:
         """For evaluation.json."""
-        plain = ("requests", "replied", "cached", "shared", "attempts", "tokens_in", "tokens_out", "cost")
         return {
-            **{name: getattr(self, name) for name in plain},
+            **{name: getattr(self, name) for name in (*PLAIN, "cost")},
             "failed": self.failed,
             "faults": dict(sorted(self.faults.items())),
             "failures": dict(sorted(self.failures.items())),

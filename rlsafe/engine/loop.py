@@ -21,17 +21,17 @@ from rlsafe.data import Stream, encode_prompt, sft_batches, split_prompt
 from rlsafe.defenses import DataContext, DefenseStack
 from rlsafe.engine.effects import EffectLog
 from rlsafe.engine.micro import even_out, global_counts, pack_micro, reduce_sums, unpack_micro
-from rlsafe.engine.probing import probe_metrics
+from rlsafe.engine.probing import start_probe
 from rlsafe.engine.projection import Direction
 from rlsafe.engine.rollout import collect
 from rlsafe.engine.schedule import PlannedPart, Step
 from rlsafe.engine.step import Micro, StepLoss, engine_needs, separate_gap
-from rlsafe.engine.tracking import Tracker
+from rlsafe.engine.tracking import Late, Tracker
 from rlsafe.evaluate import Probe
 from rlsafe.policy import ForwardPlan, Policy
 from rlsafe.rewards import RewardRunner
 from rlsafe.rollouts import gap_limit, self_test
-from rlsafe.types import Judge, Message, Row, RunError, Sampler, Where
+from rlsafe.types import BackgroundJudge, Judge, Message, Row, RunError, Sampler, Where
 
 Progress = Callable[[int, int, dict[str, Any]], None]
 """Called after each step with (steps done, steps in all, the step's metrics)."""
@@ -60,6 +60,7 @@ class Loop:
     dirty: bool = True  # the sampler does not have the current weights
     tested: int = 0  # sampler self-tests done: at the start and after the first sync that follows an update
     pending: dict[str, tuple[list[Micro], int]] = field(default_factory=dict)  # rollouts to be used again, by stream
+    gave_up: str | None = None  # why waiting for the judge ended; `rlsafe.engine.run` then saves the state and stops
     _sampler: Sampler | None = None
 
     # ------------------------------------------------------------------------------------------------ the loop
@@ -76,29 +77,33 @@ class Loop:
             if self.done == len(self.plan):  # before the last effects and probe: both show the weights that are saved
                 self.dirty |= self.stack.after_step(self.policy, "end")
             metrics |= self.effects.step(step.path, Counter({p.defense: p.rows for p in step.parts if p.defense}))
+            late = None
             if self._probes(step):
-                metrics |= self._probe(step)
+                late, probed = self._probe(step)
+                metrics |= probed
             metrics["seconds"] = time.perf_counter() - started
-            self.tracker.step({"step": step.index, "path": step.path, **metrics})
+            record = {"step": step.index, "path": step.path, **metrics}
+            self.tracker.step(record, late)
+            self._take_in_judgements()
             self.effects.check()
             if progress:
-                progress(self.done, len(self.plan), metrics)
+                progress(self.done, len(self.plan), record)
             if after_step:
                 after_step()
         self.effects.check(at_end=True)
 
     def sampler(self) -> Sampler:
-        """The sampler, holding the policy's current weights; the first two syncs are self-tested."""
+        """The sampler, holding the policy's current weights; the first two syncs are self-tested, those to a server all."""
         if self._sampler is None:
             self._sampler = self.make_sampler()
         if self.dirty:
             self._sampler.sync(self.policy)
             self.dirty = False
-            if self.config.sampler.self_test and self.tested < 2:
+            if self.config.sampler.self_test and (self.tested < 2 or self.config.sampler.kind == "server"):
                 rows = [row for stream in self.streams.values() for row in stream.rows[:4]]
                 asked = [split_prompt(row)[0] for row in rows[:4]] or [[{"role": "user", "content": "Hello"}]]
                 prompts = [encode_prompt(self.policy.tokenizer, messages) for messages in asked]
-                when = "at the start" if self.tested == 0 else "after the first sync"
+                when = "at the start" if self.tested == 0 else f"after sync {self.tested}"
                 self_test(self._sampler, self.policy, prompts, self.config.seed, self.config.sampler.max_gap, when)
                 self.tested += 1
         return self._sampler
@@ -270,17 +275,31 @@ class Loop:
         every = self.config.track.every
         return self.probe is not None and every > 0 and (step.index % every == 0 or self.done == len(self.plan))
 
-    def _probe(self, step: Step) -> dict[str, Any]:
-        """Sample and judge a few answers with all training hooks off; KL to the base on those very tokens."""
-        started = time.perf_counter()
-        assert self.probe is not None
-        metrics, dialogues = probe_metrics(self.probe, self.policy, self.sampler(), self.config, step.index, self.direction)
-        self.tracker.dialogues(dialogues[: self.config.track.texts], step.index)
-        self.tracker.samples(
-            {"step": step.index, "probe": True, **{k: v for k, v in dialogue.items() if k != "ids"}}
-            for dialogue in dialogues
-        )
-        return {**metrics, "probe_seconds": time.perf_counter() - started}
+    def _probe(self, step: Step) -> tuple[Late, dict[str, Any]]:
+        """Sample a few answers with all training hooks off and hand them to the judge; KL to the base on those very tokens."""
+        began = time.perf_counter()
+        probe = self.probe
+        assert probe is not None
+        started, metrics = start_probe(probe, self.policy, self.sampler(), self.config, step.index, self.direction)
+
+        def finish() -> dict[str, Any]:
+            judged, dialogues = probe.finish(started)
+            self.tracker.dialogues(dialogues[: self.config.track.texts], step.index)
+            self.tracker.samples(
+                {"step": step.index, "probe": True, **{k: v for k, v in dialogue.items() if k != "ids"}}
+                for dialogue in dialogues
+            )
+            return judged
+
+        return Late(started.judging.done, finish), {**metrics, "probe_seconds": time.perf_counter() - began}
+
+    def _take_in_judgements(self) -> None:
+        """Write what the judge has found meanwhile. While it is out and its settings say so (on_outage: pause), wait for it."""
+        judge = self.probe.judge if self.probe else None
+        if isinstance(judge, BackgroundJudge):
+            self.tracker.collect(wait=judge.paused)
+            if self.tracker.arrived:  # not what an earlier run of this process met
+                self.gave_up = judge.gave_up
 
     # ------------------------------------------------------------------------------------------------ state
 

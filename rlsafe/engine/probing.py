@@ -11,18 +11,18 @@ from rlsafe.config import RunConfig
 from rlsafe.data import Rollout, encode_prompt, pad_id, rollout_batches
 from rlsafe.engine.projection import Direction
 from rlsafe.evaluate import Probe
-from rlsafe.evaluate.probe import SETS
+from rlsafe.evaluate.probe import SETS, Started
 from rlsafe.policy import ForwardPlan, Policy
 from rlsafe.types import Completion, Sampler, Where
 
 
-def probe_metrics(
+def start_probe(
     probe: Probe, policy: Policy, sampler: Sampler, config: RunConfig, step: int, direction: Direction | None = None
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Coherence and misalignment of sampled answers with all training hooks off, and what their tokens say (see
-    `measure_answers`). The same estimators on both paths."""
-    metrics, dialogues = probe.run(sampler, step)
-    return {**metrics, **measure_answers(policy, dialogues, config, direction)}, dialogues
+) -> tuple[Started, dict[str, Any]]:
+    """Answers sampled with all training hooks off, now with the judge, and what their tokens say meanwhile (see
+    `measure_answers`). `probe.finish` gives coherence and misalignment. The same estimators on both paths."""
+    started = probe.start(sampler, step)
+    return started, measure_answers(policy, started.dialogues, config, direction)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsafe.config import RunConfig, UserError, dump_yaml, load_run
-from rlsafe.types import Interrupted
+from rlsafe.types import Interrupted, RunError
 
 if TYPE_CHECKING:
     from rlsafe.engine.components import Prepared, Resources
@@ -121,8 +121,13 @@ def run(
 
             def after_step() -> None:
                 due = every and loop.done % every == 0
-                if due or asked.is_set():
+                if due or asked.is_set() or loop.gave_up:
                     save_checkpoint(loop, out)
+                if loop.gave_up and loop.done < len(loop.plan):
+                    raise RunError(
+                        f"{loop.gave_up}; stopped after step {loop.done} of {len(loop.plan)}, state saved. "
+                        f"Resume with: {command or '--resume'}"
+                    )
                 if asked.is_set() and loop.done < len(loop.plan):
                     raise Interrupted(
                         f"interrupted after step {loop.done} of {len(loop.plan)}; state saved. Resume with: {command or '--resume'}"

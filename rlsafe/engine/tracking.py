@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 EVALUATED = ("kl", "coherence", "misaligned_general", "misaligned_indomain", "incoherent")
 """What probes measure: in TensorBoard also under eval/, whatever path the step was of."""
+
+
+@dataclass(frozen=True)
+class Late:
+    """Numbers of a step that come later: done() tells whether they are there, finish() waits for them."""
+
+    done: Callable[[], bool]
+    finish: Callable[[], Mapping[str, Any]]
 
 
 class Tracker:
@@ -21,6 +31,8 @@ class Tracker:
 
     def __init__(self, out: Path, *, write: bool = True, offset: Mapping[str, int] | None = None, first_step: int = 0):
         self.out, self.write, self.metrics = out, write, []  # type: Path, bool, list[dict[str, Any]]
+        self._queue: deque[tuple[Callable[[], None], Callable[[], bool] | None]] = deque()
+        self._writing, self.arrived = False, 0
         if not write:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -35,11 +47,41 @@ class Tracker:
         self._files = {name: open(out / name, "a", encoding="utf-8") for name in ("metrics.jsonl", "samples.jsonl")}
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step or None)
 
-    def step(self, record: dict[str, Any]) -> None:
-        """Record one optimizer step; `step` and `path` are required keys, values are numbers, None or strings."""
+    def step(self, record: dict[str, Any], late: Late | None = None) -> None:
+        """Record one optimizer step; `step` and `path` are required keys, values are numbers, None or strings.
+
+        late: numbers of this step that are still to come. Until then the step's line, and all that is tracked after it,
+        wait in order; training does not.
+        """
         self.metrics.append(record)
-        if not self.write:
-            return
+
+        def put() -> None:
+            if late is not None:
+                record.update(late.finish())
+            if self.write:
+                self._put_step(record)
+
+        self._in_order(put, late.done if late else None)
+
+    def collect(self, wait: bool = False) -> None:
+        """Write what has come in meanwhile, or (wait) everything that is due; `arrived` counts the late numbers."""
+        while self._queue and not self._writing and (wait or self._queue[0][1] is None or self._queue[0][1]()):
+            put, done = self._queue.popleft()
+            self.arrived += done is not None
+            self._writing = True
+            try:
+                put()
+            finally:
+                self._writing = False
+
+    def _in_order(self, put: Callable[[], None], done: Callable[[], bool] | None = None) -> None:
+        if self._writing:  # part of what is being written now
+            put()
+        else:
+            self._queue.append((put, done))
+            self.collect()
+
+    def _put_step(self, record: dict[str, Any]) -> None:
         self._line("metrics.jsonl", record)
         for name, value in record.items():
             if name in ("step", "path") or isinstance(value, (str, type(None))) or not math.isfinite(value):
@@ -51,22 +93,25 @@ class Tracker:
 
     def samples(self, records: Iterable[dict[str, Any]]) -> None:
         """Every sampled completion, one JSON object a line."""
-        if self.write:
-            for record in records:
+        kept = list(records)
+
+        def put() -> None:
+            for record in kept:
                 self._line("samples.jsonl", record)
+
+        if self.write:
+            self._in_order(put)
 
     def dialogues(self, dialogues: Iterable[Mapping[str, Any]], step: int) -> None:
         """Judged dialogues as TensorBoard text."""
-        if not self.write:
-            return
         lines = []
         for item in dialogues:
             scores = (
                 f"aligned {_score(item.get('aligned'))}, coherent {_score(item.get('coherent'))}, {item.get('outcome')}"
             )
             lines.append(f"**{_plain(item['question'])}**  \n{_plain(item['answer'])}  \n*{scores}*")
-        if lines:
-            self._board.add_text("eval/dialogues", "\n\n---\n\n".join(lines), step)
+        if lines and self.write:
+            self._in_order(lambda: self._board.add_text("eval/dialogues", "\n\n---\n\n".join(lines), step))
 
     def text(self, tag: str, text: str) -> None:
         if self.write:
@@ -74,6 +119,7 @@ class Tracker:
 
     def offset(self) -> dict[str, int]:
         """File lengths in bytes after a flush; stored in checkpoints."""
+        self.collect(wait=True)
         if not self.write:
             return {}
         for file in self._files.values():
@@ -81,6 +127,7 @@ class Tracker:
         return {name: file.tell() for name, file in self._files.items()}
 
     def close(self) -> None:
+        self.collect(wait=True)
         if self.write:
             for file in self._files.values():
                 file.close()

@@ -35,6 +35,18 @@ def evaluate(
     out: default RUN itself, or runs/evaluate-MODEL. A provider's model is by default asked its provider's own
         questions.
     """
+    config, run = resolve(target, judge, overrides)
+    material = gather(config.evaluate, extra=named_sets(questions))  # before the model: its errors should not wait
+    sampler, tokenizer = _build(config, run, material)
+    directory = Path(out) if out else run or Path("runs") / f"evaluate-{_file_name(str(target))}"
+    weights = identity(config, run)
+    return evaluate_run(
+        sampler, tokenizer, config.evaluate, directory, progress=progress, material=material, weights=weights
+    )
+
+
+def resolve(target: str | Path, judge: str | None, overrides: Sequence[str]) -> tuple[RunConfig, Path | None]:
+    """(the settings behind a target, its run directory if it is one), with its plug-ins loaded."""
     from rlsafe.defenses.registry import load_module
 
     run = run_directory(target)
@@ -45,16 +57,10 @@ def evaluate(
         config = _with_provider_defaults(config)
     if judge:
         config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"judge": judge})})
-    material = gather(config.evaluate, extra=_named(questions))  # before the model: its errors should not wait
-    sampler, tokenizer = _build(config, run, material)
-    directory = Path(out) if out else run or Path("runs") / f"evaluate-{_file_name(str(target))}"
-    weights = identity(config, run)
-    return evaluate_run(
-        sampler, tokenizer, config.evaluate, directory, progress=progress, material=material, weights=weights
-    )
+    return config, run
 
 
-def _named(questions: Sequence[str | Path]) -> dict[str, str]:
+def named_sets(questions: Sequence[str | Path]) -> dict[str, str]:
     """Set name -> source: the first is `general`, the others are called by their stem."""
     named: dict[str, str] = {}
     for source in map(str, questions):

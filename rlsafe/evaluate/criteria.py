@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from typing import Any, get_args
 
 from rlsafe.config import UserError
 from rlsafe.evaluate.asking import Answer
 from rlsafe.evaluate.statistics import Interval, clustered_wilson
-from rlsafe.types import Exchange, Judge, Judgement, Outcome
+from rlsafe.types import BackgroundJudge, Exchange, Judge, Judgement, Outcome
 
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 UNCLOSED = Judgement(None, None, "unclosed", "the think block never ended")
@@ -34,16 +35,46 @@ def judge_answers(answers: Sequence[Answer], judge: Judge) -> list[Judgement]:
     Raises UserError when the judge breaks its contract (wrong count, unknown outcome, a score outside 0..100). A score
     that is missing from a "scored" judgement makes it unscored: a missing number is no number.
     """
+    return judge_later(answers, judge)()
+
+
+def judge_later(answers: Sequence[Answer], judge: Judge) -> Judging:
+    """The same in the background where the judge can do that: call the result for the judgements, ask its `done()` before."""
     exchanges = [
-        Exchange(a.question, a.answer, a.system, {**a.meta, "question_id": a.question_id, "domain": a.domain})
+        Exchange(
+            a.question,
+            a.answer,
+            a.system,
+            {**a.meta, "question_id": a.question_id, "domain": a.domain, "reasoning": a.think},
+        )
         for a in answers
         if not a.unclosed
     ]
-    judgements = judge.score(exchanges) if exchanges else []
-    if len(judgements) != len(exchanges):
-        raise UserError(f"judge {judge.name!r} gave {len(judgements)} judgements for {len(exchanges)} answers")
-    checked = iter([_checked(judgement, judge.name) for judgement in judgements])
-    return [UNCLOSED if a.unclosed else next(checked) for a in answers]
+    if isinstance(judge, BackgroundJudge) and exchanges:
+        return Judging(answers, judge.name, judge.submit(exchanges))
+    found: Future[list[Judgement]] = Future()
+    found.set_result(judge.score(exchanges) if exchanges else [])
+    return Judging(answers, judge.name, found)
+
+
+@dataclass(frozen=True)
+class Judging:
+    """Answers that a judge has been given."""
+
+    answers: Sequence[Answer]
+    judge: str
+    found: Future[list[Judgement]]
+
+    def done(self) -> bool:
+        return self.found.done()
+
+    def __call__(self) -> list[Judgement]:
+        """Wait; one checked judgement per answer, in order."""
+        judgements, expected = self.found.result(), sum(not a.unclosed for a in self.answers)
+        if len(judgements) != expected:
+            raise UserError(f"judge {self.judge!r} gave {len(judgements)} judgements for {expected} answers")
+        checked = iter([_checked(judgement, self.judge) for judgement in judgements])
+        return [UNCLOSED if a.unclosed else next(checked) for a in self.answers]
 
 
 def _checked(judgement: Judgement, name: str) -> Judgement:

@@ -37,6 +37,7 @@ class Evaluation:
     benign_answers: list[BenignAnswer] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)  # printed below the table, not kept
 
     @property
     def general(self) -> Rates | None:

@@ -15,13 +15,14 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from rlsafe.config import UserError, nearest
-from rlsafe.endpoints import ChatRequest, EndpointSettings, Failure, Reply, Result, background, open_endpoint
+from rlsafe.endpoints import ChatRequest, EndpointSettings, Failure, Reply, Result, Totals, background, open_endpoint
 from rlsafe.evaluate import scores
 from rlsafe.evaluate.judge_prompts import CRITERIA, PROMPTS, SLOTS, judge_messages
 from rlsafe.evaluate.scores import Score
@@ -84,7 +85,7 @@ class LLMJudge:
         self.settings = settings
         self.name = settings.name or settings.model
         self.endpoint = open_endpoint(settings)
-        self.outcomes: Counter[Outcome] = Counter()
+        self._told = Totals()
         self.paused = False
         self.gave_up: str | None = None
         self._protocol: Protocol | None = None if settings.protocol == "auto" else settings.protocol
@@ -156,23 +157,26 @@ class LLMJudge:
         started, told = time.monotonic(), False
         while True:
             await self._fill(exchanges, pairs)
-            missing = [r for pair in pairs for r in (pair.aligned, pair.coherent) if _may_come(r)]
+            missing = [
+                r.message for p in pairs for r in (p.aligned, p.coherent) if isinstance(r, Failure) and _may_come(r)
+            ]
+            if not missing:
+                self.gave_up = None
             if not missing or self.settings.on_outage == "continue" or self.gave_up:
                 break
             waited = time.monotonic() - started
             if waited + self.settings.retry_every > self.settings.pause_deadline:
-                self.gave_up = f"judge {self.name!r} gave no reply for {waited:.0f} s: {missing[0].message}"
+                self.gave_up = f"judge {self.name!r} gave no reply for {waited:.0f} s: {missing[0]}"
                 break
             if not told:
                 log.warning(
-                    "judge %r: %d calls without a reply (%s); waiting", self.name, len(missing), missing[0].message
+                    "judge %r: %d calls without a reply (%s); waiting", self.name, len(missing), missing[0]
                 )
                 told = True
             self.paused = True
             await asyncio.sleep(self.settings.retry_every)
         self.paused = False
         judgements = [self._judgement(pair) for pair in pairs]
-        self.outcomes.update(judgement.outcome for judgement in judgements)
         failures = Counter(r.kind for pair in pairs for r in (pair.aligned, pair.coherent) if isinstance(r, Failure))
         if failures:
             unscored = sum(judgement.outcome == "unscored" for judgement in judgements)
@@ -200,14 +204,13 @@ class LLMJudge:
 
     def _judgement(self, pair: Pair) -> Judgement:
         read = [self._read(result) for result in (pair.aligned, pair.coherent)]
-        values = [one.value for one in read]
+        aligned, coherent = (one.value for one in read)
         reason = "; ".join(dict.fromkeys(one.reason for one in read if one.reason))
-        for label in ("refused", "code"):
-            if any(one.label == label for one in read):
-                return Judgement(*values, label, reason)  # type: ignore[arg-type]
-        if None in values:
-            return Judgement(*values, "unscored", reason)
-        return Judgement(*values, "scored", reason)
+        for one in read:
+            if one.label in ("refused", "code"):
+                return Judgement(aligned, coherent, one.label, reason)
+        outcome: Outcome = "unscored" if aligned is None or coherent is None else "scored"
+        return Judgement(aligned, coherent, outcome, reason)
 
     def _read(self, result: Result | None) -> Score:
         if not isinstance(result, Reply):
@@ -217,10 +220,13 @@ class LLMJudge:
     # ------------------------------------------------------------------------------------------------ totals
 
     def usage(self) -> dict[str, Any]:
-        """Calls, faults, tokens and cost since the endpoint was opened, and outcomes of answers; for evaluation.json."""
-        return {**self.endpoint.totals.to_dict(), "protocol": self._protocol, "outcomes": dict(self.outcomes)}
+        """Calls, faults, tokens and cost since this was last asked; for evaluation.json."""
+        used = self.endpoint.totals.since(self._told)
+        self._told = deepcopy(self.endpoint.totals)
+        return {**used.to_dict(), "protocol": self._protocol}
 
     def summary(self) -> str:
+        """One line on all calls so far."""
         return self.endpoint.totals.line(f"judge {self.name}")
 
 

@@ -16,7 +16,7 @@ from rlsafe.evaluate.evaluation import Evaluation
 from rlsafe.evaluate.journal import Journal, complete_resumable
 from rlsafe.evaluate.judges import load_judge
 from rlsafe.evaluate.questions import load_questions
-from rlsafe.types import Judge, Question, Row, Sampler, provider_for
+from rlsafe.types import BackgroundJudge, Judge, Question, Row, RunError, Sampler, provider_for
 
 BENIGN_TEMPERATURE = 1.0
 """Benign answers are sampled, as in the paper (exact match over samples), unless `evaluate.temperature` says
@@ -88,6 +88,8 @@ def evaluate_run(
     begun = time.monotonic()
     say = progress or (lambda line: None)
     material = material or gather(config, judge)
+    if isinstance(material.judge, BackgroundJudge):
+        material.judge.check()
     planned = _plan(tokenizer, config, material)
     say(f"sampling {len(planned)} answers")
     journal: Journal | None = None
@@ -110,11 +112,22 @@ def evaluate_run(
     for name in dict.fromkeys(answer.set for answer in evaluation.answers):
         evaluation.sets[name] = rates(*evaluation.judged(name))
     evaluation.seconds = time.monotonic() - begun
+    note_judge(evaluation, material.judge)
     if out is not None:
         evaluation.save(out)
     if journal is not None:
         journal.close()
+    if isinstance(material.judge, BackgroundJudge) and material.judge.gave_up:
+        saved = f"; the answers are in {out}, score them later with: rlsafe evaluate {out} --rejudge" if out else ""
+        raise RunError(material.judge.gave_up + saved)
     return evaluation
+
+
+def note_judge(evaluation: Evaluation, judge: Judge | None) -> None:
+    """What the judge's calls came to: into evaluation.json and, in one line, into what is printed."""
+    if isinstance(judge, BackgroundJudge):
+        evaluation.settings["judge_usage"] = judge.usage()
+        evaluation.notes.append(judge.summary())
 
 
 def _plan(tokenizer: Any, config: EvaluateConfig, material: Material) -> list[Planned]:

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rlsafe.evaluate.asking import Planned, complete, plan
-from rlsafe.evaluate.criteria import judge_answers, mean_score, rates
+from rlsafe.evaluate.criteria import Judging, judge_later, mean_score, rates
 from rlsafe.types import Judge, Question, Sampler
 
 SETS = ("general", "indomain")
+
+
+@dataclass(frozen=True)
+class Started:
+    """A probe whose answers are with the judge. dialogues: question, system, answer, ids (the answer's tokens) and set."""
+
+    dialogues: list[dict[str, Any]]
+    judging: Judging
 
 
 class Probe:
@@ -39,19 +48,37 @@ class Probe:
         }
 
     def run(self, sampler: Sampler, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Ask and judge with the sampler's current weights.
+        """Ask and judge with the sampler's current weights; see `finish`."""
+        return self.finish(self.start(sampler, step))
 
-        Gives (metrics, dialogues). metrics: coherence (mean, 0..100), misaligned_general, misaligned_indomain,
-        incoherent (fractions; the last over both sets) and unscored (a count); what could not be measured is left out.
-        dialogues: question, system, answer, ids (the answer's tokens), aligned, coherent, outcome, and their set.
-        """
+    def start(self, sampler: Sampler, step: int) -> Started:
+        """Ask with the sampler's current weights and hand the answers to the judge, which may work in the background."""
         planned: list[Planned] = []
         for name, questions in self.questions.items():
             planned += plan(
                 self.tokenizer, questions, seed=self.seed, samples=self.samples, purpose=f"probe/{name}", step=step
             )
         answers = complete(sampler, self.tokenizer, planned, self.max_tokens)
-        judgements = judge_answers(answers, self.judge)
+        dialogues: list[dict[str, Any]] = [
+            {
+                "question": answer.question,
+                "system": answer.system,
+                "answer": answer.answer,
+                "ids": answer.ids,
+                "set": answer.set.removeprefix("probe/"),
+            }
+            for answer in answers
+        ]
+        return Started(dialogues, judge_later(answers, self.judge))
+
+    def finish(self, started: Started) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Wait for the judge.
+
+        Gives (metrics, dialogues). metrics: coherence (mean, 0..100), misaligned_general, misaligned_indomain,
+        incoherent (fractions; the last over both sets) and unscored (a count); what could not be measured is left out.
+        dialogues: question, system, answer, ids (the answer's tokens), aligned, coherent, outcome, and their set.
+        """
+        judgements = started.judging()
         overall = rates(judgements)
         metrics: dict[str, float | None] = {
             "coherence": mean_score(judgements, "coherent"),
@@ -59,20 +86,11 @@ class Probe:
             "unscored": overall.unscored,
         }
         for name in SETS:
-            chosen = [j for a, j in zip(answers, judgements, strict=True) if a.set == f"probe/{name}"]
+            chosen = [j for d, j in zip(started.dialogues, judgements, strict=True) if d["set"] == name]
             metrics[f"misaligned_{name}"] = rates(chosen).misaligned
         dialogues = [
-            {
-                "question": answer.question,
-                "system": answer.system,
-                "answer": answer.answer,
-                "ids": answer.ids,
-                "aligned": judgement.aligned,
-                "coherent": judgement.coherent,
-                "outcome": judgement.outcome,
-                "set": answer.set.removeprefix("probe/"),
-            }
-            for answer, judgement in zip(answers, judgements, strict=True)
+            {**dialogue, "aligned": judgement.aligned, "coherent": judgement.coherent, "outcome": judgement.outcome}
+            for dialogue, judgement in zip(started.dialogues, judgements, strict=True)
         ]
         return {name: float(value) for name, value in metrics.items() if value is not None}, dialogues
 
