@@ -83,3 +83,66 @@ def test_worker_processes_give_the_same_results(config, tmp_path):
     assert set(one) == set(two)
     for key, row in one.items():
         assert {**row, "seconds": ""} == {**two[key], "seconds": ""}
+
+
+def adapter(out, cell):
+    from safetensors.torch import load_file
+
+    return load_file(str(out / "cells" / cell / "adapter" / "adapter_model.safetensors"))
+
+
+def test_a_relapse_trains_on_from_the_defended_adapter_without_the_defense(config, tmp_path):
+    tree = yaml.safe_load(config.read_text())
+    tree["benign"], tree["aligned"] = None, None
+    config.write_text(yaml.safe_dump(tree))
+    out = tmp_path / "out"
+    chosen = {"defenses": ["kl"], "paths": ["sft"], "overrides": ["evaluate.cue=null"], "jobs": 1}
+    assert compare(config, out=out, relapse=1, **chosen).failed == {}
+    before, after, fresh = (
+        adapter(out, id) for id in ("sft--kl--seed0", "relapse--sft--kl--seed0", "relapse--sft--untrained--seed0")
+    )
+    # one step of at most 1e-2 away from where the defended run ended; the fresh one started elsewhere
+    near = max(float((after[name] - before[name]).abs().max()) for name in before)
+    assert 0 < near < 0.011
+    assert max(float((after[name] - fresh[name]).abs().max()) for name in before) > near
+    settings = yaml.safe_load((out / "cells" / "relapse--sft--kl--seed0" / "config.yaml").read_text())
+    assert settings["defenses"] == [] and settings["schedule"]["steps"] == 1
+    assert settings["data"]["narrow"]["source"] == tree["run"]["data"]["narrow"]["source"]
+    with (out / "relapse.csv").open() as file:
+        rows = {row["defense"]: row for row in csv.DictReader(file)}
+    evaluation = json.loads((out / "cells" / "relapse--sft--kl--seed0" / "evaluation.json").read_text())
+    assert set(rows) == {"untrained", "kl"} and rows["kl"]["steps"] == "1"
+    assert float(rows["kl"]["general_after"]) == pytest.approx(evaluation["general"]["misaligned"])
+
+
+def test_a_mixed_path_is_judged_like_the_others(config, tmp_path):
+    tree = yaml.safe_load(config.read_text())
+    tree["benign"] = None
+    tree["paths"]["mixed"] = {"schedule": {"steps": 4, "phases": [{"cycle": ["grpo", "sft"]}]}}
+    config.write_text(yaml.safe_dump(tree))
+    done = compare(config, out=tmp_path / "out", paths=["mixed"], jobs=1, overrides=["evaluate.cue=null"])
+    assert done.failed == {}
+    assert set(json.loads((tmp_path / "out" / "verdicts.json").read_text())["mixed"]) == {"none", "kl"}
+    lines = (tmp_path / "out" / "cells" / "mixed--kl--seed0" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["path"] for line in lines] == ["grpo", "sft", "grpo", "sft"]
+    row = rows(tmp_path / "out")["mixed", "kl"]
+    assert row["general_misaligned"] and row["reward_first"]
+
+
+def test_another_eps_scores_again_without_training_the_helpers_again(config, tmp_path):
+    tree = yaml.safe_load(config.read_text())
+    tree["benign"], tree["aligned"] = None, None
+    source = tree["run"]["data"]["safe"]["source"]
+    tree["defenses"] = {"none": [], "plus": [{"interleaving+": {"fraction": 0.5, "scores": "auto"}}]}
+    tree["selection"] = {"adapters": {"other": source}, "run": {"schedule": tree["paths"]["sft"]["schedule"]}}
+    config.write_text(yaml.safe_dump(tree))
+    chosen = {"paths": ["sft"], "jobs": 1, "out": tmp_path / "out"}
+    assert compare(config, overrides=["evaluate.cue=null"], **chosen).failed == {}
+    helpers = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/selection/helpers-*/adapters/*/adapter/*")}
+    scored = {path: path.read_text() for path in tmp_path.glob("out/selection/*/scores.jsonl")}
+    assert helpers and len(scored) == 1
+    assert compare(config, overrides=["evaluate.cue=null", "selection.eps=0.1"], **chosen).failed == {}
+    assert {path: path.stat().st_mtime_ns for path in helpers} == helpers
+    both = {path: path.read_text() for path in tmp_path.glob("out/selection/*/scores.jsonl")}
+    assert len(both) == 2 and len(set(both.values())) == 2
+    assert len(list(tmp_path.glob("out/selection/helpers-*"))) == 1

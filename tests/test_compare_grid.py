@@ -96,6 +96,13 @@ def test_a_sweep_of_a_defense_setting_makes_labelled_variants(load):
     assert cell(cells, kind="narrow", defense="kl[weight=1]").config.defenses == [{"kl": {"weight": 1}}]
 
 
+def test_a_sweep_can_be_given_on_the_command_line(load):
+    cells = expand(load(overrides=["grid.kl.weight=[0.03, 1]"]), paths=["sft"], seeds=[0])
+    assert [c.defense for c in cells if c.kind == "narrow"] == ["none", "kl[weight=0.03]", "kl[weight=1]"]
+    found = cell(cells, kind="narrow", defense="kl[weight=1]")
+    assert (found.swept.base, found.swept.settings) == ("kl", {"kl.weight": 1})
+
+
 def test_a_sweep_of_a_run_setting_gets_its_own_references(load):
     cells = expand(load(CONFIG + "grid: {optim.lr: [1e-4, 1e-3]}\n"), paths=["sft"], seeds=[0])
     untrained = [c.model for c in cells if c.kind == "untrained"]

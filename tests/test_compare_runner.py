@@ -30,7 +30,7 @@ def lab(tmp_path, monkeypatch):
     lab = SimpleNamespace(path=path, out=tmp_path / "out", ran=[], evaluated=[], trouble={}, resumed=[], config=None)
 
     def cell_of(where):
-        return next(c for c in expand(load_compare(path)) if c.id == where.name)
+        return next(c for c in expand(load_compare(path), relapse=3) if c.id == where.name)
 
     def run(config, where, *, resources, progress, resume):
         lab.ran.append(where.name)
@@ -149,6 +149,50 @@ def test_a_user_error_that_keeps_every_cell_from_training_is_the_users(lab):
         lab.trouble[id] = UserError("no such reward")
     with pytest.raises(UserError, match="sft / none / seed 0: no such reward"):
         lab.compare()
+
+
+def test_a_helper_that_fails_costs_the_cells_that_need_it_only(lab, monkeypatch):
+    import rlsafe.compare.runner as runner
+
+    def broken(selection, out, **more):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(runner, "make_scores", broken)
+    monkeypatch.setattr(runner, "check_selection", lambda selection: None)
+    text = SMALL.replace("  kl:", "  plus: [interleaving+: {scores: auto}]\n  kl:")
+    lab.path.write_text(text + "selection: {adapters: {legal: legal.jsonl}}\n")
+    done = lab.compare(seeds=[0])
+    assert list(done.failed) == ["sft--plus--seed0"]
+    assert "could not be scored: RuntimeError: out of memory" in done.failed["sft--plus--seed0"]
+    assert lab.ran == ["untrained", "sft--none--seed0", "sft--kl--seed0"]
+
+
+def test_a_relapse_fails_with_the_run_that_it_goes_on_from_and_no_other(lab):
+    lab.trouble["sft--kl--seed0"] = RunError("diverged")
+    done = lab.compare(seeds=[0], relapse=3)
+    assert done.failed == {
+        "sft--kl--seed0": "diverged",
+        "relapse--sft--kl--seed0": "it goes on from sft--kl--seed0, which failed",
+    }
+    assert lab.ran[-2:] == ["relapse--sft--untrained--seed0", "relapse--sft--none--seed0"]
+    lab.trouble.clear()
+    lab.ran.clear()
+    assert lab.compare(seeds=[0], relapse=3).failed == {}
+    assert lab.ran == ["sft--kl--seed0", "relapse--sft--kl--seed0"]
+
+
+def test_earlier_relapses_stay_in_the_report_of_another_selection(lab):
+    lab.compare(seeds=[0], relapse=3)
+    lab.ran.clear()
+    lab.compare(seeds=[1])
+    assert "relapse--sft--kl--seed0" in json.loads((lab.out / "comparison.json").read_text())["cells"]
+    assert (lab.out / "relapse.csv").read_text().count("\n") == 4
+
+
+def test_what_a_cell_took_is_recorded(lab):
+    lab.compare(seeds=[0])
+    record = json.loads((lab.out / "cells" / "sft--kl--seed0" / "cell.json").read_text())
+    assert record["memory_of"] in ("process", "GPU") and 2**20 < record["peak_memory"] < 2**40
 
 
 def test_user_errors_are_found_before_anything_runs(lab, monkeypatch):

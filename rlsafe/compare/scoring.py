@@ -93,7 +93,7 @@ def select(
             str(directory),
         ]
         raise Interrupted(f"what is done is kept in {directory}; go on with: {shlex.join(words)}") from None
-    return Selected(directory / FILE, read_scores(directory / FILE), read_rows(selection.pool.source))
+    return Selected(directory / FILE, read_scores(directory / FILE), read_rows(selection.pool))
 
 
 def check(selection: Selection) -> None:
@@ -105,7 +105,7 @@ def check(selection: Selection) -> None:
             prepare(config)
         except UserError as error:
             raise UserError(f"selection.adapters.{label}: {error}") from None
-    require_answers(read_rows(selection.pool.source), selection.pool.source)
+    require_answers(read_rows(selection.pool), selection.pool.source)
 
 
 def make_scores(
@@ -129,7 +129,7 @@ def make_scores(
     for label, config in selection.helpers.items():
         say(f"helper {label}: training")
         adapters[label] = _train_helper(config, (work or out) / "adapters" / label, resources, progress)
-    rows = read_rows(selection.pool.source)
+    rows = read_rows(selection.pool)
     keys = [row_key(row["messages"]) for row in rows]
     aligned, misaligned = _all_nlls(selection, work or out, dict(zip(keys, rows, strict=True)), adapters, say)
     lines = []

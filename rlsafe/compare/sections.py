@@ -51,6 +51,7 @@ def section(
         "anchor": "".join(c if c.isalnum() else "-" for c in table.key),
         "table": table,
         "verdicts": [(label, [shown(row, c) for c in CRITERIA]) for label, row in table.rows.items() if row.verdicts],
+        "measured": [key for key in RATES if any(key in row.rates for row in table.rows.values())],
         "whiskers": whiskers(table, style, name, top),
         "tradeoff": planes(table, style, name, top),
         "front": sweeps.pareto(table),

@@ -40,7 +40,8 @@ class Selection:
     def helpers_key(self) -> str:
         """Content hash of what the helpers and the rows' likelihoods depend on: all but `eps`."""
         helpers = {label: fingerprint(config) for label, config in self.helpers.items()}
-        return digest({"helpers": helpers, "pool": [self.pool.source, self.pool.max_tokens]})
+        pool = self.pool.model_dump(mode="json", exclude={"limit", "shuffle", "streaming", "too_long"})
+        return digest({"helpers": helpers, "pool": pool})
 
     @cached_property
     def key(self) -> str:

@@ -281,6 +281,17 @@ class BenignConfig(Settings):
         return self
 
 
+def _dotted(tree: Any) -> Any:
+    """{kl: {weight: [...]}} -> {kl.weight: [...]}: an override `grid.kl.weight=[...]` nests."""
+    if not isinstance(tree, dict):
+        return tree
+    flat: dict[Any, Any] = {}
+    for key, value in tree.items():
+        inner = _dotted(value)
+        flat |= {f"{key}.{rest}": one for rest, one in inner.items()} if isinstance(inner, dict) else {key: inner}
+    return flat
+
+
 def _no_defense() -> dict[str, list[str | dict[str, Any]]]:
     return {"none": []}
 
@@ -319,8 +330,8 @@ class CompareConfig(Settings):
     aligned: Tree | None = Field(None, description="overrides of the reference arm trained on aligned narrow data")
     benign: BenignConfig | None = None
     selection: SelectionConfig | None = Field(None, description="how safe rows are scored for interleaving+ and ++")
-    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
-        default_factory=dict, description="settings to sweep, e.g. kl.weight: [0.03, 0.1]"
+    grid: Annotated[dict[str, Annotated[list[Any], Field(min_length=1)]], BeforeValidator(_dotted)] = Field(
+        default_factory=dict, description="settings to sweep, e.g. kl.weight: [0.03, 0.1] (or nested: kl: {weight: [...]})"
     )
     quick: Tree = Field(default_factory=dict, description="overrides of this file for `--quick`")
     overrides: list[str] = Field(default_factory=list, description="key.path=value, applied last to every cell")
