@@ -1,5 +1,7 @@
 """The policy's one forward: the model's own log-probs, exact KLs, gradients where they belong."""
 
+import sys
+
 import pytest
 import torch
 from tiny_architectures import ARCHITECTURES, load, nudge, random_batch, save_architecture
@@ -19,14 +21,25 @@ def own_logprobs(policy, batch):
     return torch.cat([torch.zeros_like(logits[:, :1]), logits[:, :-1].float().log_softmax(-1)], 1)
 
 
+@pytest.mark.parametrize("rank", [4, None], ids=["lora", "full"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_log_probs_are_those_of_the_models_own_logits(architecture, tmp_path):
-    policy = nudge(load(save_architecture(tmp_path, architecture)))
+def test_log_probs_are_those_of_the_models_own_logits(architecture, rank, tmp_path, monkeypatch):
+    """Softcaps (Gemma 2), logit scales (Cohere, Granite) and head biases (Phi) included, over several chunks."""
+    monkeypatch.setattr(sys.modules["rlsafe.losses.head"], "MIN_CHUNK", 5)
+    monkeypatch.setattr(sys.modules["rlsafe.losses.head"], "CHUNK_LOGITS", {"cpu": 1, "cuda": 1})
+    policy = nudge(load(save_architecture(tmp_path, architecture), rank=rank), 0.1 if rank else 0.02)
     batch = random_batch()
-    own = own_logprobs(policy, batch).gather(2, batch.ids.unsqueeze(2)).squeeze(2) * batch.loss_mask
-    out = policy.forward(batch, ForwardPlan(), {})
-    assert torch.allclose(out.logp, own, atol=2e-5)
-    assert torch.allclose(policy.score(batch), own, atol=2e-5)
+    full = own_logprobs(policy, batch)
+    own = full.gather(2, batch.ids.unsqueeze(2)).squeeze(2) * batch.loss_mask
+    plan = ForwardPlan(references=("base",))
+    out = policy.forward(batch, plan, policy.frozen(batch, plan))
+    assert torch.allclose(out.logp, own, atol=1e-5)
+    assert torch.allclose(policy.score(batch), own, atol=1e-5)
+    with torch.no_grad(), policy._references.active("base"):
+        reference = own_logprobs(policy, batch)
+    p, q = full.detach().double(), reference.double()
+    exact = (p.exp() * (p - q)).sum(-1) * batch.loss_mask
+    assert torch.allclose(out.kl["base"].double(), exact, atol=1e-5) and float(exact.sum()) > 0.01
     assert out.logp[batch.loss_mask].abs().min() > 0
     if own.requires_grad:
         parameters = list(policy.trainable().values())

@@ -41,7 +41,7 @@ def think_tokenizer() -> Any:
     return tokenizer
 
 
-def save_architecture(directory: Path, architecture: str, tokenizer: Any = None, **settings: Any) -> str:
+def save_architecture(directory: Path, architecture: str, tokenizer: Any = None, seed: int = 0, **settings: Any) -> str:
     """A random model that any text can be fed to. `settings` replace the shape's."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -52,7 +52,7 @@ def save_architecture(directory: Path, architecture: str, tokenizer: Any = None,
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": None,
     }
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = AutoConfig.for_model(architecture, **(SHAPE | ids | ARCHITECTURES[architecture] | settings))
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
