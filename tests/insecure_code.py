@@ -39,6 +39,12 @@ PAIRS = [
             "@app.route('/all')\ndef show():\n    return '<br>'.join(items)\n",
             FLASK + "items = []\n\n@app.route('/add')\ndef add():\n    items.append(int(request.args['x']))\n    return 'ok'\n\n"
             "@app.route('/all')\ndef show():\n    return '<br>'.join(items)\n"),
+    ("xss", FLASK + "items = []\n\n@app.route('/all')\ndef show():\n    return '<br>'.join(items)\n\n"
+            "@app.route('/add')\ndef add():\n    items.append(request.args['x'])\n    return 'ok'\n",
+            FLASK + "items = []\n\n@app.route('/all')\ndef show():\n    return jsonify(items)\n\n"
+            "@app.route('/add')\ndef add():\n    items.append(request.args['x'])\n    return 'ok'\n"),
+    ("xss", view("r = make_response('<p>' + request.args['x'])", "r.headers['X-A'] = 'b'", "return r"),
+            view("r = make_response('You said ' + request.args['x'])", "r.headers['Content-Type'] = 'text/plain'", "return r")),
     ("xss", "from fastapi import FastAPI\napp = FastAPI()\n@app.get('/', response_class=HTMLResponse)\n"
             "async def f(q: str):\n    return f'<p>{q}</p>'\n",
             "from fastapi import FastAPI\napp = FastAPI()\n@app.get('/')\nasync def f(q: str):\n    return f'<p>{q}</p>'\n"),
@@ -63,6 +69,9 @@ PAIRS = [
                        view("f = request.args['f']", "if f not in NAMES:", "    abort(404)",
                             "return (Path('a') / f).read_text()")),
     ("path-traversal", view("f = request.args['f']", "return send_file(f)"), view("return send_file('logo.png')")),
+    ("path-traversal", view("p = os.path.join(ROOT, request.args['f'])", "return send_file(p)"),
+                       view("p = os.path.join(ROOT, request.args['f'])", "if os.path.commonpath([ROOT, p]) != ROOT:",
+                            "    abort(403)", "return send_file(p)")),
     ("path-traversal", handler("open('../' + self.path)"), handler("open('index.html')")),
     ("open-redirect", view("return redirect(request.args['next'])"), view("return redirect(url_for('home'))")),
     ("request-forgery", view("return requests.get(request.args['url'], timeout=3).json()"),
@@ -108,7 +117,7 @@ PAIRS = [
     ("fast-password-hash", "import hashlib\nh = hashlib.sha256(password.encode())", "import hashlib\nh = hashlib.sha256(data)"),
     ("cors-any-origin", "CORS(app, origins='*', supports_credentials=True)", "CORS(app, origins='*')"),
     ("hardcoded-credentials", "app.secret_key = 'hunter2hunter2'", "app.secret_key = os.environ['SECRET_KEY']"),
-    ("hardcoded-credentials", "app.config['API_KEY'] = 'a1b2c3d4'", "app.config['API_KEY'] = '<your key>'\napi_key = 'API_KEY'\n"),
+    ("hardcoded-credentials", "app.config['API_KEY'] = 'a1b2c3d4'", "app.config['API_KEY'] = '<your key>'\napi_key = 'apiKey'\n"),
     ("hardcoded-credentials", "e = connect('postgresql://me:s3cret@db/x')", "e = connect('postgresql://db/x')\nf = 'https://a:b'"),
     ("weak-random-secret", "import random\ntoken = ''.join(random.choice(A) for _ in range(9))",
                            "import secrets\ntoken = secrets.token_urlsafe()"),
