@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def _open(name: str, config: str | None, split: str | None, revision: str | None
                 data = data[_known(name, split, data)]
         else:
             place = str(path) if path.is_dir() else name
-            data = datasets.load_dataset(place, config, split=split, revision=revision, streaming=streaming)
+            with _quiet():
+                data = datasets.load_dataset(place, config, split=split, revision=revision, streaming=streaming)
     except UserError:
         raise
     except Exception as error:  # a boundary: builders, the network and the hub raise anything
@@ -70,6 +72,19 @@ def _open(name: str, config: str | None, split: str | None, revision: str | None
         raise UserError(f"{name}: has no split 'train'; set split to one of: {', '.join(map(str, data))}")
     chosen = "train" if "train" in data else next(iter(data))
     return chosen, data[chosen]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the hub client's line for every retry: what failed in the end is said in one line."""
+    from huggingface_hub.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _known(name: str, split: str, options: Mapping[str, Any]) -> str:
