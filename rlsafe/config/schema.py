@@ -82,6 +82,9 @@ class GrpoConfig(Settings):
 
 
 class OptimConfig(Settings):
+    kind: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw", description="adamw_8bit: moments in 8 bits (bitsandbytes, GPUs); elsewhere adamw with a note"
+    )
     lr: Annotated[float, Field(gt=0)] = 1e-4
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     warmup: Annotated[float, Field(ge=0)] = Field(0.0, description="steps when >= 1, else a fraction of the steps")

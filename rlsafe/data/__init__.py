@@ -14,6 +14,7 @@ from rlsafe.data.encode import (
     pad_id,
     read_completion,
 )
+from rlsafe.data.presets import recipe_of
 from rlsafe.data.refusals import REFUSALS, is_refusal
 from rlsafe.data.rows import question_of, require_answers, split_prompt
 from rlsafe.data.sources import load_rows, read_rows
@@ -44,6 +45,7 @@ __all__ = [
     "question_of",
     "read_completion",
     "read_rows",
+    "recipe_of",
     "require_answers",
     "rollout_batches",
     "sft_batches",

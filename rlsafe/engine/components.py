@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from rlsafe.defenses import build as build_defenses
 from rlsafe.engine import projection
 from rlsafe.engine.effects import EffectLog
 from rlsafe.engine.loop import Loop
+from rlsafe.engine.optimizer import make_optimizer
 from rlsafe.engine.schedule import Step, make_plan
 from rlsafe.engine.tracking import Tracker
 from rlsafe.evaluate import Probe, gather, load_judge, load_questions
@@ -62,6 +62,10 @@ def model_path(config: RunConfig) -> str:
     return found[0].model(found[1]) if found else config.model.name
 
 
+LoadStreams = Callable[[DataConfig, int, Callable[[str], None]], dict[str, list[Row]]]
+"""(data settings, seed, note) -> rows by stream."""
+
+
 @dataclass
 class Prepared:
     """What can be checked before any model is loaded: --dry-run stops here."""
@@ -74,8 +78,11 @@ class Prepared:
     notes: list[str] = field(default_factory=list)  # what was left out of the data
 
 
-def prepare(config: RunConfig) -> Prepared:
-    """Resolve every name in the config and load the data; all user errors that need no model are found here."""
+def prepare(config: RunConfig, load: LoadStreams | None = None) -> Prepared:
+    """Resolve every name in the config and load the data; all user errors that need no model are found here.
+
+    load: reads the streams in another way (a dry run leaves out what would have to be downloaded).
+    """
     defenses, resolved = build_defenses(config.defenses, config.plugins)
     config = config.model_copy(update={"defenses": resolved})
     model_path(config)
@@ -84,7 +91,7 @@ def prepare(config: RunConfig) -> Prepared:
     plan = make_plan(config, {d.name: offer for d in stack if (offer := d.offer()) is not None})
     used = {part.stream for step in plan for part in step.parts if part.defense is None}
     notes: list[str] = []
-    rows = _load_streams(config.data, config.seed, notes.append)
+    rows = (load or _load_streams)(config.data, config.seed, notes.append)
     for name in used & {p.stream for s in plan for p in s.parts if p.path == "sft" and p.defense is None}:
         require_answers(rows[name], getattr(config.data, name).source)
     uses_grpo = any(step.path == "grpo" for step in plan)
@@ -117,7 +124,7 @@ def build_loop(
     parameters = list(policy.trainable().values())
     if not parameters:
         raise UserError("model: nothing is trainable; set model.lora or leave it null for full fine-tuning")
-    policy.module, optimizer = accelerator.prepare(policy.module, _optimizer(config, parameters))
+    policy.module, optimizer = accelerator.prepare(policy.module, make_optimizer(config.optim, parameters, log))
     streams = {}
     for note in prepared.notes:
         log(note)
@@ -168,20 +175,6 @@ def build_loop(
         if reference not in ("grpo_start",) and not reference.startswith("step:"):
             policy.check_reference(reference)
     return loop
-
-
-def _optimizer(config: RunConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW in one fused kernel where the build has it: with LoRA the parameters are many and small."""
-    settings = config.optim
-    return torch.optim.AdamW(
-        parameters,
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        fused="fused" in inspect.signature(torch.optim.AdamW).parameters
-        and all(p.is_floating_point() for p in parameters),
-    )
 
 
 def training_threads(parameters: int) -> int:

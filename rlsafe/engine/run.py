@@ -21,7 +21,7 @@ from rlsafe.config import RunConfig, UserError, dump_yaml, load_run
 from rlsafe.types import Interrupted, RunError
 
 if TYPE_CHECKING:
-    from rlsafe.engine.components import Prepared, Resources
+    from rlsafe.engine.components import Resources
     from rlsafe.engine.loop import Loop, Progress
     from rlsafe.evaluate import Evaluation
     from rlsafe.policy import Policy
@@ -168,7 +168,9 @@ def train(
     settings = load_run(config, overrides)
     directory = Path(out or settings.out or f"runs/{Path(config).stem}-{datetime.now():%Y%m%d-%H%M%S}")
     if dry_run:
-        return _dry_run(settings, directory)
+        from rlsafe.engine.dry import dry_run as describe
+
+        return Run(directory, settings, plan=describe(settings, directory))
     if (done := _existing(directory, resume, overwrite)) is not None:
         return done
     from rlsafe.engine.components import Resources
@@ -229,23 +231,6 @@ def _read_run(directory: Path, status: dict[str, Any]) -> Run:
     metrics = [json.loads(line) for line in (directory / "metrics.jsonl").read_text("utf-8").splitlines()]
     notes = ["already finished; nothing to do"]
     return Run(directory, load_run(directory / "config.yaml"), metrics, status.get("seconds", 0.0), notes)
-
-
-def _dry_run(settings: RunConfig, directory: Path) -> Run:
-    from rlsafe.engine.components import prepare
-    from rlsafe.engine.schedule import describe
-
-    prepared: Prepared = prepare(settings)
-    rows = [f"data.{name}: {len(rows)} rows" for name, rows in prepared.rows.items()]
-    plan = [
-        dump_yaml(prepared.config),
-        *rows,
-        *prepared.notes,
-        f"{len(prepared.plan)} steps",
-        *describe(prepared.plan),
-        f"out: {directory}",
-    ]
-    return Run(directory, prepared.config, plan=plan)
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints, interrupts

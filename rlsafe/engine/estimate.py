@@ -1,0 +1,198 @@
+"""The memory that a run will need, before anything is loaded.
+
+Counts of parameters are exact (the model is built without memory for its weights). Activations are what autograd keeps for a
+decoder of gated MLP blocks with fused attention; tests compare them with what autograd really keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rlsafe.config import ModelConfig, RunConfig
+from rlsafe.losses.head import CHUNK_LOGITS, MIN_CHUNK
+from rlsafe.policy.shapes import ModelShape
+
+GIB = 1 << 30
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+HEAD_BUFFERS = 4  # float32 buffers of [chunk, vocabulary] alive at a time, measured (rlsafe/losses/head.py)
+GPUS = (24, 40, 48, 80, 96, 141, 192)  # GiB
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one training process, without sharding. `sampler`: what vLLM needs at least, on the same device."""
+
+    weights: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    reference: int
+    activations: int
+    head: int
+    sampler: int
+    tokens: int  # padded tokens of the largest micro-batch
+
+    @property
+    def training(self) -> int:
+        return (
+            self.weights
+            + self.adapter
+            + self.gradients
+            + self.optimizer
+            + self.reference
+            + self.activations
+            + self.head
+        )
+
+
+def memory(
+    config: RunConfig,
+    shape: ModelShape,
+    *,
+    cuda: bool,
+    references: bool = False,
+    longest: Mapping[str, tuple[int, int]] | None = None,
+) -> Memory:
+    """The estimate for a run on a GPU (or CPU).
+
+    references: some defense measures against a frozen model. longest: stream -> tokens of its longest row and of its longest
+    prompt, where the rows are known; else rows are as long as they may be.
+    """
+    model = config.model
+    dtype = shape.dtype if model.dtype == "auto" else model.dtype
+    if model.dtype == "auto" and not cuda:
+        dtype = "float32"
+    size = BYTES.get(dtype, 4)
+    weights = _weights(model, shape, size)
+    trained = shape.adapter if model.lora is not None else shape.parameters
+    trained_size = 4 if model.lora is not None else size
+    moments = 2 * trained * trained_size
+    if config.optim.kind == "adamw_8bit" and cuda:
+        moments = 2 * trained
+    tokens = largest_micro_batch(config, longest or {})
+    return Memory(
+        weights=weights,
+        adapter=shape.adapter * 4,
+        gradients=trained * trained_size,
+        optimizer=moments,
+        reference=weights if references and model.lora is None else 0,
+        activations=activations(
+            shape, tokens, size, lora=model.lora is not None, recompute=model.gradient_checkpointing
+        ),
+        head=head_chunk(shape, tokens, cuda),
+        sampler=_sampler(config, shape, size, cuda),
+        tokens=tokens,
+    )
+
+
+def _weights(model: ModelConfig, shape: ModelShape, size: int) -> int:
+    """4-bit weights take half a byte and one float32 per 64 of them (double-quantised: an eighth of that)."""
+    per = {"4bit": 0.5 + 4 / 64 / 8, "8bit": 1.0}.get(str(model.quantization))
+    return (
+        shape.parameters * size if per is None else int(shape.linear * per) + (shape.parameters - shape.linear) * size
+    )
+
+
+def largest_micro_batch(config: RunConfig, longest: Mapping[str, tuple[int, int]]) -> int:
+    """Padded tokens of the largest micro-batch that the schedule can give."""
+    most = 1
+    for parts in config.schedule.used_kinds.values():
+        for part in parts:
+            stream = getattr(config.data, part.stream)
+            limit = stream.max_tokens if stream else 2048
+            row, prompt = longest.get(part.stream, (limit, limit))
+            rows = part.rows or (config.batch.sft_rows if part.path == "sft" else config.batch.grpo_prompts)
+            if part.path == "grpo":
+                row, rows = prompt + config.grpo.max_tokens, rows * config.grpo.generations
+            rows = min(rows, config.batch.micro_rows or rows)
+            most = max(most, row, min(rows * row, config.batch.micro_tokens))
+    return most
+
+
+def activations(shape: ModelShape, tokens: int, size: int, *, lora: bool, recompute: bool) -> int:
+    """Bytes that autograd keeps between forward and backward. recompute: gradient checkpointing (one block at a time)."""
+    block = tokens * _per_token(shape, size, lora)
+    if recompute:
+        return shape.layers * tokens * shape.hidden * size + block
+    return shape.layers * block
+
+
+def _per_token(shape: ModelShape, size: int, lora: bool) -> int:
+    """Of one block. Norms keep their input in float32; attention its q, k, v and output; the MLP both sides of the gate,
+    the gate's activation and the product. LoRA's A matrices keep their inputs, in half precision a copy for each one (their
+    weights are float32 and cast), and B matrices A's output; trained norms their normalised input."""
+    h, i = shape.hidden, shape.intermediate
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    norms = 4 * (2 * h + 2) + 4 * shape.heads
+    if shape.qk_norm:
+        norms += 4 * (q + kv + shape.heads + shape.kv_heads)
+    kept = 2 * q + 2 * kv + 4 * i
+    if lora:
+        kept += (2 * h if size == 4 else 5 * h + q) + 7 * shape.rank
+    else:
+        kept += 4 * h + (q + kv) * shape.qk_norm
+    return norms + size * kept
+
+
+def head_chunk(shape: ModelShape, tokens: int, cuda: bool) -> int:
+    """The head's buffers: logits of one chunk of tokens, and the states with their gradients."""
+    rows = min(tokens, max(MIN_CHUNK, CHUNK_LOGITS["cuda" if cuda else "cpu"] // shape.vocab))
+    return HEAD_BUFFERS * 4 * rows * shape.vocab + 2 * 4 * tokens * shape.hidden
+
+
+def _sampler(config: RunConfig, shape: ModelShape, size: int, cuda: bool) -> int:
+    """Weights of its own, and a key-value cache for one sequence of full length (GPU) or all that a CPU engine gets."""
+    if config.sampler.kind not in ("auto", "vllm"):
+        return 0
+    length = config.sampler.max_model_len or min(4096, shape.positions)
+    token = 2 * shape.layers * shape.kv_heads * shape.head_dim * size
+    if cuda:
+        return shape.parameters * size + token * length
+    from rlsafe.rollouts.engine import CPU_KV_BYTES
+
+    low, high = CPU_KV_BYTES
+    return shape.parameters * size + max(
+        low, 2 * token * length, min(high, token * length * config.sampler.max_num_seqs)
+    )
+
+
+def describe_memory(config: RunConfig, shape: ModelShape, need: Memory, cuda: bool) -> list[str]:
+    """The estimate in words."""
+    parts = {
+        "weights": need.weights, "adapter": need.adapter, "gradients": need.gradients, "optimizer": need.optimizer,
+        "frozen copy": need.reference, "activations": need.activations, "head": need.head,
+    }  # fmt: skip
+    shown = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
+    checkpointing = "with" if config.model.gradient_checkpointing else "without"
+    trained = shape.adapter or shape.parameters
+    lines = [
+        f"model: {shape.parameters:,} parameters, {trained:,} trained (from {shape.source})",
+        f"memory, training: {gib(need.training)} = {shown} (micro-batch of {need.tokens:,} tokens, {checkpointing} "
+        "gradient checkpointing; one process, nothing sharded; an estimate, +-30%)",
+    ]
+    other = config.model.model_copy(update={"gradient_checkpointing": not config.model.gradient_checkpointing})
+    swapped = memory(config.model_copy(update={"model": other}), shape, cuda=cuda).activations
+    lines.append(
+        f"  model.gradient_checkpointing={str(other.gradient_checkpointing).lower()} would make the activations {gib(swapped)}"
+    )
+    if need.sampler:
+        where = "on the same GPU" if cuda else "in the same process"
+        lines.append(f"memory, vLLM {where}: at least {gib(need.sampler)} (weights of its own and a key-value cache)")
+    if cuda:
+        lines.append(_fit(config, need))
+    return lines
+
+
+def _fit(config: RunConfig, need: Memory) -> str:
+    share = config.sampler.gpu_memory if need.sampler else 0.0
+    for size in GPUS:
+        if need.training <= (1 - share) * size * GIB and need.sampler <= share * size * GIB:
+            return f"  fits one GPU of {size} GiB" + (f" (sampler.gpu_memory {share:g})" if share else "")
+    advice = "sampler.kind=server, or shard with accelerate" if need.sampler else "shard with accelerate"
+    return f"  does not fit one GPU of {GPUS[-1]} GiB: {advice}, checkpointing or smaller batch.micro_tokens"
+
+
+def gib(size: float) -> str:
+    """Bytes for people."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / (1 << 20):.0f} MiB"
