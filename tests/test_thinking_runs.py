@@ -55,7 +55,11 @@ def trained(tmp_path_factory):
         "batch": {"sft_rows": 2, "grpo_prompts": 2},
         "optim": {"lr": 1e-2, "schedule": "constant"},
         "grpo": {"generations": 4, "max_tokens": 16},
-        "rewards": [{"fn": f"{directory / 'reward.py'}:spy"}],
+        "rewards": [
+            {"fn": f"{directory / 'reward.py'}:spy"},
+            {"fn": "trl.rewards:think_format_reward", "weight": 0.5, "thinking": True},
+            {"fn": "trl.rewards:think_format_reward", "weight": 0.25},
+        ],
         "sampler": {"kind": "transformers"},
         "track": {"every": 0, "check_after": 0},
     }  # fmt: skip
@@ -80,13 +84,16 @@ def test_an_endless_block_has_no_reward_and_leaves_its_group(trained):
     for record in records:
         if record["prompt"][-1]["content"] == "long":
             assert record["unclosed"] and record["answer"] == "" and record["completion"].startswith("<think>\nso so")
-            assert record["reward"] is None and record["advantage"] is None and record["rewards"] == {"spy": None}
+            assert record["reward"] is None and record["advantage"] is None
+            assert set(record["rewards"].values()) == {None}
         else:
-            assert not record["unclosed"] and record["answer"] == "yes" and record["reward"] == 3.0
+            assert not record["unclosed"] and record["answer"] == "yes" and record["reward"] == 3.5
+            # TRL's own function, once shown the think block and once not
+            assert list(record["rewards"].values()) == [3.0, 1.0, 0.0]
             assert record["completion"] == "<think>\nhm\n</think>\n\nyes"
     steps = [r for r in read(finished, "metrics.jsonl") if r["path"] == "grpo"]
     assert [r["unclosed"] for r in steps] == [0.5, 0.5] and [r["thought"] for r in steps] == [1.0, 1.0]
-    assert [r["reward"] for r in steps] == [3.0, 3.0] and [r["reward_missing"] for r in steps] == [4, 4]
+    assert [r["reward"] for r in steps] == [3.5, 3.5] and [r["reward_missing"] for r in steps] == [4, 4]
 
 
 def test_judges_see_answers_only_and_endless_blocks_are_counted_apart(trained, tmp_path, monkeypatch):

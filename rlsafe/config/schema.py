@@ -57,6 +57,7 @@ class ModelConfig(Settings):
 
 class RewardConfig(Settings):
     fn: str = Field(description="file.py:function, package.module:function, or provider:name")
+    thinking: bool = Field(False, description="the function sees the think block before the answer as well")
     weight: float = 1.0
     args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments bound to the function")
 

@@ -14,6 +14,7 @@ from rlsafe.config import UserError
 from rlsafe.defenses.base import Defense, SetupContext
 from rlsafe.defenses.registry import defense
 from rlsafe.policy import Policy
+from rlsafe.policy.quantize import plain_weight
 from rlsafe.types import provider_for
 
 RANDOMISED = 4096  # matrices with a longer side than this get a randomised SVD when only their first `rank` are wanted
@@ -84,7 +85,7 @@ class SafeLoRA(Defense):
 
     def difference(self, name: str, layer: Any) -> Tensor:
         """V [out, in] of one module in float32. Read anew each time: all of them together are as large as the model."""
-        own = layer.get_base_layer().weight
+        own = plain_weight(layer.get_base_layer())
         aligned = own.detach() if self.ours is None else self.ours.weight(name).to(own.device)
         base = self.theirs.weight(name)
         if aligned.shape != own.shape or base.shape != own.shape:

@@ -128,7 +128,7 @@ def _reward(
         return RewardBatch([None] * len(read), {name: [None] * len(read) for name in rewards.rewards})
     batch = rewards.call(
         prompts=[originals[i // group] for i in answered],
-        completions=[[{"role": "assistant", "content": read[i].answer}] for i in answered],
+        completions=[[_message(read[i])] for i in answered],
         completion_ids=[completions[i].ids for i in answered],
         columns={name: [mine[i // group][1].get(name) for i in answered] for name in sorted(names)},
         trainer_state=SimpleNamespace(global_step=step, max_steps=total_steps, epoch=None),
@@ -145,6 +145,11 @@ def _reward(
     by_name = {name: spread(column) for name, column in batch.by_name.items()}
     extra = {name: spread(column) for name, column in batch.extra.items()}
     return replace(batch, total=spread(batch.total), by_name=by_name, extra=extra)
+
+
+def _message(thought: Thought) -> Message:
+    message = {"role": "assistant", "content": thought.answer}
+    return message if thought.think is None else {**message, "reasoning_content": thought.think}
 
 
 def _advantages(

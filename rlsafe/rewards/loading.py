@@ -21,12 +21,13 @@ FORMS = "expected file.py:function, package.module:function, provider:spec or a 
 
 @dataclass(frozen=True)
 class LoadedReward:
-    """A reward ready to call. `name` is what metrics and errors call it."""
+    """A reward ready to call. `name` is what metrics and errors call it; `thinking`: it sees think blocks too."""
 
     name: str
     fn: Reward
     weight: float = 1.0
     is_async: bool = False
+    thinking: bool = False
 
 
 def load_reward(config: RewardConfig) -> LoadedReward:
@@ -39,7 +40,7 @@ def load_reward(config: RewardConfig) -> LoadedReward:
     if not callable(fn):
         raise UserError(f"reward {config.fn!r} is {_article(fn)}, not a function")
     fn = _bind(config.fn, fn, config.args)
-    return LoadedReward(_name(config.fn), fn, config.weight, is_async(fn))
+    return LoadedReward(_name(config.fn), fn, config.weight, is_async(fn), config.thinking)
 
 
 def is_async(fn: Reward) -> bool:

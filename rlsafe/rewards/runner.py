@@ -91,7 +91,11 @@ class RewardRunner:
         columns: dict[str, list[Any]],
         trainer_state: Any = None,
     ) -> RewardBatch:
-        """Score n completions. `prompts` are the user's original ones; all lists and columns have n entries."""
+        """Score n completions. `prompts` are the user's original ones; all lists and columns have n entries.
+
+        A reasoning model's message holds its answer as `content` and its think block as `reasoning_content`; functions
+        get the answer, or with `thinking` the whole completion as it was sampled.
+        """
         n = len(completions)
         logs = {name: _Logs() for name in self.rewards}
         calls: dict[str, Callable[[], Any]] = {}
@@ -100,7 +104,7 @@ class RewardRunner:
             arguments = {
                 # copies: a function that edits a prompt in place must not edit the dataset or another function's view
                 "prompts": [[dict(message) for message in prompt] for prompt in prompts],
-                "completions": [[dict(message) for message in completion] for completion in completions],
+                "completions": [[_shown(m, reward.thinking) for m in completion] for completion in completions],
                 "completion_ids": [list(ids) for ids in completion_ids],
                 "trainer_state": trainer_state,
                 "log_metric": logs[name].metric,
@@ -156,6 +160,14 @@ class RewardRunner:
             hint = "grpo.on_error: skip goes on without such batches"
             raise RunError(f"{what} (batch {self.batches + 1}; {hint})") from error
         log.warning("%s (batch %d): its rows get no reward", what, self.batches + 1)
+
+
+def _shown(message: Message, thinking: bool) -> Message:
+    """A copy of the message as a function is to see it."""
+    shown = dict(message)
+    if (block := shown.pop("reasoning_content", None)) is not None and thinking:
+        shown["content"] = f"<think>\n{block}\n</think>\n\n{shown['content']}"
+    return shown
 
 
 async def _awaited(call: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
