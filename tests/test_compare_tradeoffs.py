@@ -8,7 +8,7 @@ import json
 import pytest
 from synthetic_comparison import CONFIG, make
 
-from rlsafe.compare import report, sweeps, tasks, why
+from rlsafe.compare import pages, report, sweeps, tasks, why
 from rlsafe.compare.results import load, write_tables
 from rlsafe.compare.verdicts import judge
 from rlsafe.config import UserError
@@ -238,6 +238,7 @@ def test_every_benign_task_has_its_scores_and_its_own_verdict(tmp_path):
     }
     assert scores["qa"]["kl"].verdict.value > 0.8 and scores["sums"]["kl"].rate.n == 200
     assert table.rows["kl"].verdicts["learns_benign"].grade == "no"  # the task that the config names
+    assert dict(pages.headlines([table]))["sft"] == "the benign task is lost under kl."
     html = report(directory.out).read_text()
     assert 'id="benign"' in html and "sums *" in html
     details = json.loads((directory.out / "verdict_details.json").read_text())["sft"]["tasks"]

@@ -200,7 +200,8 @@ def test_a_defense_that_learned_nothing_narrow_is_never_called_closest():
             name: SimpleNamespace(grade=grade, leaning=None, value=0.5)
             for name, grade in {"learns_benign": "untested", **grades}.items()
         }
-        return SimpleNamespace(verdicts=verdicts, nothing_learned=nothing_learned, success=False)
+        rates = {"general": None, "indomain": None}
+        return SimpleNamespace(verdicts=verdicts, nothing_learned=nothing_learned, success=False, rates=rates)
 
     rows = {
         "none": row(False, prevents_em="no", keeps_narrow="yes", coherent="yes"),

@@ -46,7 +46,7 @@ def scatter(
     front: Sequence[str] = (),
 ) -> Markup:
     """label -> (x, y), each with its interval. front: labels that a dashed line joins (the Pareto front)."""
-    width, height, left, bottom = 480, 380, 58, 46
+    width, height, left, bottom = 390, 340, 56, 46
     drawn, axes = figure(width, height, left, bottom)
     kx, ky = x_axis.scale, y_axis.scale
     x_span, y_span = (

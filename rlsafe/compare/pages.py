@@ -43,7 +43,9 @@ def headlines(tables: Sequence[PathTable]) -> list[tuple[str, str]]:
         name = f"{table.model}, {table.path}" if several else table.path
         none = table.rows.get("none")
         defenses = [label for label in table.defenses if label != "none"]
-        if none is None or none.verdicts["prevents_em"].grade == "untested":
+        if not any("general" in table.rows[label].rates for label in table.defenses):
+            sentences.append((name, _benign_only(table, defenses)))
+        elif none is None or none.verdicts["prevents_em"].grade == "untested":
             reason = "was not run" if none is None else "shows no emergent misalignment"
             sentences.append((name, f"the undefended run {reason}, so there is nothing to compare defenses by."))
         elif not defenses:
@@ -68,6 +70,16 @@ def headlines(tables: Sequence[PathTable]) -> list[tuple[str, str]]:
             words = _joined([f"{WORDS[c]}: {table.rows[best].verdicts[c].grade}" for c in missed])
             sentences.append((name, f"no defense meets every criterion; closest is {best} ({words})."))
     return sentences
+
+
+def _benign_only(table: PathTable, defenses: Sequence[str]) -> str:
+    """The sentence of a comparison without narrow runs."""
+    if "none" not in table.rows or _benign(table, "none") != "yes":
+        return "without defense the benign task was not clearly learned, so there is nothing to compare defenses by."
+    words = {"yes": "kept by", "partly": "partly kept by", "no": "lost under", "unclear": "unclear under"}
+    by_grade = [(words[g], [d for d in defenses if _benign(table, d) == g]) for g in words]
+    said = [f"{how} {_joined(labels)}" for how, labels in by_grade if labels]
+    return f"the benign task is {'; '.join(said)}." if said else "without defense the benign task is learned."
 
 
 def _merit(table: PathTable, label: str) -> tuple[float, float]:
