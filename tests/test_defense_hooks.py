@@ -47,6 +47,25 @@ def test_references_differ_after_a_warm_up(tiny_tree, tmp_path):
     assert distance(results["step:5"], results["step:3"]) > 1e-4
 
 
+@pytest.mark.parametrize("defense", ["kl", "ldifs"])
+@pytest.mark.parametrize(
+    ("reference", "says"),
+    [
+        ("grpo_start", "reference grpo_start: the schedule has no GRPO steps"),
+        ("step:4", "reference step:4: expected step:N with N from 0 to 3"),
+        ("step:two", "expected step:N with N from 0 to 3"),
+        ("step:01", "expected step:N with N from 0 to 3"),
+        ("grpo-start", "unknown reference 'grpo-start'; did you mean 'grpo_start'"),
+        ("path:nowhere", "nowhere: no such directory"),
+    ],
+)
+def test_a_reference_that_the_run_never_has_is_an_error(tiny_tree, tmp_path, defense, reference, says):
+    """Trap 4: a penalty would wait for it to the end and silently do nothing."""
+    tree = tree_with(tiny_tree, {"defenses": [{defense: {"reference": reference}}]})
+    with pytest.raises(UserError, match=says):
+        run(run_from_tree(tree), tmp_path / "run")
+
+
 # ------------------------------------------------------------------------------------------------ the user's own
 
 OWN = """
@@ -131,6 +150,31 @@ def test_settings_of_a_defense_are_checked_and_written_out(tiny_tree, tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             build([entry])
+
+
+def test_a_subclass_has_the_settings_of_its_base_class_too(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        textwrap.dedent("""
+        from typing import Any
+        from rlsafe.defenses.interleaving import Interleaving
+
+        class Mine(Interleaving):
+            def __init__(self, extra: int = 1, every: int = 3, **interleaving: Any):
+                super().__init__(every=every, **interleaving)
+                self.extra = extra
+        """)
+    )
+    (made,), (resolved,) = build([{f"{file}:Mine": {"extra": 2, "fraction": 0.5}}])
+    assert (made.extra, made.fraction, made.weight, made.every) == (2, 0.5, 1.0, 3)
+    settings = {"extra": 2, "every": 3, "fraction": 0.5, "weight": 1.0, "own_step": False, "source": None}
+    assert next(iter(resolved.values())) == settings
+    for given, message in [
+        ({"fraction": 2}, "fraction: .*less than or equal to 1"),
+        ({"wait": 1}, "did you mean 'weight'"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            build([{f"{file}:Mine": given}])
 
 
 def test_public_names_are_the_classes_that_configs_use():

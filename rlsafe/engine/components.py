@@ -171,6 +171,7 @@ def build_loop(
     )
     for defense in stack:
         defense.setup(context)
+    stack.check_references(len(prepared.plan), paths)
     for reference in stack.references():
         if reference not in ("grpo_start",) and not reference.startswith("step:"):
             policy.check_reference(reference)
