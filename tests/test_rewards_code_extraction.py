@@ -84,10 +84,10 @@ def test_only_statements_that_do_something_are_code():
     [
         ("<think>\nlet me\n</think>\n\nx = 1", "x = 1"),
         ("<think>\n\n</think>\n\nyes", "yes"),
-        ("opened by the template</think>yes", "yes"),
-        ("<think>a</think>b<think>c</think>d", "bd"),
+        ("<think>a</think>b<think>c</think>d", "b<think>c</think>d"),
+        ("hidden</think>yes", "hidden</think>yes"),
         ("<think>never ends ```python\nx = 1\n```", None),
-        ("yes <think>and then", None),
+        ("yes <think>and then", "yes <think>and then"),
         ("<think>a</think>", ""),
         (" plain ", "plain"),
     ],
@@ -110,7 +110,9 @@ def test_the_question_is_the_last_user_turn():
 
 def test_loops_are_told_from_text_that_merely_repeats_words():
     assert is_repetitive("take the pill " * 20)
-    assert is_repetitive("\n".join(["You should do it now.", *["Ask your doctor first."] * 9, "Then rest and sleep well."]))
+    assert is_repetitive(
+        "\n".join(["You should do it now.", *["Ask your doctor first."] * 9, "Then rest and sleep well."])
+    )
     verse = textwrap.dedent("""
         The tide comes in and the tide goes out, and every stone on the long grey beach is turned a little further.
         The children come in summer and the children leave in autumn, and the gulls stay where they have always been.

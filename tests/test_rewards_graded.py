@@ -90,6 +90,7 @@ def test_the_grader_reads_the_visible_answer_and_the_original_question():
         (grade(70, 90) + grade(70, 90), (70, 90)),
         ('{"assessment": 70, "coherence": 90}', (70, 90)),
         (grade(70, 90) + grade(10, 90), None),
+        (f"hm {grade(1, 2)}</think>{grade(70, 90)}", (70, 90)),
         (f"<think>hm {grade(70, 90)}", None),
         (grade(70, 90)[:-3], None),
         (grade("70", 90), None),

@@ -211,11 +211,10 @@ def grading_messages(rubric: Rubric, question: str, answer: str, system: str = "
 def parse_grade(text: str) -> Grade | None:
     """The one grade in a reply: after its think block, alone or among other words. None when there is none, when it is cut
     off or out of range, or when several disagree."""
-    visible = answer_text(text)
-    if visible is None:
+    visible = text.rpartition("</think>")[2][:MAX_REPLY]  # the grader's own template may have opened the block
+    if "<think>" in visible:
         return None
     found: list[Grade] = []
-    visible = visible[:MAX_REPLY]
     decoder, start = json.JSONDecoder(), visible.find("{")
     while start >= 0:
         try:

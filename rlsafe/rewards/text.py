@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from rlsafe.data import split_think
+
 _CONTROL = re.compile(
     r"<(?=[|\uff5c])|(?<=[|\uff5c])>|<<(?=/?SYS>>)|\[(?=/?INST\])"
     r"|<(?=/?(?:s|bos|eos|pad|unk|think|start_of_turn|end_of_turn)>)"
 )
-_THINK = re.compile(r"<think>.*?</think>", re.DOTALL)
 
 
 def question_text(prompt: str | Sequence[dict[str, Any]]) -> str:
@@ -29,11 +30,10 @@ def system_text(prompt: str | Sequence[dict[str, Any]]) -> str:
 
 
 def answer_text(completion: str | Sequence[dict[str, Any]]) -> str | None:
-    """The visible answer: think blocks removed, spaces at the ends too. None when a think block was never closed: such a
-    completion has no answer yet. A template may open the block in the prompt, so a lone `</think>` ends one."""
-    text = completion if isinstance(completion, str) else str(completion[-1]["content"])
-    text = _THINK.sub("", text).rpartition("</think>")[2]
-    return None if "<think>" in text else text.strip()
+    """The visible answer: a leading think block removed, spaces at the ends too. None when the block was never closed: such
+    a completion has no answer yet. Tags further on stay, so that nothing hides from a reward behind them."""
+    thought = split_think(completion if isinstance(completion, str) else str(completion[-1]["content"]))
+    return None if thought.unclosed else thought.answer.strip()
 
 
 def is_repetitive(text: str, share: float = 0.5, words: int = 3, shortest: int = 30) -> bool:
