@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
-from rlsafe.config.base import Fraction, NonNegative, Positive, Settings
+from rlsafe.config.base import Fraction, Keyless, NonNegative, Positive, Settings
 from rlsafe.config.data import DataConfig
 from rlsafe.config.errors import nearest
 
@@ -59,7 +59,9 @@ class RewardConfig(Settings):
     fn: str = Field(description="file.py:function, package.module:function, or provider:name")
     thinking: bool = Field(False, description="the function sees the think block before the answer as well")
     weight: float = 1.0
-    args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments bound to the function")
+    args: Annotated[dict[str, Any], Keyless] = Field(
+        default_factory=dict, description="keyword arguments bound to the function"
+    )
 
 
 class GrpoConfig(Settings):
@@ -218,7 +220,7 @@ class CheckpointConfig(Settings):
 
 
 class EvaluateConfig(Settings):
-    judge: str | dict[str, Any] | None = Field(
+    judge: Annotated[str | dict[str, Any] | None, Keyless] = Field(
         None, description="provider name such as 'organism', or {kind: openai, ...}"
     )
     general: str | None = Field(None, description="provider:spec or a YAML question file")
