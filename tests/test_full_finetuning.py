@@ -78,6 +78,14 @@ def test_evaluation_finds_the_trained_weights(tree, tmp_path):
         load_policy(finished.config, tmp_path)
 
 
+def test_half_precision_weights_are_a_warning(tiny_model_dir, caplog):
+    load(tiny_model_dir, rank=None)
+    load(tiny_model_dir, dtype="bfloat16")
+    assert not caplog.messages
+    load(tiny_model_dir, rank=None, dtype="bfloat16")
+    assert "full fine-tuning in bfloat16" in caplog.text
+
+
 def test_its_model_directory_is_a_reference_for_another_run(tree, tmp_path):
     run(run_from_tree(tree), tmp_path / "run")
     reference = f"path:{tmp_path / 'run' / 'model'}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from rlsafe.data import Chat, configure_chat
 from rlsafe.policy.adapters import attach_lora, load_adapter
 from rlsafe.policy.quantize import check_quantization, prepare_quantized, quantization_settings
 
+log = logging.getLogger("rlsafe")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -93,6 +95,11 @@ def load_model(config: ModelConfig, path: str, seed: int, device: torch.device) 
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model.name: {config.name}: {_explain(path, error)}") from None
     dtype = resolve_dtype(config, device, settings)
+    if config.lora is None and dtype != torch.float32:
+        log.warning(
+            "full fine-tuning in %s: steps smaller than the weights' rounding are lost; model.dtype=float32 keeps them",
+            str(dtype).removeprefix("torch."),
+        )
     quantized = check_quantization(config, settings, device)
     extra = quantization_settings(config.quantization, dtype) if config.quantization else {}
     if quantized:  # quantised weights are made on their device and stay there
