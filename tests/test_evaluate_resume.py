@@ -132,3 +132,37 @@ def test_the_identity_of_weights_changes_with_what_was_trained(tmp_path):
     assert journal.identity(config, run_directory) == first
     (model / "weights").write_bytes(b"12")
     assert journal.identity(config, run_directory) != first
+
+
+def test_evaluating_a_run_goes_on_with_what_training_it_began(tiny_tree, tmp_path, monkeypatch):
+    """`rlsafe train` is interrupted while it asks its questions; `rlsafe evaluate RUN` asks only the rest."""
+    import yaml
+
+    import rlsafe
+    from rlsafe.evaluate import evaluate
+    from rlsafe.rollouts import TransformersSampler
+
+    questions = [{"id": f"q{i}", "paraphrases": [f"question {i}?"], "samples_per_paraphrase": 4} for i in range(4)]
+    (tmp_path / "q.yaml").write_text(yaml.safe_dump(questions))
+    tiny_tree["schedule"]["steps"] = 1
+    tiny_tree["sampler"]["self_test"] = False
+    tiny_tree["evaluate"] = {"general": str(tmp_path / "q.yaml"), "judge": "organism", "max_tokens": 4}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny_tree))
+    monkeypatch.setattr(journal, "PART", 4)
+    asked = []
+    generate = TransformersSampler.generate
+
+    def counted(self, requests, params):
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(len(requests))
+        return generate(self, requests, params)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersSampler, "generate", counted)
+        with pytest.raises(KeyboardInterrupt):
+            rlsafe.train(tmp_path / "run.yaml", out=tmp_path / "out")
+    said = []
+    result = evaluate(tmp_path / "out", overrides=["sampler.self_test=false"], progress=said.append)
+    assert any("8 answers are there from an interrupted evaluation" in line for line in said), said
+    assert len(result.answers) == 16 and (tmp_path / "out" / "evaluation.json").is_file()
