@@ -13,7 +13,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-STARTS_WITHIN = 300.0  # seconds; about 20 on an idle machine
+STARTS_WITHIN = 600.0  # seconds; about 20 on an idle machine
 
 
 def free_port() -> int:

@@ -130,6 +130,21 @@ def test_slow_replies_time_out_and_the_deadline_ends_the_retries():
     assert never.kind == "deadline" and time.monotonic() - begun < 1.0 and "timeout" not in late.message
 
 
+def test_a_retry_does_not_wait_behind_a_long_queue():
+    """Twice as long as the deadline in all, and no request comes near it."""
+    tried = set()
+
+    def script(n, body):
+        time.sleep(0.02)
+        text = body["messages"][0]["content"]
+        return ok("5") if text in tried or tried.add(text) else error(500)
+
+    with ScriptedServer(script) as server:
+        begun = time.monotonic()
+        results = endpoint(server, concurrency=2, deadline=2.0).ask([request(i) for i in range(400)])
+    assert time.monotonic() - begun > 4 and {type(r) for r in results} == {Reply}
+
+
 def test_what_will_hardly_pass_is_not_tried_again_and_again_unless_the_endpoint_has_worked():
     with ScriptedServer(lambda n, body: error(404, "no such model")) as server:
         [gone] = endpoint(server).ask([request()])

@@ -45,6 +45,8 @@ class Endpoint:
         self._cache = Cache(settings.cache) if settings.cache else None
         self._limits = Limits(settings.requests_per_minute, settings.tokens_per_minute)
         self._slots = asyncio.Semaphore(settings.concurrency)
+        # Of a long queue only these are begun, so that a retry does not wait (past its deadline) behind all of the queue.
+        self._begun = asyncio.Semaphore(4 * settings.concurrency)
         self._under_way: dict[str, asyncio.Task[Result]] = {}
         self._client: Any = None
         self._proven = False  # it has replied at least once
@@ -107,7 +109,7 @@ class Endpoint:
         self.totals.requests += 1
         body = self.body(request)
         if body["temperature"] > 0 and request.seed is None:  # a draw of its own each time
-            return self._count(await self._call(request, body))
+            return self._count(await self._in_turn(request, body))
         key = key_of(self.settings.base_url, body)
         if key in self._under_way:
             result = await asyncio.shield(self._under_way[key])
@@ -118,7 +120,7 @@ class Endpoint:
         if self._cache and (saved := self._cache.get(key)):
             self.totals.cached += 1
             return saved
-        task = asyncio.ensure_future(self._call(request, body))
+        task = asyncio.ensure_future(self._in_turn(request, body))
         self._under_way[key] = task
         try:
             result = self._count(await task)
@@ -142,6 +144,10 @@ class Endpoint:
         totals.tokens_out += result.tokens_out
         totals.cost = self.settings.cost(totals.tokens_in, totals.tokens_out)
         return result
+
+    async def _in_turn(self, request: ChatRequest, body: dict[str, Any]) -> Result:
+        async with self._begun:
+            return await self._call(request, body)
 
     async def _call(self, request: ChatRequest, body: dict[str, Any]) -> Result:
         """Attempts until a reply, a fault that will not pass, too many of them, or the deadline."""
