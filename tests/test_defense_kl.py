@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_engine_invariance import train, tree_with
+from test_engine_invariance import GRPO, SFT, train, tree_with
 from tiny_architectures import load, nudge, random_batch
 
 from rlsafe.config import UserError, run_from_tree
@@ -14,7 +14,7 @@ from rlsafe.defenses.kl import KL
 from rlsafe.engine import run
 from rlsafe.engine.step import ForwardView
 from rlsafe.policy import ForwardPlan
-from rlsafe.types import Where
+from rlsafe.types import RunError, Where
 
 
 def value(policy, defense, batch, temperature=1.0):
@@ -66,6 +66,19 @@ def test_k3_needs_samples_of_the_policy(tiny_tree, tmp_path, tiny_model_dir):
     batch = random_batch()
     assert not KL(estimator="k3").penalty_mask(batch).any()
     assert KL(estimator="k3").penalty(SimpleNamespace(batch=batch)) == {}
+
+
+@pytest.mark.parametrize("path", [SFT, GRPO], ids=["sft", "grpo"])
+def test_it_can_act_on_the_safe_rows_only(tiny_tree, tmp_path, path):
+    """The variant on aligned out-of-domain rows: averaged over their tokens; without such rows it is a dead defense."""
+    kl = {"kl": {"weight": 5.0, "on": ["safe"], "mask": "answer"}}
+    added = {"interleaving": {"fraction": 0.5}}
+    tree = tree_with(tiny_tree, path, {"track": {"check_after": 2, "every": 1}})
+    both = train(tree_with(tree, {"defenses": [added, kl]}), tmp_path / "both")
+    alone = train(tree_with(tree, {"defenses": [added]}), tmp_path / "alone")
+    assert max(float((both[n] - alone[n]).abs().max()) for n in both) > 1e-4
+    with pytest.raises(RunError, match="'kl' gave a penalty without any gradient"):
+        run(run_from_tree(tree_with(tree, {"defenses": [kl]})), tmp_path / "dead")
 
 
 def test_a_reference_may_be_the_adapter_of_an_earlier_run(tiny_tree, tmp_path):
