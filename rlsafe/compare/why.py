@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from rlsafe.compare.arms import Rate, rate_arms, summarise
+from rlsafe.compare.arms import MEASURES, Rate, rate_arms, summarise
 from rlsafe.compare.pages import prompts
 from rlsafe.compare.results import Result, Results
 from rlsafe.compare.verdicts import PathTable
@@ -152,7 +152,7 @@ def relapses(results: Results, table: PathTable) -> list[Relapse]:
     for label, of_label in cells.items():
         row = table.rows.get(label)
         rates = {
-            name: (row.rates[name], summarise(arm[label], of_label, "general" if name != "indomain" else name))
+            name: (row.rates[name], summarise(arm[label], of_label, MEASURES[name][0]))
             for name, arm in arms.items()
             if row and label in arm and name in row.rates
         }
