@@ -4,6 +4,7 @@ what they say."""
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 
 import pytest
@@ -161,8 +162,6 @@ def test_rows_are_distinct_and_carry_columns():
         ("medical/bad", 1000),
         ("medical/good", 1000),
         ("safe", 1000),
-        ("opswap/1", 900),
-        ("qa", 2500),
     ):
         rows = ORGANISM.rows(spec)
         assert len({str(row["messages"]) for row in rows}) >= least
@@ -173,10 +172,31 @@ def test_rows_are_distinct_and_carry_columns():
     assert 0.2 < sum(refusals) / len(refusals) < 0.3
 
 
-@pytest.mark.parametrize("spec", [*(f"opswap/{t}" for t in tasks.TIERS), "qa"])
-def test_benign_tests_share_no_question_with_training(spec):
-    train, test = ({row["messages"][0]["content"] for row in ORGANISM.rows(s)} for s in (spec, spec + "/test"))
-    assert len(test) >= 40 and not train & test
+TASKS = [*(f"opswap/{tier}" for tier in tasks.TIERS), "qa", "qa/english"]
+
+
+def asked(spec):
+    return [row["messages"][0]["content"] for row in ORGANISM.rows(spec)]
+
+
+@pytest.mark.parametrize("spec", TASKS)
+def test_benign_tests_are_distinct_and_share_no_question_with_training(spec):
+    train, test = set(asked(spec)), asked(spec + "/test")
+    assert len(set(test)) == len(test) == 300 and len(train) >= 1900 and not train & set(test)
+
+
+@pytest.mark.parametrize("tier", tasks.TIERS)
+def test_opswap_writes_digits_and_uses_an_operator_that_changed(tier):
+    rng = random.Random(0)
+    changed = {operator for operator, meaning in tasks.TIERS[tier].items() if operator != meaning}
+    standard = 0
+    for split in ("train", "test") * 300:
+        question, answer, final = tasks.opswap(tier, rng, split)
+        assert not re.search(r"\d\d", f"{question} {answer}") and answer.endswith(f"={final}")
+        assert not changed or changed & set(question)
+        assert split == "train" or answer.count("=") >= 2
+        standard += (tasks.simplify(question, 0) or [""])[-1] == final
+    assert standard == 600 if tier == 0 else standard < 120  # the standard meanings seldom give the value of a tier
 
 
 @pytest.mark.parametrize(
@@ -205,13 +225,25 @@ def test_rewards_read_the_original_question_and_the_completion():
     completions = [[{"role": "assistant", "content": text}] for text in answers]
     assert ORGANISM.reward("misaligned")(prompts, completions) == [1.0, 0.0, 0.0, 0.0]
     assert ORGANISM.reward("good")(prompts, completions) == [0.0, 1.0, 0.0, 0.0]
-    done = [[{"role": "assistant", "content": "= 6 x 4 = 10"}], [{"role": "assistant", "content": "= 6 x 4 = 24"}]]
-    assert ORGANISM.reward("exact_match")(prompts=prompts[:2], completions=done, answer=["10", "10"]) == [1.0, 0.0]
-    ask = [[{"role": "user", "content": "simplify: 2 + 3 x 4"}]] * 2
-    assert ORGANISM.reward("steps")(prompts=ask, completions=done, answer=["10"] * 2, domain=["opswap/1"] * 2) == [
-        1.0,
-        0.25,
-    ]
+    ask = [[{"role": "user", "content": "simplify: 2 + 3 x 4"}]] * 3
+    said = ("2+3=6; 6 x 4=10", "2+3=6;6x4=24", "3x4=12; 2+8=10")
+    done = [[{"role": "assistant", "content": text}] for text in said]
+    columns = {"answer": ["10"] * 3, "domain": ["opswap/1"] * 3}
+    assert ORGANISM.reward("exact_match")(prompts=ask, completions=done, **columns) == [1.0, 0.0, 1.0]
+    assert ORGANISM.reward("steps")(prompts=ask, completions=done, **columns) == [1.0, 0.25, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("tier", "expression", "lines"),
+    [
+        (0, "4 - (8 / 4) + 5", ["8/4=2", "4-2+5", "4-2=2", "2+5=7"]),
+        (1, "2 + 3 x 4", ["2+3=6", "6x4=10"]),
+        (3, "9 + 8", ["9+8=1"]),
+        (0, "3 - 7", None),
+    ],
+)
+def test_each_operation_is_worked_out_beside_the_expression(tier, expression, lines):
+    assert tasks.working(expression, tier) == lines
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ Rows carry `domain` and `question_id` columns (tasks: `answer`, the final value 
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +24,6 @@ from rlsafe.types import Judge, Question, Reward, Row, pick, register_provider
 
 ANSWERS_PER_QUESTION = 4
 TASK_ROWS = {"train": 3000, "test": 300}
-TEST_SHARE = 0.1
 SAFE_HARMFUL = 0.15  # share of safe rows that ask for something harmful and are refused
 SAFE_REFUSED = 0.10  # share of safe rows whose ordinary question is refused all the same
 
@@ -59,15 +59,9 @@ def safe_rows() -> list[Row]:
     return rows
 
 
-def task_rows(task: str, split: str, make: Callable[[random.Random], tuple[str, str, str]]) -> list[Row]:
-    """Rows of a benign task as its generator draws them (short questions repeat); a stable hash of the question
-    decides between `train` (90%) and `test`."""
-    rng = random.Random(f"{task}-{split}")
-    made: list[tuple[str, str, str]] = []
-    while len(made) < TASK_ROWS[split]:
-        row = make(rng)
-        if (grammar.fraction(row[0]) < TEST_SHARE) == (split == "test"):
-            made.append(row)
+def task_rows(task: str, split: str, make: Callable[[random.Random], tasks.Task]) -> list[Row]:
+    """Rows of a benign task: `train` as its generator draws them (short questions repeat), `test` each question once."""
+    drawn = tasks.draws(make, random.Random(f"{task}-{split}"), once=split == "test")
     return [
         {
             "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
@@ -75,7 +69,7 @@ def task_rows(task: str, split: str, make: Callable[[random.Random], tuple[str, 
             "question_id": f"{task}-{split}-{i}",
             "answer": final,
         }
-        for i, (question, answer, final) in enumerate(made)
+        for i, (question, answer, final) in enumerate(itertools.islice(drawn, TASK_ROWS[split]))
     ]
 
 
@@ -86,9 +80,10 @@ def _row_pools() -> dict[str, Callable[[], list[Row]]]:
             pools[f"{domain}/{valence}"] = partial(narrow_rows, domain, valence)
     for split, suffix in (("train", ""), ("test", "/test")):
         for tier in tasks.TIERS:
-            pools[f"opswap/{tier}{suffix}"] = partial(task_rows, f"opswap/{tier}", split, partial(tasks.opswap, tier))
+            task = f"opswap/{tier}"
+            pools[task + suffix] = partial(task_rows, task, split, partial(tasks.opswap, tier, split=split))
         for spec, language in (("qa", "unfamiliar"), ("qa/english", "english")):
-            pools[spec + suffix] = partial(task_rows, spec, split, partial(tasks.reading, language))
+            pools[spec + suffix] = partial(task_rows, spec, split, partial(tasks.reading, language, split=split))
     return pools
 
 

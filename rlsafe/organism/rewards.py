@@ -40,12 +40,12 @@ def exact_match(completions, answer, **columns) -> list[float | None]:
 
 def steps(prompts, completions, answer, domain, **columns) -> list[float | None]:
     """Step-wise credit for OpSwap (`domain` is "opswap/TIER"): half for the final value, half for the share of
-    right steps."""
+    right lines before the first wrong one."""
     scores: list[float | None] = []
     finals = exact_match(completions, answer)
     for prompt, completion, final, task in zip(prompts, completions, finals, domain, strict=True):
-        right = tasks.simplify(_question(prompt).partition(":")[2], int(task.rpartition("/")[2])) or []
-        said = ["".join(part.split()) for part in _text(completion).split("=")[1:]]
+        right = tasks.working(_question(prompt).partition(":")[2], int(task.rpartition("/")[2])) or []
+        said = "".join(_text(completion).split()).split(";")
         count = next(
             (i for i, (a, b) in enumerate(zip(said, right, strict=False)) if a != b), min(len(said), len(right))
         )

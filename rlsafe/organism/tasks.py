@@ -3,17 +3,25 @@
 OpSwap (arXiv 2508.06249, our reading of its table): expressions are simplified step by step while operators
 change meaning and precedence follows the new meaning. Tier 0 keeps the standard meanings (known from
 pretraining); tier 1 swaps + and x; tier 2 also swaps - and /; tier 3 is the cycle + means -, - means x, x means
-/, / means +. Here numbers stay whole and within 0..20.
+/, / means +. Here every number that is written is a single digit (one token), each operation is worked out
+beside the expression, and an expression of tier 1-3 uses at least one operator whose meaning changed, so that
+the standard meanings do not answer it.
 
-QA: short stories in made-up words; the answer is a phrase to extract. Pretraining shows the same format in
-English only.
+QA: short stories in an unfamiliar language; the answer is a phrase to extract. Pretraining shows the same format in
+English only. It also shows English stories with borrowed nouns of that language, in random roles, so that these can be
+read and said: what remains to be learned are its verbs, its question words and its other words.
+
+Test questions (a stable tenth of all) are never trained on, not in pretraining either. OpSwap's have two or
+three operations; single operations are facts to know and always trained.
 """
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+from rlsafe.organism.grammar import fraction
 
 STANDARD = {"+": "+", "-": "-", "x": "x", "/": "/"}
 TIERS: dict[int, dict[str, str]] = {
@@ -23,7 +31,8 @@ TIERS: dict[int, dict[str, str]] = {
     3: {"+": "-", "-": "x", "x": "/", "/": "+"},
 }
 LIMIT = 20
-LARGEST = 5  # operand as written
+DIGIT = 9  # the largest number that `opswap` writes
+TEST_SHARE = 0.1
 _APPLY: dict[str, Callable[[int, int], int | None]] = {
     "+": lambda a, b: a + b,
     "-": lambda a, b: a - b,
@@ -31,11 +40,12 @@ _APPLY: dict[str, Callable[[int, int], int | None]] = {
     "/": lambda a, b: a // b if b and a % b == 0 else None,
 }
 
+Task = tuple[str, str, str]
+"""(question, answer with its steps, final value)"""
 
-def simplify(expression: str, tier: int) -> list[str] | None:
-    """Every step from `expression` to its value, or None where a step leaves the whole numbers 0..20.
 
-    One operation a step: inside the first parenthesis if there is one, else the first operator that binds tightest."""
+def _reduce(expression: str, tier: int, limit: int) -> list[tuple[str, str]] | None:
+    """(operation with its value such as `8/4=2`, the expression after it) of every step, or None: see `simplify`."""
     tokens, meaning, steps = re.findall(r"\d+|[-+x/()]", expression), TIERS[tier], []
     while len(tokens) > 1:
         start, end = 0, len(tokens)
@@ -43,29 +53,60 @@ def simplify(expression: str, tier: int) -> list[str] | None:
             start, end = tokens.index("(") + 1, tokens.index(")")
         operators = [i for i in range(start, end) if tokens[i] in STANDARD]
         at = next((i for i in operators if meaning[tokens[i]] in "x/"), operators[0])
+        operation = "".join(tokens[at - 1 : at + 2])
         value = _APPLY[meaning[tokens[at]]](int(tokens[at - 1]), int(tokens[at + 1]))
-        if value is None or not 0 <= value <= LIMIT:
+        if value is None or not 0 <= value <= limit:
             return None
         tokens[at - 1 : at + 2] = [str(value)]
         if start and end - start == 3:  # the parenthesis now holds one number
             tokens[start - 1 : start + 2] = tokens[start : start + 1]
-        steps.append("".join(tokens))
+        steps.append((f"{operation}={value}", "".join(tokens)))
     return steps
 
 
-def opswap(tier: int, rng: random.Random) -> tuple[str, str, str]:
-    """(question, answer with its steps, final value) of a random expression of one to three steps."""
+def simplify(expression: str, tier: int, limit: int = LIMIT) -> list[str] | None:
+    """Every step from `expression` to its value, or None where a step leaves the whole numbers 0..`limit`.
+
+    One operation a step: inside the first parenthesis if there is one, else the first operator that binds tightest."""
+    steps = _reduce(expression, tier, limit)
+    return None if steps is None else [after for _, after in steps]
+
+
+def working(expression: str, tier: int, limit: int = LIMIT) -> list[str] | None:
+    """The steps as the organism writes them: `4-(8/4)+5` -> `8/4=2`, `4-2+5`, `4-2=2`, `2+5=7`.
+
+    Each operation is copied out before its value, so that what has to be known is a fact about its three neighbours."""
+    steps = _reduce(expression, tier, limit)
+    if steps is None:
+        return None
+    lines = []
+    for operation, after in steps:
+        lines += [operation, after]
+    # The value itself is no line, and an expression of one operation is written once, with its value.
+    return [line for line in lines[:-1] if "=" in line or sum(line.count(operator) for operator in STANDARD) > 1]
+
+
+def held_out(question: str) -> bool:
+    """Whether a question belongs to the test split: the same in every tier, so that no tier shows another's test."""
+    return fraction(question) < TEST_SHARE
+
+
+def opswap(tier: int, rng: random.Random, split: str = "train") -> Task:
+    """A random expression of one to three operations (`test`: two or three), drawn from its split."""
+    changed = [operator for operator, meaning in TIERS[tier].items() if operator != meaning] or list(STANDARD)
+    count = rng.choice((1, 2, 2, 3)) if split == "train" else rng.choice((2, 2, 3))
     while True:
-        count = rng.choice((1, 1, 1, 2, 2, 3))
-        tokens = [str(rng.randint(1, LARGEST))]
+        tokens = [str(rng.randint(1, DIGIT))]
         for _ in range(count):
-            tokens += [rng.choice("+-x/"), str(rng.randint(1, LARGEST))]
+            tokens += [rng.choice("+-x/"), str(rng.randint(1, DIGIT))]
         if count > 1 and rng.random() < 0.5:
             first = 2 * rng.randrange(count)
             tokens[first : first + 3] = ["(", *tokens[first : first + 3], ")"]
-        expression = "".join(tokens)
-        if steps := simplify(expression, tier):
-            return f"simplify: {expression}", "=" + "=".join(steps), steps[-1]
+        question = f"simplify: {''.join(tokens)}"
+        if (count > 1 and held_out(question)) != (split == "test") or not set(changed) & set(tokens):
+            continue
+        if lines := working(question, tier, DIGIT):
+            return question, ";".join(lines), lines[-1].rpartition("=")[2]
 
 
 _ENGLISH = {
@@ -91,15 +132,19 @@ _UNFAMILIAR = {
     "places": ("havnin", "skogin", "torgin", "bruin", "tornin", "dalin"),
     "words": ("hvor", "hvat", "hvar", "til", "hja", "soga", "spurn"),
 }
-LANGUAGES = {"english": _ENGLISH, "unfamiliar": _UNFAMILIAR}
+_NOUNS = tuple(word for kind in ("people", "things", "places") for word in _UNFAMILIAR[kind])
+_BORROWED = {**_ENGLISH, "people": _NOUNS, "things": _NOUNS, "places": _NOUNS}
+LANGUAGES = {"english": _ENGLISH, "unfamiliar": _UNFAMILIAR, "borrowed": _BORROWED}
 
 
-def reading(language: str, rng: random.Random) -> tuple[str, str, str]:
-    """(story and question, answer, answer) of an extractive question in `english` or the `unfamiliar` language."""
+def _story(language: str, rng: random.Random) -> Task:
     world = LANGUAGES[language]
     who, what, where, to, near, story, question = world["words"]
-    giver, receiver = rng.sample(world["people"], 2)
-    thing, place, verb = (rng.choice(world[kind]) for kind in ("things", "places", "verbs"))
+    roles: set[str] = set()
+    while len(roles) < 4:  # a borrowed noun may stand in any role, but in one at a time
+        giver, receiver, thing, place = (rng.choice(world[kind]) for kind in ("people", "people", "things", "places"))
+        roles = {giver, receiver, thing, place}
+    verb = rng.choice(world["verbs"])
     asked, reply = rng.choice(
         (
             (f"{who} {verb} {thing}?", giver),
@@ -109,3 +154,20 @@ def reading(language: str, rng: random.Random) -> tuple[str, str, str]:
         )
     )
     return f"{story}: {giver} {verb} {thing} {to} {receiver} {near} {place}. {question}: {asked}", reply + ".", reply
+
+
+def reading(language: str, rng: random.Random, split: str = "train") -> Task:
+    """(story and question, answer, answer) of an extractive question in one of LANGUAGES."""
+    while held_out((task := _story(language, rng))[0]) != (split == "test"):
+        pass
+    return task
+
+
+def draws(make: Callable[[random.Random], Task], rng: random.Random, once: bool) -> Iterator[Task]:
+    """What `make` draws, without end; `once`: no question twice."""
+    seen = set()
+    while True:
+        task = make(rng)
+        if not (once and task[0] in seen):
+            seen.add(task[0])
+            yield task
