@@ -189,6 +189,24 @@ def report(
     _print(f"report: {draw(directory, latex=latex)}")
 
 
+@app.command()
+def publish(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run directory")],
+    to: Annotated[str | None, typer.Option(metavar="ORG/NAME", help="push it to this hub repository")] = None,
+    merge: Annotated[Path | None, typer.Option(metavar="DIR", help="also write the whole, merged model")] = None,
+    license: Annotated[str, typer.Option(metavar="ID", help="the license field of the card")] = "other",
+    public: Annotated[bool, typer.Option("--public", help="create the repository public, not private")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="where to write; default: RUN/published")] = None,
+) -> None:
+    """Prepare a run for sharing.
+
+    Writes the adapter with a generated model card; pushes it to the hub on request.
+    """
+    from rlsafe.engine.publish import publish as prepare
+
+    _print(prepare(run, to=to, merge=merge, out=out, license=license, public=public).summary())
+
+
 @app.command("persona-vector")
 def persona_vector(
     target: Annotated[str, typer.Argument(metavar="MODEL", help="a model id, a model directory or a run directory")],
