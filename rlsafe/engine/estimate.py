@@ -60,10 +60,7 @@ def memory(
     prompt, where the rows are known; else rows are as long as they may be.
     """
     model = config.model
-    dtype = shape.dtype if model.dtype == "auto" else model.dtype
-    if model.dtype == "auto" and not cuda:
-        dtype = "float32"
-    size = BYTES.get(dtype, 4)
+    size = BYTES.get(_dtype(model, shape, cuda), 4)
     weights = _weights(model, shape, size)
     trained = shape.adapter if model.lora is not None else shape.parameters
     trained_size = 4 if model.lora is not None else size
@@ -84,6 +81,13 @@ def memory(
         sampler=_sampler(config, shape, size, cuda),
         tokens=tokens,
     )
+
+
+def _dtype(model: ModelConfig, shape: ModelShape, cuda: bool) -> str:
+    """As `rlsafe.policy` resolves it: "auto" is float32 on a CPU, else what the checkpoint holds."""
+    if model.dtype != "auto":
+        return model.dtype
+    return shape.dtype if cuda else "float32"
 
 
 def _weights(model: ModelConfig, shape: ModelShape, size: int) -> int:
@@ -171,11 +175,10 @@ def describe_memory(config: RunConfig, shape: ModelShape, need: Memory, cuda: bo
         f"memory, training: {gib(need.training)} = {shown} (micro-batch of {need.tokens:,} tokens, {checkpointing} "
         "gradient checkpointing; one process, nothing sharded; an estimate, +-30%)",
     ]
-    other = config.model.model_copy(update={"gradient_checkpointing": not config.model.gradient_checkpointing})
-    swapped = memory(config.model_copy(update={"model": other}), shape, cuda=cuda).activations
-    lines.append(
-        f"  model.gradient_checkpointing={str(other.gradient_checkpointing).lower()} would make the activations {gib(swapped)}"
-    )
+    size = BYTES.get(_dtype(config.model, shape, cuda), 4)
+    lora, other = config.model.lora is not None, not config.model.gradient_checkpointing
+    swapped = activations(shape, need.tokens, size, lora=lora, recompute=other)
+    lines.append(f"  model.gradient_checkpointing={str(other).lower()} would make the activations {gib(swapped)}")
     if need.sampler:
         where = "on the same GPU" if cuda else "in the same process"
         lines.append(f"memory, vLLM {where}: at least {gib(need.sampler)} (weights of its own and a key-value cache)")
