@@ -21,6 +21,8 @@ def wide(architecture):
     shape = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
     if "head_dim" in ARCHITECTURES[architecture]:
         shape["head_dim"] = 32
+    if architecture == "phi":  # what vLLM takes for granted of it
+        shape |= {"num_key_value_heads": 2, "intermediate_size": 4 * 64}
     if architecture.startswith("gemma"):
         shape["query_pre_attn_scalar"] = 32
     return shape

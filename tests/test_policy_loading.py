@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from tiny_architectures import load, nudge
+from tiny_architectures import load, nudge, random_batch, save_architecture
 
 from rlsafe.config import UserError
 
@@ -107,6 +107,15 @@ def test_float16_is_refused_on_a_cpu(tiny_model_dir):
 def test_flash_attention_that_is_not_installed(tiny_model_dir):
     with pytest.raises(UserError, match="model.attention"):
         load(tiny_model_dir, attention="flash_attention_2")
+
+
+def test_sdpa_is_not_used_where_it_would_drop_the_attention_softcap(tmp_path, caplog):
+    capped = load(save_architecture(tmp_path / "capped", "gemma2", attn_logit_softcapping=0.5))
+    assert capped.model.config._attn_implementation == "eager" and "attention softcap" in caplog.text
+    free = load(save_architecture(tmp_path / "free", "gemma2", attn_logit_softcapping=None))
+    assert free.model.config._attn_implementation == "sdpa"
+    batch = random_batch()
+    assert not torch.allclose(capped.score(batch), free.score(batch), atol=1e-4)
 
 
 def test_a_model_whose_logits_are_something_else_is_refused(tiny_model_dir, monkeypatch):

@@ -104,11 +104,16 @@ def load_model(config: ModelConfig, path: str, seed: int, device: torch.device) 
     extra = quantization_settings(config.quantization, dtype) if config.quantization else {}
     if quantized:  # quantised weights are made on their device and stay there
         extra["device_map"] = {"": "cpu" if device.type == "cpu" else f"{device.type}:{device.index or 0}"}
+    attention = config.attention
+    if attention == "sdpa" and getattr(settings.get_text_config(), "attn_logit_softcapping", None):
+        # Transformers 5.17 leaves the cap out there (Gemma 2): trainer and sampler would be two models
+        attention = "eager"
+        log.warning("model.attention: sdpa ignores this model's attention softcap; eager is used")
     try:
         with no_progress_bar():
             model = AutoModelForCausalLM.from_pretrained(
                 path, revision=config.revision, trust_remote_code=config.trust_remote_code, dtype=dtype,
-                attn_implementation=config.attention, **extra,
+                attn_implementation=attention, **extra,
             )  # fmt: skip
     except ImportError as error:
         raise UserError(f"model.attention: {config.attention}: {_first_line(error)}") from None
