@@ -24,7 +24,7 @@ from rlsafe.engine.tracking import Tracker
 from rlsafe.evaluate import Probe, gather, load_judge, load_questions
 from rlsafe.policy import Policy
 from rlsafe.rewards import RewardRunner, load_reward
-from rlsafe.rollouts import make_sampler
+from rlsafe.rollouts import CANNOT_STEER, make_sampler
 from rlsafe.types import Judge, Row, Sampler, Where, provider_for
 
 
@@ -89,6 +89,9 @@ def prepare(config: RunConfig, load: LoadStreams | None = None) -> Prepared:
     projection.check(config)
     stack = DefenseStack(defenses)
     plan = make_plan(config, {d.name: offer for d in stack if (offer := d.offer()) is not None})
+    sampled = {part.stream for step in plan for part in step.parts if part.path == "grpo"}
+    if config.sampler.kind == "server" and any(stack.steers(Where(stream, "grpo", "rollout")) for stream in sampled):
+        raise UserError(CANNOT_STEER)
     used = {part.stream for step in plan for part in step.parts if part.defense is None}
     notes: list[str] = []
     rows = (load or _load_streams)(config.data, config.seed, notes.append)

@@ -11,11 +11,14 @@ from rlsafe.policy import Policy
 from rlsafe.rollouts.engine import USE_TRANSFORMERS, CannotRun, local_directory
 from rlsafe.rollouts.sampling import request_seed
 from rlsafe.rollouts.selftest import gap_limit, score_batch, self_test
+from rlsafe.rollouts.server import CANNOT_STEER, ServerSampler
 from rlsafe.rollouts.transformers import TransformersSampler
 from rlsafe.rollouts.vllm import VLLMSampler
 from rlsafe.types import Sampler
 
 __all__ = [
+    "CANNOT_STEER",
+    "ServerSampler",
     "TransformersSampler",
     "VLLMSampler",
     "close_all",
@@ -26,7 +29,7 @@ __all__ = [
     "self_test",
 ]
 
-_ENGINES: dict[tuple[Any, ...], VLLMSampler] = {}
+_ENGINES: dict[tuple[Any, ...], VLLMSampler | ServerSampler] = {}
 
 
 def make_sampler(
@@ -53,6 +56,8 @@ def make_sampler(
     sync = "merged" if policy is not None and _over_quantized(policy, config) else config.sync
     if sync == "adapter" and lora is None:
         raise UserError("sampler.sync: adapter needs model.lora; full fine-tuning syncs merged")
+    if config.kind == "server":
+        return _server(config, model_dir, policy, progress)
     if sync == "auto":
         # On CPU merged weights generate 2.5 times as fast (measured); on a GPU an adapter is far less to move.
         sync = "adapter" if cuda and lora is not None else "merged"
@@ -72,6 +77,29 @@ def make_sampler(
         _ENGINES[key] = engine
     sampler = _ENGINES[key]
     sampler.steer(None)
+    if policy is None:
+        sampler.reset()
+    else:
+        sampler.sync(policy)
+    return sampler
+
+
+def _server(
+    config: SamplerConfig, model_dir: str, policy: Policy | None, progress: Callable[[str], None] | None
+) -> ServerSampler:
+    """Connected to the servers of `config`; LoRA goes there as an adapter on any machine."""
+    sync = config.sync
+    if sync == "auto":
+        sync = "adapter" if policy is None or policy.config.lora is not None else "merged"
+    key = ("server", *config.urls, sync, config.adapter_dir, config.patience, config.max_num_seqs, model_dir)
+    sampler = _ENGINES.get(key)
+    if sampler is None:
+        sampler = _ENGINES[key] = ServerSampler(
+            config.urls, sync=sync, adapter_dir=config.adapter_dir, patience=config.patience,
+            max_num_seqs=config.max_num_seqs, model_dir=model_dir,
+            tokenizer=policy.tokenizer if policy is not None else None, say=progress,
+        )  # fmt: skip
+    assert isinstance(sampler, ServerSampler)
     if policy is None:
         sampler.reset()
     else:

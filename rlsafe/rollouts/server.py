@@ -1,0 +1,223 @@
+"""Rollouts by vLLM servers in other processes or on other hosts.
+
+LoRA: each sync saves the adapter where the servers can read it and loads it over HTTP under a new name, so that nothing a server
+cached for the one before can be used again. Full weights go through TRL's vLLM client (NCCL, GPUs only).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rlsafe.config import UserError
+from rlsafe.rollouts.remote import START, Forgotten, Server, Unreachable
+from rlsafe.rollouts.sampling import check_lengths, stop_token_ids
+from rlsafe.types import Completion, PolicyWeights, Request, RunError, SamplingParams
+
+START_PATIENCE = 60.0  # seconds to wait for a server at the start of a run, where a wrong address is more likely
+PAUSES = (0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between tries; the last repeats
+GROUP_PORT = 51216  # TRL's port for a server's weights; one more for each further server
+
+
+@dataclass
+class Adapter:
+    """The policy as of the last sync. The files stay until the next one: a restarted server needs them again."""
+
+    name: str
+    files: tempfile.TemporaryDirectory[str]
+
+
+class ServerSampler:
+    """Samples from vLLM servers. Requests are split over them; one that fails is tried again, on the next server too."""
+
+    name = "server"
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        sync: Literal["merged", "adapter"] = "adapter",
+        adapter_dir: str | None = None,
+        patience: float = 600.0,
+        max_num_seqs: int = 256,
+        model_dir: str | None = None,
+        tokenizer: Any = None,
+        say: Callable[[str], None] | None = None,
+    ):
+        """Connect to every server; UserError when one does not answer or is no vLLM server.
+
+        adapter_dir: a directory that the servers see under the same path; None = this machine's temporary directory.
+        patience: seconds that a request or a sync waits for servers that do not answer. say: told about outages.
+        """
+        if sync == "merged" and not torch.cuda.is_available():
+            raise UserError(
+                "sampler.sync: full weights reach a server through NCCL, which needs a GPU; use LoRA (adapter)"
+            )
+        if adapter_dir is not None and not Path(adapter_dir).is_dir():
+            raise UserError(f"sampler.adapter_dir: {adapter_dir}: no such directory")
+        self._sync, self._adapter_dir, self._patience = sync, adapter_dir, patience
+        self._concurrency, self._say = max_num_seqs, say or (lambda words: None)
+        self._stop = stop_token_ids(model_dir, tokenizer)
+        self._adapter: Adapter | None = None
+        self._stopping = threading.Event()
+        self._clients: list[Any] = []
+        self.retries = 0  # tries that failed, over the sampler's life
+        self._servers = [Server(url, patience) for url in urls]
+        for server in self._servers:
+            self._connect(server)
+        self.max_model_len = min(server.max_model_len or 0 for server in self._servers)
+
+    def _connect(self, server: Server) -> None:
+        deadline = time.monotonic() + min(self._patience, START_PATIENCE)
+        for attempt in itertools.count():
+            try:
+                return server.connect()
+            except Unreachable as error:
+                self.retries += 1
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"sampler.urls: {server.url} does not answer ({error}); start it with: {START}"
+                    ) from None
+                if attempt == 0:
+                    self._say(f"waiting for {server.url}")
+                self._pause(attempt)
+
+    # ---------------------------------------------------------------------------------------------- generation
+
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
+        """One completion per request, in order; neighbours (the samples of a prompt) go to the same server."""
+        if not requests:
+            return []
+        check_lengths(requests, params, self.max_model_len, "the server (--max-model-len)")
+        self._stopping.clear()
+        share = len(requests) / len(self._servers)
+        pool = ThreadPoolExecutor(min(len(requests), self._concurrency))
+        try:
+            futures = [pool.submit(self._complete, int(i / share), r, params) for i, r in enumerate(requests)]
+            return [future.result() for future in futures]
+        except BaseException:  # an interrupt, or one request that failed for good: the others must not go on trying
+            self._stopping.set()
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _complete(self, home: int, request: Request, params: SamplingParams) -> Completion:
+        deadline = None
+        for attempt in itertools.count():
+            server = self._servers[(home + attempt) % len(self._servers)]
+            try:
+                self._ready(server)
+                return server.complete(self._adapter.name if self._adapter else None, request, params, self._stop)
+            except (Unreachable, Forgotten) as error:
+                self.retries += 1
+                deadline = deadline or time.monotonic() + self._patience
+                self._give_up(deadline, server, error)
+                if isinstance(error, Unreachable):
+                    self._pause(attempt // len(self._servers))
+        raise AssertionError("unreachable")
+
+    def _ready(self, server: Server) -> None:
+        """The server has the current adapter: it may have been away when it was loaded, or restarted since."""
+        if self._adapter is not None and server.holds != self._adapter.name:
+            server.load(self._adapter.name, self._adapter.files.name)
+
+    def _give_up(self, deadline: float, server: Server, error: Exception) -> None:
+        if self._stopping.is_set() or time.monotonic() > deadline:
+            raise RunError(f"{server.url} does not answer since {self._patience:g} s (sampler.patience): {error}")
+
+    def _pause(self, attempt: int) -> None:
+        self._stopping.wait(PAUSES[min(attempt, len(PAUSES) - 1)])
+
+    # ------------------------------------------------------------------------------------------------- weights
+
+    def sync(self, policy: PolicyWeights) -> None:
+        """Every server that answers takes over the policy's weights; one that is away does when it is back."""
+        if self._sync == "merged":
+            return self._push(policy)
+        before, self._adapter = self._adapter, self._save(policy)
+        self._stopping.clear()
+        deadline = time.monotonic() + self._patience
+        for attempt in itertools.count():
+            loaded, trouble = 0, None
+            for server in self._servers:
+                try:
+                    self._ready(server)
+                    loaded += 1
+                except Unreachable as error:
+                    trouble = (server, error)
+            if loaded:
+                break
+            assert trouble is not None
+            self.retries += 1
+            self._give_up(deadline, *trouble)
+            self._say(f"waiting for {trouble[0].url}")
+            self._pause(attempt)
+        if before is not None:
+            self._forget(before, keep=self._adapter.name)
+
+    def reset(self) -> None:
+        """Sample the plain model from now on."""
+        if self._sync == "merged":
+            raise UserError("sampler.sync: a server that was sent full weights cannot go back to its own; restart it")
+        before, self._adapter = self._adapter, None
+        if before is not None:
+            self._forget(before)
+
+    def _save(self, policy: PolicyWeights) -> Adapter:
+        """The adapter's files, named by their content: the processes of one run ask for the same name."""
+        files = tempfile.TemporaryDirectory(prefix="rlsafe-adapter-", dir=self._adapter_dir)
+        policy.save_adapter(files.name)
+        Path(files.name).chmod(0o755)  # the server may be another user's
+        weights = Path(files.name, "adapter_model.safetensors").read_bytes()
+        settings = Path(files.name, "adapter_config.json").read_bytes()
+        return Adapter("rlsafe-" + hashlib.sha256(weights + settings).hexdigest()[:16], files)
+
+    def _forget(self, adapter: Adapter, keep: str | None = None) -> None:
+        if adapter.name != keep:
+            for server in self._servers:
+                try:
+                    server.unload(adapter.name)
+                except Unreachable:
+                    continue  # away: it holds nothing when it is back
+        adapter.files.cleanup()
+
+    def _push(self, policy: PolicyWeights) -> None:
+        """Freshly merged tensors, one at a time; vLLM reloads between the start and the finish of an update."""
+        if not self._clients:
+            from trl.generation.vllm_client import VLLMClient
+
+            for number, server in enumerate(self._servers):
+                client = VLLMClient(base_url=server.url, group_port=GROUP_PORT + number)
+                client.init_communicator(torch.cuda.current_device())
+                self._clients.append(client)
+        for client in self._clients:
+            with client.weight_update():
+                for name, tensor in policy.merged_weights():
+                    client.update_named_param(name, tensor)
+            client.reset_prefix_cache()
+
+    def steer(self, additions: Mapping[int, Tensor] | None) -> None:
+        """UserError: the residual stream of another process is out of reach. None (nothing to remove) is fine."""
+        if additions:
+            raise UserError(CANNOT_STEER)
+
+    def close(self) -> None:
+        """Unload the adapter from the servers; they go on running."""
+        self._stopping.set()
+        if self._adapter is not None:
+            self._forget(self._adapter)
+            self._adapter = None
+
+
+CANNOT_STEER = "sampler.kind: server: rollouts on a server cannot be steered; use sampler.kind=vllm, or persona with rollouts: false"
