@@ -294,8 +294,8 @@ def test_a_comparison_makes_the_scores_once_and_hands_them_to_its_cells(tree, tm
     assert trained == []
     tree["selection"]["eps"] = 0.5
     compare(save(tree, tmp_path), out=out, jobs=1)
-    assert [name for name, _ in trained[:2]] == ["legal", "security"]
-    assert {name for name, _ in trained[2:]} == {"sft--interleaving+--seed0", "sft--interleaving++--seed0"}
+    # the scores change, the helpers do not
+    assert [name for name, _ in trained] == ["sft--interleaving+--seed0", "sft--interleaving++--seed0"]
 
 
 def test_the_command_prints_the_best_rows(config, tmp_path, capsys):
