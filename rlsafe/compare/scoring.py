@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsafe.compare.grid import selection_of
-from rlsafe.compare.hashing import digest
 from rlsafe.compare.records import read_json
 from rlsafe.compare.selection import FILE, Selection, fingerprint
 from rlsafe.config import RunConfig, UserError, load_compare
 from rlsafe.data import encoded_row, is_refusal, read_rows, require_answers
 from rlsafe.data.scores import Score, read_scores, row_key, selection_score
 from rlsafe.evaluate.files import write_atomically, write_json
+from rlsafe.evaluate.hashing import digest
 from rlsafe.types import Interrupted, Row, Where
 
 if TYPE_CHECKING:

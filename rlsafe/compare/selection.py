@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from rlsafe.compare.hashing import digest
 from rlsafe.config import DataConfig, EvaluateConfig, RunConfig, SelectionConfig, StreamConfig, UserError
 from rlsafe.defenses import build as build_defenses
+from rlsafe.evaluate.hashing import digest
 
 AUTO = "auto"
 FILE = "scores.jsonl"
