@@ -1,0 +1,77 @@
+"""`scripts/bench`: runs the named benchmarks (default: all), prints tables, saves JSON with date, machine and versions."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from importlib import import_module
+from pathlib import Path
+
+NAMES = ("grpo", "sft", "penalties", "kl-memory", "startup")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; default: all")
+    parser.add_argument("--quick", action="store_true", help="smaller and fewer: about two minutes in all")
+    parser.add_argument("--rounds", type=int, default=None, help="interleaved rounds (default 7; 5 with --quick)")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="where JSON and plots go")
+    chosen = parser.parse_args()
+    if unknown := [name for name in chosen.names if name not in NAMES]:
+        parser.error(f"unknown benchmark {unknown[0]!r}; expected one of {', '.join(NAMES)}")
+    rounds = chosen.rounds or (5 if chosen.quick else 7)
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    results = []
+    with tempfile.TemporaryDirectory(prefix="rlsafe-bench-") as scratch:
+        for name in chosen.names or NAMES:
+            print(f"{name} ...", flush=True)
+            began = time.perf_counter()
+            module = name.replace("-", "_")
+            result = getattr(import_module(module), module)(Path(scratch), chosen.quick, rounds)
+            seconds = time.perf_counter() - began
+            _plots(result, chosen.out)
+            print(*result.lines(), sep="\n", flush=True)
+            results.append(vars(result) | {"seconds": seconds, "load_after": os.getloadavg()[0]})
+            _save(chosen.out / "bench.json", results, rounds)
+    print(f"saved {chosen.out / 'bench.json'}")
+    return 0
+
+
+def _plots(result, out: Path) -> None:
+    """Move a benchmark's plots out of its scratch directory."""
+    for index, plot in enumerate(result.plots):
+        kept = out / Path(plot).name
+        kept.write_bytes(Path(plot).read_bytes())
+        result.plots[index] = str(kept)
+
+
+def _save(path: Path, results: list, rounds: int) -> None:
+    from rlsafe.engine.run import provenance
+
+    machine = {
+        "load": os.getloadavg(),
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "rounds": rounds,
+        "cpu": _processor(),
+    }
+    record = provenance(shlex.join(["scripts/bench", *sys.argv[1:]])) | machine
+    part = path.with_suffix(".part")
+    part.write_text(
+        json.dumps(record | {"date": datetime.now(UTC).date().isoformat(), "results": results}, indent=1), "utf-8"
+    )
+    part.replace(path)
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
