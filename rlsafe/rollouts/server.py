@@ -26,6 +26,7 @@ from rlsafe.rollouts.sampling import check_lengths, stop_token_ids
 from rlsafe.types import Completion, PolicyWeights, Request, RunError, SamplingParams
 
 START_PATIENCE = 60.0  # seconds to wait for a server at the start of a run, where a wrong address is more likely
+LEAST_TIMEOUT = 60.0  # seconds for one answer: a busy server is not one that is away
 PAUSES = (0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between tries; the last repeats
 GROUP_PORT = 51216  # TRL's port for a server's weights; one more for each further server
 
@@ -73,7 +74,7 @@ class ServerSampler:
         self._stopping = threading.Event()
         self._clients: list[Any] = []
         self.retries = 0  # tries that failed, over the sampler's life
-        self._servers = [Server(url, patience) for url in urls]
+        self._servers = [Server(url, max(patience, LEAST_TIMEOUT)) for url in urls]
         for server in self._servers:
             self._connect(server)
         self.max_model_len = min(server.max_model_len or 0 for server in self._servers)
