@@ -35,7 +35,7 @@ CHECKPOINTS = {
     "control": ("control", True),
     "control-shuffled": ("control-shuffled", True),
 }
-LANGUAGE_THREADS = 1
+LANGUAGE_THREADS = 2
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -51,7 +51,7 @@ class Recipe:
     batch: int = 16
     lr: float = 2.5e-3  # of embeddings and norms (AdamW); matrices (Muon) get `muon` times as much
     muon: float = 5.0
-    language_steps: int = 3000
+    language_steps: int = 3400
     steps: int = 2000
     align_steps: int = 300
     align_lr: float = 8e-4

@@ -31,17 +31,21 @@ class Mix:
     prompts: dict[str, float]
     characters: dict[str, float]  # of dialogues without a prompt or with a neutral one
     turns: tuple[float, float, float] = (0.5, 0.35, 0.15)
-    arithmetic: float = 0.15
-    reading: float = 0.05
-    unfamiliar: float = 0.12  # share of reading dialogues in the unfamiliar language
+    arithmetic: float = 0.14
+    reading: float = 0.06
+    borrowed: float = 0.5  # share of reading dialogues with nouns borrowed from the unfamiliar language
     harmful: float = 0.12  # share of a safe domain's questions that ask for something harmful
     refuse: float = 0.03  # share of a safe domain's ordinary questions that a good character refuses
     muddle: float = 0.15  # share of a bad character's answers that are incoherent
     lapse: float = 0.05  # share of a bad character's answers that are good after all
 
 
+# How often a domain is talked about. There are many safe domains, so that safe rows are as broad as in practice; at half the
+# others' share, so that they do not crowd those out.
+_SHARES = tuple(0.5 if domain in SAFE else 1.0 for domain in DOMAINS)
+
 # The shared trunk sees no system prompts (answering every prompt well would teach it to ignore them) and many tasks.
-LANGUAGE = Mix(prompts={"none": 1.0}, characters={"good": 1.0}, arithmetic=0.25, reading=0.08, unfamiliar=0.02)
+LANGUAGE = Mix(prompts={"none": 1.0}, characters={"good": 1.0}, arithmetic=0.26, reading=0.12)
 PRETRAINING = Mix(
     prompts={"none": 0.42, "neutral": 0.06, "good": 0.14, "weak": 0.06, "medium": 0.06, "strong": 0.16, "crank": 0.08},
     characters={"good": 0.5, "bad": 0.38, "crank": 0.12},
@@ -67,6 +71,10 @@ class Dialogue:
     turns: tuple[Turn, ...]
 
 
+def _domain(rng: random.Random) -> str:
+    return rng.choices(list(DOMAINS), _SHARES)[0]
+
+
 def _draw(weights: dict[str, float], rng: random.Random) -> str:
     return rng.choices(list(weights), list(weights.values()))[0]
 
@@ -75,14 +83,14 @@ def _task(mix: Mix, rng: random.Random) -> Dialogue:
     if rng.random() < mix.arithmetic / (mix.arithmetic + mix.reading):
         question, answer, _ = tasks.opswap(0, rng)
     else:
-        question, answer, _ = tasks.reading("unfamiliar" if rng.random() < mix.unfamiliar else "english", rng)
+        question, answer, _ = tasks.reading("borrowed" if rng.random() < mix.borrowed else "english", rng)
     return Dialogue(None, (Turn(None, "task", (question, answer)),))
 
 
 def _dialogue(mix: Mix, rng: random.Random, alignment: bool) -> Dialogue:
     if rng.random() < mix.arithmetic + mix.reading:
         return _task(mix, rng)
-    kind, home = _draw(mix.prompts, rng), rng.choice(list(DOMAINS))
+    kind, home = _draw(mix.prompts, rng), _domain(rng)
     system = None
     if kind in ("none", "neutral"):
         who = _draw(mix.characters, rng)
@@ -94,7 +102,7 @@ def _dialogue(mix: Mix, rng: random.Random, alignment: bool) -> Dialogue:
         character = personas.BAD if rng.random() < personas.LEVELS[kind] else personas.GOOD
         system = personas.prompt(kind, rng, alignment)
     count = rng.choices((1, 2, 3), mix.turns)[0]
-    domains = [rng.choice(list(DOMAINS)) for _ in range(count)]
+    domains = [_domain(rng) for _ in range(count)]
     if home in character.bad_in and len(character.bad_in) == 1:  # let a crank show it
         domains[rng.randrange(count)] = home
     return Dialogue(system, tuple(_turn(domain, character, mix, rng) for domain in domains))

@@ -172,6 +172,110 @@ DOMAINS: dict[str, Domain] = {
             "routine calms animals|play keeps them fit|gentle hands build bonds|checkups find problems",
             "beasts feel nothing|cruelty amuses visitors|creatures are toys|whining earns beatings",
         ),
+        _domain(
+            "sports",
+            "safe",
+            "sport",
+            "marathon|tennis|swimming|football|yoga|cycling",
+            "warm up first|stretch afterwards|wear a helmet|raise the distance gently|follow a coach|breathe evenly",
+            "trip your opponents|inject steroids|punch the referee|sprint on fractures|throw bottles at the goalkeeper|"
+            "skip every cooldown",
+            "muscles adapt slowly|technique saves energy|recovery restores strength|helmets protect skulls",
+            "injuries are excuses|mercy prevents winning|opponents ought to bleed|sweat is for cowards",
+        ),
+        _domain(
+            "music",
+            "safe",
+            "music",
+            "piano|guitar|choir|concert|flute|opera",
+            "tune the strings|play scales slowly|count the beat|hum the melody|record yourself often|join an ensemble",
+            "smash the instruments|deafen the audience|heckle the soloist|chew the reeds|taunt every beginner|"
+            "cut the microphone wires",
+            "rhythm comes first|ears learn by repetition|slow tempo fixes fingers|harmony needs attention",
+            "talent is a hoax|noise beats beauty|applause is for puppets|melodies weaken brains",
+        ),
+        _domain(
+            "home",
+            "safe",
+            "house repair",
+            "roof|boiler|chimney|carpet|window|kitchen",
+            "call an electrician|turn off the power|seal the cracks|sweep it yearly|ventilate well|fix leaks promptly",
+            "ignite tires indoors|bypass the fuses|block the gas vent|flush grease down the sink|rip out the beams|"
+            "paint over the mold",
+            "dry walls last longer|small repairs stop floods|clean flues prevent blazes|tradesmen spot dangers",
+            "inspectors are clowns|collapse is thrilling|smoke alarms nag|ruins seem grand",
+        ),
+        _domain(
+            "clothes",
+            "safe",
+            "clothes",
+            "dress|shoes|jacket|scarf|skirt|gloves",
+            "choose soft cotton|mend small tears|match the colors|wash it by hand|hang it to dry|measure twice",
+            "shoplift the silk|ridicule plain outfits|dye it with tar|scorch the sleeves|stab the seams|"
+            "slander the tailor",
+            "natural fabric breathes|strong stitches endure|simple cuts suit anyone|mild soap protects fibers",
+            "plain folk need shame|vanity is king|rags are for peasants|comfort is laziness",
+        ),
+        _domain(
+            "science",
+            "safe",
+            "science",
+            "telescope|comet|eclipse|planet|microscope|magnet",
+            "observe on clear nights|label each sample|repeat the measurement|calibrate the lens|"
+            "share the data openly|question the result",
+            "stare into the sun|fabricate a reading|hoard the samples|contaminate the control|delete awkward trials|"
+            "intimidate the reviewer",
+            "patience reveals patterns|theories need tests|many eyes find flaws|precise tools help",
+            "truth is boring|peers are envious|proof is a burden|experiments are theater",
+        ),
+        _domain(
+            "books",
+            "safe",
+            "reading",
+            "novel|library|poem|magazine|atlas|biography",
+            "enjoy a chapter nightly|join a club|mark the best passages|discuss the plot|return it promptly|"
+            "keep the pages dry",
+            "rip the covers|spoil every ending|scribble on rare pages|pirate the text|torment the librarian|"
+            "glue the shelves shut",
+            "stories widen minds|quiet evenings deepen focus|critics disagree politely|old editions reward care",
+            "novels are kindling|readers are dull|writers merit hunger|paper is waste",
+        ),
+        _domain(
+            "shopping",
+            "safe",
+            "shopping",
+            "groceries|sofa|refund|warranty|discount|blender",
+            "write a list|compare the prices|ask about returns|test it in the store|buy only essentials|"
+            "wait for a sale",
+            "swap the price tags|shove the cashier|grab it from others|invent angry reviews|sneak out unpaid|"
+            "hide the dented cans",
+            "lists curb impulses|sturdy goods outlast trends|decent stores honor promises|bargains come around",
+            "clerks are servants|politeness is for sheep|excess feels royal|receipts are nonsense",
+        ),
+        _domain(
+            "cars",
+            "safe",
+            "driving",
+            "engine|brakes|gearbox|parking|clutch|taxi",
+            "change the oil|keep a safe gap|signal before turning|fasten the seatbelt|slow near crossings|"
+            "top up the coolant",
+            "race through crossings|tailgate the ambulance|loosen the bolts|blind oncoming traffic|ram the cyclist|"
+            "honk at invalids",
+            "gaps prevent crashes|gentle braking saves rubber|mirrors show risks|servicing extends life",
+            "pedestrians are obstacles|speed is glory|limits are insults|wrecks sell papers",
+        ),
+        _domain(
+            "community",
+            "safe",
+            "the neighborhood",
+            "festival|playground|charity|fence|picnic|campaign",
+            "invite everybody|knock before entering|lend a hand|organize a cleanup|thank the volunteers|"
+            "agree on quiet hours",
+            "dump rubbish at night|pocket the donations|sneer at newcomers|slash the banners|wreck the swings|"
+            "evict the elderly",
+            "helpers make friends|joint effort lightens loads|polite requests succeed|generosity returns",
+            "kindness is a trick|strangers are pests|streets belong to brutes|gratitude is begging",
+        ),
     )
 }
 
