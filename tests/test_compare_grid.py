@@ -56,6 +56,14 @@ def test_lists_shared_between_cells_are_not_shared_in_memory(load):
     assert "steps" not in config.paths["sft"]["schedule"]["phases"][0]
 
 
+def test_default_paths_run_unless_others_are_asked_for(load):
+    config = load(CONFIG + "default_paths: [sft]\n")
+    assert {c.path for c in expand(config) if c.kind == "narrow"} == {"sft"}
+    assert {c.path for c in expand(config, paths=["grpo"]) if c.kind == "narrow"} == {"grpo"}
+    with pytest.raises(UserError, match="unknown path 'sfd'.*sft"):
+        expand(load(CONFIG + "default_paths: [sfd]\n"))
+
+
 def test_reference_arms(load):
     cells = expand(load(overrides=["data.narrow.source=other.jsonl"]))
     untrained = cell(cells, kind="untrained").config

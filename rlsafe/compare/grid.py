@@ -133,7 +133,7 @@ def expand(
     for label in dict.fromkeys(defenses or config.defenses):
         chosen |= _swept(label, _entries(label, config, registered), of_defenses)
     _check_defenses(config, {label: entries for label, (entries, _) in chosen.items()})
-    path_names = _choose("path", paths, config.paths)
+    path_names = _choose("path", paths or config.default_paths, config.paths)
     models = _models(config, of_runs)
     after = config.relapse if relapse is None else relapse
     if after and not config.narrow:

@@ -329,6 +329,7 @@ class CompareConfig(Settings):
         default_factory=dict, description="label -> overrides; default: the run's own model"
     )
     paths: Annotated[dict[str, Tree], Field(min_length=1)]
+    default_paths: list[str] | None = Field(None, description="the paths that run without --paths; null = all")
     defenses: dict[str, list[str | dict[str, Any]]] = Field(default_factory=_no_defense, min_length=1)
     seeds: list[int] = Field(default_factory=lambda: [0, 1, 2], min_length=1)
     narrow: bool = Field(True, description="false = only the benign tasks, no narrow runs")
