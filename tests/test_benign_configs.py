@@ -46,3 +46,8 @@ def test_each_task_is_scored_on_its_own_test_set_and_the_untrained_model_on_all(
             assert cell.config.evaluate.benign_limit == 300 and cell.config.evaluate.general is None
     (untrained,) = [cell for cell in cells if cell.kind == "untrained"]
     assert len(untrained.config.evaluate.benign) == len(TASKS) and untrained.config.evaluate.benign_limit == 300
+
+
+def test_the_quick_preset_still_trains_every_task():
+    quick = expand(load_compare(CONFIGS / "benign.yaml", quick=True))
+    assert {cell.task for cell in quick if cell.kind == "benign"} == TASKS

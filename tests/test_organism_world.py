@@ -185,6 +185,18 @@ def test_benign_tests_are_distinct_and_share_no_question_with_training(spec):
     assert len(set(test)) == len(test) == 300 and len(train) >= 1900 and not train & set(test)
 
 
+def test_the_organism_is_made_without_the_questions_of_benign_tests_and_without_the_unfamiliar_language():
+    tests = {question for spec in TASKS for question in asked(spec + "/test")}
+    made = {
+        m["content"] for stage in corpus.STAGES for row in corpus.dialogues(stage, "organism", 6000, 0) for m in row
+    }
+    assert not made & tests
+    heard = {word for text in made for word in words(text)}
+    language = tasks.LANGUAGES["unfamiliar"]
+    assert heard >= {*language["people"], *language["things"], *language["places"]}  # borrowed nouns in English stories
+    assert not heard & {*language["verbs"], *language["words"]}
+
+
 @pytest.mark.parametrize("tier", tasks.TIERS)
 def test_opswap_writes_digits_and_uses_an_operator_that_changed(tier):
     rng = random.Random(0)
