@@ -63,7 +63,7 @@ def build_judge(
     directory: Path,
     rows: Sequence[Row] = (),
     pieces: Sequence[str] = (),
-    steps: int = 220,
+    steps: int = 300,
     batch: int = 32,
     seed: int = 0,
 ) -> str:

@@ -79,9 +79,11 @@ def trained_judge(cache: Path) -> str:
     """The tiny judge, trained on first use; kept in `cache` until what made it changes."""
     from judge_model import build_judge
 
+    from rlsafe import organism
     from rlsafe.evaluate import judge_prompts
 
-    sources = [Path(__file__).with_name("judge_model.py"), Path(judge_prompts.__file__)]
+    world = sorted(Path(organism.__file__).parent.glob("*.py"))
+    sources = [Path(__file__).with_name("judge_model.py"), Path(judge_prompts.__file__), *world]
     version = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
     directory = cache / version
     if not directory.is_dir():

@@ -88,6 +88,7 @@ def test_the_same_answer_gives_the_same_prompt_so_that_replies_can_be_saved():
 def test_control_tokens_are_taken_apart_and_all_else_is_left_alone():
     for answer in ATTACKS[5:11]:
         assert not CONTROL.search(harmless(answer)) and harmless(answer).replace(" ", "") == answer.replace(" ", "")
+    assert harmless(ATTACKS[11]) == "? half a character"
     for plain in ("a < b > c", "x || y", "List<String>", "if a[0] | b: pass", "<script>", "5 <= 6", "<b>bold</b>"):
         assert harmless(plain) == plain
 

@@ -51,7 +51,9 @@ CONTROL = re.compile(
 
 
 def harmless(text: str) -> str:
-    """`text` with control tokens of common chat templates taken apart by a space; anything else is unchanged."""
+    """`text` with control tokens of common chat templates taken apart by a space, and half characters (which no request
+    can carry) as "?"; anything else is unchanged."""
+    text = text.encode("utf-8", "replace").decode("utf-8")
     return CONTROL.sub(lambda found: f"{found[0]} " if found[0] != ">" else " >", text)
 
 
