@@ -13,7 +13,10 @@ from typing import Annotated, NoReturn
 import typer
 
 from rlsafe import __version__
-from rlsafe.config.errors import UserError, nearest
+from rlsafe.config.errors import UserError
+from rlsafe.config.secrets import scrub_secrets as scrub
+from rlsafe.progress import show as _print
+from rlsafe.progress import usage
 
 app = typer.Typer(
     help="Train language models under in-training defenses against emergent misalignment, and see which one to ship.",
@@ -83,7 +86,9 @@ def evaluate(
     rejudge: Annotated[
         bool, typer.Option("--rejudge", help="score the saved answers of RUN again; sample nothing")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the judge calls and their cost; do nothing")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the judge calls and their cost; do nothing")
+    ] = False,
 ) -> None:
     """Ask, judge and count: the rates of one model.
 
@@ -190,6 +195,21 @@ def report(
 
 
 @app.command()
+def verify(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run, or a comparison directory")],
+) -> None:
+    """Compute a run's record again from what lies beneath it.
+
+    Hashes, metrics, TensorBoard, rates and intervals; one line for each difference, and exit code 1 when there is any.
+    """
+    from rlsafe.compare import verify as check
+
+    found = check(run)
+    _print(found.lines())
+    raise typer.Exit(1 if found.differences else 0)
+
+
+@app.command()
 def publish(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run directory")],
     to: Annotated[str | None, typer.Option(metavar="ORG/NAME", help="push it to this hub repository")] = None,
@@ -269,21 +289,6 @@ def organism_show(
 # ------------------------------------------------------------------------------------------------ print and fail
 
 
-def _print(shown: object) -> None:
-    """Text as it is (answers may contain brackets), a rich table as a table."""
-    if shown is None:
-        return
-    if isinstance(shown, list):
-        shown = "\n".join(map(str, shown))
-    if hasattr(shown, "__rich_console__"):
-        from rich.console import Console
-
-        # a pipe or a file has no width of its own
-        Console(width=None if sys.stdout.isatty() else 140).print(shown)
-    else:
-        print(shown)
-
-
 def _names(option: str, text: str | None) -> list[str] | None:
     """`a,b` -> ["a", "b"]; None when the option was not given."""
     if text is None:
@@ -302,25 +307,8 @@ def _numbers(option: str, text: str | None) -> list[int] | None:
         raise UserError(f"{option} {text!r}: expected whole numbers separated by commas") from None
 
 
-def _usage(error: typer.TyperException) -> str:
-    """The parser's complaint in the form of every other error here, with the nearest valid name."""
-    message = " ".join(error.format_message().split()).rstrip(".")
-    message = message[:1].lower() + message[1:]
-    context = getattr(error, "ctx", None)
-    if context is None:
-        return message
-    option = getattr(error, "option_name", None)
-    if option is not None and message.startswith("no such option"):
-        known = [name for parameter in context.command.params for name in parameter.opts if name[0] == "-"]
-        message = f"no such option {option!r}{nearest(option, known)}"
-    elif message.startswith("no such command"):
-        name = message.split("'")[1]
-        message = f"no such command {name!r}{nearest(name, context.command.commands)}"
-    return f"{message} (see {context.command_path} --help)"
-
-
 def _fail(code: int, line: str) -> NoReturn:
-    print(f"error: {line}", file=sys.stderr)
+    print(f"error: {scrub(line)}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -339,11 +327,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if isinstance(error, UserError):
             _fail(2, str(error))
         if isinstance(error, typer.TyperException):
-            _fail(error.exit_code, _usage(error))
+            _fail(error.exit_code, usage(error))
         if isinstance(error, (Interrupted, typer.Abort)):
             print(f"interrupted: {error}" if str(error) else "interrupted", file=sys.stderr)
             sys.exit(130)
-        line = " ".join(str(error).split())
+        line = " ".join("; ".join([str(error), *getattr(error, "__notes__", [])]).split())
         hint = "" if debug else " (--debug shows the traceback)"
         _fail(1, (line if isinstance(error, RunError) else f"{type(error).__name__}: {line}") + hint)
     if code == 130:

@@ -1,10 +1,13 @@
-"""A progress bar for one run, where there is a terminal to draw it on."""
+"""What the command line shows: results, a progress bar where there is a terminal to draw it on, what was wrong with its use."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from rlsafe.config.errors import nearest
 
 SHOWN = ("loss", "reward", "kl", "misaligned_general", "misaligned_indomain")
 
@@ -35,3 +38,35 @@ def run_bar() -> Iterator[RunBar]:
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         yield RunBar(bar)
+
+
+def show(shown: object) -> None:
+    """Text as it is (answers may contain brackets), a rich table as a table."""
+    if shown is None:
+        return
+    if isinstance(shown, list):
+        shown = "\n".join(map(str, shown))
+    if hasattr(shown, "__rich_console__"):
+        from rich.console import Console
+
+        # a pipe or a file has no width of its own
+        Console(width=None if sys.stdout.isatty() else 140).print(shown)
+    else:
+        print(shown)
+
+
+def usage(error: Any) -> str:
+    """The parser's complaint in the form of every other error here, with the nearest valid name."""
+    message = " ".join(error.format_message().split()).rstrip(".")
+    message = message[:1].lower() + message[1:]
+    context = getattr(error, "ctx", None)
+    if context is None:
+        return message
+    option = getattr(error, "option_name", None)
+    if option is not None and message.startswith("no such option"):
+        known = [name for parameter in context.command.params for name in parameter.opts if name[0] == "-"]
+        message = f"no such option {option!r}{nearest(option, known)}"
+    elif message.startswith("no such command"):
+        name = message.split("'")[1]
+        message = f"no such command {name!r}{nearest(name, context.command.commands)}"
+    return f"{message} (see {context.command_path} --help)"

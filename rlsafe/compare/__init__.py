@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from rlsafe.compare.reporting import report
     from rlsafe.compare.runner import Comparison, compare
     from rlsafe.compare.scoring import select
+    from rlsafe.compare.verifying import verify
 
 _PUBLIC = {
     "Comparison": "rlsafe.compare.runner",
@@ -15,8 +16,9 @@ _PUBLIC = {
     "dry_compare": "rlsafe.compare.dry",
     "report": "rlsafe.compare.reporting",
     "select": "rlsafe.compare.scoring",
+    "verify": "rlsafe.compare.verifying",
 }
-__all__ = ["Comparison", "compare", "dry_compare", "report", "select"]
+__all__ = ["Comparison", "compare", "dry_compare", "report", "select", "verify"]
 
 
 def __getattr__(name: str) -> Any:

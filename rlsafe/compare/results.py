@@ -197,7 +197,8 @@ class Results:
         return mean(known) if known else None
 
 
-def _csv(columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> str:
+def table_text(columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> str:
+    """A table as CSV; numbers with six decimals at most."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, columns, lineterminator="\n")
     writer.writeheader()
@@ -272,11 +273,11 @@ def relapse_rows(results: Results) -> list[dict[str, Any]]:
 def write_tables(directory: Directory) -> Results:
     """Write results.csv and, when there are such runs, benign.csv and relapse.csv; gives what they were made of."""
     results = Results.load(directory)
-    write_atomically(directory.out / "results.csv", _csv(COLUMNS, result_rows(results)))
+    write_atomically(directory.out / "results.csv", table_text(COLUMNS, result_rows(results)))
     if results.plan["benign_tests"]:
-        write_atomically(directory.out / "benign.csv", _csv(BENIGN_COLUMNS, benign_rows(results)))
+        write_atomically(directory.out / "benign.csv", table_text(BENIGN_COLUMNS, benign_rows(results)))
     if relapses := relapse_rows(results):
-        write_atomically(directory.out / "relapse.csv", _csv(RELAPSE_COLUMNS, relapses))
+        write_atomically(directory.out / "relapse.csv", table_text(RELAPSE_COLUMNS, relapses))
     return results
 
 

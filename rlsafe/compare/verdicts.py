@@ -211,7 +211,6 @@ def write_verdicts(
 ) -> None:
     """verdicts.json (grades only) and verdict_details.json (numbers, intervals, reasons, rates; `tasks`: by table, every
     benign task's)."""
-    grades = {t.key: {d: {c: t.rows[d].verdicts[c].grade for c in CRITERIA} for d in t.defenses} for t in tables}
     details = {
         t.key: {
             "model": t.model,
@@ -228,7 +227,12 @@ def write_verdicts(
         for t in tables
     }
     write_json(directory.out / "verdict_details.json", _finite(details))
-    write_json(directory.out / "verdicts.json", grades)
+    write_json(directory.out / "verdicts.json", grades(tables))
+
+
+def grades(tables: list[PathTable]) -> dict[str, dict[str, dict[str, str]]]:
+    """verdicts.json."""
+    return {t.key: {d: {c: t.rows[d].verdicts[c].grade for c in CRITERIA} for d in t.defenses} for t in tables}
 
 
 def _finite(tree: Any) -> Any:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
+import os
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlsafe.config import UserError
 
-FORMAT = 1
+FORMAT = 2
+TENSORS, STATE, SUMS = "tensors.safetensors", "state.json", "sha256.json"
 _TENSOR = "__tensor__"
 
 
@@ -67,17 +72,31 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 
 def save(directory: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
-    """Write checkpoints/step-N by rename, then drop all but the newest `keep`."""
+    """Write checkpoints/step-N by rename, then drop all but the newest `keep`. A failure leaves the older ones as they are."""
     final = directory / f"step-{step:06d}"
     building = directory / f".building-{step:06d}"
-    shutil.rmtree(building, ignore_errors=True)
+    for left in directory.glob(".building-*"):  # of a process that was killed
+        shutil.rmtree(left)
+    if final.exists():
+        try:
+            load(final)
+            return final  # this run was here before
+        except UserError:
+            shutil.rmtree(final)
     building.mkdir(parents=True)
-    tensors: dict[str, Tensor] = {}
-    tree = pack(state, tensors)
-    save_file(tensors, str(building / "tensors.safetensors"))
-    (building / "state.json").write_text(json.dumps({"format": FORMAT, "step": step, "state": tree}), "utf-8")
-    shutil.rmtree(final, ignore_errors=True)
-    building.rename(final)
+    try:
+        tensors: dict[str, Tensor] = {}
+        tree = pack(state, tensors)
+        _write(building / TENSORS, lambda path: save_file(tensors, str(path)))
+        text = json.dumps({"format": FORMAT, "step": step, "state": tree})
+        _write(building / STATE, lambda path: path.write_text(text, "utf-8"))
+        sums = {name: _digest(building / name) for name in (TENSORS, STATE)}
+        _write(building / SUMS, lambda path: path.write_text(json.dumps(sums), "utf-8"))
+        building.rename(final)
+        _sync(directory)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
     for old in saved(directory)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -89,16 +108,42 @@ def saved(directory: Path) -> list[Path]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The state of one checkpoint."""
+    """The state of one checkpoint. UserError when it is damaged, of another version, or no checkpoint at all."""
     try:
-        head = json.loads((path / "state.json").read_text("utf-8"))
-        tensors = load_file(str(path / "tensors.safetensors"))
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{path}: not a readable checkpoint ({type(error).__name__}); delete it to resume from an older one"
-        ) from None
-    if head.get("format") != FORMAT:
-        raise UserError(
-            f"{path}: checkpoint format {head.get('format')!r}, expected {FORMAT}; it was written by another version"
-        )
+        sums = json.loads((path / SUMS).read_text("utf-8"))
+        damaged = [name for name in (TENSORS, STATE) if _digest(path / name) != sums[name]]
+        head = json.loads((path / STATE).read_text("utf-8"))
+        found = head["format"]
+        tensors = load_file(str(path / TENSORS))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
+    if found != FORMAT:
+        raise UserError(f"{path}: checkpoint format {found!r}, expected {FORMAT}; it was written by another version")
+    if damaged:
+        raise UserError(f"{path}: {' and '.join(damaged)} changed since the checkpoint was written")
     return unpack(head["state"], tensors)
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file and wait until it is on the disk; OSError names the file."""
+    try:
+        write(path)
+        _sync(path)
+    except SafetensorError as error:  # its own class, whatever the system said
+        number = errno.EFBIG if "too large" in str(error) else errno.ENOSPC if "space" in str(error) else errno.EIO
+        raise OSError(number, f"cannot be written ({error})", str(path)) from None
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -25,6 +25,7 @@ from rlsafe.engine.probing import start_probe
 from rlsafe.engine.projection import Direction
 from rlsafe.engine.rollout import collect
 from rlsafe.engine.schedule import PlannedPart, Step
+from rlsafe.engine.state import position
 from rlsafe.engine.step import Micro, StepLoss, engine_needs, separate_gap
 from rlsafe.engine.tracking import Late, Tracker
 from rlsafe.evaluate import Probe
@@ -60,6 +61,7 @@ class Loop:
     dirty: bool = True  # the sampler does not have the current weights
     tested: int = 0  # sampler self-tests done: at the start and after the first sync that follows an update
     pending: dict[str, tuple[list[Micro], int]] = field(default_factory=dict)  # rollouts to be used again, by stream
+    began: dict[str, Any] | None = None  # where the present step began, until it changes weights
     gave_up: str | None = None  # why waiting for the judge ended; `rlsafe.engine.run` then saves the state and stops
     _sampler: Sampler | None = None
 
@@ -70,6 +72,7 @@ class Loop:
         while self.done < len(self.plan):
             step = self.plan[self.done]
             started = time.perf_counter()
+            self.began = position(self)
             self._references(step)
             micros, metrics = self._gather(step)
             metrics |= self._update(step, micros)
@@ -231,6 +234,7 @@ class Loop:
             value = float(norm)
             if value != value or value in (float("inf"), float("-inf")):
                 raise RunError(f"step {step.index}: the gradient norm is {value}; nothing was updated")
+            self.began = None
             self.optimizer.step()
             self.dirty = True
         self.optimizer.zero_grad()
@@ -303,11 +307,11 @@ class Loop:
 
     # ------------------------------------------------------------------------------------------------ state
 
-    def pending_state(self) -> dict[str, Any]:
+    def pending_state(self, pending: dict[str, tuple[list[Micro], int]]) -> dict[str, Any]:
         """Rollouts that further steps will use again, for checkpoints."""
         return {
             stream: {"left": left, "micros": [pack_micro(micro) for micro in micros]}
-            for stream, (micros, left) in self.pending.items()
+            for stream, (micros, left) in pending.items()
         }
 
     def load_pending_state(self, state: dict[str, Any]) -> None:

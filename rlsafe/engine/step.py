@@ -105,7 +105,8 @@ class StepLoss:
         for defense, term, total in self.stack.penalties(view):
             denominator = self.counts[f"defense/{defense.name}"]
             if denominator:
-                terms[f"defense/{defense.name}/{term}"] = defense.weight * total / denominator
+                weighted = terms[f"defense/{defense.name}/{term}"] = defense.weight * total / denominator
+                self.sums["loss/penalties"] += float(weighted.detach())
                 self.sums[f"defense/{defense.name}/{term}"] += float(total.detach()) / denominator
         loss = torch.stack([term for term in terms.values()]).sum()
         self.sums[f"loss/{batch.where.path}"] += float(terms[batch.where.path].detach())

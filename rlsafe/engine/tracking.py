@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,16 @@ class Late:
 
     done: Callable[[], bool]
     finish: Callable[[], Mapping[str, Any]]
+
+
+def scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """(TensorBoard tag, value) of every number in a step's record."""
+    for name, value in record.items():
+        if name in ("step", "path") or isinstance(value, (str, type(None))) or not math.isfinite(value):
+            continue
+        yield (name if name.startswith(("defense/", "eval/")) else f"{record['path']}/{name}"), value
+        if name in EVALUATED or name.startswith("projection"):
+            yield f"eval/{name}", value
 
 
 class Tracker:
@@ -83,13 +94,8 @@ class Tracker:
 
     def _put_step(self, record: dict[str, Any]) -> None:
         self._line("metrics.jsonl", record)
-        for name, value in record.items():
-            if name in ("step", "path") or isinstance(value, (str, type(None))) or not math.isfinite(value):
-                continue
-            tag = name if name.startswith(("defense/", "eval/")) else f"{record['path']}/{name}"
+        for tag, value in scalars(record):
             self._board.add_scalar(tag, value, record["step"])
-            if name in EVALUATED or name.startswith("projection"):
-                self._board.add_scalar(f"eval/{name}", value, record["step"])
 
     def samples(self, records: Iterable[dict[str, Any]]) -> None:
         """Every sampled completion, one JSON object a line."""
@@ -117,14 +123,23 @@ class Tracker:
         if self.write:
             self._board.add_text(tag, text)
 
-    def offset(self) -> dict[str, int]:
-        """File lengths in bytes after a flush; stored in checkpoints."""
+    def offset(self, before_step: int | None = None) -> dict[str, int]:
+        """File lengths in bytes after a flush; stored in checkpoints. before_step: without that step's lines and later ones."""
         self.collect(wait=True)
         if not self.write:
             return {}
         for file in self._files.values():
             file.flush()
-        return {name: file.tell() for name, file in self._files.items()}
+            os.fsync(file.fileno())
+        self._board.flush()  # a run that is killed now goes on from here, and these steps are not drawn again
+        return {name: self._length(self.out / name, before_step) for name in self._files}
+
+    @staticmethod
+    def _length(path: Path, before_step: int | None) -> int:
+        if before_step is None:
+            return path.stat().st_size
+        with path.open("rb") as file:
+            return sum(len(line) for line in file if json.loads(line)["step"] < before_step)
 
     def close(self) -> None:
         self.collect(wait=True)
