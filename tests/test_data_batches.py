@@ -88,11 +88,34 @@ def test_rows_that_are_too_long_are_dropped_cut_or_refused_as_the_config_says():
 
 def test_batching_is_deterministic_and_one_row_may_exceed_the_budget():
     assert micro_batches([3, 9, 3, 5], micro_tokens=8) == [[1], [3], [0, 2]]
-    assert micro_batches([3, 9, 3, 5], micro_tokens=100, micro_rows=3) == [[1, 3, 0], [2]]
+    assert micro_batches([3, 9, 3, 5], micro_tokens=100, micro_rows=3) == [[1], [3, 0, 2]]  # 24 padded tokens, not 30
     assert micro_batches([], micro_tokens=8) == []
     tokenizer = word_tokenizer()
     once, twice = (sft_batches(conversations(30), tokenizer, SFT, 500, 120) for _ in range(2))
     assert all(torch.equal(a.ids, b.ids) for a, b in zip(once, twice, strict=True))
+
+
+def test_rows_of_different_lengths_are_split_where_padding_costs_more_than_a_micro_batch():
+    """Against every way to cut the sorted rows: none within the limits is cheaper."""
+    rng = random.Random(0)
+    for budget, rows, cost in [(10_000, None, 64), (10_000, None, 0), (300, None, 20), (10_000, 3, 64), (90, 2, 5)]:
+        lengths = [rng.randint(10, 80) for _ in range(9)]
+        ordered = sorted(lengths, reverse=True)
+
+        def price(pieces: list[list[int]], cost: int = cost) -> int:
+            return sum(piece[0] * len(piece) + cost for piece in pieces)
+
+        every = []
+        for cuts in range(2**8):
+            edges = [0, *(i + 1 for i in range(8) if cuts >> i & 1), 9]
+            pieces = [ordered[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+            if all(len(p) == 1 or (p[0] * len(p) <= budget and len(p) <= (rows or 9)) for p in pieces):
+                every.append(price(pieces))
+        made = micro_batches(lengths, budget, rows, split_tokens=cost)
+        assert sorted(index for batch in made for index in batch) == list(range(9))
+        assert price([[lengths[index] for index in batch] for batch in made]) == min(every)
+    assert len(micro_batches([50, 50, 51, 49], 10_000, split_tokens=64)) == 1
+    assert micro_batches([400, 50, 50], 10_000, split_tokens=64) == [[0], [1, 2]]
 
 
 def rollout(prompt, completion, seen=None, finish="stop", advantage=1.0, valid=True):

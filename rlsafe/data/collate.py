@@ -18,6 +18,10 @@ from rlsafe.types import Batch, Completion, Message, Row, Where
 R = TypeVar("R")
 TooLong = Literal["drop", "truncate", "error"]
 
+# What one more micro-batch costs, in padded tokens. CPU: CPU time of 16 rows x 100 tokens in 16 micro-batches against one gave 70 at
+# 1 M parameters, 32 at 5 M. GPU: by its launch time (kernels too small to fill it), not measured.
+SPLIT_TOKENS = {"cpu": 64, "cuda": 4096}
+
 
 @dataclass
 class Rollout:
@@ -35,17 +39,32 @@ class Rollout:
     row: Row = field(default_factory=dict)
 
 
-def micro_batches(lengths: Sequence[int], micro_tokens: int, micro_rows: int | None = None) -> list[list[int]]:
+def micro_batches(
+    lengths: Sequence[int], micro_tokens: int, micro_rows: int | None = None, split_tokens: int | None = None
+) -> list[list[int]]:
     """Row indices of each micro-batch: longest first (memory runs out at once or never), ties in the given order,
-    rows x longest <= `micro_tokens` (a single row may exceed it), at most `micro_rows` rows."""
+    rows x longest <= `micro_tokens` (a single row may exceed it), at most `micro_rows` rows.
+
+    Among those the cheapest, where a micro-batch costs its padded tokens and `split_tokens` more for being one: rows of
+    very different lengths are split, alike ones are not. None: what suits this machine.
+    """
+    if split_tokens is None:
+        split_tokens = SPLIT_TOKENS["cuda" if torch.cuda.is_available() else "cpu"]
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    longest = np.array([max(1, lengths[index]) for index in order])
+    most = np.maximum(1, micro_tokens // longest)  # rows that a batch may have which starts at each position
+    most = np.minimum(most, micro_rows or len(order))
+    cost, starts = np.zeros(len(order) + 1), [0]  # cheapest cost of the first n rows; where its last batch starts
+    for end in range(1, len(order) + 1):
+        rows = end - np.arange(end)
+        total = np.where(rows <= most[:end], cost[:end] + longest[:end] * rows + split_tokens, np.inf)
+        starts.append(int(total.argmin()))
+        cost[end] = total[starts[-1]]
     batches: list[list[int]] = []
-    start = 0
-    while start < len(order):
-        size = max(1, micro_tokens // max(1, lengths[order[start]]))
-        size = min(size, micro_rows or size)
-        batches.append(order[start : start + size])
-        start += size
+    end = len(order)
+    while end:
+        batches.insert(0, order[starts[end] : end])
+        end = starts[end]
     return batches
 
 

