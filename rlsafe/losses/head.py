@@ -146,6 +146,8 @@ def run_head(
         frozen.append(_Frozen(ref.hidden.detach().to(dtype), ref_weight.detach().to(dtype), ref_bias, ref.grad))
     if chunk is None:
         chunk = max(MIN_CHUNK, CHUNK_LOGITS.get(device, CHUNK_LOGITS["cuda"]) // weight.shape[0])
+        if frozen:  # a KL holds four [chunk, V] buffers where log-probs hold two: half the rows, no more memory
+            chunk //= 2
     wants_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     job = _Job(targets, frozen, chunk=chunk, wants_grad=wants_grad, **options)
     with torch.autocast(device, enabled=False):
