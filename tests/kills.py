@@ -12,7 +12,7 @@ from typing import Any
 
 PLACES = {
     "rollout": ("engine/rollout.py", "collect"),
-    "step": ("engine/loop.py", "_update"),
+    "step": ("engine/loop.py", "update"),
     "checkpoint": ("engine/checkpoint.py", "save"),
     "evaluation": ("evaluate/measure.py", "evaluate_run"),
 }

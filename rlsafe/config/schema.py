@@ -95,6 +95,9 @@ class OptimConfig(Settings):
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    on_nan: Literal["stop", "skip"] = Field(
+        "stop", description="a step with NaN or Inf in loss, penalty, advantage or gradient; its batch is saved either way"
+    )
 
 
 class BatchConfig(Settings):

@@ -131,7 +131,7 @@ def _write(path: Path, write: Callable[[Path], Any]) -> None:
         _sync(path)
     except SafetensorError as error:  # its own class, whatever the system said
         number = errno.EFBIG if "too large" in str(error) else errno.ENOSPC if "space" in str(error) else errno.EIO
-        raise OSError(number, f"cannot be written ({error})", str(path)) from None
+        raise OSError(number, os.strerror(number), str(path)) from None
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
 

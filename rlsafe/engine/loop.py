@@ -20,13 +20,14 @@ from rlsafe.config import RunConfig
 from rlsafe.data import Stream, encode_prompt, sft_batches, split_prompt
 from rlsafe.defenses import DataContext, DefenseStack
 from rlsafe.engine.effects import EffectLog
+from rlsafe.engine.faults import update
 from rlsafe.engine.micro import even_out, global_counts, pack_micro, reduce_sums, unpack_micro
 from rlsafe.engine.probing import start_probe
 from rlsafe.engine.projection import Direction
 from rlsafe.engine.rollout import collect
 from rlsafe.engine.schedule import PlannedPart, Step
 from rlsafe.engine.state import position
-from rlsafe.engine.step import Micro, StepLoss, engine_needs, separate_gap
+from rlsafe.engine.step import Micro, NotFinite, StepLoss, engine_needs, separate_gap
 from rlsafe.engine.tracking import Late, Tracker
 from rlsafe.evaluate import Probe
 from rlsafe.policy import ForwardPlan, Policy
@@ -62,6 +63,7 @@ class Loop:
     tested: int = 0  # sampler self-tests done: at the start and after the first sync that follows an update
     pending: dict[str, tuple[list[Micro], int]] = field(default_factory=dict)  # rollouts to be used again, by stream
     began: dict[str, Any] | None = None  # where the present step began, until it changes weights
+    skipped: int = 0  # steps left out in a row, see optim.on_nan
     gave_up: str | None = None  # why waiting for the judge ended; `rlsafe.engine.run` then saves the state and stops
     _sampler: Sampler | None = None
 
@@ -75,7 +77,7 @@ class Loop:
             self.began = position(self)
             self._references(step)
             micros, metrics = self._gather(step)
-            metrics |= self._update(step, micros)
+            metrics |= update(self, step, micros)
             self.done += 1
             if self.done == len(self.plan):  # before the last effects and probe: both show the weights that are saved
                 self.dirty |= self.stack.after_step(self.policy, "end")
@@ -199,7 +201,7 @@ class Loop:
             metrics["sampler_gap"] = total["gap"] / total["tokens"]
         return micros, metrics
 
-    def _update(self, step: Step, micros: list[Micro]) -> dict[str, Any]:
+    def update(self, step: Step, micros: list[Micro]) -> dict[str, Any]:
         """Forward and backward of every micro-batch, one optimizer step, weight hooks."""
         micros = even_out(micros, self.accelerator, self.policy)
         uses_grpo = step.path == "grpo"
@@ -233,7 +235,7 @@ class Loop:
         if has_rows:
             value = float(norm)
             if value != value or value in (float("inf"), float("-inf")):
-                raise RunError(f"step {step.index}: the gradient norm is {value}; nothing was updated")
+                raise NotFinite(f"the gradient norm is {value}")
             self.began = None
             self.optimizer.step()
             self.dirty = True

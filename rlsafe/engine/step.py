@@ -30,6 +30,10 @@ from rlsafe.policy import Forwarded, ForwardPlan, Frozen, Policy
 from rlsafe.types import Batch, Need
 
 
+class NotFinite(Exception):
+    """A loss, penalty, advantage or gradient that is NaN or infinite; the message names it."""
+
+
 @dataclass
 class Micro:
     """One micro-batch with the weight of its part.
@@ -109,6 +113,8 @@ class StepLoss:
                 self.sums["loss/penalties"] += float(weighted.detach())
                 self.sums[f"defense/{defense.name}/{term}"] += float(total.detach()) / denominator
         loss = torch.stack([term for term in terms.values()]).sum()
+        if self.world == 1:  # ranks find it together, in the norm of the gradient
+            _check_finite(batch, terms)
         self.sums[f"loss/{batch.where.path}"] += float(terms[batch.where.path].detach())
         self.sums["loss"] += float(loss.detach())
         return loss * self.world, terms  # DDP averages gradients over ranks; the counts are already global
@@ -153,6 +159,14 @@ class StepLoss:
         for name, value in info.items():
             self.sums[f"grpo/{name}"] += float(value)
         return micro.weight * (values * weights).sum() / max(self.counts["grpo"], 1.0)
+
+
+def _check_finite(batch: Batch, terms: dict[str, Tensor]) -> None:
+    values = {"advantages": batch.advantages, "sampler's log-probs": batch.sampler_logp}
+    values |= {f"{name} loss" if "/" not in name else f"penalty {name}": term for name, term in terms.items()}
+    wrong = [name for name, value in values.items() if value is not None and not bool(value.isfinite().all())]
+    if wrong:
+        raise NotFinite(f"{', '.join(wrong)}: NaN or Inf")
 
 
 def count(micros: Sequence[Micro], stack: DefenseStack, grpo: GrpoConfig) -> Counter[str]:
