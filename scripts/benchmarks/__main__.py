@@ -24,12 +24,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; default: all")
     parser.add_argument("--quick", action="store_true", help="smaller and fewer: about two minutes in all")
-    parser.add_argument("--rounds", type=int, default=None, help="interleaved rounds (default 7; 5 with --quick)")
+    parser.add_argument("--rounds", type=int, default=None, help="interleaved rounds (default 5)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="where JSON and plots go")
     chosen = parser.parse_args()
     if unknown := [name for name in chosen.names if name not in NAMES]:
         parser.error(f"unknown benchmark {unknown[0]!r}; expected one of {', '.join(NAMES)}")
-    rounds = chosen.rounds or (5 if chosen.quick else 7)
+    rounds = chosen.rounds or 5
     chosen.out.mkdir(parents=True, exist_ok=True)
     results = []
     with tempfile.TemporaryDirectory(prefix="rlsafe-bench-") as scratch:

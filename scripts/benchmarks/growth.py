@@ -20,9 +20,10 @@ def growth(scratch: Path, quick: bool, rounds: int) -> Result:
     """On the organism, one thread."""
     result = Result("growth", ["what", "at", "value"])
     model = world.model_dir("organism", scratch)
-    _step_time(result, scratch, model, [1, 2, 4] if quick else [1, 2, 4, 8, 16], rounds)
+    _step_time(result, scratch, model, [1, 4] if quick else [1, 2, 4, 8, 16], rounds)
     _memory(result, scratch, model, 200 if quick else 1000)
-    _cells(result, scratch, [1, 2] if quick else [1, 2, 4])
+    if not quick:
+        _cells(result, scratch, [1, 2, 4])
     return result
 
 
@@ -32,8 +33,8 @@ def _step_time(result: Result, scratch: Path, model: str, thousands: Sequence[in
         Contender(
             f"{n}k tokens",
             "contenders:rlsafe_run",
-            # a row has about 125 tokens
-            {"tree": world.run_tree(model, "", batch={"sft_rows": 8 * n, "grpo_prompts": 1}), "rows": rows},
+            # a row has about 145 tokens
+            {"tree": world.run_tree(model, "", batch={"sft_rows": 7 * n, "grpo_prompts": 1}), "rows": rows},
         )
         for n in thousands
     ]
@@ -72,8 +73,8 @@ def _cells(result: Result, scratch: Path, counts: Sequence[int]) -> None:
     for count in counts:
         seeds = ",".join(map(str, range(count)))
         command = [
-            sys.executable, "-m", "rlsafe", "compare", str(COMPARE), "run.schedule.steps=20", "run.track.every=0",
-            "run.evaluate.samples=1", "aligned=null", "--defenses", "none", "--paths", "sft", "--seeds", seeds, "--jobs", "1",
+            sys.executable, "-m", "rlsafe", "compare", str(COMPARE), "schedule.steps=20", "track.every=0",
+            "evaluate.samples=1", "aligned=null", "--defenses", "none", "--paths", "sft", "--seeds", seeds, "--jobs", "1",
             "--out", str(scratch / f"cells-{count}"),
         ]  # fmt: skip
         began = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ def _measure(pipe: Any, arm: str, tokens: int) -> None:
     from rlsafe.policy.adapters import attach_lora
     from rlsafe.types import Batch, Where
 
+    torch.set_num_threads(os.cpu_count() or 1)  # memory is what is compared
     torch.manual_seed(0)
     shape = Qwen2Config(
         vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=4864, num_hidden_layers=LAYERS, num_attention_heads=14,

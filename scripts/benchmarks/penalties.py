@@ -27,13 +27,20 @@ def penalties(scratch: Path, quick: bool, rounds: int) -> Result:
         arms = {
             "none": {},
             "none + frozen forward": frozen,
-            **{", ".join(next(iter(d)) for d in three[:n]): {"defenses": three[:n]} for n in (1, 2, 3)},
+            **{
+                ", ".join(next(iter(d)) for d in three[:n]): {"defenses": three[:n]}
+                for n in ((3,) if quick else (1, 2, 3))
+            },
         }
         contenders = [
             Contender(arm, "contenders:rlsafe_run", {"tree": world.run_tree(model, "", **changes), "rows": rows})
             for arm, changes in arms.items()
         ]
-        lanes = {lane.name: lane for lane in race(contenders, 4 * rounds, warm=3) if result.took_part(name, lane)}
+        lanes = {
+            lane.name: lane
+            for lane in race(contenders, rounds if name == "5m" else 2 * rounds, warm=3)
+            if result.took_part(name, lane)
+        }
         if not {"none", "none + frozen forward"} <= set(lanes):
             continue
         none, floor = lanes["none"], lanes["none + frozen forward"]
