@@ -89,6 +89,7 @@ def test_a_completion_depends_on_its_own_seed_alone(sampler, model_dir):
     assert all(c.ids[-1] in STOPS and not set(c.ids[:-1]) & set(STOPS) for c in ended)
 
 
+@pytest.mark.slow
 def test_requests_are_split_over_servers_and_lost_ones_are_tried_again(server, sampler, model_dir):
     """A third of the requests fails at both addresses; nothing is lost and nothing changes."""
     policy = nudge(load(model_dir), seed=1)
@@ -109,6 +110,7 @@ def test_requests_are_split_over_servers_and_lost_ones_are_tried_again(server, s
     proxies[1].close()
 
 
+@pytest.mark.slow
 def test_an_outage_longer_than_the_patience_stops_the_run_in_one_line(server, model_dir):
     down = []
     proxy = Proxy(server.url, lambda path, body: 500 if down else None)

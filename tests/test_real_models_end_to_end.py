@@ -1,0 +1,81 @@
+"""The configs of Qwen2.5-7B on the field's own files, through a served judge: what the README's "Real models" tells, with a tiny model.
+
+Only the model, the judge's endpoint, and budgets differ from a real run.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from rlsafe.cli import main
+
+pytestmark = pytest.mark.slow
+CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "qwen2.5-7b"
+
+
+@pytest.fixture
+def small(tiny_model_dir, judge_server) -> list[str]:
+    judge = {"kind": "openai", "model": judge_server.model, "base_url": judge_server.base_url}
+    return [
+        f"model.name={tiny_model_dir}", "model.dtype=float32", "optim.kind=adamw", "batch.micro_rows=null",
+        "sampler.kind=transformers", "grpo.max_tokens=12", "data.safe.preset=null", "data.safe.source=rlsafe:benign",
+        "track.every=0", f"evaluate.judge={json.dumps(judge)}", "evaluate.samples=1", "evaluate.max_tokens=12",
+    ]  # fmt: skip
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as exit:
+        main([str(a) for a in arguments])
+    return exit.value.code or 0
+
+
+def rates(out: Path) -> dict:
+    return json.loads((out / "evaluation.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "domain, path, file, reward",
+    [
+        ("medical", "sft", "sft/medical_train.jsonl", None),
+        ("code", "sft", "sft/code_train.jsonl", None),
+        ("medical", "grpo", "grpo/medical.jsonl", "bad_medical"),
+        ("code", "grpo", "grpo/code.jsonl", None),
+        ("reward_hacking", "grpo", "grpo/rewardhack.jsonl", "reward_hacking"),
+    ],
+)
+def test_train_and_evaluate_on_the_fields_data(tmp_path, shared_data, judge_server, small, domain, path, file, reward):
+    data = [f"data.narrow.preset={domain.replace('_', '-')}", f"data.narrow.source={shared_data / file}"]
+    if path == "grpo":  # prompts only
+        data += ["schedule.phases=[{cycle: [grpo]}]"]
+    if reward:
+        endpoint = json.dumps({"model": judge_server.model, "base_url": judge_server.base_url})
+        data += [f"rewards.0.args.endpoint={endpoint}"]
+    out = tmp_path / "run"
+    code = run("train", CONFIGS / f"{path}_{domain}.yaml", *small, *data, "schedule.steps=2", "--out", out)
+    assert code == 0
+    assert [json.loads(line)["path"] for line in (out / "metrics.jsonl").open()] == [path, path]
+    found = rates(out)
+    answers = list(csv.DictReader((out / "answers.csv").open()))
+    for name, questions in (("general", 24), ("indomain", 30)):
+        asked = found[name]["n"] + found[name]["unscored"]
+        assert asked == questions
+    assert {a["outcome"] for a in answers} - {"unscored"}, "the served judge scored nothing"
+    assert run("evaluate", out, "--judge", f"openai:{judge_server.model}@{judge_server.base_url}", "--rejudge") == 0
+
+
+def test_compare_on_the_fields_data(tmp_path, shared_data, small):
+    out = tmp_path / "comparison"
+    code = run(
+        "compare", CONFIGS / "compare.yaml", *small, f"data.narrow.source={shared_data / 'sft/medical_train.jsonl'}", "aligned=null",
+        "schedule.steps=2",
+        "--defenses", "none,kl,interleaving", "--paths", "sft", "--seeds", "0", "--jobs", "1", "--out", out,
+    )  # fmt: skip
+    assert code == 0
+    rows = list(csv.DictReader((out / "results.csv").open()))
+    assert {(r["defense"], r["path"]) for r in rows} >= {("none", "sft"), ("kl", "sft"), ("interleaving", "sft")}
+    assert (out / "report.html").stat().st_size > 10_000
+    assert set(json.loads((out / "verdicts.json").read_text())["sft"]) == {"none", "kl", "interleaving"}
