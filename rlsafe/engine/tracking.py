@@ -158,5 +158,6 @@ def _score(value: float | None) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text as data: nothing in it is read as Markdown or HTML."""
+    """Text as data: nothing in it is read as Markdown or HTML, and half characters (which no file can hold) are spelt out."""
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     return "".join(f"\\{c}" if c in "\\`*_{}[]()#+-!|<>~$" else c for c in text).replace("\n", "  \n")
