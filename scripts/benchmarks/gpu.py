@@ -102,15 +102,17 @@ def _update(policy: Any, path: str, defended: bool) -> None:
     """One optimizer step's forwards and backwards, by the engine's own loss."""
     import torch
 
-    from rlsafe.config import GrpoConfig
+    from rlsafe.config import GrpoConfig, RunConfig
     from rlsafe.defenses import DefenseStack, build
     from rlsafe.engine.step import Micro, StepLoss, count
     from rlsafe.policy import ForwardPlan
     from rlsafe.types import Batch, Where
 
+    config = RunConfig.model_validate({"model": {"name": "shape"}, "schedule": {"phases": [{"cycle": [path]}]}})
     defenses = build([{"kl": {"weight": 0.1}}, {"ldifs": {"weight": 1.0}}] if defended else [])[0]
     for defense in defenses:
-        defense.setup(SimpleNamespace(policy=policy))  # type: ignore[arg-type] - these two ask for nothing else
+        # these two ask for nothing else
+        defense.setup(SimpleNamespace(policy=policy, config=config))  # type: ignore[arg-type]
     stack, device = DefenseStack(defenses), policy.device
     micros = []
     for start in range(0, ROWS, MICRO):
