@@ -213,11 +213,13 @@ def weights_digest(policy: Policy) -> str:
     """
     import torch
 
+    from rlsafe.policy.sharding import whole
+
     digest = hashlib.sha256()
     fresh = policy.trainable() if policy.is_lora and policy.config.adapter is None else {}
     for name, parameter in policy.core.model.named_parameters():
         if name not in fresh:
-            values = parameter.detach().flatten()
+            values = whole(parameter.detach()).flatten()
             values = values[:: max(1, values.numel() // SAMPLED_VALUES)].to("cpu", torch.float32)
             digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
             digest.update(values.numpy().tobytes())

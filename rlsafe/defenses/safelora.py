@@ -15,6 +15,7 @@ from rlsafe.defenses.base import Defense, SetupContext
 from rlsafe.defenses.registry import defense
 from rlsafe.policy import Policy
 from rlsafe.policy.quantize import plain_weight
+from rlsafe.policy.sharding import assign, whole
 from rlsafe.types import provider_for
 
 RANDOMISED = 4096  # matrices with a longer side than this get a randomised SVD when only their first `rank` are wanted
@@ -85,7 +86,7 @@ class SafeLoRA(Defense):
 
     def difference(self, name: str, layer: Any) -> Tensor:
         """V [out, in] of one module in float32. Read anew each time: all of them together are as large as the model."""
-        own = plain_weight(layer.get_base_layer())
+        own = whole(plain_weight(layer.get_base_layer()))
         aligned = own.detach() if self.ours is None else self.ours.weight(name).to(own.device)
         base = self.theirs.weight(name)
         if aligned.shape != own.shape or base.shape != own.shape:
@@ -105,20 +106,19 @@ class SafeLoRA(Defense):
             return False  # the published C is no projector: once per step is what was asked for
         self.projected_at = self.steps
         layers = policy.adapted()
-        updated: dict[str, tuple[Tensor, Tensor]] = {}
+        updated: dict[str, Tensor] = {}
         self.cosines = {}
         for name, basis in self.bases.items():
             a, b = lora_factors(layers[name])
             if bool(b.any()):
                 left = factor(self.difference(name, layers[name])) if basis is None else basis
-                updated[name] = (b, project(left, b))
-                self.cosines[name] = cosine(a, b, updated[name][1])
+                updated[name] = project(left, b)
+                self.cosines[name] = cosine(a, b, updated[name])
         order = sorted(self.cosines, key=self.cosines.__getitem__)
         below = [name for name in order if self.cosines[name] < self.threshold]
         self.projected = below if self.lowest is None else order[: self.lowest]
         for name in self.projected:
-            b, projected = updated[name]
-            b.copy_(projected)
+            assign(lora_weights(layers[name])[1], updated[name])
         self.last = {"projected": float(len(self.projected))}
         if self.projected:  # measured cosines alone are no effect; run.json has them in any case
             values = list(self.cosines.values())
@@ -179,9 +179,15 @@ def cosine(a: Tensor, b: Tensor, cb: Tensor) -> float:
 
 
 def lora_factors(layer: Any) -> tuple[Tensor, Tensor]:
-    """(A [r, in], B [out, r]) of the trained adapter, in the parameters' own storage."""
+    """(A [r, in], B [out, r]) of the trained adapter, whole."""
+    a, b = lora_weights(layer)
+    return whole(a.detach()), whole(b.detach())
+
+
+def lora_weights(layer: Any) -> tuple[Tensor, Tensor]:
+    """The parameters A and B themselves."""
     name = layer.active_adapters[0]
-    return layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
+    return layer.lora_A[name].weight, layer.lora_B[name].weight
 
 
 class Checkpoint:

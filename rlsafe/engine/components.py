@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from rlsafe.config import DataConfig, RunConfig, UserError
 from rlsafe.data import Stream, fit_rows, load_rows, require_answers
 from rlsafe.defenses import Defense, DefenseStack, SetupContext
 from rlsafe.defenses import build as build_defenses
-from rlsafe.engine import projection
+from rlsafe.engine import distributed, projection
 from rlsafe.engine.effects import EffectLog
 from rlsafe.engine.loop import Loop
 from rlsafe.engine.optimizer import make_optimizer
@@ -119,15 +118,23 @@ def build_loop(
 ) -> Loop:
     """Load the model, wrap it, set the defenses up. `tracking`: offset and first step of a resumed run."""
     config = prepared.config
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = distributed.start(cpu=not torch.cuda.is_available())
+    sharded = distributed.shards(accelerator)
     torch.manual_seed(config.seed)
-    policy = Policy.load(config.model, path=model_path(config), seed=config.seed, device=accelerator.device)
+    policy = Policy.load(
+        config.model, path=model_path(config), seed=config.seed, device=accelerator.device, in_host_memory=sharded
+    )
     if accelerator.device.type == "cpu":
         torch.set_num_threads(training_threads(sum(p.numel() for p in policy.core.parameters())))
     parameters = list(policy.trainable().values())
     if not parameters:
         raise UserError("model: nothing is trainable; set model.lora or leave it null for full fine-tuning")
-    policy.module, optimizer = accelerator.prepare(policy.module, make_optimizer(config.optim, parameters, log))
+    if sharded:
+        policy.shard(accelerator.device, distributed.offloads())
+        log(f"parameters are sharded over {accelerator.num_processes} processes (FSDP2)")
+        optimizer: Any = make_optimizer(config.optim, list(policy.trainable().values()), log)
+    else:
+        policy.module, optimizer = accelerator.prepare(policy.module, make_optimizer(config.optim, parameters, log))
     streams = {}
     for note in prepared.notes:
         log(note)

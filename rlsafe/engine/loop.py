@@ -15,13 +15,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from rlsafe.config import RunConfig
 from rlsafe.data import Stream, encode_prompt, sft_batches, split_prompt
 from rlsafe.defenses import DataContext, DefenseStack
+from rlsafe.engine.distributed import anywhere, union
 from rlsafe.engine.effects import EffectLog
 from rlsafe.engine.faults import update
-from rlsafe.engine.micro import even_out, global_counts, pack_micro, reduce_sums, unpack_micro
+from rlsafe.engine.micro import dummy, even_out, global_counts, pack_micro, reduce_sums, unpack_micro
 from rlsafe.engine.probing import start_probe
 from rlsafe.engine.projection import Direction
 from rlsafe.engine.rollout import collect
@@ -31,6 +33,7 @@ from rlsafe.engine.step import Micro, NotFinite, StepLoss, engine_needs, separat
 from rlsafe.engine.tracking import Late, Tracker
 from rlsafe.evaluate import Probe
 from rlsafe.policy import ForwardPlan, Policy
+from rlsafe.policy.sharding import whole
 from rlsafe.rewards import RewardRunner
 from rlsafe.rollouts import gap_limit, self_test
 from rlsafe.types import BackgroundJudge, Judge, Message, Row, RunError, Sampler, Where
@@ -90,6 +93,7 @@ class Loop:
             record = {"step": step.index, "path": step.path, **metrics}
             self.tracker.step(record, late)
             self._take_in_judgements()
+            self.effects.alive = union(self.effects.alive, self.accelerator)
             self.effects.check()
             if progress:
                 progress(self.done, len(self.plan), record)
@@ -196,6 +200,10 @@ class Loop:
                 with self.stack.activations(self.policy, rollout_at):
                     gap, tokens = separate_gap(self.policy, micro.batch, self.config.grpo.temperature)
                 apart.update({"gap": gap, "tokens": tokens})  # type: ignore[arg-type]
+        if self.policy.is_sharded:  # each of these forwards is a collective: every rank runs as many
+            forwards = sum((self.config.grpo.iterations > 1) + (not micro.same_context) for micro in micros)
+            for _ in range(max(gather_object([forwards])) - forwards):
+                self.policy.score(dummy(self.policy, micros).batch)
         total = reduce_sums(apart, self.accelerator)
         if total.get("tokens"):
             metrics["sampler_gap"] = total["gap"] / total["tokens"]
@@ -208,30 +216,43 @@ class Loop:
         plan = ForwardPlan.from_needs(self.stack.needs | engine_needs(self.config.grpo, uses_grpo))
         counts = global_counts(micros, self.stack, self.config.grpo, self.accelerator)
         loss = StepLoss(self.config.grpo, self.stack, plan, counts, self.accelerator.num_processes)
-        parameters: list[torch.Tensor] = list(self.policy.trainable().values())
         measure = self.effects.due(step.index, self.config.track.every)
+        leaves = self.policy.leaves() if measure else []
         shares: dict[str, float] = {}
         for number, micro in enumerate(micros):
             temperature = self.config.grpo.temperature if micro.batch.where.path == "grpo" else 1.0
             frozen = self.policy.frozen(micro.batch, plan, temperature)
             last = number == len(micros) - 1
             with (
-                nullcontext() if last else self.accelerator.no_sync(self.policy.module),
+                nullcontext() if last or self.policy.is_sharded else self.accelerator.no_sync(self.policy.module),
                 self.stack.activations(self.policy, micro.batch.where),
             ):
                 total, terms = loss.forward(self.policy, micro, frozen)
-                if measure and len(terms) > 1 and len(shares) < len(self.stack.penalized):
-                    shares |= self.effects.gradients(terms, parameters)
+                wanted = measure and len(terms) > 1 and len(shares) < len(self.stack.penalized)
+                if wanted or (measure and self.policy.is_sharded):
+                    shares |= self._shares(terms if wanted else {}, total, leaves)
                 self.accelerator.backward(total)
-        metrics = self._step_optimizer(step, parameters, bool(micros) and any(not m.dummy for m in micros))
+        parameters: list[torch.Tensor] = list(self.policy.trainable().values())
+        has_rows = anywhere(any(not micro.dummy for micro in micros), self.accelerator)
+        metrics = self._step_optimizer(step, parameters, has_rows)
         self.dirty |= self.stack.after_step(self.policy, "step")
         return metrics | self._loss_metrics(step, micros, loss) | shares
+
+    def _shares(
+        self, terms: dict[str, torch.Tensor], total: torch.Tensor, leaves: list[torch.Tensor]
+    ) -> dict[str, float]:
+        """Gradient shares of the terms. Under FSDP2 a backward is a collective: every rank runs as many."""
+        shares = self.effects.gradients(terms, leaves) if terms else {}
+        if self.policy.is_sharded:
+            for _ in range(max(gather_object([len(terms)])) - len(terms)):
+                torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
+        return shares
 
     def _step_optimizer(self, step: Step, parameters: list[torch.Tensor], has_rows: bool) -> dict[str, Any]:
         for group in self.optimizer.param_groups:
             group["lr"] = step.lr
         limit = self.config.optim.max_grad_norm
-        norm = self.accelerator.clip_grad_norm_(parameters, limit if limit is not None else float("inf"))
+        norm = whole(self.accelerator.clip_grad_norm_(parameters, limit if limit is not None else float("inf")))
         if has_rows:
             value = float(norm)
             if value != value or value in (float("inf"), float("-inf")):
@@ -310,14 +331,23 @@ class Loop:
     # ------------------------------------------------------------------------------------------------ state
 
     def pending_state(self, pending: dict[str, tuple[list[Micro], int]]) -> dict[str, Any]:
-        """Rollouts that further steps will use again, for checkpoints."""
-        return {
-            stream: {"left": left, "micros": [pack_micro(micro) for micro in micros]}
+        """Rollouts of all ranks that further steps will use again, for checkpoints."""
+        mine = {
+            stream: {"left": left, "micros": [pack_micro(micro) for micro in micros if not micro.dummy]}
             for stream, (micros, left) in pending.items()
+        }
+        if self.accelerator.num_processes == 1:
+            return mine
+        shares: list[dict[str, Any]] = gather_object([mine])
+        return {
+            stream: {"left": mine[stream]["left"], "micros": [one for share in shares for one in share[stream]["micros"]]}
+            for stream in mine
         }
 
     def load_pending_state(self, state: dict[str, Any]) -> None:
+        """This rank's share of them, whatever the number of ranks was when they were saved."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
         self.pending = {
-            stream: ([unpack_micro(micro, self.policy.device) for micro in item["micros"]], item["left"])
+            stream: ([unpack_micro(micro, self.policy.device) for micro in item["micros"][rank::world]], item["left"])
             for stream, item in state.items()
         }

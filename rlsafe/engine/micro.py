@@ -41,10 +41,11 @@ def even_out(micros: list[Micro], accelerator: Accelerator, policy: Policy) -> l
     if accelerator.num_processes == 1:
         return micros
     most = max(gather_object([len(micros)]))
-    return [*micros, *(_dummy(policy, micros) for _ in range(most - len(micros)))]
+    return [*micros, *(dummy(policy, micros) for _ in range(most - len(micros)))]
 
 
-def _dummy(policy: Policy, micros: Sequence[Micro]) -> Micro:
+def dummy(policy: Policy, micros: Sequence[Micro]) -> Micro:
+    """Rows that weigh nothing, for a rank that has none left."""
     if micros:
         batch = micros[-1].batch
         rows: dict[str, Any] = {

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,6 +43,11 @@ class Run:
     def policy(self) -> Policy:
         assert self.loop is not None, "a run read from disk has no policy in memory"
         return self.loop.policy
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process speaks for the run: the first rank does."""
+        return self.loop is None or self.loop.accelerator.is_main_process
 
     @property
     def sampler(self) -> Sampler:
@@ -88,6 +94,7 @@ def run(
         interrupt. sources: the config files behind `config`, for the record.
     """
     from rlsafe.engine.components import Resources, build_loop, prepare
+    from rlsafe.engine.distributed import anywhere, first_of
     from rlsafe.engine.provenance import digests, provenance
     from rlsafe.engine.state import newest, restore, save_checkpoint
 
@@ -129,6 +136,9 @@ def run(
 
             def after_step() -> None:
                 due = every and loop.done % every == 0
+                if anywhere(asked.is_set(), loop.accelerator):
+                    asked.set()
+                loop.gave_up = first_of(loop.gave_up, loop.accelerator)
                 if due or asked.is_set() or loop.gave_up:
                     save_checkpoint(loop, out)
                 if loop.gave_up and loop.done < len(loop.plan):
@@ -142,8 +152,8 @@ def run(
                     )
 
             loop.run(progress, after_step)
+            _save_trained(loop, out, write=main)
             if main:
-                _save_trained(loop, out)
                 loop.tracker.collect(wait=True)  # judgements that are still to come belong to the record
                 _write_record(
                     out, "finished", origin,
@@ -195,11 +205,15 @@ def train(
         from rlsafe.evaluate.journal import identity
 
         with stops_at_once(f"interrupted while evaluating; the run is saved. Go on with: {command}"):
-            finished.evaluation = evaluate_run(
-                finished.sampler, finished.policy.tokenizer, questions, directory,
-                judge=resources.judge(finished.config) if questions.judge is not None else None,
-                weights=identity(finished.config, directory),
-            )  # fmt: skip
+            sampler = finished.sampler  # every rank takes part in its sync; the main one asks and counts
+            with finished.policy.kept_whole() if sampler.name == "transformers" else nullcontext():
+                if not finished.is_main:
+                    return finished
+                finished.evaluation = evaluate_run(
+                    sampler, finished.policy.tokenizer, questions, directory,
+                    judge=resources.judge(finished.config) if questions.judge is not None else None,
+                    weights=identity(finished.config, directory),
+                )  # fmt: skip
     return finished
 
 
@@ -246,10 +260,12 @@ def _read_run(directory: Path, status: dict[str, Any]) -> Run:
 # ------------------------------------------------------------------------------------------------ files
 
 
-def _save_trained(loop: Loop, out: Path) -> None:
-    """adapter/, or model/ after full fine-tuning: whole or absent."""
+def _save_trained(loop: Loop, out: Path, write: bool) -> None:
+    """adapter/, or model/ after full fine-tuning: whole or absent. Every rank brings its shards, the main one writes."""
     name = loop.policy.saved_as
     building = out / f".{name}"
+    if not write:
+        return loop.policy.save_adapter(str(building), write=False)
     shutil.rmtree(building, ignore_errors=True)
     loop.policy.save_adapter(str(building))
     shutil.rmtree(out / name, ignore_errors=True)

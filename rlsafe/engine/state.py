@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlsafe.config import RunConfig, UserError
 from rlsafe.engine import checkpoint
+from rlsafe.engine.distributed import load_optimizer, whole_optimizer
 
 if TYPE_CHECKING:
     from rlsafe.engine.loop import Loop
@@ -39,15 +40,18 @@ def save_checkpoint(loop: Loop, out: Path, began: Mapping[str, Any] | None = Non
 
     began: the position in which the present step began, when the step failed before it changed any weight.
     """
-    if not loop.accelerator.is_main_process:
-        return
     at = dict(began or position(loop))
-    state = {
-        **at,
+    gathered = {  # from all ranks, so that any number of them can go on from it
         "pending": loop.pending_state(at["pending"]),
         "policy": loop.policy.state_dict(),
         "references": loop.policy.reference_state(),
-        "optimizer": loop.optimizer.state_dict(),
+        "optimizer": whole_optimizer(loop.optimizer),
+    }
+    if not loop.accelerator.is_main_process:
+        return
+    state = {
+        **at,
+        **gathered,
         "offset": loop.tracker.offset(before_step=at["done"] if began else None),
         "config": loop.config.model_dump(mode="json"),
         "plan": len(loop.plan),
@@ -111,7 +115,7 @@ def restore(loop: Loop, state: Mapping[str, Any]) -> None:
     """Put a freshly built loop where `state` was taken."""
     loop.policy.load_state_dict(state["policy"])
     loop.policy.load_reference_state(state["references"])
-    loop.optimizer.load_state_dict(state["optimizer"])
+    load_optimizer(loop.optimizer, state["optimizer"])
     for name, stream in loop.streams.items():
         stream.load_state_dict(state["streams"][name])
     loop.stack.load_state_dict(state["defenses"])

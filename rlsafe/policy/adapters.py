@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rlsafe.config import LoraConfig, UserError, nearest
 from rlsafe.policy.quantize import is_quantized, plain_weight
+from rlsafe.policy.sharding import whole
 
 PEFT_PREFIX = "base_model.model."
 ADAPTER = "default"
@@ -135,15 +136,24 @@ def merged(model: Any) -> Iterator[tuple[str, Tensor]]:
     half = model.get_base_model().get_output_embeddings().weight.dtype
     for name, layer in layers.items():
         linear = layer.get_base_layer()
-        weight = plain_weight(linear)
-        delta = layer.get_delta_weight(ADAPTER).float()
+        weight = whole(plain_weight(linear))
+        delta = _delta(layer).float()
         yield f"{name}.weight", (weight.float() + delta).to(half if is_quantized(linear) else weight.dtype)
     for name, module in model.get_base_model().named_modules():
         if is_quantized(module) and name.removesuffix(".base_layer") not in layers:
             yield f"{name}.weight", plain_weight(module).to(half)
 
 
-def read_reference(directory: str, model: Any, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+def _delta(layer: Any) -> Tensor:
+    """scale * B A as PEFT computes it; sharded factors are gathered first."""
+    a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    if whole(a) is a:
+        return layer.get_delta_weight(ADAPTER)
+    product = whole(b) @ whole(a)
+    return (product.T if layer.fan_in_fan_out else product) * layer.scaling[ADAPTER]
+
+
+def read_reference(directory: str, model: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a saved run, named and scaled as this policy's, to be swapped in as a reference.
 
     LoRA: an adapter directory; its rank may differ, its scale is folded into B, modules it does not adapt get B = 0.
@@ -190,7 +200,7 @@ def _pattern(pattern: dict[str, Any] | None, name: str, default: Any) -> float:
     return float((pattern or {}).get(key, default))
 
 
-def _read_full(directory: Path, parameters: dict[str, nn.Parameter], where: str) -> dict[str, Tensor]:
+def _read_full(directory: Path, parameters: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     files = sorted(directory.glob("model*.safetensors")) if directory.is_dir() else []

@@ -80,8 +80,11 @@ def resolve_dtype(config: ModelConfig, device: torch.device, model_config: Any) 
     return dtype
 
 
-def load_model(config: ModelConfig, path: str, seed: int, device: torch.device) -> Any:
-    """The model on `device`, with its adapter when `model.lora` is set; only what is trained requires gradients."""
+def load_model(config: ModelConfig, path: str, seed: int, device: torch.device, in_host_memory: bool = False) -> Any:
+    """The model on `device`, with its adapter when `model.lora` is set; only what is trained requires gradients.
+
+    in_host_memory: made for `device`, but left in the host's memory.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if config.adapter and config.lora is None:
@@ -128,7 +131,7 @@ def load_model(config: ModelConfig, path: str, seed: int, device: torch.device) 
         model = attach_lora(model, config.lora, seed)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model if quantized else model.to(device)
+    return model if quantized or in_host_memory else model.to(device)
 
 
 @contextmanager

@@ -1,12 +1,12 @@
 """The part of the policy that the trainer wraps: decoder, final hidden states and the chunked head in one forward.
 
 DDP and FSDP only gather parameters and reduce gradients around the wrapped module's own forward, so the head has to be
-inside it; and no [B, T, V] logits ever exist.
+inside it, and under FSDP every forward without gradient too; and no [B, T, V] logits ever exist.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -109,7 +109,11 @@ class PolicyModule(nn.Module):
             )
             return self.logits(out.last_hidden_state[:, -1])
 
-    def forward(
+    def forward(self, run: Callable[..., Any], *arguments: Any) -> Any:
+        """`run(*arguments)`: whatever uses the weights happens inside the wrapped module's own forward."""
+        return run(*arguments)
+
+    def outputs(
         self, ids: Tensor, positions: Tensor, targets: Tensor, references: Sequence[HeadReference] = (),
         temperature: float = 1.0, layers: Sequence[int] = (), with_entropy: bool = False,
     ) -> Outputs:  # fmt: skip

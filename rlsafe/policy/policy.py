@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from rlsafe.config import ModelConfig
+from rlsafe.config import ModelConfig, UserError
 from rlsafe.policy.adapters import PEFT_PREFIX, adapter_layers, merged
 from rlsafe.policy.load import check_tokenizer, load_model, load_tokenizer, no_progress_bar
 from rlsafe.policy.module import PolicyModule, verify_head
 from rlsafe.policy.plan import Forwarded, ForwardPlan, Frozen
 from rlsafe.policy.quantize import is_quantized
 from rlsafe.policy.references import References
-from rlsafe.policy.taps import Addition, Handle
+from rlsafe.policy.sharding import assign, gathered, leaves, shard_module, whole
+from rlsafe.policy.taps import Addition, Handle, decoder_blocks
 from rlsafe.types import Batch
 
 
@@ -39,26 +40,34 @@ class Policy:
     """A causal LM with LoRA or fully trained, its tokenizer, references and hooks.
 
     `module` is what the trainer wraps (`policy.module = accelerator.prepare(policy.module)`); gradient forwards go
-    through it. Frozen forwards and scoring go through the unwrapped module.
+    through it. Frozen forwards and scoring go through the unwrapped module, unless it is sharded.
     """
 
     def __init__(self, config: ModelConfig, model: Any, tokenizer: Any):
         self.config, self.tokenizer = config, tokenizer
         self.core = PolicyModule(model, f"model.name: {config.name}")
         self.module: nn.Module = self.core
+        self._sharded = False
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._references = References(self.core, self._parameters, starts_from_adapter=config.adapter is not None)
 
     @classmethod
     def load(
-        cls, config: ModelConfig, *, path: str | None = None, seed: int = 0, device: torch.device | str = "cpu"
+        cls,
+        config: ModelConfig,
+        *,
+        path: str | None = None,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        in_host_memory: bool = False,
     ) -> Policy:
         """Load model, tokenizer and adapter. `path`: the local directory when `config.name` is a provider's name.
+        in_host_memory: it will be cut into shards, which go to `device` one block at a time (see `shard`).
 
         Raises UserError for a missing model, no chat template, a bad adapter, LoRA targets that match nothing, ...
         """
         path = path or config.name
-        model = load_model(config, path, seed, torch.device(device))
+        model = load_model(config, path, seed, torch.device(device), in_host_memory)
         tokenizer = load_tokenizer(config, path)
         check_tokenizer(config, tokenizer, model.get_input_embeddings().weight.shape[0])
         policy = cls(config, model, tokenizer)
@@ -123,8 +132,8 @@ class Policy:
             name = next(iter(same))
             with self._references.active(name), self.hooks_off(), self._evaluating():
                 with self.core.residual.tap(layers) as tapped:
-                    last = self.core.hidden_states(batch.ids)
-                logp = self._score(last, batch, temperature) if same & set(plan.ref_logprobs) else None
+                    wants_logp = bool(same & set(plan.ref_logprobs))
+                    last, logp = self._inside(self._read, batch, temperature, wants_logp)
             needs_last = bool(same & set(plan.references))
             weight, bias = self._references.head(name)
             out |= dict.fromkeys(same, Frozen(last if needs_last else None, weight, bias, dict(tapped), logp))
@@ -150,8 +159,9 @@ class Policy:
             assert ref.last is not None
             references.append((ref.last.flatten(0, 1).index_select(0, positions), ref.head, ref.bias))
         self.core.residual.batch = batch
+        targets = batch.ids.flatten()[positions + 1]
         out = self.module(
-            batch.ids, positions, batch.ids.flatten()[positions + 1], references, temperature, plan.layers, entropy
+            self.core.outputs, batch.ids, positions, targets, references, temperature, plan.layers, entropy
         )
         shape = batch.ids.shape
         everywhere = plan.mask == "answer"
@@ -172,9 +182,18 @@ class Policy:
         self.core.residual.batch = batch
         with self._evaluating():
             if reference is None:
-                return self._score(self.core.hidden_states(batch.ids), batch, temperature)
+                return self._inside(self._read, batch, temperature, True)[1]
             with self._references.active(reference), self.hooks_off():
-                return self._score(self.core.hidden_states(batch.ids), batch, temperature)
+                return self._inside(self._read, batch, temperature, True)[1]
+
+    def _inside(self, run: Callable[..., Any], *arguments: Any) -> Any:
+        """Sharded parameters are gathered only around the wrapped module's forward; others are just there."""
+        return self.module(run, *arguments) if self.is_sharded else run(*arguments)
+
+    def _read(self, batch: Batch, temperature: float, score: bool) -> tuple[Tensor, Tensor | None]:
+        """Final-norm states [B, T, H], and the log-probs [B, T] of the targets when they are wanted."""
+        last = self.core.hidden_states(batch.ids)
+        return last, self._score(last, batch, temperature) if score else None
 
     def _score(self, last: Tensor, batch: Batch, temperature: float) -> Tensor:
         positions = predicting(batch.loss_mask)
@@ -190,6 +209,46 @@ class Policy:
             yield
         finally:
             self.core.train(training)
+
+    # ------------------------------------------------------------------------------------------------ sharding
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether every rank keeps a shard of the parameters only (FSDP2)."""
+        return self._sharded
+
+    def shard(self, device: torch.device, offload: bool = False) -> None:
+        """Cut all parameters over the ranks (FSDP2), references included. UserError for a quantised base.
+
+        From here on forwards, `merged_weights`, `state_dict`, `save_adapter` and `on_whole_weights` are collectives.
+        """
+        if self.is_quantized:
+            raise UserError(
+                f"model.quantization: {self.config.quantization} weights cannot be sharded by FSDP2; "
+                "use configs/accelerate/ddp.yaml, or no quantization"
+            )
+        names = {id(p): name for name, p in self._parameters.items()}
+        order = [names[id(p)] for p in self.core.parameters() if id(p) in names]
+        shard_module(self.core, decoder_blocks(self.core.decoder, self.n_layers), device, offload)
+        self._parameters.update(zip(order, (p for p in self.core.parameters() if p.requires_grad), strict=True))
+        self._references.reload()
+        self._sharded = True
+
+    def leaves(self) -> list[Tensor]:
+        """The tensors to differentiate by: the trained parameters, under FSDP2 as this rank's forwards see them."""
+        return leaves(self.core) if self.is_sharded else list(self._parameters.values())
+
+    def on_whole_weights(self, run: Callable[[], Any]) -> Any:
+        """`run()` with every parameter gathered for as long as it takes: each rank may then run forwards of its own number.
+        Under FSDP2 all ranks must come here, and each needs memory for the whole model."""
+        if not self.is_sharded:
+            return run()
+        with self.kept_whole():
+            return self.module(run)
+
+    def kept_whole(self) -> AbstractContextManager[None]:
+        """Once all ranks have entered, each may use the whole weights on its own."""
+        return gathered(self.core) if self.is_sharded else nullcontext()
 
     # ---------------------------------------------------------------------------------------------- references
 
@@ -235,15 +294,21 @@ class Policy:
         if self.is_lora:
             yield from merged(self.core.model)
         else:
-            yield from ((name, p.detach().clone()) for name, p in self._parameters.items())
+            yield from self.state_dict().items()
 
-    def save_adapter(self, directory: str | Path) -> None:
-        """PEFT's layout; after full fine-tuning the whole model in Hugging Face's layout."""
+    def save_adapter(self, directory: str | Path, write: bool = True) -> None:
+        """PEFT's layout; after full fine-tuning the whole model in Hugging Face's layout.
+
+        write=False: only take part in gathering the shards that another rank writes.
+        """
+        whole_state = {"state_dict": self._whole_state()} if self.is_sharded else {}
+        if not write:
+            return
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         with no_progress_bar():
             self.core.model.save_pretrained(
-                str(directory), **({"save_embedding_layers": False} if self.is_lora else {})
+                str(directory), **({"save_embedding_layers": False} if self.is_lora else {}), **whole_state
             )
         (directory / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
         if self.is_lora:
@@ -254,8 +319,14 @@ class Policy:
             self.tokenizer.save_pretrained(str(directory))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of the trainable tensors."""
-        return {name: p.detach().clone() for name, p in self._parameters.items()}
+        """Copies of the trainable tensors, whole."""
+        return {name: whole(p.detach()).clone() for name, p in self._parameters.items()}
+
+    def _whole_state(self) -> dict[str, Tensor]:
+        """What `save_pretrained` writes, gathered: the adapter, or all of the model."""
+        if self.is_lora:
+            return self.state_dict()
+        return {name: whole(value.detach()).cpu() for name, value in self.core.model.state_dict().items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -263,7 +334,7 @@ class Policy:
         if set(state) != set(self._parameters):
             raise ValueError("the state holds other tensors than the policy trains")
         for name, p in self._parameters.items():
-            p.copy_(state[name])
+            assign(p, state[name])
 
     def adapted(self) -> dict[str, Any]:
         """{Hugging Face module name: PEFT LoRA layer}, for defenses that work on weights."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from rlsafe.config import UserError, nearest
 from rlsafe.policy.adapters import adapter_layers, adapters_off, read_reference
 from rlsafe.policy.module import PolicyModule
+from rlsafe.policy.sharding import assign, is_sharded, shard_like, whole
 
 Tensors = dict[str, Tensor]
 
@@ -58,7 +59,9 @@ class References:
         if name == "base" and self._lora:
             return None
         if name.startswith("path:") and name not in self._snapshots:
-            self._snapshots[name] = read_reference(name.removeprefix("path:"), self._module.model, self._parameters)
+            own = {key: whole(p.detach()) for key, p in self._parameters.items()}
+            read = read_reference(name.removeprefix("path:"), self._module.model, own)
+            self._snapshots[name] = {key: shard_like(read[key], p) for key, p in self._parameters.items()}
         if name not in self._snapshots:
             raise UserError(f"unknown reference {name!r}{nearest(name, [*self.names(), 'path:DIR'])}")
         return self._snapshots[name]
@@ -71,7 +74,7 @@ class References:
             None if p is None or tensors is None else tensors.get(own.get(id(p), ""))
             for p in (output.weight, output.bias)
         ]
-        return found[0], found[1]
+        return tuple(None if tensor is None else whole(tensor) for tensor in found)  # type: ignore[return-value]
 
     @contextmanager
     def active(self, name: str) -> Iterator[None]:
@@ -80,6 +83,15 @@ class References:
         if tensors is None:
             with adapters_off(self._module.model):
                 yield
+            return
+        if is_sharded(self._module):
+            # FSDP2 gathers from the shards' own storage: only their values can be exchanged
+            mine = {key: p.detach().clone() for key, p in self._parameters.items()}
+            try:
+                self._overwrite(tensors)
+                yield
+            finally:
+                self._overwrite(mine)
             return
         kept = {key: p.data for key, p in self._parameters.items()}
         try:
@@ -90,10 +102,22 @@ class References:
             for key, p in self._parameters.items():
                 p.data = kept[key]
 
+    def _overwrite(self, tensors: Tensors) -> None:
+        for key, p in self._parameters.items():
+            assign(p, tensors[key])
+
+    def reload(self) -> None:
+        """Cut the snapshots as the parameters now are."""
+        self._snapshots = {
+            name: {key: shard_like(tensors[key], p) for key, p in self._parameters.items()}
+            for name, tensors in self._snapshots.items()
+        }
+
     def state(self) -> dict[str, Tensors]:
-        """What a checkpoint must hold: every snapshot that loading the policy does not give again."""
-        return {k: v for k, v in self._snapshots.items() if k != "base" and not k.startswith("path:")}
+        """What a checkpoint must hold: every snapshot that loading the policy does not give again. Whole tensors."""
+        kept = {k: v for k, v in self._snapshots.items() if k != "base" and not k.startswith("path:")}
+        return {name: {key: whole(tensor) for key, tensor in tensors.items()} for name, tensors in kept.items()}
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         for name, tensors in state.items():
-            self._snapshots[name] = {key: tensors[key].to(p.device, p.dtype) for key, p in self._parameters.items()}
+            self._snapshots[name] = {key: shard_like(tensors[key], p) for key, p in self._parameters.items()}

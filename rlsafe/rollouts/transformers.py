@@ -45,7 +45,7 @@ class TransformersSampler:
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
-        """One completion per request, in order."""
+        """One completion per request, in order. Under FSDP2 every rank must call it, if only with no requests."""
         limit = self.policy.core.max_length
         check_lengths(requests, params, limit, "the model")
         out: list[Completion | None] = [None] * len(requests)
@@ -58,9 +58,12 @@ class TransformersSampler:
             core.residual.batch = None
             stack.callback(core.train, training)
             core.train(False)
-            for start in range(0, len(order), self._max_num_seqs):
-                rows = order[start : start + self._max_num_seqs]
-                for i, completion in zip(rows, self._batch([requests[i] for i in rows], params), strict=True):
+            parts = [order[start : start + self._max_num_seqs] for start in range(0, len(order), self._max_num_seqs)]
+            sampled = self.policy.on_whole_weights(
+                lambda: [self._batch([requests[i] for i in rows], params) for rows in parts]
+            )
+            for rows, completions in zip(parts, sampled, strict=True):
+                for i, completion in zip(rows, completions, strict=True):
                     out[i] = completion
         return cast(list[Completion], out)
 
