@@ -64,6 +64,8 @@ def train(
             config, overrides or [], out=out, resume=resume, overwrite=overwrite, dry_run=dry_run,
             progress=bar.stepped, on_start=bar.started,
         )  # fmt: skip
+    if not run.is_main:  # one of several processes speaks
+        return
     _print(run.summary())
     if run.evaluation is not None:
         _print(run.evaluation.table())
@@ -122,6 +124,14 @@ def compare(
     relapse: Annotated[
         int | None, typer.Option(min=0, metavar="N", help="then N undefended steps after each run: does it come back?")
     ] = None,
+    backend: Annotated[str, typer.Option(metavar="NAME", help="who runs the cells: local, ray")] = "local",
+    address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="an existing Ray cluster; default: one of this machine's own")
+    ] = None,
+    cell_cpus: Annotated[float | None, typer.Option(metavar="N", help="Ray: CPUs of a cell; default: 1")] = None,
+    cell_gpus: Annotated[
+        float | None, typer.Option(metavar="N", help="Ray: GPUs of a cell, 0.25 = four share one; default: 1, if any")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="the config's quick preset: small budgets")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print the cells, their memory, steps and judge calls; run nothing")
@@ -140,6 +150,7 @@ def compare(
         chosen = (_names("--defenses", defenses), _names("--paths", paths), _numbers("--seeds", seeds))
         return _print(dry_compare(config, *chosen, overrides or [], quick, relapse))
     from rlsafe.compare import compare as run_compare
+    from rlsafe.compare import ray_cluster
 
     comparison = run_compare(
         config,
@@ -151,6 +162,7 @@ def compare(
         overrides=overrides or [],
         quick=quick,
         relapse=relapse,
+        ray=ray_cluster(backend, address, cell_cpus, cell_gpus),
     )
     _print(comparison.table())
     _print(f"report: {comparison.report}")

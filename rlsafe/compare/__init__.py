@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rlsafe.compare.backends_ray import ray_cluster
     from rlsafe.compare.dry import dry_compare
     from rlsafe.compare.reporting import report
     from rlsafe.compare.runner import Comparison, compare
@@ -14,11 +15,12 @@ _PUBLIC = {
     "Comparison": "rlsafe.compare.runner",
     "compare": "rlsafe.compare.runner",
     "dry_compare": "rlsafe.compare.dry",
+    "ray_cluster": "rlsafe.compare.backends_ray",
     "report": "rlsafe.compare.reporting",
     "select": "rlsafe.compare.scoring",
     "verify": "rlsafe.compare.verifying",
 }
-__all__ = ["Comparison", "compare", "dry_compare", "report", "select", "verify"]
+__all__ = ["Comparison", "compare", "dry_compare", "ray_cluster", "report", "select", "verify"]
 
 
 def __getattr__(name: str) -> Any:

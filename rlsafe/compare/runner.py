@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlsafe.compare.backends_ray import RayCluster, check_ray, run_on_ray
 from rlsafe.compare.cells import located
 from rlsafe.compare.grid import Cell, expand
 from rlsafe.compare.memory import Peak
@@ -59,6 +60,7 @@ def compare(
     overrides: Sequence[str] = (),
     quick: bool = False,
     relapse: int | None = None,
+    ray: RayCluster | None = None,
 ) -> Comparison:
     """Run every cell of the grid that is not finished yet, then judge and report. Returns a Comparison (see
     `.table()`).
@@ -66,6 +68,7 @@ def compare(
     jobs: worker processes; 0 = what suits the machine (`suitable_jobs`).
     out: default `runs/<name of the config>`. The same call again keeps what is finished, so it also resumes.
     relapse: undefended steps after each narrow run, as runs of their own; None = as the config says.
+    ray: run the cells as tasks of a Ray cluster instead; jobs then limits how many run at a time, 0 = what there is room for.
     A cell that fails is in `Comparison.failed`, and the others go on. Raises UserError for wrong input (before anything runs,
     where that can be known, else when it kept every cell from training), Interrupted on Ctrl-C.
     """
@@ -75,7 +78,9 @@ def compare(
     name = Path(config_path).stem + ("-quick" if quick else "")
     directory = Directory(Path(out or own_out or Path("runs") / name))
     directory.open(config)
-    command = _command(config_path, defenses, paths, seeds, jobs, directory.out, overrides, quick, relapse)
+    command = _command(config_path, defenses, paths, seeds, jobs, directory.out, overrides, quick, relapse, ray)
+    if ray is not None:
+        check_ray(ray)
     progress = Progress(cells)
     todo = []
     for cell in cells:
@@ -85,7 +90,7 @@ def compare(
         if changed := directory.changed_keys(cell):
             progress.say(f"{cell.label}: runs again, its settings changed ({_some(changed)})")
         todo.append(cell)
-    jobs = jobs or suitable_jobs(todo)
+    jobs = jobs if ray is not None else jobs or suitable_jobs(todo)
     if len(todo) < len(cells):
         progress.say(f"kept {len(cells) - len(todo)} finished of {len(cells)} cells in {directory.out}")
     check(todo)
@@ -97,7 +102,7 @@ def compare(
         with progress:
             todo = _scored(selections.values(), todo, directory, progress)
             for wave in ([c for c in todo if not c.source], [c for c in todo if c.source]):
-                _run(_startable(wave, directory, progress), directory, progress, jobs)
+                _run(_startable(wave, directory, progress), directory, progress, jobs, ray)
     except (KeyboardInterrupt, Interrupted):
         raise Interrupted(f"finished cells are kept in {directory.out}; go on with: {command}") from None
     finally:
@@ -236,10 +241,15 @@ def suitable_jobs(todo: Sequence[Cell]) -> int:
     return max(1, min(os.cpu_count() or 1, room, len(todo)))
 
 
-def _run(todo: Sequence[Cell], directory: Directory, progress: Progress, jobs: int) -> None:
-    """In this process, where the cells share one sampler engine, or in `jobs` workers."""
+def _run(
+    todo: Sequence[Cell], directory: Directory, progress: Progress, jobs: int, ray: RayCluster | None = None
+) -> None:
+    """In this process, where the cells share one sampler engine, in `jobs` workers, or on a Ray cluster."""
     from rlsafe.engine import Resources
 
+    if ray is not None and todo:
+        ended = partial(_ended, directory=directory, progress=progress)
+        return run_on_ray(train_cell, todo, directory, jobs, ray, ended, progress.start_many)
     if jobs > 1 and len(todo) > 1:
         progress.start_many(min(jobs, len(todo)))
         run_in_workers(train_cell, todo, directory, jobs, partial(_ended, directory=directory, progress=progress))
@@ -271,6 +281,7 @@ def _command(
     overrides: Sequence[str],
     quick: bool,
     relapse: int | None,
+    ray: RayCluster | None = None,
 ) -> str:
     """The command line that does the same again."""
     words = ["rlsafe", "compare", str(config_path), *overrides]
@@ -278,6 +289,7 @@ def _command(
         if values:
             words += [option, ",".join(map(str, values))]
     words += ["--jobs", str(jobs)] if jobs > 1 else []
+    words += ray.words() if ray is not None else []
     words += ["--quick"] if quick else []
     words += ["--relapse", str(relapse)] if relapse is not None else []
     return shlex.join([*words, "--out", str(out)])
