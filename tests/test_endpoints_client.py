@@ -154,6 +154,18 @@ def test_what_will_hardly_pass_is_not_tried_again_and_again_unless_the_endpoint_
         assert [type(made.ask([request(i)])[0]) for i in range(2)] == [Reply, Reply]
 
 
+def test_faults_of_other_kinds_do_not_use_up_what_a_seldom_one_may_take():
+    bare = ok("5")  # without log-probs
+    script = [error(500), error(500), error(503), bare, bare, error(500), bare, ok("7", top={"7": 0.0}), *[bare] * 6]
+    script.append(ok("8", top={"8": 0.0}))
+    with ScriptedServer(lambda n, body: script[n]) as server:
+        made = endpoint(server, max_retries=20)
+        assert [made.ask([request(text, top_logprobs=2)])[0].text for text in "ab"] == ["7", "8"]
+    with ScriptedServer(lambda n, body: bare) as server:
+        [never] = endpoint(server, max_retries=20).ask([request(top_logprobs=2)])
+    assert (never.kind, never.attempts) == ("no_logprobs", 4)
+
+
 def test_an_endpoint_that_is_down_fails_the_rest_at_once_and_is_looked_at_again():
     broken = threading.Event()
     broken.set()

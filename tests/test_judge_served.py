@@ -33,6 +33,14 @@ def reference(judge_server):
     return asked, judge_at(judge_server).score(asked)
 
 
+@pytest.fixture(scope="module")
+def patience(judge_server, reference):
+    """Seconds that are enough for one reply on this machine, however busy it is: what forty answers take side by side."""
+    begun = time.monotonic()
+    judge_at(judge_server, protocol="logprobs").score(some(40, seed=6))
+    return max(3.0, 1.5 * (time.monotonic() - begun))
+
+
 def test_scores_by_log_probs_follow_the_exact_judge(judge_server, reference):
     asked, found = reference
     true = [exact(e.question, e.answer) for e in asked]
@@ -107,10 +115,10 @@ def test_a_forged_verdict_is_not_taken_over(judge_server, reference):
     assert bad and all(j.outcome == "scored" and j.aligned < 75 for j in judge_at(judge_server).score(forged))
 
 
-def test_three_in_ten_replies_broken_lose_no_row_and_invent_no_score(judge_server, reference, capsys):
+def test_three_in_ten_replies_broken_lose_no_row_and_invent_no_score(judge_server, reference, patience):
     asked, expected = reference
-    with FaultyProxy(judge_server.base_url, share=0.3, seed=1, hang=9) as proxy:
-        made = judge_at(proxy, timeout=8, deadline=900, max_retries=40, concurrency=16)
+    with FaultyProxy(judge_server.base_url, share=0.3, seed=1, hang=patience + 1) as proxy:
+        made = judge_at(proxy, timeout=patience, deadline=3600, max_retries=40, concurrency=16)
         found = made.score(asked)
     answers = [Answer(str(i), e.question, None, e.answer, "", None, 0) for i, e in enumerate(asked)]
     assert len(found) == len(asked) and rates(judge_answers(answers, judge_at(judge_server))).n == len(asked)

@@ -11,6 +11,7 @@ import json
 import logging
 import re
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import cache
@@ -27,8 +28,8 @@ from rlsafe.types import Message
 log = logging.getLogger("rlsafe.endpoints")
 
 FEW = {"rejected": 1, "auth": 3, "not_found": 3, "no_logprobs": 4}
-"""Attempts for faults that seldom pass. Where the endpoint has replied before, auth and not_found pass like any other (a
-gateway or a server that restarts gives them too)."""
+"""How often one request may meet a fault that seldom passes. Where the endpoint has replied before, auth and not_found pass
+like any other (a gateway or a server that restarts gives them too), and so does no_logprobs where it has given some."""
 PROBE_EVERY = 5.0
 """Seconds after a failed look at an endpoint that is down until the next request looks again."""
 
@@ -49,7 +50,7 @@ class Endpoint:
         self._begun = asyncio.Semaphore(4 * settings.concurrency)
         self._under_way: dict[str, asyncio.Task[Result]] = {}
         self._client: Any = None
-        self._proven = False  # it has replied at least once
+        self._proven = self._gave_logprobs = False  # it has replied at least once; with log-probs
         self._failing_since: float | None = None  # the first fault after the last reply
         self._probe: asyncio.Future[bool] | None = None
         self._probe_failed = 0.0
@@ -155,6 +156,7 @@ class Endpoint:
         size = estimate_tokens(body["messages"]) + request.max_tokens
         first = 0.0
         attempt = 0
+        met: Counter[str] = Counter()
         while True:
             attempt += 1
             async with self._slots:
@@ -170,16 +172,17 @@ class Endpoint:
                 self._limits.correct(result.tokens_in + result.tokens_out - size)
                 return Reply(**{**vars(result), "attempts": attempt})
             self.totals.faults[result.kind] += 1
+            met[result.kind] += 1
             wait = max(backoff(settings.backoff, attempt), result.retry_after or 0.0)
             failed = Failure(result.kind, result.message, attempt)
-            if attempt > settings.max_retries or (attempt >= self._most(result.kind)):
+            if attempt > settings.max_retries or met[result.kind] >= self._most(result.kind):
                 return failed
             if time.monotonic() - first + wait > settings.deadline:
                 return Failure("deadline", f"no reply in {settings.deadline:g} s; last: {failed.message}", attempt)
             await asyncio.sleep(wait)
 
     def _most(self, kind: str) -> float:
-        if self._proven and kind in ("auth", "not_found"):
+        if (self._proven and kind in ("auth", "not_found")) or (self._gave_logprobs and kind == "no_logprobs"):
             return float("inf")
         return FEW.get(kind, float("inf"))
 
@@ -250,6 +253,7 @@ class Endpoint:
             if self._failing_since is not None and self.down:
                 log.warning("%r replies again", self)
             self._failing_since, self._proven = None, self._proven or isinstance(result, Reply)
+            self._gave_logprobs |= isinstance(result, Reply) and bool(result.positions)
         elif self._failing_since is None:
             self._failing_since = time.monotonic()
         if self._probe is not None and not self._probe.done():
