@@ -1,0 +1,86 @@
+"""Every defense under DDP and FSDP2, with either sampler: two processes train what one trains, resumed or not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from defense_matrix import IDS, PATHS, Lab
+from scale import train
+from test_engine_invariance import adapter, distance, tree_with
+
+from rlsafe.config import run_from_tree
+from rlsafe.engine import run
+
+NORMAL = {("cpu_fsdp2", "safelora", "grpo"), ("cpu_fsdp2", "persona", "grpo"), ("cpu_ddp", "inoculation", "grpo")}
+JUDGED = ("interleaving-onpolicy", "live")  # their judge is one of the test process
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    return Lab.build(tmp_path_factory.mktemp("lab"))
+
+
+def cases(*kinds: str):
+    for how in ("cpu_ddp", "cpu_fsdp2"):
+        for label in (label for label in IDS if label not in JUDGED):
+            for path in kinds:
+                marks = () if (how, label, path) in NORMAL else pytest.mark.slow
+                yield pytest.param(how, label, path, id=f"{how}-{label}-{path}", marks=marks)
+
+
+def tree_of(lab, label, path, *changes):
+    case = lab.case(label)
+    common = {"optim": {"lr": 1e-3}, "evaluate": {"judge": None}, "track": {"every": 0, "check_after": 2}}
+    return tree_with(lab.tree, PATHS[path], common, {"defenses": [{case.name: case.settings[1]}, "kl"]}, *changes)
+
+
+@pytest.mark.parametrize(("how", "label", "path"), cases(*PATHS))
+def test_two_processes_defend_as_one_does(lab, tmp_path, monkeypatch, how, label, path):
+    monkeypatch.setenv("HOME", str(lab.directory / "home"))
+    tree = tree_of(lab, label, path)
+    run(run_from_tree(tree), tmp_path / "one")
+    train(how, tree, tmp_path / "two")
+    assert distance(adapter(tmp_path / "one"), adapter(tmp_path / "two")) < 5e-5
+
+
+@pytest.mark.parametrize("how", [pytest.param("cpu_ddp", marks=pytest.mark.slow), "cpu_fsdp2"])
+def test_a_checkpoint_of_two_processes_goes_on_in_one(lab, tmp_path, how):
+    """Moments, snapshots and rollouts that wait for their second use are whole in it."""
+    changes = {"grpo": {"iterations": 2}, "checkpoint": {"every": 3, "keep": 9}}
+    tree = tree_of(lab, "kl", "grpo", changes, {"defenses": [{"kl": {"reference": "step:1"}}]})
+    train(how, tree, tmp_path / "two")
+    whole = adapter(tmp_path / "two")
+    shutil.rmtree(tmp_path / "two" / "adapter")
+    for checkpoint in sorted((tmp_path / "two" / "checkpoints").glob("step-*"))[1:]:
+        shutil.rmtree(checkpoint)
+    (tmp_path / "two" / "run.json").write_text(json.dumps({"status": "running"}))
+    run(run_from_tree(tree), tmp_path / "two", resume=True)
+    assert distance(whole, adapter(tmp_path / "two")) < 5e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["cpu_ddp", "cpu_fsdp2"])
+def test_full_fine_tuning(lab, tmp_path, how):
+    from safetensors.torch import load_file
+
+    tree = tree_of(lab, "kl", "sft", {"defenses": ["kl", "ldifs"]})
+    tree["model"]["lora"] = None
+    run(run_from_tree(tree), tmp_path / "one")
+    train(how, tree, tmp_path / "two")
+    one, two = (load_file(str(tmp_path / name / "model" / "model.safetensors")) for name in ("one", "two"))
+    assert distance(one, two) < 5e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["cpu_ddp", "cpu_fsdp2"])
+def test_rollouts_by_vllm_follow_the_gathered_policy(lab, tmp_path, how):
+    """The self-test compares log-probs after each of the first syncs; the sampled texts are those of one process."""
+    pytest.importorskip("vllm")
+    tree = tree_of(lab, "persona", "grpo", {"sampler": {"kind": "vllm", "self_test": True}})
+    run(run_from_tree(tree), tmp_path / "one")
+    train(how, tree, tmp_path / "two")
+    assert distance(adapter(tmp_path / "one"), adapter(tmp_path / "two")) < 1e-3
+    gaps = [json.loads(line).get("sampler_gap", 0.0) for line in (tmp_path / "two" / "metrics.jsonl").open()]
+    assert max(gaps) < 1e-3
