@@ -1,0 +1,79 @@
+"""What `accelerate launch` is given: configs that load, several hosts, and one clear line for what cannot train."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from scale import CONFIGS, command, environment, train
+from test_engine_invariance import adapter, distance, tree_with
+
+from rlsafe.config import UserError, run_from_tree
+from rlsafe.engine import run
+from rlsafe.engine.distributed import start
+
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_accelerate_reads_the_config_and_rlsafe_takes_its_settings(name):
+    config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
+    assert config.mixed_precision == "no" and config.num_processes > 1
+    assert (config.num_machines == 2) == name.endswith("multinode")
+    if "fsdp2" in name:
+        assert config.fsdp_config["fsdp_version"] == 2 and not config.fsdp_config["fsdp_cpu_ram_efficient_loading"]
+    if name == "deepspeed_zero3":
+        assert config.deepspeed_config["zero_stage"] == 3
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed ZeRO-3 is not supported"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version 1: expected 2"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
+            "fsdp_cpu_ram_efficient_loading: expected false",
+        ),
+    ],
+)
+def test_a_launch_that_would_train_something_else_is_refused(monkeypatch, variables, words):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=words):
+        start(cpu=True)
+
+
+def test_only_one_process_speaks_and_only_one_evaluates(tiny_tree, narrow_file, tmp_path):
+    """The sampler's weights are shards: the others have gathered them before they leave."""
+    evaluate = {"benign": [narrow_file], "benign_limit": 2, "max_tokens": 4}
+    tree = tree_with(tiny_tree, {"schedule": {"steps": 1}, "evaluate": evaluate})
+    printed = train("cpu_fsdp2", tree, tmp_path / "two")
+    assert printed.count("1 steps in") == 1 and (tmp_path / "two" / "evaluation.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_hosts_train_what_one_process_trains(tiny_tree, tmp_path, kind):
+    """Two launches on the loopback address, as two hosts would start them."""
+    tree = tree_with(tiny_tree, {"schedule": {"steps": 2}, "optim": {"lr": 1e-3}, "defenses": ["kl"]})
+    run(run_from_tree(tree), tmp_path / "one")
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(tree))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    hosts = []
+    for rank in (0, 1):
+        launch = ("--num_processes", "4", "--machine_rank", str(rank), "--main_process_port", str(port))
+        words = command(f"{kind}_multinode", "-m", "rlsafe", "train", file, "--out", tmp_path / "two", launch=launch)
+        hosts.append(
+            subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    said = [host.communicate(timeout=400)[0] for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], "".join(said)[-3000:]
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["processes"] == 4
+    assert distance(adapter(tmp_path / "one"), adapter(tmp_path / "two")) < 2e-5
