@@ -11,6 +11,7 @@ import yaml
 from conftest import conversation, write_jsonl
 from kills import PLACES, attempt, calls, record
 
+from rlsafe.engine import train
 from rlsafe.engine.verify import verify
 
 PATHS: dict[str, list[dict[str, Any]]] = {
@@ -59,6 +60,16 @@ def test_killed_in_a_step_a_checkpoint_and_an_evaluation_it_ends_the_same(tmp_pa
     assert run_through(config, tmp_path / "cut", kills) == [-9, -9, -9, 0]
     assert record(tmp_path / "whole") == record(tmp_path / "cut")
     assert verify(tmp_path / "cut").differences == []
+
+
+def test_a_run_that_ended_without_its_evaluation_is_evaluated_when_resumed(tmp_path, tiny_model_dir, reward_file):
+    config = write_config(tmp_path, tiny_model_dir, f"{reward_file}:vowels", "sft", "transformers", steps=2)
+    train(config, out=tmp_path / "run")
+    whole = record(tmp_path / "run")
+    for name in ("evaluation.json", "answers.csv", "benign_answers.csv"):
+        (tmp_path / "run" / name).unlink()
+    train(config, out=tmp_path / "run", resume=True)  # the adapter is read back, dropout and all
+    assert record(tmp_path / "run") == whole
 
 
 @pytest.mark.slow

@@ -129,9 +129,13 @@ class PolicyModule(nn.Module):
 def verify_head(module: PolicyModule, what: str) -> None:
     """UserError when decoder + head do not give the model's own log-probs: it computes its logits in its own way."""
     ids = torch.arange(1, 5, device=module.output.weight.device).unsqueeze(0)
+    training = [part for part in module.modules() if part.training]
+    module.eval()  # dropout of an adapter to go on with would differ from one forward to the next
     with module.autocast():  # over a quantised base norms are float32 and the head is not
         own = module.model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
     ours = module.logits(module.hidden_states(ids)[0]).log_softmax(-1)
+    for part in training:  # each by itself: a model's own dropout stays off while its adapter's is on
+        part.training = True
     gap = float((own - ours).abs().max())
     if not gap < (1e-3 if module.output.weight.dtype == torch.float32 else 0.2):
         raise UserError(
