@@ -108,13 +108,14 @@ def test_several_processes_share_a_directory(tmp_path):
 # ------------------------------------------------------------------------------------------------ secrets
 
 
-def test_a_key_is_sent_and_shown_nowhere(monkeypatch, caplog, tmp_path):
-    monkeypatch.setenv("MY_KEY", SECRET)
+@pytest.mark.parametrize("secret", [SECRET, "of-no-known-form-0123456789"])
+def test_a_key_is_sent_and_shown_nowhere(secret, monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("MY_KEY", secret)
     caplog.set_level(logging.DEBUG)
-    with ScriptedServer(lambda n, body: error(401, f"bad key {SECRET}, header Bearer {SECRET}")) as server:
+    with ScriptedServer(lambda n, body: error(401, f"bad key {secret}, header Bearer {secret}")) as server:
         made = endpoint(server, api_key_env="MY_KEY", cache=str(tmp_path))
         [result] = made.ask([request()])
-    assert server.requests[0][0]["authorization"] == f"Bearer {SECRET}"
+    assert server.requests[0][0]["authorization"] == f"Bearer {secret}"
     shown = [
         repr(result),
         repr(made),
@@ -123,7 +124,7 @@ def test_a_key_is_sent_and_shown_nowhere(monkeypatch, caplog, tmp_path):
         made.settings.model_dump_json(),
         caplog.text,
     ]
-    assert result.kind == "auth" and "bad key" in result.message and not [text for text in shown if SECRET in text]
+    assert result.kind == "auth" and "bad key" in result.message and not [text for text in shown if secret in text]
     assert "MY_KEY" in shown[4]
 
 
