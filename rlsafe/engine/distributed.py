@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -35,7 +36,15 @@ def start(cpu: bool) -> Accelerator:
         raise UserError(
             f"accelerate launch: mixed_precision {accelerator.mixed_precision}: expected 'no'; model.dtype sets the precision"
         )
+    if accelerator.num_processes > 1:
+        atexit.register(_leave)
     return accelerator
+
+
+def _leave() -> None:
+    """A process that ends with its group's threads still running may be aborted, although all its work is done."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _wants_fsdp() -> bool:

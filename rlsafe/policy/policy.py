@@ -326,7 +326,10 @@ class Policy:
         """What `save_pretrained` writes, gathered: the adapter, or all of the model."""
         if self.is_lora:
             return self.state_dict()
-        return {name: whole(value.detach()).cpu() for name, value in self.core.model.state_dict().items()}
+        values = self.core.model.state_dict(keep_vars=True)  # a tied head is the embeddings' own parameter
+        once = {id(value): value for value in values.values()}
+        whole_values = {key: whole(value.detach()).cpu() for key, value in once.items()}
+        return {name: whole_values[id(value)] for name, value in values.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
