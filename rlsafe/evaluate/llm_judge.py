@@ -169,9 +169,7 @@ class LLMJudge:
                 self.gave_up = f"judge {self.name!r} gave no reply for {waited:.0f} s: {missing[0]}"
                 break
             if not told:
-                log.warning(
-                    "judge %r: %d calls without a reply (%s); waiting", self.name, len(missing), missing[0]
-                )
+                log.warning("judge %r: %d calls without a reply (%s); waiting", self.name, len(missing), missing[0])
                 told = True
             self.paused = True
             await asyncio.sleep(self.settings.retry_every)
