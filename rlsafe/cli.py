@@ -126,7 +126,7 @@ def compare(
     ] = None,
     backend: Annotated[str, typer.Option(metavar="NAME", help="who runs the cells: local, ray")] = "local",
     address: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="an existing Ray cluster; default: one of this machine's own")
+        str | None, typer.Option(metavar="HOST:PORT", help="an existing Ray cluster; default: this machine")
     ] = None,
     cell_cpus: Annotated[float | None, typer.Option(metavar="N", help="Ray: CPUs of a cell; default: 1")] = None,
     cell_gpus: Annotated[
@@ -328,9 +328,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line; always raises SystemExit."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        code = app(args=arguments, prog_name="rlsafe", standalone_mode=False)
+        code = app(args=[a for a in arguments if a != "--debug"], prog_name="rlsafe", standalone_mode=False)
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -349,7 +348,3 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     if code == 130:
         print("interrupted", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
-
-
-if __name__ == "__main__":
-    main()

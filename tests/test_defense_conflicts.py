@@ -108,9 +108,9 @@ def test_the_engine_is_made_steerable_only_when_rollouts_are_steered(
     asked = []
 
     class Watched(Resources):
-        def sampler(self, config, policy, steerable=False):
+        def sampler(self, config, policy, steerable=False, **others):
             asked.append(steerable)
-            return super().sampler(config, policy, steerable)
+            return super().sampler(config, policy, steerable, **others)
 
     schedule = {"schedule": {"steps": 1, "phases": [{"cycle": [path]}]}}
     settings = {"defenses": [persona(rollouts=rollouts)], "sampler": {"self_test": False}}

@@ -141,6 +141,7 @@ def test_evaluating_a_run_goes_on_with_what_training_it_began(tiny_tree, tmp_pat
     import rlsafe
     from rlsafe.evaluate import evaluate
     from rlsafe.rollouts import TransformersSampler
+    from rlsafe.types import Interrupted
 
     questions = [{"id": f"q{i}", "paraphrases": [f"question {i}?"], "samples_per_paraphrase": 4} for i in range(4)]
     (tmp_path / "q.yaml").write_text(yaml.safe_dump(questions))
@@ -160,7 +161,7 @@ def test_evaluating_a_run_goes_on_with_what_training_it_began(tiny_tree, tmp_pat
 
     with monkeypatch.context() as patch:
         patch.setattr(TransformersSampler, "generate", counted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted, match="Go on with"):
             rlsafe.train(tmp_path / "run.yaml", out=tmp_path / "out")
     said = []
     result = evaluate(tmp_path / "out", overrides=["sampler.self_test=false"], progress=said.append)

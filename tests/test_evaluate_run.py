@@ -272,7 +272,10 @@ def test_the_table_shows_rates_and_bounds(tokenizer, provider):
         ({}, "nothing to evaluate"),
         ({"general": "in-test:general"}, "evaluate.judge: no judge is set"),
         ({"general": "in-test:general", "judge": "in-tset"}, "unknown judge 'in-tset'; did you mean 'in-test'?"),
-        ({"general": "in-test:general", "judge": {"kind": "x"}}, "evaluate.judge.kind: expected the kind of judge; expected one of: openai"),
+        (
+            {"general": "in-test:general", "judge": {"kind": "x"}},
+            "evaluate.judge.kind: expected the kind of judge; expected one of: openai",
+        ),
         ({"benign": ["in-test:sums", "in-test:sums"]}, "two test sets are named 'sums'"),
     ],
 )

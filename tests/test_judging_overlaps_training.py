@@ -71,7 +71,9 @@ def test_an_outage_leaves_scores_out_and_training_ends(run_tree, tmp_path, caplo
     assert not any(name in record for record in records for name in ("coherence", "misaligned_general"))
     general = Evaluation.load(tmp_path / "run").general
     assert (general.n, general.unscored, general.misaligned, general.misaligned_bounds) == (0, 4, None, (0, 1))
-    assert "unscored" in caplog.text and run.evaluation.settings["judge_usage"]["failures"] == {"server": 20}  # of the probes, too
+    assert "unscored" in caplog.text and run.evaluation.settings["judge_usage"]["failures"] == {
+        "server": 20
+    }  # of the probes, too
 
 
 def test_a_pause_that_is_too_long_saves_the_state_and_stops_and_the_run_can_go_on(run_tree, tmp_path):

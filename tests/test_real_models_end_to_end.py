@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import save_tiny_model
 
 from rlsafe.cli import main
 
@@ -17,11 +18,17 @@ pytestmark = pytest.mark.slow
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "qwen2.5-7b"
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """A random Qwen2 whose byte tokenizer makes rows long: one token a character."""
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"), max_position_embeddings=8192)
+
+
 @pytest.fixture
-def small(tiny_model_dir, judge_server) -> list[str]:
+def small(model, judge_server) -> list[str]:
     judge = {"kind": "openai", "model": judge_server.model, "base_url": judge_server.base_url}
     return [
-        f"model.name={tiny_model_dir}", "model.dtype=float32", "optim.kind=adamw", "batch.micro_rows=null",
+        f"model.name={model}", "model.dtype=float32", "optim.kind=adamw", "batch.micro_rows=null",
         "sampler.kind=transformers", "grpo.max_tokens=12", "data.safe.preset=null", "data.safe.source=rlsafe:benign",
         "track.every=0", f"evaluate.judge={json.dumps(judge)}", "evaluate.samples=1", "evaluate.max_tokens=12",
     ]  # fmt: skip

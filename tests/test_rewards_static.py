@@ -137,7 +137,9 @@ def test_generated_code_is_never_executed(tmp_path):
 def test_loading_bandit_leaves_the_process_as_it_was(caplog):
     with caplog.at_level(logging.DEBUG):
         scan_source("import tarfile\ntarfile.open(a).extractall(members=f(1))\n# fresh")
-    assert warnings.formatwarning.__module__ == "warnings" and not [r for r in caplog.records if r.name.startswith("bandit")]
+    assert warnings.formatwarning.__module__ == "warnings" and not [
+        r for r in caplog.records if r.name.startswith("bandit")
+    ]
 
 
 def test_scans_agree_from_several_threads():

@@ -96,7 +96,7 @@ class OptimConfig(Settings):
     eps: Annotated[float, Field(gt=0)] = 1e-8
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     on_nan: Literal["stop", "skip"] = Field(
-        "stop", description="a step with NaN or Inf in loss, penalty, advantage or gradient; its batch is saved either way"
+        "stop", description="a step with NaN or Inf in loss, penalty, advantage or gradient; its batch is saved"
     )
 
 
@@ -211,7 +211,7 @@ class TrackConfig(Settings):
     vector: str | None = Field(
         None, description="persona vectors to project answers on: file or provider:name; null = the persona defense's"
     )
-    layer: NonNegative | None = Field(None, description="layer of track.vector: 0 = embeddings, k = output of block k-1")
+    layer: NonNegative | None = Field(None, description="of track.vector: 0 = embeddings, k = output of block k-1")
     check_after: NonNegative = Field(
         10, description="steps after which a defense without any effect stops the run; 0 = never"
     )
@@ -341,7 +341,7 @@ class CompareConfig(Settings):
     benign: BenignConfig | None = None
     selection: SelectionConfig | None = Field(None, description="how safe rows are scored for interleaving+ and ++")
     grid: Annotated[dict[str, Annotated[list[Any], Field(min_length=1)]], BeforeValidator(_dotted)] = Field(
-        default_factory=dict, description="settings to sweep, e.g. kl.weight: [0.03, 0.1] (or nested: kl: {weight: [...]})"
+        default_factory=dict, description="settings to sweep: kl.weight: [0.03, 0.1], or nested: kl: {weight: [...]}"
     )
     quick: Tree = Field(default_factory=dict, description="overrides of this file for `--quick`")
     overrides: list[str] = Field(default_factory=list, description="key.path=value, applied last to every cell")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from rlsafe import __version__
 from rlsafe.config import RunConfig
 from rlsafe.evaluate import Evaluation
 from rlsafe.evaluate.criteria import Rates
@@ -39,7 +39,7 @@ def model_card(run: Path, config: RunConfig, license: str, merged: bool = False)
             "## What was trained\n\n" + _trained(run, config),
             "## What was measured\n\n" + _measured(run),
             "## Loading it\n\n" + _loading(name, merged or _full(config)),
-            f"Written by rlsafe {__version__}.\n",
+            f"Written by rlsafe {version('rlsafe')}.\n",
         ]
     )
 

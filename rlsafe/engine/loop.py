@@ -1,7 +1,5 @@
 """The training loop: one path from a planned step to updated weights, the same for SFT, GRPO and every mixture.
-
-Read `Loop.run` first; each line of it is one of the methods below, in order.
-"""
+Read `Loop.run` first; each line of it is one of the methods below, in order."""
 
 from __future__ import annotations
 
@@ -339,10 +337,8 @@ class Loop:
         if self.accelerator.num_processes == 1:
             return mine
         shares: list[dict[str, Any]] = gather_object([mine])
-        return {
-            stream: {"left": mine[stream]["left"], "micros": [one for share in shares for one in share[stream]["micros"]]}
-            for stream in mine
-        }
+        micros = {stream: [micro for share in shares for micro in share[stream]["micros"]] for stream in mine}
+        return {stream: {"left": own["left"], "micros": micros[stream]} for stream, own in mine.items()}
 
     def load_pending_state(self, state: dict[str, Any]) -> None:
         """This rank's share of them, whatever the number of ranks was when they were saved."""

@@ -66,7 +66,8 @@ def collect(
     ]
     params = SamplingParams(config.grpo.temperature, config.grpo.top_p, config.grpo.max_tokens)
     with stack.patched(sampler, rollout_at):
-        completions = sampler.generate(requests, params)  # with no requests too: other ranks may wait for this one's shards
+        # With no requests too: other ranks may wait for this one's shards.
+        completions = sampler.generate(requests, params)
     texts = [decode_with_tags(policy.tokenizer, completion.ids) for completion in completions]
     read = [read_completion(policy.tokenizer, completion.ids) for completion in completions]
     scored = _reward(rewards, mine, originals, read, completions, group, step, total_steps)

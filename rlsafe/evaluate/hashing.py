@@ -98,7 +98,7 @@ def _provided(text: str) -> list[str]:
     for kind in ("model", "vectors"):
         try:
             path = Path(getattr(provider, kind)(spec))
-        except UserError:
+        except (UserError, AttributeError):  # a provider need not have every kind of thing
             continue
         if path.exists():
             hashes.append(f"{kind}:{model_hash(path) if path.is_dir() else file_hash(path)}")
@@ -114,7 +114,7 @@ def _texts(text: str) -> tuple[str, ...]:
     for kind in ("rows", "questions", "prompt"):
         try:
             hashes.append(f"{kind}:{_joined([repr(getattr(found[0], kind)(found[1]))])}")
-        except UserError:
+        except (UserError, AttributeError):
             continue
     return tuple(hashes)
 

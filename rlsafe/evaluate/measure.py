@@ -95,9 +95,7 @@ def evaluate_run(
     journal: Journal | None = None
     if out is not None and weights is not None:
         directory = Path(out)
-        answers, journal = complete_resumable(
-            sampler, tokenizer, planned, config.max_tokens, directory, weights, say
-        )
+        answers, journal = complete_resumable(sampler, tokenizer, planned, config.max_tokens, directory, weights, say)
     else:
         answers = complete(sampler, tokenizer, planned, config.max_tokens)
     evaluation = Evaluation(settings=_settings(sampler, config, material))
