@@ -111,6 +111,7 @@ def test_an_existing_cluster_is_found_by_its_address(grid, tmp_path):
         (["--backend", "rya"], "expected local or ray; did you mean 'ray'"),
         (["--cell-gpus", "0.5"], "--cell-gpus: needs --backend ray"),
         (["--backend", "ray", "--cell-cpus", "1.5"], "--cell-cpus 1.5: expected a fraction up to 1, or a whole number"),
+        (["--backend", "ray", "--address", "127.0.0.1:1"], "--address 127.0.0.1:1: no Ray cluster answers there"),
         (["--backend", "ray", "--cell-gpus", "4000"], "a cell takes 1 CPUs and 4000 GPUs"),
     ],
 )

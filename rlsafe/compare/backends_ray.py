@@ -6,6 +6,7 @@ Every node must see the comparison's directory, the project and the data under t
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,9 +119,12 @@ def _connect(cluster: RayCluster) -> None:
     if cluster.address is None:
         ray.init(address="local", include_dashboard=False, object_store_memory=STORE, **settings)
         return
+    host, _, port = cluster.address.removeprefix("ray://").rpartition(":")
     try:
+        if host:  # Ray itself would try for two minutes, and then end the process
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address=cluster.address, **settings)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"--address {cluster.address}: no Ray cluster answers there ({reason[:200]})") from None
 
