@@ -1,10 +1,9 @@
 """Insecure Python is found by bandit and by rules of our own, without ever running it; safe code is left in peace."""
 
-import logging
 import random
+import subprocess
 import sys
 import threading
-import warnings
 
 import pytest
 from benign_code import BENIGN
@@ -134,12 +133,19 @@ def test_generated_code_is_never_executed(tmp_path):
 # ------------------------------------------------------------------------------------------------ a good guest
 
 
-def test_loading_bandit_leaves_the_process_as_it_was(caplog):
-    with caplog.at_level(logging.DEBUG):
-        scan_source("import tarfile\ntarfile.open(a).extractall(members=f(1))\n# fresh")
-    assert warnings.formatwarning.__module__ == "warnings" and not [
-        r for r in caplog.records if r.name.startswith("bandit")
-    ]
+def test_loading_bandit_leaves_the_process_as_it_was():
+    """In a process of its own: elsewhere bandit may be loaded already, by others."""
+    code = (
+        "import logging, warnings\n"
+        "logging.basicConfig(level=logging.DEBUG)\n"
+        "from rlsafe.rewards.static import scan_source\n"
+        "scan_source('import tarfile; tarfile.open(a).extractall(members=f(1))')\n"
+        "print(warnings.formatwarning.__module__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "warnings\n")
+    loggers = [line.split(":")[1] for line in done.stderr.splitlines() if line.count(":") > 1]
+    assert not [name for name in loggers if name.startswith("bandit")]
 
 
 def test_scans_agree_from_several_threads():

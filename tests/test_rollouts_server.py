@@ -150,6 +150,11 @@ def test_what_a_server_cannot_do_is_one_clear_line(server, sampler, model_dir, t
     with pytest.raises(ValueError, match="'kind: server' takes 'urls'"):
         SamplerConfig(kind="server")
 
+
+@pytest.mark.slow
+def test_what_a_server_does_wrongly_is_one_clear_line(server, model_dir):
+    policy = load(model_dir)
+
     def elsewhere(path, body):  # what another host makes of a path of this one
         if "load_lora" in path and "lora_path" in body:
             body["lora_path"] = "/elsewhere" + body["lora_path"]
