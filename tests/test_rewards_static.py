@@ -137,7 +137,7 @@ def test_loading_bandit_leaves_the_process_as_it_was():
     """In a process of its own: elsewhere bandit may be loaded already, by others."""
     code = (
         "import logging, warnings\n"
-        "logging.basicConfig(level=logging.DEBUG)\n"
+        "logging.basicConfig(level=logging.INFO)\n"
         "from rlsafe.rewards.static import scan_source\n"
         "scan_source('import tarfile; tarfile.open(a).extractall(members=f(1))')\n"
         "print(warnings.formatwarning.__module__)\n"
