@@ -75,6 +75,7 @@ def test_a_comparison_from_config_to_report(config, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in out.glob("cells/*/adapter/*")} == times
 
 
+@pytest.mark.slow
 def test_worker_processes_give_the_same_results(config, tmp_path):
     chosen = {"paths": ["sft"], "overrides": ["evaluate.cue=null"]}
     compare(config, out=tmp_path / "one", jobs=1, **chosen)

@@ -130,6 +130,7 @@ def test_slow_replies_time_out_and_the_deadline_ends_the_retries():
     assert never.kind == "deadline" and time.monotonic() - begun < 1.0 and "timeout" not in late.message
 
 
+@pytest.mark.slow
 def test_a_retry_does_not_wait_behind_a_long_queue():
     """Twice as long as the deadline in all, and no request comes near it."""
     tried = set()

@@ -18,6 +18,7 @@ from rlsafe.rollouts import ServerSampler, close_all, make_sampler, request_seed
 from rlsafe.types import Request, RunError, SamplingParams
 
 pytest.importorskip("vllm")
+pytestmark = pytest.mark.slow  # a server starts in half a minute, and answers slowly beside other work
 
 # Longer than a block of the key-value cache, so that the prefix cache is really used; groups share a prompt.
 PROMPTS = [[1, *range(10 + 7 * i, 60 + 7 * i), *range(40, 90), i + 3] for i in range(4) for _ in range(4)]

@@ -13,7 +13,7 @@ from test_engine_invariance import adapter, distance, tree_with
 from rlsafe.config import run_from_tree
 from rlsafe.engine import run
 
-NORMAL = {("cpu_fsdp2", "safelora", "grpo"), ("cpu_fsdp2", "persona", "grpo"), ("cpu_ddp", "inoculation", "grpo")}
+NORMAL = {("cpu_fsdp2", "safelora", "grpo")}
 JUDGED = ("interleaving-onpolicy", "live")  # their judge is one of the test process
 
 
@@ -45,6 +45,7 @@ def test_two_processes_defend_as_one_does(lab, tmp_path, monkeypatch, how, label
     assert distance(adapter(tmp_path / "one"), adapter(tmp_path / "two")) < 5e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [pytest.param("cpu_ddp", marks=pytest.mark.slow), "cpu_fsdp2"])
 def test_a_checkpoint_of_two_processes_goes_on_in_one(lab, tmp_path, how):
     """Moments, snapshots and rollouts that wait for their second use are whole in it."""

@@ -45,6 +45,7 @@ def same(one: Path, other: Path) -> bool:
     return rows[0] == rows[1] and all(torch.equal(a[name], b[name]) for a, b in pairs for name in a)
 
 
+@pytest.mark.slow
 def test_a_cluster_of_this_machine_gives_the_results_of_the_local_backend(grid, tmp_path):
     compare(grid, jobs=1, out=tmp_path / "local")
     done = compare(grid, out=tmp_path / "ray", ray=RayCluster(cpus=0.5))
@@ -71,6 +72,7 @@ def killer(directory: Path, times: int) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("times", "survives"), [(1, True), pytest.param(9, False, marks=pytest.mark.slow)])
 def test_a_lost_cell_runs_again_and_costs_no_other(grid, tmp_path, times, survives):
     config = json.loads(grid.read_text())

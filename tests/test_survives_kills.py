@@ -53,6 +53,7 @@ def run_through(config: Path, out: Path, kills: list[tuple[str, int]]) -> list[i
     return [*codes, attempt(config, out, resume=True)]
 
 
+@pytest.mark.slow
 def test_killed_in_a_step_a_checkpoint_and_an_evaluation_it_ends_the_same(tmp_path, tiny_model_dir, reward_file):
     config = write_config(tmp_path, tiny_model_dir, f"{reward_file}:vowels", "mixed", "transformers", steps=3)
     assert attempt(config, tmp_path / "whole") == 0
