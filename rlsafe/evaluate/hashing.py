@@ -67,6 +67,16 @@ def model_hash(directory: Path) -> str:
     return _joined(f"{file.name}:{file_hash(file)}" for file in files)
 
 
+def named_model_hash(name: str) -> str:
+    """`model_hash` of what `model.name` stands for, or "" where no such directory is on this machine (a hub id)."""
+    known = provider_for(name)
+    try:
+        path = Path(known[0].model(known[1]) if known else name)
+    except UserError:
+        return ""
+    return model_hash(path) if is_model(path) else ""
+
+
 def _joined(parts: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
