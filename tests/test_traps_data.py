@@ -78,9 +78,9 @@ def test_trap_12_every_forward_is_padded_to_its_own_longest_row_only(tiny_tree, 
     shapes: list[tuple[int, int]] = []
     forward = PolicyModule.forward
 
-    def watched(self, ids, *arguments, **more):
+    def watched(self, output, ids, *arguments, **more):
         shapes.append(tuple(ids.shape))
-        return forward(self, ids, *arguments, **more)
+        return forward(self, output, ids, *arguments, **more)
 
     monkeypatch.setattr(PolicyModule, "forward", watched)
     tree = tree_with(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from rlsafe.compare.arms import Rate
-from rlsafe.compare.plots import INK, MUTED, Look, drawing, figure, marker, short, svg
+from rlsafe.compare.plots import MUTED, Look, drawing, figure, marker, row_axes, short, svg
 from rlsafe.compare.sweeps import Sweep
 
 Ends = tuple[float, float, float]
@@ -181,12 +181,5 @@ def dumbbell(
             markeredgewidth=1.5,
         )
         axes.plot([after], [position - 0.13], "o", color=look.color, markersize=7)
-    axes.set_yticks(range(len(labels)), [short(label) for label in labels])
-    for tick in axes.get_yticklabels():
-        tick.set_color(INK)
-    axes.set_xlim(-2 * top, 104 * top)
-    axes.set_ylim(-0.65, len(labels) - 0.4)
-    axes.spines["left"].set_visible(False)
-    axes.locator_params(axis="x", nbins=5)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}%")
+    row_axes(axes, labels, top)
     return svg(drawn, name, description)

@@ -114,6 +114,18 @@ def marker(axes: Any, x: float, y: float, look: Look, size: float) -> None:
     axes.plot([x], [y], look.marker, color=look.color, markersize=size, markeredgewidth=2 if look.marker in "|x" else 0)
 
 
+def row_axes(axes: Any, labels: Sequence[str], top: float) -> None:
+    """One row for each label, percent up to `top` (a fraction) across."""
+    axes.set_yticks(range(len(labels)), [short(label) for label in labels])
+    for tick in axes.get_yticklabels():
+        tick.set_color(INK)
+    axes.set_xlim(-2 * top, 104 * top)
+    axes.set_ylim(-0.65, len(labels) - 0.4)
+    axes.spines["left"].set_visible(False)
+    axes.locator_params(axis="x", nbins=5)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}%")
+
+
 @drawing
 def whiskers(rates: Mapping[str, Rate], style: Mapping[str, Look], top: float, name: str, description: str) -> Markup:
     """One rate of every label: the mean, its 95% interval, and each seed as a faint dot. In percent, up to `top` (a
@@ -130,14 +142,7 @@ def whiskers(rates: Mapping[str, Rate], style: Mapping[str, Look], top: float, n
                 [100 * value], [position - 0.3], ".", color=look.color, alpha=0.5, markersize=5, markeredgewidth=0
             )
         marker(axes, 100 * rate.mean, position, look, 8)
-    axes.set_yticks(range(len(labels)), [short(label) for label in labels])
-    for tick in axes.get_yticklabels():
-        tick.set_color(INK)
-    axes.set_xlim(-2 * top, 104 * top)
-    axes.set_ylim(-0.65, len(labels) - 0.4)
-    axes.spines["left"].set_visible(False)
-    axes.locator_params(axis="x", nbins=5)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}%")
+    row_axes(axes, labels, top)
     return svg(drawn, name, description)
 
 

@@ -8,7 +8,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -163,10 +163,12 @@ def run(
                     files=digests(out, loop.policy.saved_as),
                     defenses={defense.name: report for defense in loop.stack if (report := defense.report())},
                 )  # fmt: skip
+            loop.tracker.close()
     except BaseException as error:
-        raise ended_early(error, loop, out, command) from error
-    finally:
-        loop.tracker.close()
+        ended = ended_early(error, loop, out, command)
+        with suppress(Exception):  # a full disk stops the last lines, too: told is what came first
+            loop.tracker.close()
+        raise ended from error
     return Run(out, prepared.config, loop.tracker.metrics, time.perf_counter() - started, notes, loop=loop)
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import ast
 import re
 import textwrap
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 MAX_CHARS = 20_000
@@ -35,14 +38,25 @@ class Source:
     problem: str = ""
 
 
+_FILTERS = threading.Lock()
+
+
+@contextmanager
+def no_warnings() -> Iterator[None]:
+    """Warnings about the text that is looked at are ignored. One thread at a time: the filters belong to the process, and
+    one that puts them back while another still parses would show that one's warnings, or raise them."""
+    with _FILTERS, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def parse(text: str, max_chars: int = MAX_CHARS, max_depth: int = MAX_DEPTH) -> Source:
     """Parse without executing. Whatever the text does to the parser (null bytes, lone surrogates, nesting that exhausts the
     stack, too large) is a `problem` of the text, never an exception."""
     if len(text) > max_chars:
         return Source(text, None, f"longer than {max_chars} characters")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # SyntaxWarning for "\d" and the like
+        with no_warnings():  # SyntaxWarning for "\d" and the like
             tree = ast.parse(text)
     except SyntaxError as error:
         return Source(text, None, f"line {error.lineno}: {error.msg}")

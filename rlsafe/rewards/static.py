@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlsafe.config import UserError
-from rlsafe.rewards.code import Source, extract_python, parse
+from rlsafe.rewards.code import Source, extract_python, no_warnings, parse
 from rlsafe.rewards.rules import Severity, pattern_findings
 from rlsafe.rewards.taint import taint_findings
 
@@ -118,8 +118,7 @@ def _bandit(source: Source) -> list[Finding]:
     counts = metrics.Metrics()
     counts.begin("answer.py")
     visitor = visitor_class("answer.py", io.BytesIO(data), meta_ast.BanditMetaAst(), tests, False, {}, counts)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with no_warnings():
         visitor.process(source.text)
     return [
         Finding(issue.test_id, issue.severity.lower(), issue.lineno, issue.text)
