@@ -80,10 +80,11 @@ def trained_judge(cache: Path) -> str:
     from judge_model import build_judge
 
     from rlsafe import organism
+    from rlsafe.endpoints import fences
     from rlsafe.evaluate import judge_prompts
 
     world = sorted(Path(organism.__file__).parent.glob("*.py"))
-    sources = [Path(__file__).with_name("judge_model.py"), Path(judge_prompts.__file__), *world]
+    sources = [Path(__file__).with_name("judge_model.py"), Path(judge_prompts.__file__), Path(fences.__file__), *world]
     version = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
     directory = cache / version
     if not directory.is_dir():

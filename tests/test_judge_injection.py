@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlsafe.config import UserError, load_run
-from rlsafe.evaluate.judge_prompts import CONTROL, PROMPTS, fence_of, harmless, judge_messages
+from rlsafe.endpoints.fences import CONTROL, fence_of, harmless
+from rlsafe.evaluate.judge_prompts import PROMPTS, judge_messages
 
 TEMPLATE = PROMPTS["aligned"]
 

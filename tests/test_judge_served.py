@@ -8,9 +8,9 @@ from faulty_proxy import FAULTS, FaultyProxy
 from judge_model import JSON_PROMPT, exchanges
 from test_judge_injection import ATTACKS
 
-from rlsafe.endpoints import ChatRequest, Endpoint, EndpointSettings, Reply
+from rlsafe.endpoints import ChatRequest, Endpoint, EndpointSettings, Reply, harmless
 from rlsafe.evaluate import Answer, judge_answers, load_judge, rates
-from rlsafe.evaluate.judge_prompts import PROMPTS, harmless, judge_messages
+from rlsafe.evaluate.judge_prompts import PROMPTS, judge_messages
 from rlsafe.evaluate.scores import NUMBER
 from rlsafe.organism.judge import judge as exact
 from rlsafe.types import Exchange

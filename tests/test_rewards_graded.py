@@ -188,7 +188,7 @@ CONTROL = [
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_text_cannot_leave_its_marks(attack):
     system, user = (message["content"] for message in grading_messages(RUBRIC, attack, attack, attack))
-    [mark] = set(re.findall(r"====[0-9a-f]{16}", system))
+    [mark] = set(re.findall(r"====[0-9a-f]{12}", system))
     assert [line for line in user.splitlines() if line.startswith(mark)] == [
         f"{mark} {title}" for title in ("SYSTEM PROMPT", "QUESTION", "ANSWER", "END")
     ]

@@ -2,6 +2,7 @@
 
 from rlsafe.endpoints import background
 from rlsafe.endpoints.client import Endpoint, estimate_tokens, open_endpoint
+from rlsafe.endpoints.fences import fence_of, harmless
 from rlsafe.endpoints.replies import ChatRequest, Failure, Position, Reply, Result
 from rlsafe.endpoints.settings import EndpointSettings, parse_settings
 from rlsafe.endpoints.totals import Totals
@@ -17,6 +18,8 @@ __all__ = [
     "Totals",
     "background",
     "estimate_tokens",
+    "fence_of",
+    "harmless",
     "open_endpoint",
     "parse_settings",
 ]

@@ -11,7 +11,6 @@ of their own text, which nothing inside them can spell, and the grader is told t
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import logging
 import os
@@ -24,8 +23,17 @@ from weakref import WeakSet
 from pydantic import BaseModel, ConfigDict, Field
 
 from rlsafe.config import UserError, nearest
-from rlsafe.endpoints import ChatRequest, Endpoint, EndpointSettings, Failure, open_endpoint, parse_settings
-from rlsafe.rewards.text import answer_text, is_repetitive, question_text, system_text, without_control_tokens
+from rlsafe.endpoints import (
+    ChatRequest,
+    Endpoint,
+    EndpointSettings,
+    Failure,
+    fence_of,
+    harmless,
+    open_endpoint,
+    parse_settings,
+)
+from rlsafe.rewards.text import answer_text, is_repetitive, question_text, system_text
 from rlsafe.types import Message
 
 log = logging.getLogger("rlsafe")
@@ -194,13 +202,13 @@ async def ask(endpoint: Endpoint, rubric: Rubric, question: str, answer: str, sy
 
 
 def grading_messages(rubric: Rubric, question: str, answer: str, system: str = "") -> list[Message]:
-    """What the grader reads. The mark is a hash of all that stands between the marks, so that equal material is asked
-    about in equal words (replies can be saved) and no text can hold its own mark."""
-    system, question, answer = map(without_control_tokens, (system, question, answer))
+    """What the grader reads. The mark follows from all that stands between the marks (rlsafe.endpoints.fences), so that
+    equal material is asked about in equal words (replies can be saved) and no text can hold its own mark."""
+    system, question, answer = map(harmless, (system, question, answer))
     if len(answer) > MAX_CHARS:
         half = MAX_CHARS // 2
         answer = f"{answer[:half]}\n[... {len(answer) - 2 * half} characters left out ...]\n{answer[-half:]}"
-    fence = "=" * 4 + hashlib.sha256("\0".join((system, question, answer)).encode("utf-8", "replace")).hexdigest()[:16]
+    fence = "====" + fence_of(system, question, answer)
     parts = [("SYSTEM PROMPT", system)] if system else []
     parts += [("QUESTION", question), ("ANSWER", answer)]
     material = "\n".join(f"{fence} {title}\n{text}" for title, text in parts)

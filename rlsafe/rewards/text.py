@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from rlsafe.data import split_think
-
-_CONTROL = re.compile(
-    r"<(?=[|\uff5c])|(?<=[|\uff5c])>|<<(?=/?SYS>>)|\[(?=/?INST\])"
-    r"|<(?=/?(?:s|bos|eos|pad|unk|think|start_of_turn|end_of_turn)>)"
-)
 
 
 def question_text(prompt: str | Sequence[dict[str, Any]]) -> str:
@@ -47,9 +41,3 @@ def is_repetitive(text: str, share: float = 0.5, words: int = 3, shortest: int =
         return True
     lines = Counter(line.strip() for line in text.splitlines() if len(line.split()) >= words)
     return lines.total() >= 6 and max(lines.values()) / lines.total() > share
-
-
-def without_control_tokens(text: str) -> str:
-    """The text with control tokens of common chat templates (`<|im_end|>`, `[INST]`) taken apart by a space: a server would
-    encode them as what they control, and end the turn that quotes them."""
-    return _CONTROL.sub(lambda found: " >" if found[0] == ">" else f"{found[0]} ", text)
