@@ -10,18 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
-from rlsafe.config.base import Fraction, Keyless, NonNegative, Positive, Settings
+from rlsafe.config.base import Fraction, Keyless, NonNegative, Positive, Settings, invalid_at, on_off, one_to_list
 from rlsafe.config.data import DataConfig
 from rlsafe.config.errors import nearest
-
-
-def _on_off(value: Any) -> Any:
-    """YAML reads a bare `on` or `off` as a boolean."""
-    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
-
-
-def _one_to_list(value: Any) -> Any:
-    return value if isinstance(value, list) or value is None else [value]
 
 
 class LoraConfig(Settings):
@@ -46,7 +37,7 @@ class ModelConfig(Settings):
     adapter: str | None = Field(None, description="a PEFT adapter directory to start from")
     gradient_checkpointing: bool = False
     chat_template: str | None = Field(None, description="a Jinja file that replaces the tokenizer's chat template")
-    thinking: Annotated[Literal["on", "off", "no_think"] | None, BeforeValidator(_on_off)] = Field(
+    thinking: Annotated[Literal["on", "off", "no_think"] | None, BeforeValidator(on_off)] = Field(
         None,
         description="think-block models: on, off = the template's switch; no_think = ' /no_think' ends the last user "
         "turn; null = as the template does by default",
@@ -123,7 +114,7 @@ class PhaseConfig(Settings):
     """Some steps: either a `cycle` of step kinds in order, or a seeded random `mix` of kinds by weight."""
 
     steps: NonNegative | None = Field(None, description="null = what is left of schedule.steps")
-    cycle: Annotated[list[str], BeforeValidator(_one_to_list)] | None = None
+    cycle: Annotated[list[str], BeforeValidator(one_to_list)] | None = None
     mix: dict[str, Annotated[float, Field(ge=0)]] | None = None
     lr: Annotated[float, Field(gt=0)] | None = Field(
         None, description="starts its own learning-rate curve at this peak"
@@ -178,7 +169,7 @@ class SamplerConfig(Settings):
     sync: Literal["auto", "merged", "adapter"] = Field(
         "auto", description="merged: fresh W + BA; adapter: LoRA hot-swap"
     )
-    urls: Annotated[list[str], BeforeValidator(_one_to_list)] = Field(
+    urls: Annotated[list[str], BeforeValidator(one_to_list)] = Field(
         default_factory=list, description="kind server: addresses of vLLM servers, e.g. http://host:8000"
     )
     adapter_dir: str | None = Field(
@@ -252,7 +243,7 @@ class RunConfig(Settings):
     batch: BatchConfig = BatchConfig()
     optim: OptimConfig = OptimConfig()
     grpo: GrpoConfig = GrpoConfig()
-    rewards: Annotated[list[RewardConfig], BeforeValidator(_one_to_list)] = Field(default_factory=list)
+    rewards: Annotated[list[RewardConfig], BeforeValidator(one_to_list)] = Field(default_factory=list)
     sampler: SamplerConfig = SamplerConfig()
     defenses: list[str | dict[str, Any]] = Field(default_factory=list)
     plugins: list[str] = Field(
@@ -262,6 +253,13 @@ class RunConfig(Settings):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     out: str | None = None
+
+    @model_validator(mode="after")
+    def _one_policy_on_grpo(self) -> RunConfig:
+        grpo = any(part.path == "grpo" for parts in self.schedule.used_kinds.values() for part in parts)
+        if grpo and (dropout := self.model.lora and self.model.lora.dropout):  # two forwards, two random masks
+            raise invalid_at(("model", "lora", "dropout"), dropout, "must be 0 when the schedule has GRPO steps")
+        return self
 
 
 Tree = dict[str, Any]

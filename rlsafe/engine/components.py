@@ -22,6 +22,7 @@ from rlsafe.engine.schedule import Step, make_plan
 from rlsafe.engine.tracking import Tracker
 from rlsafe.evaluate import Probe, gather, load_judge, load_questions
 from rlsafe.policy import Policy
+from rlsafe.policy.adapters import read_adapter_config
 from rlsafe.rewards import RewardRunner, load_reward
 from rlsafe.rollouts import CANNOT_STEER, make_sampler
 from rlsafe.types import Judge, Row, Sampler, Where, provider_for
@@ -99,10 +100,22 @@ def prepare(config: RunConfig, load: LoadStreams | None = None) -> Prepared:
     uses_grpo = any(step.path == "grpo" for step in plan)
     rewards = None
     if uses_grpo:
+        _no_dropout(config.model.adapter)
         rewards = RewardRunner([load_reward(reward) for reward in config.rewards], config.grpo.on_error)
     if config.evaluate.wanted:
         gather(config.evaluate)
     return Prepared(config, plan, defenses, rows, rewards, notes)
+
+
+def _no_dropout(adapter: str | None) -> None:
+    """UserError when the adapter to go on with drops out: see `RunConfig`, which checks that of a new one."""
+    if not adapter or not Path(adapter, "adapter_config.json").is_file():
+        return  # loading says why; in a dry run it may be an adapter that another cell will leave
+    if dropout := read_adapter_config(adapter, "model.adapter").lora_dropout:
+        raise UserError(
+            f"model.adapter: {adapter}: lora_dropout in its adapter_config.json is {dropout}; must be 0 when the schedule has "
+            "GRPO steps"
+        )
 
 
 def _load_streams(data: DataConfig, seed: int, note: Callable[[str], None]) -> dict[str, list[Row]]:
