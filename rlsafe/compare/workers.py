@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlsafe.compare.cells import Cell
 from rlsafe.compare.records import Directory
+from rlsafe.types import Interrupted
 
 if TYPE_CHECKING:
     from rlsafe.engine import Resources
 
 Work = Callable[[Cell, Path], None]
+GRACE = 60.0
+"""Seconds between the signals to a worker that is left alone: the first lets it finish its step, the next ends it."""
 DIED = "its process died (killed for lack of memory?)"
 
 
@@ -46,15 +52,16 @@ def _pool(
 ) -> list[Cell]:
     """Run cells until all are done or a process dies; gives those that are left then."""
     pool = ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_start, initargs=(threads,))
-    running: dict[Future[None], Cell] = {pool.submit(work, cell, directory.out): cell for cell in cells}
+    running: dict[Future[None], Cell] = {pool.submit(_Worker.do, work, cell, directory.out): cell for cell in cells}
     try:
-        while running:
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                cell = running[future]
-                future.result()
-                del running[future]
-                ended(cell)
+        with _pass_on(pool):
+            while running:
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    cell = running[future]
+                    future.result()
+                    del running[future]
+                    ended(cell)
     except BrokenProcessPool:
         for cell in (finished := [cell for cell in running.values() if directory.finished(cell)]):
             ended(cell)
@@ -62,6 +69,25 @@ def _pool(
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
     return []
+
+
+@contextmanager
+def _pass_on(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """SIGTERM is Ctrl-C. A terminal's Ctrl-C reaches every process, what a scheduler sends only this one."""
+
+    def handle(number: int, frame: Any) -> None:
+        for process in list(pool._processes.values()):
+            process.terminate()
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -78,7 +104,49 @@ def _threads(count: int) -> Iterator[int]:
             os.environ["OMP_NUM_THREADS"] = before
 
 
+class _Worker:
+    """What a worker process knows of itself. Asked to stop, it takes none of the cells that already wait in its queue."""
+
+    busy = stopped = False
+
+    @classmethod
+    def do(cls, work: Work, cell: Cell, out: Path) -> None:
+        if cls.stopped:
+            raise KeyboardInterrupt
+        cls.busy = True
+        try:
+            work(cell, out)
+        except (KeyboardInterrupt, Interrupted):
+            cls.stopped = True
+            raise
+        finally:
+            cls.busy = False
+
+    @classmethod
+    def signalled(cls, number: int, frame: Any) -> None:
+        """Between cells: one that died of it would break the pool, and the pool would end the others in their steps."""
+        cls.stopped = True
+        if cls.busy:
+            raise KeyboardInterrupt
+
+    @classmethod
+    def follow_parent(cls) -> None:
+        """A worker whose parent was killed would wait for its next cell for ever."""
+        parent = parent_process()
+        assert parent is not None
+        parent.join()
+        while cls.busy:
+            os.kill(os.getpid(), signal.SIGTERM)
+            end = time.monotonic() + GRACE
+            while cls.busy and time.monotonic() < end:
+                time.sleep(0.1)
+        os._exit(1)
+
+
 def _start(threads: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _Worker.signalled)
+    threading.Thread(target=_Worker.follow_parent, daemon=True).start()
     import torch
 
     torch.set_num_threads(threads)
