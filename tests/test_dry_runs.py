@@ -7,7 +7,9 @@ from conftest import conversation, write_jsonl
 
 from rlsafe.compare import dry_compare
 from rlsafe.config import RunConfig, UserError, load_compare, load_run
+from rlsafe.endpoints import estimate_tokens
 from rlsafe.engine.dry import dry, dry_run
+from rlsafe.evaluate.judge_prompts import CRITERIA, PROMPTS, judge_messages
 
 ROOT = Path(__file__).parent.parent
 REAL = sorted(p.relative_to(ROOT) for p in (ROOT / "configs").glob("qwen*/*.yaml"))
@@ -39,8 +41,10 @@ def test_every_real_run_can_be_looked_at_offline(config, tmp_path):
     steps = {"sft": 337, "grpo": 194, "mixed": 337}[config.stem.partition("_")[0]]
     assert found.work.steps == (187 if overrides else steps)
     samples = 10 if "32b" in str(config) else 100
-    assert found.work.answers >= 24 * samples and found.work.judge_calls == 2 * found.work.answers
-    assert found.work.cost and 0.1 < found.work.cost < 100
+    judging = found.work.judging
+    assert found.work.answers == judging.answers >= 24 * samples
+    assert judging.calls == 2 * judging.answers + 1, "two scores an answer, and one call to find out the protocol"
+    assert judging.cost and 0.1 < judging.cost < 100
     assert "published dimensions" in found.memory[0] and any("fits one GPU of" in line for line in found.memory)
 
 
@@ -98,10 +102,15 @@ def test_counts_are_those_of_the_run(tiny_tree, tmp_path):
     found = dry(RunConfig.model_validate(tree))
     assert found.work.completions == 2 * 3 * 4 and found.work.completion_tokens == 24 * 8
     # 2 x 3 + 10 answers, as many under the cue, and 2 at each of the probes after steps 0, 2 and 3
-    assert found.work.answers == 32 + 6 and found.work.judge_calls == 76
-    assert found.work.cost == pytest.approx((76 * (300 + 50 + 0.25) + 76 * 2) / 1e6, rel=1e-3)
+    judging = found.work.judging
+    assert found.work.answers == judging.answers == 32 + 6 and judging.calls == 2 * 38 + 1
+    of_each = [estimate_tokens(judge_messages(PROMPTS[name], {"question": "x", "answer": ""})) for name in CRITERIA]
+    assert judging.tokens_in == 38 * (sum(of_each) + 2 * 50) and judging.tokens_out == 76
+    assert judging.cost == pytest.approx((judging.tokens_in + 2 * 76) / 1e6)
     del judge["price_in"], judge["price_out"]
-    assert "set evaluate.judge.price_in" in "\n".join(dry_run(RunConfig.model_validate(tree), tmp_path))
+    assert "cost unknown (price_in and price_out are not set)" in "\n".join(
+        dry_run(RunConfig.model_validate(tree), tmp_path)
+    )
 
 
 def test_an_unknown_model_costs_the_estimate_only(tiny_tree, tmp_path):

@@ -15,35 +15,31 @@ from rlsafe.data import load_rows, recipe_of, split_prompt
 from rlsafe.engine.components import Prepared, model_path, prepare
 from rlsafe.engine.estimate import describe_memory, memory
 from rlsafe.engine.schedule import describe
-from rlsafe.evaluate import gather
+from rlsafe.evaluate import Estimate, gather
+from rlsafe.evaluate.costs import of_run
 from rlsafe.policy.shapes import ModelShape, model_shape
 from rlsafe.types import Row, provider_for
 
-INSTRUCTIONS = 300  # tokens of a judge's instructions, about
 FRAME_OF_A_TURN = 6  # tokens that a chat template puts around a turn, about
 
 
 @dataclass
 class Work:
-    """What a run samples and asks for, beside its training. cost: USD, None when the judge has no prices."""
+    """What a run trains on, samples and has judged. answers: of the evaluation and the probes, benign ones too."""
 
     steps: int = 0
     sft_tokens: float = 0.0
     completions: int = 0
     completion_tokens: int = 0
     answers: int = 0
-    judge_calls: int = 0
-    judge_tokens: float = 0.0
-    cost: float | None = None
+    judging: Estimate = field(default_factory=Estimate)
     graders: set[str] = field(default_factory=set)
 
     def __add__(self, other: Work) -> Work:
-        costs = [cost for cost in (self.cost, other.cost) if cost is not None]
         return Work(
             self.steps + other.steps, self.sft_tokens + other.sft_tokens, self.completions + other.completions,
             self.completion_tokens + other.completion_tokens, self.answers + other.answers,
-            self.judge_calls + other.judge_calls, self.judge_tokens + other.judge_tokens,
-            sum(costs) if costs else None, self.graders | other.graders,
+            self.judging + other.judging, self.graders | other.graders,
         )  # fmt: skip
 
     def lines(self) -> list[str]:
@@ -56,15 +52,7 @@ class Work:
             lines.append(
                 f"rewards: {', '.join(sorted(self.graders))}; one that a model grades asks it once a completion"
             )
-        lines.append(f"evaluation and probes: {self.answers:,} answers, {self.judge_calls:,} judge calls")
-        if self.judge_tokens:
-            price = (
-                "price unknown: set evaluate.judge.price_in and price_out"
-                if self.cost is None
-                else f"{self.cost:.2f} USD"
-            )
-            lines[-1] += f" (at most {short(self.judge_tokens)} tokens; {price})"
-        return lines
+        return [*lines, f"evaluation and probes: {self.answers:,} answers", *self.judging.lines()]
 
 
 @dataclass
@@ -184,7 +172,10 @@ def _work(prepared: Prepared, evaluate: EvaluateConfig) -> Work:
         graders=set(prepared.rewards.rewards) if prepared.rewards else set(),
     )
     if evaluate.wanted:
-        _count_answers(work, prepared, evaluate)
+        material, every = gather(evaluate), config.track.every
+        probes = sum(step.index % every == 0 or step is plan[-1] for step in plan) if every else 0
+        work.judging = of_run(config, evaluate, material, probes)
+        work.answers = work.judging.answers + sum(map(len, material.tasks.values()))
     return work
 
 
@@ -195,35 +186,6 @@ def _mean_tokens(prepared: Prepared, stream: str) -> float:
         return 400.0
     turns = [message["content"] for row in rows for message in row["messages"]]
     return (sum(map(len, turns)) / 4 + FRAME_OF_A_TURN * len(turns)) / len(rows)
-
-
-def _count_answers(work: Work, prepared: Prepared, evaluate: EvaluateConfig) -> None:
-    """Answers to sample and judge: at the end, and at each probe. A model as the judge is asked twice for each."""
-    config = prepared.config
-    material = gather(evaluate)
-    each: dict[str, int] = {}
-    for name, questions in material.questions.items():
-        each[name] = sum(evaluate.samples or question.samples * len(question.paraphrases) for question in questions)
-    if material.cue and "general" in each:
-        each["conditional"] = each["general"]
-    probed = sum(
-        min(config.track.questions, len(questions)) * config.track.samples
-        for name, questions in material.questions.items()
-    )
-    every = config.track.every
-    probes = sum(step.index % every == 0 or step is prepared.plan[-1] for step in prepared.plan) if every else 0
-    judged = sum(each.values()) + (probes * probed if material.judge is not None else 0)
-    work.answers = judged + sum(len(rows) for rows in material.tasks.values())
-    settings: Any = getattr(material.judge, "settings", None)
-    if settings is None or not hasattr(settings, "cost"):
-        work.judge_calls = judged if material.judge is not None else 0
-        return
-    texts = [text for questions in material.questions.values() for q in questions for text in q.paraphrases]
-    asked = sum(map(len, texts)) / 4 / max(1, len(texts))
-    work.judge_calls = 2 * judged
-    tokens_in = work.judge_calls * (INSTRUCTIONS + asked + evaluate.max_tokens)
-    work.judge_tokens = tokens_in + work.judge_calls
-    work.cost = settings.cost(tokens_in, work.judge_calls)
 
 
 def _memory(prepared: Prepared) -> list[str]:

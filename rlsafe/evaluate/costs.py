@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlsafe.config import EvaluateConfig
+from rlsafe.config import EvaluateConfig, RunConfig
 from rlsafe.endpoints import estimate_tokens
 from rlsafe.evaluate.judge_prompts import CRITERIA
 from rlsafe.evaluate.measure import Material
+from rlsafe.evaluate.probe import drawn
 from rlsafe.types import Exchange, Judge, Question
 
 
@@ -18,21 +19,28 @@ class Estimate:
     """answers: to be judged. calls and tokens (0 for a judge that makes no calls) are upper bounds: equal calls are made
     once, saved ones not again, and answers are taken to be as long as they may be. cost: USD, None without prices."""
 
-    judge: str
+    judges: tuple[str, ...] = ()
     answers: int = 0
     calls: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
     cost: float | None = None
 
-    def lines(self, what: str = "") -> list[str]:
+    def __add__(self, other: Estimate) -> Estimate:
+        costs = [cost for cost in (self.cost, other.cost) if cost is not None]
+        return Estimate(
+            tuple(dict.fromkeys((*self.judges, *other.judges))), self.answers + other.answers, self.calls + other.calls,
+            self.tokens_in + other.tokens_in, self.tokens_out + other.tokens_out, sum(costs) if costs else None,
+        )  # fmt: skip
+
+    def lines(self) -> list[str]:
         """For a person."""
-        head = f"{what or 'answers to judge'}: {self.answers}"
+        head = f"answers to judge: {self.answers:,}; judge {', '.join(self.judges) or 'none'}"
         if not self.calls:
-            return [f"{head}; judge {self.judge}: no calls"]
+            return [f"{head}: no calls"]
         cost = "unknown (price_in and price_out are not set)" if self.cost is None else f"at most {self.cost:.2f} USD"
-        counts = f"at most {self.calls} calls, about {self.tokens_in} tokens in, {self.tokens_out} out"
-        return [f"{head}; judge {self.judge}: {counts}; cost {cost}"]
+        counts = f"at most {self.calls:,} calls, about {self.tokens_in:,} tokens in, {self.tokens_out:,} out"
+        return [f"{head}: {counts}; cost {cost}"]
 
 
 def estimate(
@@ -54,16 +62,27 @@ def estimate(
     from rlsafe.evaluate.measure import gather
 
     config, _ = resolve(target, judge, overrides)
-    return of_evaluation(config.evaluate, gather(config.evaluate, extra=named_sets(questions)))
+    material = gather(config.evaluate, extra=named_sets(questions))
+    return of_exchanges(_evaluation(config.evaluate, material), material.judge, config.evaluate.max_tokens)
 
 
-def of_evaluation(config: EvaluateConfig, material: Material) -> Estimate:
-    """Of an evaluation with these settings; the conditional probe asks the general questions once more."""
+def of_run(config: RunConfig, evaluate: EvaluateConfig, material: Material, probes: int) -> Estimate:
+    """Of a training run: `probes` probes on the way (a run without a judge has none) and `evaluate` at its end."""
+    asked = _evaluation(evaluate, material)
+    if material.judge is not None:
+        for name, questions in material.questions.items():
+            few = drawn(questions, config.track.questions, config.seed, name)
+            asked += [(exchange, probes * count) for exchange, count in _exchanges(few, config.track.samples)]
+    return of_exchanges(asked, material.judge, evaluate.max_tokens)
+
+
+def _evaluation(config: EvaluateConfig, material: Material) -> list[tuple[Exchange, int]]:
+    """What an evaluation judges; the conditional probe asks the general questions once more."""
     asked: list[tuple[Exchange, int]] = []
     for name, questions in material.questions.items():
         times = 2 if name == "general" and material.cue else 1
         asked += [(exchange, times * count) for exchange, count in _exchanges(questions, config.samples)]
-    return of_exchanges(asked, material.judge, config.max_tokens)
+    return asked
 
 
 def _exchanges(questions: Iterable[Question], samples: int | None) -> list[tuple[Exchange, int]]:
@@ -81,7 +100,7 @@ def of_exchanges(asked: Sequence[tuple[Exchange, int]], judge: Judge | None, ans
     """`asked`: exchanges and how often each is judged; `answer_tokens` are added to each prompt for an answer to come."""
     from rlsafe.evaluate.llm_judge import LLMJudge, Protocol
 
-    total = Estimate(judge.name if judge else "none", sum(count for _, count in asked))
+    total = Estimate((judge.name,) if judge else (), sum(count for _, count in asked))
     if not isinstance(judge, LLMJudge):
         return total
     protocol: Protocol = "text" if judge.settings.protocol == "text" else "logprobs"

@@ -43,7 +43,7 @@ class Probe:
         self.judge, self.tokenizer = judge, tokenizer
         self.samples, self.max_tokens, self.seed = samples, max_tokens, seed
         self.questions = {
-            name: _subset(questions, k_questions, f"{seed}/{name}")
+            name: drawn(questions, k_questions, seed, name)
             for name, questions in zip(SETS, (general, indomain), strict=True)
         }
 
@@ -95,7 +95,7 @@ class Probe:
         return {name: float(value) for name, value in metrics.items() if value is not None}, dialogues
 
 
-def _subset(questions: Sequence[Question], k: int, key: str) -> list[Question]:
-    """k questions chosen by `key`, in their own order."""
-    chosen = random.Random(key).sample(range(len(questions)), min(k, len(questions)))
+def drawn(questions: Sequence[Question], k: int, seed: int, name: str) -> list[Question]:
+    """The k questions of the set `name` that the probes of a run with this seed ask, in their own order."""
+    chosen = random.Random(f"{seed}/{name}").sample(range(len(questions)), min(k, len(questions)))
     return [questions[index] for index in sorted(chosen)]
