@@ -332,7 +332,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         code = app(args=[a for a in arguments if a != "--debug"], prog_name="rlsafe", standalone_mode=False)
     except Exception as error:
         if debug:
-            traceback.print_exc()
+            print(scrub(traceback.format_exc()), end="", file=sys.stderr)
         from rlsafe.types import Interrupted, RunError
 
         if isinstance(error, UserError):

@@ -26,6 +26,7 @@ from rlsafe.compare.tasks import judge_and_write
 from rlsafe.compare.verdicts import PathTable
 from rlsafe.compare.workers import run_in_workers, train_cell
 from rlsafe.config import UserError, load_compare
+from rlsafe.config.secrets import scrub_secrets
 from rlsafe.types import Interrupted, RunError
 
 if TYPE_CHECKING:
@@ -78,7 +79,9 @@ def compare(
     name = Path(config_path).stem + ("-quick" if quick else "")
     directory = Directory(Path(out or own_out or Path("runs") / name))
     directory.open(config)
-    command = _command(config_path, defenses, paths, seeds, jobs, directory.out, overrides, quick, relapse, ray)
+    command = scrub_secrets(
+        _command(config_path, defenses, paths, seeds, jobs, directory.out, overrides, quick, relapse, ray)
+    )
     if ray is not None:
         check_ray(ray)
     progress = Progress(cells)
@@ -159,7 +162,7 @@ def run_cell(cell: Cell, directory: Directory, resources: Resources, progress: P
 
 
 def _reason(error: Exception) -> str:
-    line = " ".join(str(error).split()) or "no message"
+    line = scrub_secrets(" ".join(str(error).split())) or "no message"
     return (line if isinstance(error, UserError | RunError) else f"{type(error).__name__}: {line}")[:500]
 
 

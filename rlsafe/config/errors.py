@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from rlsafe.config.secrets import scrub_secrets
+
 
 class UserError(Exception):
     """The user's input is wrong. The message is one clear line: what, where, what was expected, the nearest valid name.
 
-    The command line prints it and exits with 2.
+    The command line prints it and exits with 2. What looks like a secret in it is masked.
     """
 
     def __init__(self, message: str):
-        super().__init__(" ".join(str(message).split()))
+        super().__init__(scrub_secrets(" ".join(str(message).split())))
 
 
 def nearest(name: str, options: Iterable[str], most: int = 12) -> str:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from rlsafe.config.base import SECRET
 from rlsafe.config.errors import UserError, nearest
 from rlsafe.config.schema import CompareConfig, RunConfig
 
@@ -178,6 +179,8 @@ def _explain(error: ValidationError, model: type[BaseModel], marks: Marks, sourc
     keys = tuple(str(step) for step in location)
     where = next((marks[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in marks), source)
     dotted = ".".join(keys)
+    if first["type"] == SECRET and where.startswith("override "):  # it holds the value
+        where = f"override '{where[10:].partition('=')[0]}'"
     if first["type"] == "extra_forbidden":
         return UserError(f"{where}: unknown key {dotted!r}{nearest(keys[-1], _options(model, location[:-1]))}")
     if first["type"] == "missing":

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
-from rlsafe.config.base import Fraction, Keyless, NonNegative, Positive, Settings, invalid_at, on_off, one_to_list
+from rlsafe.config.base import Fraction, NonNegative, Positive, Recorded, Settings, invalid_at, on_off, one_to_list
 from rlsafe.config.data import DataConfig
 from rlsafe.config.errors import nearest
 
@@ -50,9 +50,7 @@ class RewardConfig(Settings):
     fn: str = Field(description="file.py:function, package.module:function, or provider:name")
     thinking: bool = Field(False, description="the function sees the think block before the answer as well")
     weight: float = 1.0
-    args: Annotated[dict[str, Any], Keyless] = Field(
-        default_factory=dict, description="keyword arguments bound to the function"
-    )
+    args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments bound to the function")
 
 
 class GrpoConfig(Settings):
@@ -214,7 +212,7 @@ class CheckpointConfig(Settings):
 
 
 class EvaluateConfig(Settings):
-    judge: Annotated[str | dict[str, Any] | None, Keyless] = Field(
+    judge: str | dict[str, Any] | None = Field(
         None, description="provider name such as 'organism', or {kind: openai, ...}"
     )
     general: str | None = Field(None, description="provider:spec or a YAML question file")
@@ -233,7 +231,7 @@ class EvaluateConfig(Settings):
         return bool(self.general or self.indomain or self.benign)
 
 
-class RunConfig(Settings):
+class RunConfig(Recorded):
     """One training run. `rlsafe train CONFIG` reads it; RUN/config.yaml holds it with every default written out."""
 
     seed: int = 0
@@ -317,7 +315,7 @@ class SelectionConfig(Settings):
     seed: int = 0
 
 
-class CompareConfig(Settings):
+class CompareConfig(Recorded):
     """A grid of runs: models x paths x defenses x seeds, evaluated and turned into verdicts.
 
     `run` holds what all cells share; `paths`, `models`, `defenses` hold what differs (trees of RunConfig keys, deep-merged in the

@@ -1,15 +1,40 @@
-"""What must not be written down or printed: values of secret environment variables, and where a user's home is."""
+"""What must not be written down or printed: keys and passwords wherever they stand, and where a user's home is.
+
+Settings are copied into config.yaml, reports and cards, so one that holds a secret is refused (`secret_in`, asked by
+`rlsafe.config.base.Recorded`). Messages and command lines are scrubbed.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 _NAMES = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
-_SHAPES = re.compile(r"\b(?:sk|hf|ghp|gho|xoxb)[-_][A-Za-z0-9_-]{16,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
+_SECRET_WORD = (
+    r"(?:api[_-]?key|(?:access|private|secret|subscription)[_-]?key|passwo?r?d|passphrase|secret|credentials?"
+    r"|(?:access|api|auth|bearer|hf|id|refresh|secret|security|session)[_-]?token|(?:proxy-)?authorization|cookie)"
+)
+_SECRET_NAME = rf"(?:[\w-]*[_-])?{_SECRET_WORD}"
+"""Names of settings, headers and query parameters whose value is a secret. Not `api_key_env` and not `max_tokens`."""
+_NAMED = re.compile(_SECRET_NAME, re.IGNORECASE)
+_IN_A_QUERY = re.compile(
+    rf"{_SECRET_NAME}|key|token|sig|signature|x-(?:amz|goog)-(?:signature|credential)", re.IGNORECASE
+)
+_ADDRESS = re.compile(r"https?://[^\s\"'<>]+", re.IGNORECASE)
+_SHAPES = re.compile(
+    r"\bsk[-_][A-Za-z0-9_-]{16,}|\b(?:hf|gh[opsu]|github_pat|glpat|xox[abp])[-_](?=[\w-]*[A-Za-z0-9]{16})[A-Za-z0-9_-]{16,}"
+    r"|\bAKIA[0-9A-Z]{16}\b|\bAIza[\w-]{30,}|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+"
+    r"|(?<=\b[Bb]earer )[\w.~+/=-]{8,}|(?<=\b[Bb]asic )[A-Za-z0-9+/=]{8,}"
+    r"|(?<=://)[^/\s@\"']+:[^/\s\"']+(?=@)"
+)
 """Keys as the usual services hand them out, and `user:password` in an address."""
-SHORTEST = 8  # characters: shorter values are words that occur by chance
+_ASSIGNED = re.compile(rf"({_SECRET_WORD}[\"']?\s*[:=]\s*[\"']?)([^\s\"',;&}})\]]{{6,}})", re.IGNORECASE)
+_ASSIGNED_IN_A_QUERY = re.compile(rf"([?&](?:{_IN_A_QUERY.pattern})=)([^\s\"'&#]+)", re.IGNORECASE)
+SHORTEST = 8  # characters of a variable's value: shorter ones are words that occur by chance
 
 
 def scrub(text: str) -> str:
@@ -21,7 +46,41 @@ def scrub(text: str) -> str:
 
 def scrub_secrets(text: str) -> str:
     """`text` with every secret as `***`: for messages, whose paths must stay what they are."""
+    for value in _of_the_environment():
+        text = text.replace(value, "***")
+    text = _ASSIGNED_IN_A_QUERY.sub(r"\1***", _SHAPES.sub("***", text))
+    return _ASSIGNED.sub(r"\1***", text)
+
+
+def _of_the_environment() -> Iterator[str]:
     for name, value in os.environ.items():
-        if len(value) >= SHORTEST and _NAMES.search(name):
-            text = text.replace(value, "***")
-    return _SHAPES.sub("***", text)
+        if len(value) >= SHORTEST and _NAMES.search(name) and not os.path.exists(value):
+            yield value
+
+
+def secret_in(tree: Any, keys: tuple[str, ...] = ()) -> tuple[tuple[str, ...], str] | None:
+    """(where, what) of the first secret in settings, never the secret itself; None when there is none."""
+    if isinstance(tree, str):
+        return (keys, found) if (found := _secret(tree, keys)) else None
+    inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else ()
+    return next((found for name, part in inner if (found := secret_in(part, (*keys, str(name))))), None)
+
+
+def _secret(text: str, keys: tuple[str, ...]) -> str:
+    if text and any(_NAMED.fullmatch(key) for key in keys):
+        return "a key or password"
+    for address in _ADDRESS.findall(text):
+        try:
+            parts = urlsplit(address)
+        except ValueError:  # a bracket that no IPv6 address follows
+            continue
+        if "@" in parts.netloc and (parts.password or address == text):
+            return "an address with a user's name or password"
+        for name, value in parse_qsl(parts.query):
+            if value and _IN_A_QUERY.fullmatch(name):
+                return f"an address with a key or password ({name})"
+    if _SHAPES.search(text):
+        return "a key or password"
+    if any(value in text for value in _of_the_environment()):
+        return "the value of a secret environment variable"
+    return ""
