@@ -12,18 +12,20 @@ if TYPE_CHECKING:
     from rlsafe.defenses import Defense, defense
     from rlsafe.engine import Run, train
     from rlsafe.rewards import reward
+    from rlsafe.types import Need
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
     "Defense": "rlsafe.defenses",
+    "Need": "rlsafe.types",
     "Run": "rlsafe.engine",
     "UserError": "rlsafe.config",
     "defense": "rlsafe.defenses",
     "reward": "rlsafe.rewards",
     "train": "rlsafe.engine",
 }
-__all__ = ["Defense", "Run", "UserError", "defense", "reward", "train"]
+__all__ = ["Defense", "Need", "Run", "UserError", "defense", "reward", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import textwrap
 
 import pytest
@@ -101,6 +102,32 @@ class Wrong(rlsafe.Defense):
         return {"surprise": (view.logp, view.mask("all"))}
 """
 
+CARELESS = """
+import rlsafe
+
+class Kl(rlsafe.Defense):
+    def penalty(self, view):
+        return {"kl": (view.divergence("base"), view.mask("answer"))}
+
+class Scores(rlsafe.Defense):
+    def penalty(self, view):
+        return {"scores": (view.logprobs("base") - view.logp, view.mask("answer"))}
+
+class Features(rlsafe.Defense):
+    needs = {rlsafe.Need("hidden_states", "base", layers=(1,))}
+
+    def penalty(self, view):
+        return {"far": ((view.hidden(1) - view.hidden(2, "base")).sum(-1), view.mask("answer"))}
+
+class Mask(rlsafe.Defense):
+    def penalty(self, view):
+        return {"surprise": (view.logp, view.mask("answers"))}
+
+class Crash(rlsafe.Defense):
+    def prompt(self, messages, where):
+        return messages + None
+"""
+
 
 @PATHS
 def test_a_defense_from_a_file_runs_by_name_and_by_path(tiny_tree, tmp_path, path):
@@ -132,6 +159,73 @@ def test_a_defense_that_does_nothing_stops_the_run_and_is_named(tiny_tree, tmp_p
     with pytest.raises(RunError, match=message) as error:
         run(run_from_tree(tree), tmp_path / "run")
     assert name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("Kl", r"defense 'Kl': .* add: needs = {rlsafe.Need\('divergence', 'base'\)}"),
+        ("Scores", r"defense 'Scores': .* add: needs = {rlsafe.Need\('logprobs', 'base'\)}"),
+        ("Features", r"defense 'Features': .* add: needs = {rlsafe.Need\('hidden_states', 'base', layers=\(2,\)\)}"),
+        ("Mask", "defense 'Mask': unknown mask 'answers'; did you mean 'answer'"),
+    ],
+)
+def test_a_penalty_that_reads_what_it_does_not_declare_is_told_what_to_add(tiny_tree, tmp_path, name, says):
+    file = tmp_path / "careless.py"
+    file.write_text(textwrap.dedent(CARELESS))
+    with pytest.raises(UserError, match=says):
+        run(run_from_tree(tree_with(tiny_tree, {"defenses": [f"{file}:{name}"]})), tmp_path / "run")
+
+
+def test_an_error_inside_a_defense_says_whose_it_is(tiny_tree, tmp_path):
+    file = tmp_path / "careless.py"
+    file.write_text(textwrap.dedent(CARELESS))
+    with pytest.raises(TypeError) as error:
+        run(run_from_tree(tree_with(tiny_tree, {"defenses": [f"{file}:Crash"]})), tmp_path / "run")
+    assert "in prompt of defense 'Crash'" in error.value.__notes__
+
+
+def test_prompt_and_activation_hooks_of_ones_own_leave_safe_rows_alone(tmp_path):
+    """`streams` is asked for every hook that changes what the model reads or computes, whoever wrote the defense."""
+    file = tmp_path / "gentle.py"
+    file.write_text(
+        textwrap.dedent(OWN)
+        + textwrap.dedent(
+            """
+            from contextlib import contextmanager
+            ENTERED = []
+
+            class Steering(rlsafe.Defense):
+                def steers(self, where):
+                    return True
+
+                @contextmanager
+                def activations(self, policy, where):
+                    ENTERED.append(where.stream)
+                    yield
+
+                @contextmanager
+                def patch_sampler(self, sampler, where):
+                    ENTERED.append(where.stream)
+                    yield
+
+            class Everywhere(Steering):
+                streams = ("narrow", "safe")
+            """
+        )
+    )
+    (gentle, steering), _ = build([f"{file}:Gentle", f"{file}:Steering"])
+    stack, messages = DefenseStack([gentle, steering]), [{"role": "user", "content": "hi"}]
+    narrow, safe = Where("narrow", "sft", "train"), Where("safe", "sft", "train")
+    assert stack.prompt(messages, safe) == messages != stack.prompt(messages, narrow)
+    assert stack.steers(narrow) and not stack.steers(safe) and stack.steers_differently(narrow, safe)
+    for where in (narrow, safe):
+        with stack.activations(None, where), stack.patched(None, where):
+            pass
+    entered = sys.modules[type(steering).__module__].ENTERED
+    assert entered == ["narrow", "narrow"]
+    everywhere = DefenseStack(build([f"{file}:Everywhere"])[0])
+    assert everywhere.steers(safe) and not everywhere.steers_differently(narrow, safe)
 
 
 def test_settings_of_a_defense_are_checked_and_written_out(tiny_tree, tmp_path):

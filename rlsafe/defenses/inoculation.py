@@ -38,6 +38,7 @@ class Inoculation(Defense):
         found = provider_for(prompt)
         self.text = found[0].prompt(found[1]) if found else prompt
         self.at, self.position, self.mode, self.on = at, position, mode, on
+        self.streams = tuple(on)
 
     @property
     def strength(self) -> float:

@@ -100,6 +100,7 @@ class Persona(Defense):
         if rollouts and positions == "completion":
             raise UserError("defense 'persona': rollouts: true steers all positions; expected positions: all")
         self.file, self.layer, self.alpha, self.on = vectors, layer, alpha, on
+        self.streams = tuple(on)
         self.positions, self.rollouts = positions, rollouts
         self.applied = 0.0
         if alpha:

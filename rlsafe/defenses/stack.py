@@ -41,6 +41,10 @@ class DefenseStack:
     def __len__(self) -> int:
         return len(self.active)
 
+    def _on(self, where: Where) -> list[Defense]:
+        """The defenses whose prompt and activation hooks act on the rows of this stream."""
+        return [defense for defense in self.active if where.stream in defense.streams]
+
     @property
     def penalized(self) -> list[Defense]:
         """Defenses with a penalty whose references exist by now."""
@@ -84,24 +88,29 @@ class DefenseStack:
 
     def prompt(self, messages: list[Message], where: Where) -> list[Message]:
         """The conversation after every defense's prompt hook; counts what each one changed."""
-        for defense in self.active:
-            before, messages = messages, defense.prompt(messages, where)
+        for defense in self._on(where):
+            with _blaming(defense, "prompt"):
+                before, messages = messages, defense.prompt(messages, where)
             self.prompts_changed[defense.name] += messages != before
         return messages
 
     def steers(self, where: Where) -> bool:
         """Whether some defense's activation hooks act at `where`."""
-        return any(defense.steers(where) for defense in self.active)
+        return any(defense.steers(where) for defense in self._on(where))
 
     def steers_differently(self, one: Where, other: Where) -> bool:
         """Whether the activation hooks of the two places differ."""
-        return any(defense.steers(one) != defense.steers(other) for defense in self.active)
+        return any(
+            (one.stream in defense.streams and defense.steers(one))
+            != (other.stream in defense.streams and defense.steers(other))
+            for defense in self.active
+        )
 
     @contextmanager
     def activations(self, policy: Policy, where: Where) -> Iterator[None]:
         """All activation hooks at `where`; hold it through forward and backward."""
         with ExitStack() as stack:
-            for defense in self.active:
+            for defense in self._on(where):
                 stack.enter_context(defense.activations(policy, where))
             yield
 
@@ -109,7 +118,7 @@ class DefenseStack:
     def patched(self, sampler: Sampler, where: Where) -> Iterator[None]:
         """All sampler patches during rollout generation."""
         with ExitStack() as stack:
-            for defense in self.active:
+            for defense in self._on(where):
                 context: AbstractContextManager[Any] = defense.patch_sampler(sampler, where)
                 stack.enter_context(context)
             yield
@@ -121,7 +130,9 @@ class DefenseStack:
     def penalties(self, view: View) -> Iterator[tuple[Defense, str, Tensor]]:
         """(defense, term name, sum of values over the mask) of one micro-batch, unweighted."""
         for defense in self.penalized:
-            for term, (values, mask) in defense.penalty(view).items():
+            with _blaming(defense, "penalty"):
+                terms = list(defense.penalty(view).items())
+            for term, (values, mask) in terms:
                 _check_mask(defense, term, values, mask, view.batch)
                 yield defense, term, (values * mask).sum()
 
@@ -135,6 +146,18 @@ class DefenseStack:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for defense in self.active:
             defense.load_state_dict(state.get(defense.name, {}))
+
+
+@contextmanager
+def _blaming(defense: Defense, hook: str) -> Iterator[None]:
+    """An error of the defense's own code says whose it is."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"defense {defense.name!r}: {error}") from None
+    except Exception as error:
+        error.add_note(f"in {hook} of defense {defense.name!r}")
+        raise
 
 
 def _check_claims(defenses: Sequence[Defense]) -> None:

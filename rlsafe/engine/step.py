@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rlsafe.config import GrpoConfig
+from rlsafe.config import GrpoConfig, UserError
 from rlsafe.defenses import DefenseStack
 from rlsafe.losses import (
     grpo_count,
@@ -27,7 +27,7 @@ from rlsafe.losses import (
     truncated_correction,
 )
 from rlsafe.policy import Forwarded, ForwardPlan, Frozen, Policy
-from rlsafe.types import Batch, Need
+from rlsafe.types import Batch, Need, pick
 
 
 class NotFinite(Exception):
@@ -71,18 +71,33 @@ class ForwardView:
             "all": self.batch.predicted_mask,
             "tokens": self.batch.attention.bool(),
         }
-        return masks[kind]
+        return masks[pick("mask", kind, masks)]
 
     def divergence(self, reference: str = "base") -> Tensor:
+        if reference not in self.forwarded.kl:
+            raise _undeclared("divergence", reference)
         return self.forwarded.kl[reference]
 
     def logprobs(self, reference: str = "base") -> Tensor:
-        logp = self.frozen[reference].logp
-        assert logp is not None
+        logp = self.frozen[reference].logp if reference in self.frozen else None
+        if logp is None:
+            raise _undeclared("logprobs", reference)
         return logp
 
     def hidden(self, layer: int, reference: str | None = None) -> Tensor:
-        return self.forwarded.hidden[layer] if reference is None else self.frozen[reference].layers[layer]
+        if reference is None:
+            states = self.forwarded.hidden
+        else:
+            states = self.frozen[reference].layers if reference in self.frozen else {}
+        if layer not in states:
+            raise _undeclared("hidden_states", reference, f", layers=({layer},)")
+        return states[layer]
+
+
+def _undeclared(kind: str, reference: str | None, more: str = "") -> UserError:
+    return UserError(
+        f"its penalty reads what it does not declare; add: needs = {{rlsafe.Need({kind!r}, {reference!r}{more})}}"
+    )
 
 
 @dataclass
