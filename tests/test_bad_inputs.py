@@ -10,6 +10,7 @@ import yaml
 from conftest import save_tiny_model
 
 from rlsafe import cli
+from rlsafe.config import load_run
 
 
 def command(capsys, *arguments: str) -> tuple[int, str]:
@@ -37,7 +38,6 @@ OVERRIDES: list[tuple[list[str], str]] = [
     (["seed=one"], "seed: input should be a valid integer"),
     (["schedule.steps=-5"], "greater than or equal to 0"),
     (["schedule.phases=[]"], "at least 1 item"),
-    (["schedule.phases=[{cycle: [sfft]}]"], "did you mean 'sft'?"),
     (["schedule.phases=[{mix: {sft: 1}, cycle: [sft]}]"], "either 'cycle'"),
     (["schedule.phases=[{mix: {sft: 0}}]"], "must not all be zero"),
     (["schedule.phases=[{steps: 1, cycle: sft}]"], "cover 1 of 4 steps"),
@@ -58,6 +58,13 @@ OVERRIDES: list[tuple[list[str], str]] = [
     (["data.narrow.source=missing.jsonl"], "missing.jsonl"),
     (["data.narrow.source=organism:medicine/bad"], "unknown organism rows 'medicine/bad'"),
     (["data.narrow=null"], "data.narrow is not set"),
+    (["model.lora=none"], "model.lora: expected settings (r, alpha, dropout, rslora, targets), got 'none'"),
+    (
+        ["schedule.phases=[{cycle: [sfft]}]"],
+        "error: override 'schedule.phases=[{cycle: [sfft]}]': schedule: unknown step kind 'sfft'; did you mean 'sft'?",
+    ),
+    (["sampler.kind=server"], "error: override 'sampler.kind=server': sampler: 'kind: server' takes 'urls'"),
+    (["defenses=[kl]", "defenses.0.weight=1"], "defenses.0 is 'kl' and holds no 'weight'"),
     (["data.narrow.max_tokens=3"], "longer than max_tokens"),
     (["model.name=/no/such/model"], "/no/such/model"),
     (["model.name=organism:align"], "did you mean 'aligned'?"),
@@ -93,6 +100,7 @@ FILES: list[tuple[str, str]] = [
     ("model: {name: x}\nschedule:\n  stepz: 3\n", ":3: unknown key 'schedule.stepz'; did you mean 'steps'?"),
     ("schedule: {steps: 3}\n", "the key 'model' is required"),
     ("include: [missing.yaml]\n", "no such config file"),
+    ("run: {model: {name: x}}\npaths: {sft: {}}\n", "describes a comparison, not one run; use: rlsafe compare"),
     ("include: [bad.yaml]\n", "includes itself"),
 ]
 
@@ -103,6 +111,17 @@ def test_a_wrong_config_file_names_the_line(capsys, tmp_path, text, expected):
     file.write_text(text)
     code, error = command(capsys, "train", str(file))
     assert code == 2 and expected in error and str(tmp_path) in error
+
+
+def test_the_config_of_one_run_is_no_comparison(capsys, config):
+    code, error = command(capsys, "compare", str(config), "--dry-run")
+    assert code == 2 and f"{config}: describes one run, not a comparison; use: rlsafe train {config}" in error
+
+
+def test_one_defense_or_reward_may_stand_for_a_list_and_a_text_for_a_reward(config):
+    run = load_run(config, ["defenses=kl", "rewards=[my.py:short, {fn: 'my.py:long', weight: 2}]"])
+    assert run.defenses == ["kl"] and [(r.fn, r.weight) for r in run.rewards] == [("my.py:short", 1), ("my.py:long", 2)]
+    assert load_run(config, ["rewards=my.py:short"]).rewards == run.rewards[:1]
 
 
 ROWS: list[tuple[str, str]] = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -20,8 +21,14 @@ def on_off(value: Any) -> Any:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
-def one_to_list(value: Any) -> Any:
-    return value if isinstance(value, list) or value is None else [value]
+def to_list(key: str | None = None) -> Callable[[Any], Any]:
+    """One thing is a list of it. With `key`, a bare text stands for settings of which only that is given."""
+
+    def read(value: Any) -> Any:
+        values = value if isinstance(value, list) or value is None else [value]
+        return [{key: one} if isinstance(one, str) else one for one in values] if key and values else values
+
+    return read
 
 
 def invalid_at(keys: tuple[str, ...], given: Any, message: str, kind: str = "across") -> ValidationError:

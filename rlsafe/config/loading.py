@@ -132,6 +132,8 @@ def apply_override(tree: dict[str, Any], override: str, marks: Marks | None = No
             else:
                 here = here[int(key)]
             continue
+        if not isinstance(here, dict):
+            raise UserError(f"override {override!r}: {'.'.join(keys[:depth])} is {here!r} and holds no {key!r}")
         if last:
             here[key] = parsed
         else:
@@ -178,6 +180,9 @@ def _explain(error: ValidationError, model: type[BaseModel], marks: Marks, sourc
     ]
     keys = tuple(str(step) for step in location)
     where = next((marks[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in marks), source)
+    if first["type"] == "value_error":  # of a whole section: it was right before the command line changed a part of it
+        changed = {mark for path, mark in marks.items() if path[: len(keys)] == keys and mark.startswith("override ")}
+        where = changed.pop() if len(changed) == 1 else where
     dotted = ".".join(keys)
     if first["type"] == SECRET and where.startswith("override "):  # it holds the value
         where = f"override '{where[10:].partition('=')[0]}'"
@@ -186,6 +191,9 @@ def _explain(error: ValidationError, model: type[BaseModel], marks: Marks, sourc
     if first["type"] == "missing":
         return UserError(f"{where}: the key {dotted!r} is required")
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] in ("model_type", "dict_type"):
+        options = _options(model, location)
+        message = "expected settings" + (f" ({', '.join(options)})" if options else ": a mapping of names to values")
     given = first.get("input")
     shown = "" if isinstance(given, (dict, list)) else f", got {given!r}"
     return UserError(f"{where}: {dotted + ': ' if dotted else ''}{message[0].lower() + message[1:]}{shown}")
@@ -201,6 +209,8 @@ def build(model: type[C], tree: Mapping[str, Any], marks: Marks | None = None, s
 
 def _load(model: type[C], path: str | Path, overrides: Iterable[str], base: Mapping[str, Any] | None = None) -> C:
     tree, marks = load_tree(path)
+    if "paths" in tree and "run" in tree and "model" not in tree:
+        raise UserError(f"{path}: describes a comparison, not one run; use: rlsafe compare {path}")
     for override in overrides:
         apply_override(tree, override, marks)
     return build(model, merge(base or {}, tree), marks, str(path))
@@ -221,6 +231,8 @@ def load_compare(path: str | Path, overrides: Iterable[str] = (), quick: bool = 
     `overrides`, to be applied last to every cell; any other one changes the comparison itself.
     """
     tree, marks = load_tree(path)
+    if "model" in tree and "run" not in tree:
+        raise UserError(f"{path}: describes one run, not a comparison; use: rlsafe train {path}")
     if quick:
         preset = tree.get("quick")
         if not isinstance(preset, dict) or not preset:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
-from rlsafe.config.base import Fraction, NonNegative, Positive, Recorded, Settings, invalid_at, on_off, one_to_list
+from rlsafe.config.base import Fraction, NonNegative, Positive, Recorded, Settings, invalid_at, on_off, to_list
 from rlsafe.config.data import DataConfig
 from rlsafe.config.errors import nearest
 
@@ -112,7 +112,7 @@ class PhaseConfig(Settings):
     """Some steps: either a `cycle` of step kinds in order, or a seeded random `mix` of kinds by weight."""
 
     steps: NonNegative | None = Field(None, description="null = what is left of schedule.steps")
-    cycle: Annotated[list[str], BeforeValidator(one_to_list)] | None = None
+    cycle: Annotated[list[str], BeforeValidator(to_list())] | None = None
     mix: dict[str, Annotated[float, Field(ge=0)]] | None = None
     lr: Annotated[float, Field(gt=0)] | None = Field(
         None, description="starts its own learning-rate curve at this peak"
@@ -167,7 +167,7 @@ class SamplerConfig(Settings):
     sync: Literal["auto", "merged", "adapter"] = Field(
         "auto", description="merged: fresh W + BA; adapter: LoRA hot-swap"
     )
-    urls: Annotated[list[str], BeforeValidator(one_to_list)] = Field(
+    urls: Annotated[list[str], BeforeValidator(to_list())] = Field(
         default_factory=list, description="kind server: addresses of vLLM servers, e.g. http://host:8000"
     )
     adapter_dir: str | None = Field(
@@ -241,9 +241,9 @@ class RunConfig(Recorded):
     batch: BatchConfig = BatchConfig()
     optim: OptimConfig = OptimConfig()
     grpo: GrpoConfig = GrpoConfig()
-    rewards: Annotated[list[RewardConfig], BeforeValidator(one_to_list)] = Field(default_factory=list)
+    rewards: Annotated[list[RewardConfig], BeforeValidator(to_list("fn"))] = Field(default_factory=list)
     sampler: SamplerConfig = SamplerConfig()
-    defenses: list[str | dict[str, Any]] = Field(default_factory=list)
+    defenses: Annotated[list[str | dict[str, Any]], BeforeValidator(to_list())] = Field(default_factory=list)
     plugins: list[str] = Field(
         default_factory=list, description="Python files or modules to import first (own defenses)"
     )
