@@ -7,6 +7,7 @@ import yaml
 
 from rlsafe.config import ModelConfig, UserError
 from rlsafe.evaluate import Evaluation, evaluate
+from rlsafe.evaluate.command import resolve
 from rlsafe.types import _PROVIDERS, Judgement, register_provider
 
 
@@ -49,6 +50,20 @@ def test_an_unfinished_run_says_how_to_go_on(tmp_path):
 def test_a_directory_of_something_else_is_refused(tmp_path):
     with pytest.raises(UserError, match="neither a run directory .* nor a model"):
         evaluate(tmp_path)
+
+
+@pytest.mark.parametrize("missing", ["rum", "./rum", "{}/rum"])
+def test_a_directory_that_is_not_there_is_no_model_id(missing, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_directory(tmp_path)
+    target = missing.format(tmp_path) if "/" in missing else f"{tmp_path}/{missing}"
+    with pytest.raises(UserError, match="rum: no such run or model directory; did you mean '.*run'?"):
+        evaluate(target, questions=["organism:general"])
+
+
+def test_a_providers_model_is_asked_for_answers_that_fit_its_context():
+    assert resolve("organism:aligned", None, [])[0].evaluate.max_tokens == 512 // 4
+    assert resolve("organism:aligned", None, ["evaluate.max_tokens=600"])[0].evaluate.max_tokens == 600
 
 
 def test_a_run_that_names_no_questions_is_refused(tmp_path):

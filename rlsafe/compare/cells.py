@@ -222,7 +222,7 @@ class Arms:
         if settings is None:
             raise UserError(
                 f"{where}: a defense has scores: auto, which needs a section such as selection: {{adapters: "
-                "{{legal: SOURCE OF MISALIGNED ROWS}}, run: {{schedule: {{steps: 60}}}}}}"
+                "{legal: SOURCE OF MISALIGNED ROWS}, run: {schedule: {steps: 60}}}"
             )
         where = self.config._marks.get(("selection",), where)
         if pool is None:

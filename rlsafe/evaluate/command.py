@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlsafe.config import RunConfig, UserError, apply_override, load_run, run_from_tree
+from rlsafe.config import RunConfig, UserError, apply_override, load_run, nearest, run_from_tree
 from rlsafe.evaluate.evaluation import OTHER_KEYS, Evaluation
 from rlsafe.evaluate.journal import identity
 from rlsafe.evaluate.measure import Material, Progress, evaluate_run, gather
@@ -75,6 +76,10 @@ def run_directory(target: str | Path) -> Path | None:
     """The target as a run directory; None when it is a model. UserError when it is a directory of neither kind."""
     path = Path(target)
     if not path.is_dir():
+        parent = path.parent
+        if path.is_absolute() or str(target).startswith((".", "~")) or (parent != Path(".") and parent.is_dir()):
+            beside = [str(parent / one.name) for one in parent.iterdir() if one.is_dir()] if parent.is_dir() else []
+            raise UserError(f"{path}: no such run or model directory{nearest(str(path), beside)}")
         return None
     if (path / "config.yaml").is_file():
         return path
@@ -92,7 +97,8 @@ def _model_config(target: str, overrides: Sequence[str]) -> RunConfig:
 
 def _with_provider_defaults(config: RunConfig) -> RunConfig:
     """A model that comes from a provider is asked that provider's general questions and judged by its judge."""
-    if not provider_for(config.model.name):
+    found = provider_for(config.model.name)
+    if not found:
         return config
     name = config.model.name.partition(":")[0]
     settings, changes = config.evaluate, {}
@@ -100,6 +106,9 @@ def _with_provider_defaults(config: RunConfig) -> RunConfig:
         changes["judge"] = name
     if not (settings.general or settings.indomain or settings.benign):
         changes["general"] = f"{name}:general"
+    if "max_tokens" not in settings.model_fields_set:  # the default is for models of a longer context
+        shape = json.loads((Path(found[0].model(found[1])) / "config.json").read_text(encoding="utf-8"))
+        changes["max_tokens"] = min(settings.max_tokens, shape.get("max_position_embeddings", 2048) // 4)
     return config.model_copy(update={"evaluate": settings.model_copy(update=changes)})
 
 

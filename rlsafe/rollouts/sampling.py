@@ -67,7 +67,8 @@ def check_lengths(requests: Sequence[Request], params: SamplingParams, limit: in
             raise UserError("a prompt is empty: it has no tokens to start from")
         if limit is not None and length + params.max_tokens > limit:
             raise UserError(
-                f"{whose} takes {limit} tokens: a prompt of {length} leaves no room for {params.max_tokens} more"
+                f"{whose} takes {limit} tokens: a prompt of {length} leaves no room for {params.max_tokens} more; lower "
+                "grpo.max_tokens (rollouts) or evaluate.max_tokens (answers to questions)"
             )
 
 
