@@ -35,7 +35,11 @@ def verify(directory: str | Path) -> Verification:
     for cell in results.cells:
         found = verify_run(cell.where)
         done.differences += [f"cells/{cell.id}: {line}" for line in found.differences]
-    done.checked.append(f"{len(results.cells)} cells")
+    for id in results.plan["cells"]:
+        if results.directory.record(id).get("status") == "done" and not results.directory.evaluated(id):
+            done.differences.append(f"cells/{id}: evaluation.json: missing, and the cell was done")
+    left_out = f" ({len(results.failed)} failed ones left out)" if results.failed else ""
+    done.checked.append(f"{len(results.cells)} cells{left_out}")
     tables = {"results.csv": table_text(COLUMNS, result_rows(results))}
     if results.plan["benign_tests"]:
         tables["benign.csv"] = table_text(BENIGN_COLUMNS, benign_rows(results))

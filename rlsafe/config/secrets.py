@@ -61,7 +61,7 @@ def _of_the_environment() -> Iterator[str]:
 def secret_in(tree: Any, keys: tuple[str, ...] = ()) -> tuple[tuple[str, ...], str] | None:
     """(where, what) of the first secret in settings, never the secret itself; None when there is none."""
     if isinstance(tree, str):
-        return (keys, found) if (found := _secret(tree, keys)) else None
+        return (keys, what) if (what := _secret(tree, keys)) else None
     inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else ()
     return next((found for name, part in inner if (found := secret_in(part, (*keys, str(name))))), None)
 
