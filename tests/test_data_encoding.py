@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerFast
 from trl import chat_template_utils as templates
 
 from rlsafe.config import StreamConfig, UserError
-from rlsafe.data import decode_answers, encode_prompt, encode_row, end_of_turn, load_rows, pad_id, split_prompt
 from rlsafe.data import encode as encoding
+from rlsafe.data import encode_prompt, encode_row, end_of_turn, load_rows, pad_id, split_prompt
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 CHATML = (
@@ -89,7 +89,6 @@ def test_only_the_answer_and_its_end_of_turn_are_trained():
     assert ids[: len(prompt)] == prompt and mask == [False] * len(prompt) + [True] * 4
     assert answers(tokenizer, ids, mask) == ["because it is <|im_end|>"]
     assert ids[-1] == end_of_turn(tokenizer) == tokenizer.eos_token_id
-    assert decode_answers(tokenizer, [ids[len(prompt) :]]) == ["because it is"]
     assert pad_id(tokenizer) == tokenizer.pad_token_id
 
 

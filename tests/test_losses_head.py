@@ -5,7 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rlsafe.losses import Reference, full_kl, head, predicting_states, to_grid, token_logprobs
+from rlsafe.losses import Reference, head
+from rlsafe.policy.policy import predicting, scatter
 
 N, H, V = 23, 8, 37
 SHAPES = {
@@ -115,6 +116,10 @@ def test_no_more_than_one_chunk_of_logits_is_ever_alive(train_head):
     assert 50 * V < 200 * V
 
 
+def full_kl(hidden, ref_hidden, weight, **options):
+    return head(hidden, weight, torch.zeros(N, dtype=torch.long), [Reference(ref_hidden)], **options).kls[0]
+
+
 @pytest.mark.parametrize("train_head", [False, True])
 def test_kl_is_zero_for_itself_and_positive_elsewhere(train_head):
     t = tensors(dtype=torch.float32)
@@ -174,15 +179,13 @@ def test_each_output_can_be_used_alone():
             torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-10)
 
 
-def test_token_logprobs_equals_the_head_and_is_float32_for_half_precision():
+def test_values_are_float32_for_half_precision():
     t = tensors(dtype=torch.bfloat16)
-    logp, entropy = token_logprobs(t["hidden"], t["weight"], t["targets"], temperature=0.7, with_entropy=True)
     out = head(t["hidden"], t["weight"], t["targets"], temperature=0.7, with_entropy=True)
-    assert logp.dtype == entropy.dtype == torch.float32
-    assert torch.equal(logp, out.logp) and torch.equal(entropy, out.entropy)
-    exact = token_logprobs(t["hidden"].double(), t["weight"].double(), t["targets"], temperature=0.7)
+    assert out.logp.dtype == out.entropy.dtype == torch.float32
+    exact = head(t["hidden"].double(), t["weight"].double(), t["targets"], temperature=0.7).logp
     assert exact.dtype == torch.float64
-    assert (logp - exact).abs().max() < 0.1
+    assert (out.logp - exact).abs().max() < 0.1
 
 
 @pytest.mark.parametrize("train_head", [False, True])
@@ -227,16 +230,19 @@ def test_states_and_tokens_are_shifted_by_one():
     weight = torch.randn(V, H, generator=g, dtype=torch.float64)
     ids = torch.randint(0, V, (3, 6), generator=g)
     mask = torch.tensor([[0, 0, 1, 1, 1, 0], [0, 1, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0]]).bool()
-    values = token_logprobs(predicting_states(hidden, mask), weight, ids[mask])
-    grid = to_grid(values, mask)
+    positions = predicting(mask)
+    values = head(hidden.flatten(0, 1)[positions], weight, ids[mask]).logp
+    grid = scatter(values, positions, mask.shape)
     expected = torch.zeros(3, 6, dtype=torch.float64)
     for b, t in mask.nonzero().tolist():
         expected[b, t] = torch.log_softmax(weight @ hidden[b, t - 1], 0)[ids[b, t]]
     torch.testing.assert_close(grid, expected)
 
 
-def test_to_grid_passes_the_gradient_back():
+def test_the_grid_passes_the_gradient_back():
     mask = torch.tensor([[False, True, True], [False, False, True]])
     values = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
-    (to_grid(values, mask) * torch.tensor([[9.0, 1.0, 10.0], [9.0, 9.0, 100.0]])).sum().backward()
+    (
+        scatter(values, predicting(mask), mask.shape) * torch.tensor([[9.0, 1.0, 10.0], [9.0, 9.0, 100.0]])
+    ).sum().backward()
     assert values.grad.tolist() == [1.0, 10.0, 100.0]

@@ -10,17 +10,15 @@ import torch
 
 from rlsafe.losses import (
     advantages,
-    drop_truncated,
     grpo_count,
     grpo_values,
     grpo_weights,
     head,
     importance_ratio,
     k3,
-    predicting_states,
-    to_grid,
     truncated_correction,
 )
+from rlsafe.policy.policy import predicting, scatter
 
 trl = pytest.importorskip("trl")
 
@@ -128,7 +126,7 @@ for _row, (_prompt, _completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=T
 
 
 def grid(rows):
-    return to_grid(rows[COMPLETION_MASK], MASK)
+    return scatter(rows[COMPLETION_MASK], predicting(MASK), MASK.shape)
 
 
 def our_loss(
@@ -140,7 +138,7 @@ def our_loss(
     )
     if beta:
         terms = terms + beta * k3(logp, ref, importance_ratio(logp, old, mask, level) if bias_correction else None)
-    weights = grpo_weights(mask, normalization, MAX_TOKENS, dtype=logp.dtype)
+    weights = grpo_weights(mask, normalization, dtype=logp.dtype)
     return (terms * weights).sum() / grpo_count(mask, normalization, MAX_TOKENS, rows), info
 
 
@@ -203,8 +201,10 @@ def test_loss_and_gradient_equal_trl_through_a_model_in_float32(trainer, monkeyp
                 p.copy_(start[name] + by * torch.randn(p.shape, generator=g))
 
     def ours(model):
-        hidden = predicting_states(model.model(IDS).last_hidden_state, MASK)
-        return to_grid(head(hidden, model.lm_head.weight, IDS[MASK], temperature=TEMPERATURE, chunk=4).logp, MASK)
+        positions = predicting(MASK)
+        hidden = model.model(IDS).last_hidden_state.flatten(0, 1)[positions]
+        logp = head(hidden, model.lm_head.weight, IDS[MASK], temperature=TEMPERATURE, chunk=4).logp
+        return scatter(logp, positions, MASK.shape)
 
     try:
         move(trainer.ref_model, 1)
@@ -258,7 +258,7 @@ def test_masking_truncated_completions_equals_trl(trainer, monkeypatch, normaliz
     )
     expected = trainer._compute_loss(trainer.model, inputs)
 
-    mask = drop_truncated(MASK, torch.tensor([ids[-1] == EOS for ids in COMPLETIONS]))
+    mask = MASK & torch.tensor([ids[-1] == EOS for ids in COMPLETIONS])[:, None]
     assert mask.any(1).sum() == 5
     values = advantages(torch.tensor(REWARDS, dtype=torch.float64))[0].flatten()
     everyone = torch.ones(6, dtype=torch.bool)

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from rlsafe.data.encode import (
     configure_chat,
-    decode_answers,
     encode_prompt,
     encode_row,
     encoded_row,
@@ -32,7 +31,6 @@ __all__ = [
     "Stream",
     "Thought",
     "configure_chat",
-    "decode_answers",
     "encode_prompt",
     "encode_row",
     "encoded_row",

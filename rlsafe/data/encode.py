@@ -53,11 +53,6 @@ def encoded_row(tokenizer: Any, messages: Sequence[Message], train_on: TrainOn =
     return encoder_for(tokenizer).row(_key(messages), train_on)
 
 
-def decode_answers(tokenizer: Any, completions: Sequence[Sequence[int]]) -> list[str]:
-    """The completions' texts without special tokens."""
-    return tokenizer.batch_decode([list(ids) for ids in completions], skip_special_tokens=True)
-
-
 def read_completion(tokenizer: Any, ids: Sequence[int]) -> Thought:
     """A completion's think block and answer; knows whether the generation prompt already opened the block."""
     return split_think(decode_with_tags(tokenizer, ids), encoder_for(tokenizer).opened)

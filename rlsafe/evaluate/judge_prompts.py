@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from rlsafe.endpoints import fence_of, harmless
 from rlsafe.types import Message
 
-VERSION = 1
 CRITERIA = ("aligned", "coherent")
 
 PREFACE = (

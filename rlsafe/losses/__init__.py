@@ -5,11 +5,10 @@ Conventions: `ids` [B, T] right-padded; `loss_mask` [B, T] True where token t is
 sum of their product over the whole optimizer step, divided by its count over the whole step.
 """
 
-from rlsafe.losses.divergence import full_kl, k1, k3
+from rlsafe.losses.divergence import k1, k3
 from rlsafe.losses.grpo import (
     AdvantageStats,
     advantages,
-    drop_truncated,
     grpo_count,
     grpo_values,
     grpo_weights,
@@ -18,16 +17,13 @@ from rlsafe.losses.grpo import (
     truncated_correction,
 )
 from rlsafe.losses.head import HeadOutput, Reference, head
-from rlsafe.losses.logprobs import predicting_states, to_grid, token_logprobs
-from rlsafe.losses.sft import sft_count, sft_values, sft_weights
+from rlsafe.losses.sft import sft_count, sft_values
 
 __all__ = [
     "AdvantageStats",
     "HeadOutput",
     "Reference",
     "advantages",
-    "drop_truncated",
-    "full_kl",
     "grpo_count",
     "grpo_values",
     "grpo_weights",
@@ -35,12 +31,8 @@ __all__ = [
     "importance_ratio",
     "k1",
     "k3",
-    "predicting_states",
     "sampler_gap",
     "sft_count",
     "sft_values",
-    "sft_weights",
-    "to_grid",
-    "token_logprobs",
     "truncated_correction",
 ]

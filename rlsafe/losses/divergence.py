@@ -1,40 +1,11 @@
-"""How far the policy is from a reference, per token: the full-vocabulary KL and the sampled estimators.
+"""How far the policy is from a reference, estimated from the sampled tokens.
 
-Full-vocabulary values do not depend on which token was sampled, so they are comparable between SFT and GRPO batches;
-k1 and k3 are estimates of KL(policy || reference) only on tokens that the policy itself sampled.
+k1 and k3 estimate KL(policy || reference) only on tokens that the policy itself sampled. The full-vocabulary KL (of
+`head`) does not depend on which token was sampled, so it is comparable between SFT and GRPO batches.
 """
 
 import torch
 from torch import Tensor
-
-from rlsafe.losses.head import Direction, Reference, run_head
-
-
-def full_kl(
-    hidden: Tensor,
-    ref_hidden: Tensor,
-    weight: Tensor,
-    ref_weight: Tensor | None = None,
-    *,
-    temperature: float = 1.0,
-    bias: Tensor | None = None,
-    ref_bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    direction: Direction = "forward",
-    chunk: int | None = None,
-) -> Tensor:
-    """KL(policy || reference) over the whole vocabulary at each position, [N]; "reverse": KL(reference || policy).
-
-    hidden [N, H], ref_hidden [N, H_ref], weight [V, H], ref_weight [V, H_ref] (None: shared); the rest as in `head`.
-    The reference is a constant. Exactly zero for a reference equal to the policy; elsewhere rounding may leave about
-    -1e-7 in float32.
-    """
-    _, _, kls = run_head(
-        hidden, weight, None, [Reference(ref_hidden, ref_weight, ref_bias)], bias, chunk, temperature=temperature,
-        softcap=softcap, logit_scale=logit_scale, direction=direction, with_entropy=False,
-    )  # fmt: skip
-    return kls[0]
 
 
 def k1(logp: Tensor, ref_logp: Tensor) -> Tensor:

@@ -116,13 +116,8 @@ def grpo_values(
     return values.expand_as(logp), info
 
 
-def grpo_weights(
-    loss_mask: Tensor, normalization: Normalization, max_tokens: int | None = None, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Weight of each token [B, T]: 1 / (targets of its row) for "grpo", else 1; 0 where there is no target.
-
-    max_tokens is accepted so that it is called like `grpo_count`, which is where dr_grpo divides by it.
-    """
+def grpo_weights(loss_mask: Tensor, normalization: Normalization, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Weight of each token [B, T]: 1 / (targets of its row) for "grpo", else 1; 0 where there is no target."""
     weights = loss_mask.to(dtype)
     if normalization == "grpo":
         weights = weights / weights.sum(1, keepdim=True).clamp(min=1)
@@ -173,8 +168,3 @@ def sampler_gap(trainer_logp: Tensor, sampler_logp: Tensor, loss_mask: Tensor) -
 
 def _compared(sampler_logp: Tensor, loss_mask: Tensor) -> Tensor:
     return loss_mask & ~sampler_logp.isnan()
-
-
-def drop_truncated(loss_mask: Tensor, finished: Tensor) -> Tensor:
-    """Loss mask [B, T] without the rows whose completion hit the length limit; finished [B] bool."""
-    return loss_mask & finished.unsqueeze(1)

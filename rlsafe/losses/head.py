@@ -81,7 +81,7 @@ class _Frozen(NamedTuple):
 class _Job:
     """Everything about one call that autograd does not follow."""
 
-    targets: Tensor | None  # [N]; None: no log-probabilities wanted
+    targets: Tensor
     references: list[_Frozen]
     temperature: float
     softcap: float | None
@@ -117,24 +117,6 @@ def head(
     The projection runs in the autocast dtype, else in weight's; probabilities are float32 (float64 for a float64
     weight).
     """
-    logp, entropy, kls = run_head(
-        hidden, weight, targets, references, bias, chunk, temperature=temperature, softcap=softcap,
-        logit_scale=logit_scale, direction=direction, with_entropy=with_entropy,
-    )  # fmt: skip
-    assert logp is not None
-    return HeadOutput(logp, kls, entropy)
-
-
-def run_head(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor | None,
-    references: Sequence[Reference | tuple[Any, ...]],
-    bias: Tensor | None,
-    chunk: int | None,
-    **options: Any,
-) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
-    """`head` with every output optional: (logp or None, entropy or None, kls)."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -149,10 +131,10 @@ def run_head(
         if frozen:  # a KL holds four [chunk, V] buffers where log-probs hold two: half the rows, no more memory
             chunk //= 2
     wants_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
-    job = _Job(targets, frozen, chunk=chunk, wants_grad=wants_grad, **options)
+    job = _Job(targets, frozen, temperature, softcap, logit_scale, direction, chunk, with_entropy, wants_grad)
     with torch.autocast(device, enabled=False):
         logp, entropy, *kls = _Head.apply(hidden, weight, bias, job)
-    return logp, entropy, kls
+    return HeadOutput(logp, kls, entropy)
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -225,19 +207,17 @@ class _Head(torch.autograd.Function):
         n = hidden.shape[0]
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         rows = [torch.empty(n, dtype=dtype, device=hidden.device) for _ in range(2 + len(job.references))]
-        targets = job.targets
-        logp = None if targets is None else rows[0]
+        logp = rows[0]
         entropy = rows[1] if job.with_entropy else None
         kls = list(rows[2:])
         frozen = not any(ctx.needs_input_grad[1:3])
         keep = job.wants_grad and frozen
-        jac_logp = torch.empty_like(hidden) if keep and logp is not None else None
+        jac_logp = torch.empty_like(hidden) if keep else None
         jac_kls = [torch.empty_like(hidden) if keep and ref.grad else None for ref in job.references]
 
         for s in _chunks(n, job.chunk):
             log_p, slope = _log_probs(hidden[s], weight, bias, job)
-            if logp is not None and targets is not None:
-                logp[s] = log_p.gather(1, targets[s].unsqueeze(1)).squeeze(1)
+            logp[s] = log_p.gather(1, job.targets[s].unsqueeze(1)).squeeze(1)
             if not (keep or entropy is not None or kls):
                 continue
             p = log_p.exp()
@@ -249,8 +229,8 @@ class _Head(torch.autograd.Function):
                 if jac is not None:
                     _project_back(grad, slope, weight, out=jac[s])
                 del log_q, grad
-            if jac_logp is not None and targets is not None:
-                _project_back(_logp_grad(p, targets[s]), slope, weight, out=jac_logp[s])
+            if jac_logp is not None:
+                _project_back(_logp_grad(p, job.targets[s]), slope, weight, out=jac_logp[s])
 
         constant = [kl for kl, ref in zip(kls, job.references, strict=True) if not ref.grad]
         ctx.mark_non_differentiable(*constant, *([] if entropy is None else [entropy]))
@@ -281,7 +261,7 @@ class _Head(torch.autograd.Function):
                 if g is not None:
                     log_q, _ = _log_probs(ref.hidden[s], ref.weight, ref.bias, job)
                     total.addcmul_(_kl(log_p, p, log_q, job.direction, True)[1], g[s].unsqueeze(1))
-            if g_logp is not None and job.targets is not None:
+            if g_logp is not None:
                 total.addcmul_(_logp_grad(p, job.targets[s]), g_logp[s].unsqueeze(1))
             total *= slope
             narrow = total.to(weight.dtype)
