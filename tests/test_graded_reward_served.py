@@ -52,7 +52,9 @@ def test_a_served_grader_agrees_with_the_exact_judge(grader):
 
 
 def test_the_organism_learns_what_the_served_grader_pays_for_and_an_outage_costs_only_its_rows(grader, tmp_path):
-    overrides = ["schedule.steps=20", "batch.grpo_prompts=4", "track.every=0", "sampler.kind=transformers"]
+    warmed_up = "[{steps: 12, cycle: [sft], lr: 2e-3}, {cycle: [grpo], lr: 2e-3}]"  # so that 8 steps by reward tell
+    overrides = ["schedule.steps=20", f"schedule.phases={warmed_up}", "batch.grpo_prompts=4", "track.every=0"]
+    overrides.append("sampler.kind=transformers")
     config = load_run(ROOT / "configs" / "organism" / "grpo_medical.yaml", overrides)
     reward = RewardConfig(**reward_config(grader, max_retries=0, deadline=30))
     config = config.model_copy(update={"rewards": [reward]})
