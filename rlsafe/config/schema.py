@@ -67,6 +67,7 @@ class GrpoConfig(Settings):
         0.0, description="weight of the sampled k3 KL to the base inside the GRPO loss"
     )
     iterations: Positive = Field(1, description="optimizer steps on each rollout")
+    max_staleness: Literal[0, 1] = Field(0, description="1 = servers sample the next rollouts during an update")
     correction: Literal["none", "token", "sequence"] = Field("none", description="truncated sampler-gap correction")
     correction_cap: Annotated[float, Field(gt=0)] = 2.0
     mask_truncated: bool = False

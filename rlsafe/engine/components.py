@@ -14,7 +14,7 @@ from rlsafe.config import DataConfig, RunConfig, UserError
 from rlsafe.data import Stream, fit_rows, load_rows, require_answers
 from rlsafe.defenses import Defense, DefenseStack, SetupContext
 from rlsafe.defenses import build as build_defenses
-from rlsafe.engine import distributed, projection
+from rlsafe.engine import ahead, distributed, projection
 from rlsafe.engine.effects import EffectLog
 from rlsafe.engine.loop import Loop
 from rlsafe.engine.optimizer import make_optimizer
@@ -87,6 +87,7 @@ def prepare(config: RunConfig, load: LoadStreams | None = None) -> Prepared:
     config = config.model_copy(update={"defenses": resolved})
     model_path(config)
     projection.check(config)
+    ahead.check(config)
     stack = DefenseStack(defenses)
     plan = make_plan(config, {d.name: offer for d in stack if (offer := d.offer()) is not None})
     sampled = {part.stream for step in plan for part in step.parts if part.path == "grpo"}

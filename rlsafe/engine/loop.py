@@ -18,13 +18,14 @@ from accelerate.utils import gather_object
 from rlsafe.config import RunConfig
 from rlsafe.data import Stream, encode_prompt, sft_batches, split_prompt
 from rlsafe.defenses import DataContext, DefenseStack
+from rlsafe.engine.ahead import Ahead, completed, look_ahead, settle
 from rlsafe.engine.distributed import anywhere, union
 from rlsafe.engine.effects import EffectLog
 from rlsafe.engine.faults import update
-from rlsafe.engine.micro import dummy, even_out, global_counts, pack_micro, reduce_sums, unpack_micro
+from rlsafe.engine.micro import dummy, even_out, global_counts, reduce_sums
 from rlsafe.engine.probing import start_probe
 from rlsafe.engine.projection import Direction
-from rlsafe.engine.rollout import collect
+from rlsafe.engine.rollout import ask, collect, sample
 from rlsafe.engine.schedule import PlannedPart, Step
 from rlsafe.engine.state import position
 from rlsafe.engine.step import Micro, NotFinite, StepLoss, engine_needs, separate_gap
@@ -63,6 +64,7 @@ class Loop:
     dirty: bool = True  # the sampler does not have the current weights
     tested: int = 0  # sampler self-tests done: at the start and after the first sync that follows an update
     pending: dict[str, tuple[list[Micro], int]] = field(default_factory=dict)  # rollouts to be used again, by stream
+    ahead: dict[int, Ahead] = field(default_factory=dict)  # rollouts begun for the next step, by number of its part
     began: dict[str, Any] | None = None  # where the present step began, until it changes weights
     skipped: int = 0  # steps left out in a row, see optim.on_nan
     gave_up: str | None = None  # why waiting for the judge ended; `rlsafe.engine.run` then saves the state and stops
@@ -78,6 +80,7 @@ class Loop:
             self.began = position(self)
             self._references(step)
             micros, metrics = self._gather(step)
+            self.ahead = look_ahead(self, step)
             metrics |= update(self, step, micros)
             self.done += 1
             if self.done == len(self.plan):  # before the last effects and probe: both show the weights that are saved
@@ -104,6 +107,7 @@ class Loop:
         if self._sampler is None:
             self._sampler = self.make_sampler()
         if self.dirty:
+            settle(self.ahead.values())
             self._sampler.sync(self.policy)
             self.dirty = False
             if self.config.sampler.self_test and (self.tested < 2 or self.config.sampler.kind == "server"):
@@ -140,7 +144,7 @@ class Loop:
                 self.pending[part.stream] = (reused, left - 1)
                 metrics["rollout_reused"] = 1
                 continue
-            fresh, rollout_metrics = self._rollout(step, part)
+            fresh, rollout_metrics = self._rollout(step, part, self.ahead.get(number))
             micros += fresh
             metrics |= rollout_metrics
             if self.config.grpo.iterations > 1:
@@ -172,17 +176,25 @@ class Loop:
         rng = random.Random(f"{self.config.seed}/{part.defense}/{step.index}")
         return source.rows(part.rows, DataContext(step.index, rng, self.sampler, self.make_judge))
 
-    def _rollout(self, step: Step, part: PlannedPart) -> tuple[list[Micro], dict[str, Any]]:
+    def _rollout(self, step: Step, part: PlannedPart, ahead: Ahead | None) -> tuple[list[Micro], dict[str, Any]]:
+        """ahead: the part's rollouts were begun one step ago, by the weights of its reference."""
         assert self.rewards is not None
-        rows = self.streams[part.stream].take(part.rows)
+        rows = ahead.rows if ahead else self.streams[part.stream].take(part.rows)
+        shared: dict[str, Any] = {"config": self.config, "policy": self.policy, "stack": self.stack}
+        shared["accelerator"] = self.accelerator
         generating = time.perf_counter()
-        sampler = self.sampler()
+        asked = ask(part, rows, step.index, **shared)
+        if ahead:
+            completions = completed(self, ahead, asked.requests)
+        else:
+            completions = sample(self.sampler(), asked.requests, part, self.config, self.stack)
         result = collect(
-            part, rows, step.index, config=self.config, policy=self.policy, sampler=sampler, rewards=self.rewards,
-            stack=self.stack, accelerator=self.accelerator, total_steps=len(self.plan),
-        )  # fmt: skip
+            part, asked, completions, step.index, rewards=self.rewards, total_steps=len(self.plan), **shared
+        )
         self.tracker.samples(result.records)
         metrics: dict[str, Any] = {**result.metrics, "rollout_seconds": time.perf_counter() - generating}
+        if self.config.grpo.max_staleness:
+            metrics["staleness"] = int(ahead is not None)  # updates since the weights that sampled
         train_at, rollout_at = (Where(part.stream, "grpo", phase) for phase in ("train", "rollout"))
         steered = self.stack.steers_differently(train_at, rollout_at)
         micros = [
@@ -190,18 +202,20 @@ class Loop:
             for batch in result.batches
         ]
         apart: Counter[str] = Counter()
-        for micro in micros:
-            if self.config.grpo.iterations > 1:
-                with self.stack.activations(self.policy, train_at):
-                    micro.batch.old_logp = self.policy.score(micro.batch, self.config.grpo.temperature)
-            if not micro.same_context:
-                with self.stack.activations(self.policy, rollout_at):
-                    gap, tokens = separate_gap(self.policy, micro.batch, self.config.grpo.temperature)
-                apart.update({"gap": gap, "tokens": tokens})  # type: ignore[arg-type]
-        if self.policy.is_sharded:  # each of these forwards is a collective: every rank runs as many
-            forwards = sum((self.config.grpo.iterations > 1) + (not micro.same_context) for micro in micros)
-            for _ in range(max(gather_object([forwards])) - forwards):
-                self.policy.score(dummy(self.policy, micros).batch)
+        old = self.config.grpo.iterations > 1 or ahead is not None
+        with self.policy.at(ahead.reference) if ahead else nullcontext():  # as it was when it sampled
+            for micro in micros:
+                if old:
+                    with self.stack.activations(self.policy, train_at):
+                        micro.batch.old_logp = self.policy.score(micro.batch, self.config.grpo.temperature)
+                if not micro.same_context:
+                    with self.stack.activations(self.policy, rollout_at):
+                        gap, tokens = separate_gap(self.policy, micro.batch, self.config.grpo.temperature)
+                    apart.update({"gap": gap, "tokens": tokens})  # type: ignore[arg-type]
+            if self.policy.is_sharded:  # each of these forwards is a collective: every rank runs as many
+                forwards = sum(old + (not micro.same_context) for micro in micros)
+                for _ in range(max(gather_object([forwards])) - forwards):
+                    self.policy.score(dummy(self.policy, micros).batch)
         total = reduce_sums(apart, self.accelerator)
         if total.get("tokens"):
             metrics["sampler_gap"] = total["gap"] / total["tokens"]
@@ -325,25 +339,3 @@ class Loop:
             self.tracker.collect(wait=judge.paused)
             if self.tracker.arrived:  # not what an earlier run of this process met
                 self.gave_up = judge.gave_up
-
-    # ------------------------------------------------------------------------------------------------ state
-
-    def pending_state(self, pending: dict[str, tuple[list[Micro], int]]) -> dict[str, Any]:
-        """Rollouts of all ranks that further steps will use again, for checkpoints."""
-        mine = {
-            stream: {"left": left, "micros": [pack_micro(micro) for micro in micros if not micro.dummy]}
-            for stream, (micros, left) in pending.items()
-        }
-        if self.accelerator.num_processes == 1:
-            return mine
-        shares: list[dict[str, Any]] = gather_object([mine])
-        micros = {stream: [micro for share in shares for micro in share[stream]["micros"]] for stream in mine}
-        return {stream: {"left": own["left"], "micros": micros[stream]} for stream, own in mine.items()}
-
-    def load_pending_state(self, state: dict[str, Any]) -> None:
-        """This rank's share of them, whatever the number of ranks was when they were saved."""
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        self.pending = {
-            stream: ([unpack_micro(micro, self.policy.device) for micro in item["micros"][rank::world]], item["left"])
-            for stream, item in state.items()
-        }

@@ -34,40 +34,71 @@ class RolloutResult:
     records: list[dict[str, Any]] = field(default_factory=list)
 
 
-def collect(
+@dataclass
+class Asked:
+    """This rank's prompts and what the sampler is asked for: `grpo.generations` completions of each."""
+
+    mine: list[tuple[int, Row]]  # (number among the rows of all ranks, row)
+    originals: list[list[Message]]
+    seen: list[list[int]]  # as the sampler sees them
+    requests: list[Request]
+
+
+def ask(
     part: PlannedPart,
     rows: Sequence[Row],
     step: int,
     *,
     config: RunConfig,
     policy: Policy,
-    sampler: Sampler,
+    stack: DefenseStack,
+    accelerator: Accelerator,
+) -> Asked:
+    """Requests for the rows of all ranks, of which this one takes every world-size-th."""
+    mine = list(enumerate(rows))[accelerator.process_index :: accelerator.num_processes]
+    rollout_at = Where(part.stream, "grpo", "rollout")
+    originals = [split_prompt(row)[0] for _, row in mine]
+    seen = [encode_prompt(policy.tokenizer, stack.prompt(messages, rollout_at)) for messages in originals]
+    requests = [
+        Request(ids, request_seed(config.seed, f"rollout/{part.stream}", step, number, sample))
+        for (number, _), ids in zip(mine, seen, strict=True)
+        for sample in range(config.grpo.generations)
+    ]
+    return Asked(mine, originals, seen, requests)
+
+
+def sampling(config: RunConfig) -> SamplingParams:
+    """How rollouts are sampled."""
+    return SamplingParams(config.grpo.temperature, config.grpo.top_p, config.grpo.max_tokens)
+
+
+def sample(
+    sampler: Sampler, requests: Sequence[Request], part: PlannedPart, config: RunConfig, stack: DefenseStack
+) -> list[Completion]:
+    """Completions under the hooks that rollouts have. With no requests too: other ranks may wait for this one's shards."""
+    with stack.patched(sampler, Where(part.stream, "grpo", "rollout")):
+        return sampler.generate(requests, sampling(config))
+
+
+def collect(
+    part: PlannedPart,
+    asked: Asked,
+    completions: Sequence[Completion],
+    step: int,
+    *,
+    config: RunConfig,
+    policy: Policy,
     rewards: RewardRunner,
     stack: DefenseStack,
     accelerator: Accelerator,
     total_steps: int,
 ) -> RolloutResult:
-    """Sample `grpo.generations` completions of each row (the rows of all ranks; this rank takes every world-size-th), reward
-    them, turn rewards into advantages. Rewards and records see the original prompts only; a reasoning model's answer is
-    rewarded without its think block, and one whose block never ended has no reward: it leaves its group."""
-    rank, world = accelerator.process_index, accelerator.num_processes
-    mine = list(enumerate(rows))[rank::world]
+    """Reward the completions and turn rewards into advantages. Rewards and records see the original prompts only; a reasoning
+    model's answer is rewarded without its think block, and one whose block never ended has no reward: it leaves its group."""
+    mine, originals, seen = asked.mine, asked.originals, asked.seen
     group = config.grpo.generations
-    rollout_at = Where(part.stream, "grpo", "rollout")
     train_at = Where(part.stream, "grpo", "train")
-
-    originals = [split_prompt(row)[0] for _, row in mine]
-    seen = [encode_prompt(policy.tokenizer, stack.prompt(messages, rollout_at)) for messages in originals]
     trained = [encode_prompt(policy.tokenizer, stack.prompt(messages, train_at)) for messages in originals]
-    requests = [
-        Request(ids, request_seed(config.seed, f"rollout/{part.stream}", step, number, sample))
-        for (number, _), ids in zip(mine, seen, strict=True)
-        for sample in range(group)
-    ]
-    params = SamplingParams(config.grpo.temperature, config.grpo.top_p, config.grpo.max_tokens)
-    with stack.patched(sampler, rollout_at):
-        # With no requests too: other ranks may wait for this one's shards.
-        completions = sampler.generate(requests, params)
     texts = [decode_with_tags(policy.tokenizer, completion.ids) for completion in completions]
     read = [read_completion(policy.tokenizer, completion.ids) for completion in completions]
     scored = _reward(rewards, mine, originals, read, completions, group, step, total_steps)
@@ -117,7 +148,7 @@ def _reward(
     mine: list[tuple[int, Row]],
     originals: list[list[Message]],
     read: list[Thought],
-    completions: list[Completion],
+    completions: Sequence[Completion],
     group: int,
     step: int,
     total_steps: int,

@@ -7,9 +7,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import gather_object
+
 from rlsafe.config import RunConfig, UserError
 from rlsafe.engine import checkpoint
+from rlsafe.engine.ahead import ahead_state, load_ahead_state
 from rlsafe.engine.distributed import load_optimizer, whole_optimizer
+from rlsafe.engine.micro import pack_micro, unpack_micro
+from rlsafe.engine.step import Micro
 
 if TYPE_CHECKING:
     from rlsafe.engine.loop import Loop
@@ -32,6 +37,7 @@ def position(loop: Loop) -> dict[str, Any]:
         "random": checkpoint.random_state(),
         "tested": loop.tested,
         "pending": dict(loop.pending),
+        "ahead": ahead_state(loop.ahead),
     }
 
 
@@ -42,7 +48,7 @@ def save_checkpoint(loop: Loop, out: Path, began: Mapping[str, Any] | None = Non
     """
     at = dict(began or position(loop))
     gathered = {  # from all ranks, so that any number of them can go on from it
-        "pending": loop.pending_state(at["pending"]),
+        "pending": _pending_state(loop, at["pending"]),
         "policy": loop.policy.state_dict(),
         "references": loop.policy.reference_state(),
         "optimizer": whole_optimizer(loop.optimizer),
@@ -120,6 +126,29 @@ def restore(loop: Loop, state: Mapping[str, Any]) -> None:
         stream.load_state_dict(state["streams"][name])
     loop.stack.load_state_dict(state["defenses"])
     loop.effects.load_state_dict(state["effects"])
-    loop.load_pending_state(state["pending"])
     loop.done, loop.tested, loop.dirty = state["done"], state["tested"], True
+    loop.pending = _load_pending_state(loop, state["pending"])
+    loop.ahead = load_ahead_state(loop, state["ahead"])
     checkpoint.set_random_state(state["random"])
+
+
+def _pending_state(loop: Loop, pending: Mapping[str, tuple[list[Micro], int]]) -> dict[str, Any]:
+    """Rollouts of all ranks that further steps will use again."""
+    mine = {
+        stream: {"left": left, "micros": [pack_micro(micro) for micro in micros if not micro.dummy]}
+        for stream, (micros, left) in pending.items()
+    }
+    if loop.accelerator.num_processes == 1:
+        return mine
+    shares: list[dict[str, Any]] = gather_object([mine])
+    micros = {stream: [micro for share in shares for micro in share[stream]["micros"]] for stream in mine}
+    return {stream: {"left": own["left"], "micros": micros[stream]} for stream, own in mine.items()}
+
+
+def _load_pending_state(loop: Loop, state: Mapping[str, Any]) -> dict[str, tuple[list[Micro], int]]:
+    """This rank's share of them, whatever the number of ranks was when they were saved."""
+    rank, world = loop.accelerator.process_index, loop.accelerator.num_processes
+    return {
+        stream: ([unpack_micro(micro, loop.policy.device) for micro in item["micros"][rank::world]], item["left"])
+        for stream, item in state.items()
+    }

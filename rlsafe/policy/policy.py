@@ -256,11 +256,12 @@ class Policy:
         """Keep the policy as it is now as the reference `name`."""
         self._references.snapshot(name)
 
+    def at(self, name: str) -> AbstractContextManager[None]:
+        """Inside, the policy *is* the reference, with its own hooks. For syncs, and forwards without gradient."""
+        return self._references.active(name)
+
     def has_reference(self, name: str) -> bool:
         return name in self._references
-
-    def references(self) -> list[str]:
-        return self._references.names()
 
     def check_reference(self, name: str) -> None:
         """Load "path:DIR" now, so that a wrong one fails at start; UserError for an unknown name."""
