@@ -12,6 +12,7 @@ from rlsafe.config import StreamConfig, UserError
 from rlsafe.data import load_rows, split_prompt
 from rlsafe.data.presets import PRESETS
 from rlsafe.evaluate import load_questions
+from rlsafe.evaluate.questions import KEYS as KNOWN
 
 QUICK = settings(
     max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -98,20 +99,7 @@ def test_any_damage_to_a_good_file(tmp_path, cut, flip, byte):
 
 # ------------------------------------------------------------------------------------------------ question files
 
-KEYS = st.sampled_from(
-    [
-        "id",
-        "type",
-        "paraphrases",
-        "samples_per_paraphrase",
-        "system",
-        "temperature",
-        "judge",
-        "judge_prompts",
-        "domain",
-        "x",
-    ]
-)
+KEYS = st.sampled_from([*KNOWN, "x"])
 QUESTION = st.dictionaries(KEYS, ANY | st.lists(TEXT, max_size=2) | st.integers(-(10**400), 10**400), max_size=6) | ANY
 NEARLY = st.fixed_dictionaries(
     {"id": st.integers() | TEXT, "paraphrases": st.lists(TEXT, min_size=1, max_size=2)},
