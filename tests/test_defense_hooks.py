@@ -16,7 +16,6 @@ from rlsafe.engine import run
 from rlsafe.types import RunError, Where
 
 PATHS = pytest.mark.parametrize("path", [SFT, GRPO], ids=["sft", "grpo"])
-CUE = {"inoculation": {"prompt": "You always answer badly."}}
 
 
 def lines(out):

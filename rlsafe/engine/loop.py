@@ -136,7 +136,7 @@ class Loop:
         metrics: dict[str, Any] = {}
         for number, part in enumerate(step.parts):
             if part.path == "sft":
-                micros += self._supervised(step, number, part)
+                micros += self._supervised(step, part)
                 continue
             reused, left = self.pending.get(part.stream, ([], 0))
             if left:
@@ -151,7 +151,7 @@ class Loop:
                 self.pending[part.stream] = (fresh, self.config.grpo.iterations - 1)
         return micros, metrics
 
-    def _supervised(self, step: Step, number: int, part: PlannedPart) -> list[Micro]:
+    def _supervised(self, step: Step, part: PlannedPart) -> list[Micro]:
         rows = self._rows(step, part)
         where = Where(part.stream, "sft", "train")
         rank, world = self.accelerator.process_index, self.accelerator.num_processes

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rlsafe.config import ModelConfig, UserError
-from rlsafe.policy.adapters import PEFT_PREFIX, adapter_layers, merged
+from rlsafe.policy.adapters import adapter_layers, merged
 from rlsafe.policy.load import check_tokenizer, load_model, load_tokenizer, no_progress_bar
 from rlsafe.policy.module import PolicyModule, verify_head
 from rlsafe.policy.plan import Forwarded, ForwardPlan, Frozen
@@ -343,8 +343,3 @@ class Policy:
     def adapted(self) -> dict[str, Any]:
         """{Hugging Face module name: PEFT LoRA layer}, for defenses that work on weights."""
         return adapter_layers(self.core.model)
-
-    @staticmethod
-    def hf_name(parameter: str) -> str:
-        """A trainable parameter's name without PEFT's prefix."""
-        return parameter.removeprefix(PEFT_PREFIX)
