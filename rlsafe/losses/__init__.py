@@ -1,8 +1,8 @@
 """Losses as pure functions of tensors: no model, no config, no averaging over a micro-batch.
 
 Conventions: `ids` [B, T] right-padded; `loss_mask` [B, T] True where token t is a target; `logp[b, t] = log p(ids[b, t]
-| ids[b, :t])`, index 0 is 0 and never a target. Each term gives `values` [B, T] and `weights` [B, T]; its loss is the
-sum of their product over the whole optimizer step, divided by its count over the whole step.
+| ids[b, :t])`, index 0 is 0 and never a target. Each term gives `values` [B, T]; its loss is their sum over the targets of
+the whole optimizer step (weighted, for GRPO, by `grpo_weights`), divided by its count over the whole step.
 """
 
 from rlsafe.losses.divergence import k1, k3
