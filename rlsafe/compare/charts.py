@@ -72,6 +72,12 @@ def scatter(
         bars.append((kx * x_low / unit_x, kx * x_high / unit_x, at[1] - 2, at[1] + 2))
         bars.append((at[0] - 2, at[0] + 2, ky * y_low / unit_y, ky * y_high / unit_y))
     for label, (x, y) in label_places(places, bars, x_span[1] / unit_x).items():
+        near_x = min(max(places[label][0], x), x + LETTER * len(short(label)))
+        if abs(y - places[label][1]) > 20:  # too far to see whose it is
+            axes.plot(
+                [near_x * unit_x, places[label][0] * unit_x], [y * unit_y, places[label][1] * unit_y],
+                color=style[label].color, linewidth=0.6, zorder=1,
+            )  # fmt: skip
         axes.text(x * unit_x, y * unit_y, short(label), va="center", fontsize=11, color=style[label].color)
     axes.set_xlabel(x_axis.title, color=MUTED, fontsize=11)
     axes.set_ylabel(y_axis.title, color=MUTED, fontsize=11)
@@ -81,6 +87,8 @@ def scatter(
 
 
 Box = tuple[float, float, float, float]
+LETTER = 6.2
+"""Width of a letter of a label in pixels."""
 
 
 def label_places(
@@ -91,9 +99,9 @@ def label_places(
     boxes = [*bars, *((x - 6, x + 6, y - 6, y + 6) for x, y in points.values())]
     places = {}
     for label, (x, y) in sorted(points.items(), key=lambda item: -item[1][1]):
-        width = 6.2 * len(short(label))
+        width = LETTER * len(short(label))
         best, least = (x + 9, y), float("inf")
-        for away in (0, 14, 28, 42):
+        for away in range(0, 99, 14):
             for dx, dy in (
                 (9, 0),
                 (-9 - width, 0),

@@ -66,8 +66,12 @@ def headlines(tables: Sequence[PathTable]) -> list[tuple[str, str]]:
                 sentences.append((name, "no defense meets every criterion: under each, nothing narrow was learned."))
                 continue
             best = max(learned, key=lambda label: _merit(table, label))
-            missed = [c for c in CRITERIA if table.rows[best].verdicts[c].grade != "yes"]
-            words = _joined([f"{WORDS[c]}: {table.rows[best].verdicts[c].grade}" for c in missed])
+            grades = {c: table.rows[best].verdicts[c].grade for c in CRITERIA}
+            missed = _joined(
+                [f"{WORDS[c]}: {grade}" for c, grade in grades.items() if grade not in ("yes", "untested")]
+            )
+            untested = _joined([WORDS[c] for c, grade in grades.items() if grade == "untested"])
+            words = "; ".join(filter(None, (missed, untested and f"not tested: {untested}")))
             sentences.append((name, f"no defense meets every criterion; closest is {best} ({words})."))
     return sentences
 

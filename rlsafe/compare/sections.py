@@ -100,7 +100,7 @@ def value_and_interval(verdict: Verdict, points: bool) -> tuple[str, str]:
         return "", ""
     sign, unit = ("+", " pt") if points or "points" in verdict.reason else ("", "%")
     low, value, high = (
-        f"{100 * x:{sign}.0f}".replace("-", "\u2212") for x in (verdict.low, verdict.value, verdict.high)
+        f"{100 * x:{sign}z.0f}".replace("-", "\u2212") for x in (verdict.low, verdict.value, verdict.high)
     )
     return value + unit, f"[{low}, {high}]"
 
