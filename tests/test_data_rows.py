@@ -200,7 +200,11 @@ def test_a_malformed_line_names_file_line_and_reason(tmp_path, line, reason):
         ("a.csv", "prompt,completion\na,b\nc\n", "a.csv:3: 1 cells where the header has 2 columns"),
         ("a.csv", "prompt,completion\na,b,c\n", "a.csv:2: 3 cells where the header has 2 columns"),
         ("a.csv", "prompt,prompt\na,b\n", "a.csv:1: the column 'prompt' appears twice"),
-        ("a.csv", "question,reply\na,b\n", "a.csv:2: no 'messages' .*its keys: question, reply"),
+        (
+            "a.csv",
+            "question,reply\na,b\n",
+            "a.csv:2: no 'messages' .*its keys: question, reply .rename with columns: {prompt",
+        ),
         ("a.csv", 'prompt\n"abc', "a.csv:2: not valid CSV"),
         ("a.csv", 'messages\n"[{"\n', "a.csv:2: messages is no JSON list"),
         ("a.parquet", "no parquet", "a.parquet: not a readable parquet file"),

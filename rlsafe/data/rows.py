@@ -62,13 +62,16 @@ def normalise(raw: Any, where: str) -> Row:
             messages += _side(row["completion"], "assistant", where, "completion")
     else:
         known = "messages" if "messages" in row else "prompt" if "prompt" in row else None
-        problem = f"{known!r} is null" if known else f"no 'messages' (or 'prompt'){_near_key(row)}"
+        problem = f"{known!r} is null" if known else f"no 'messages' (or 'prompt'){_near_key(row)}{RENAME}"
         raise UserError(f"{where}: {problem}")
     if not any(message["role"] == "user" for message in messages):
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(f"{where}: no user turn in messages ({roles}); at least one is needed")
     rest = {key: value for key, value in row.items() if key not in ("messages", "prompt", "completion")}
     return {"messages": messages, **rest}
+
+
+RENAME = " (rename with columns: {prompt: NAME, completion: NAME})"
 
 
 def _near_key(row: Mapping[str, Any]) -> str:

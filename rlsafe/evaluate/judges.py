@@ -27,7 +27,9 @@ def load_judge(config: str | dict[str, Any] | None) -> Judge:
     Raises UserError when nothing is named, nothing has that name, or a setting is wrong.
     """
     if config is None:
-        raise UserError(f"evaluate.judge: no judge is set (or give --judge){nearest('', _names())}")
+        raise UserError(
+            f"evaluate.judge: no judge is set{nearest('', _names())} (evaluate.general=null evaluate.indomain=null asks no questions)"
+        )
     if isinstance(config, dict):
         return _of_kind(config, "evaluate.judge")
     if config.startswith("openai:"):

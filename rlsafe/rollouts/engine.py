@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,10 @@ class CannotRun(UserError):
 def refusal(model: str, error: BaseException) -> UserError:
     """The one line for whatever kept vLLM from running `model`."""
     reason = first_line(error)
+    if longer := re.search(
+        r"max_model_len \((\d+)\) is greater than the derived max_model_len \(\w+=(\d+)", str(error)
+    ):
+        return UserError(f"sampler.max_model_len: {longer[1]} is more than the {longer[2]} tokens that {model} takes")
     line = f"sampler.kind: vLLM cannot run {model}: {reason}{USE_TRANSFORMERS}"
     settings = ("memory", "max_model_len", "max_num_batched_tokens")
     mendable = isinstance(error, torch.OutOfMemoryError) or any(name in reason.lower() for name in settings)
