@@ -84,7 +84,9 @@ def evaluate(
     judge: Annotated[
         str | None, typer.Option(metavar="NAME", help="who scores: organism, openai:MODEL[@URL], judge.yaml")
     ] = None,
-    out: Out = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="where to write; default: RUN itself, or runs/evaluate-MODEL")
+    ] = None,
     rejudge: Annotated[
         bool, typer.Option("--rejudge", help="score the saved answers of RUN again; sample nothing")
     ] = False,
@@ -260,6 +262,7 @@ def persona_vector(
 @app.command()
 def doctor(
     selftest: Annotated[bool, typer.Option("--selftest", help="also generate one token through vLLM")] = False,
+    json: Annotated[bool, typer.Option("--json", help="print the same for programs")] = False,
 ) -> None:
     """What is installed, what works, what to do.
 
@@ -268,7 +271,7 @@ def doctor(
     from rlsafe import doctor as room
 
     checks = room.doctor(selftest=selftest)
-    _print(room.table(checks))
+    _print(room.as_json(checks) if json else room.table(checks))
     raise typer.Exit(0 if room.healthy(checks) else 1)
 
 
@@ -296,9 +299,6 @@ def organism_show(
     from rlsafe import organism
 
     _print(organism.show(n=n, seed=seed))
-
-
-# ------------------------------------------------------------------------------------------------ print and fail
 
 
 def _names(option: str, text: str | None) -> list[str] | None:
