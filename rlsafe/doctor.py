@@ -6,17 +6,19 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
+import json
 import os
 import platform
 import shutil
 import sys
 import tempfile
 import traceback
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+from rlsafe.features import features
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,7 +27,6 @@ REQUIRED = (
     *("torch", "transformers", "peft", "accelerate", "trl", "datasets", "tokenizers", "safetensors", "numpy", "scipy"),
     *("pydantic", "yaml", "jinja2", "matplotlib", "tensorboard", "openai", "bandit"),
 )
-OPTIONAL = {"ray": "grids on a Ray cluster", "bitsandbytes": "4/8-bit loading on GPUs", "deepspeed": "ZeRO"}
 
 MIN_MEMORY_GB = 4.0  # one vLLM engine on CPU, the policy and the judge of the organism comparison
 MIN_DISK_GB = 2.0  # adapters, checkpoints and metrics of one comparison
@@ -33,18 +34,28 @@ MIN_DISK_GB = 2.0  # adapters, checkpoints and metrics of one comparison
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the table. `failed` means that the main job cannot run; `fix` says what to do, in one line."""
+    """One line of the table. `failed` means that the main job cannot run, `missing` that an optional feature does not work;
+    `fix` says what to do, in one line."""
 
     name: str
-    status: Literal["ok", "note", "failed"]
+    status: Literal["ok", "note", "failed", "works", "missing"]
     found: str
     fix: str = ""
 
 
 def doctor(selftest: bool = False) -> list[Check]:
     """Look at this machine. `selftest` also generates one token through vLLM with a tiny model made on the spot."""
-    checks = [_python(), _packages(), _optional(), _device(), _vllm(), _organism(), _memory(), _disk()]
-    return [*checks, _one_token()] if selftest else checks
+    checks = [_python(), _packages(), _device(), _vllm(), _organism(), _memory(), _disk()]
+    return [*checks, *([_one_token()] if selftest else []), *optional()]
+
+
+def optional() -> list[Check]:
+    """The feature matrix: no line of it stops the main job."""
+    try:
+        found = features()
+    except ImportError as error:  # the check of the packages says what to do about it
+        return [Check("optional features", "missing", str(error))]
+    return [Check(one.name, "missing" if one.lacks else "works", one.found, one.lacks) for one in found]
 
 
 def installation() -> list[Check]:
@@ -62,14 +73,19 @@ def table(checks: list[Check]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    colours = {"ok": "green", "note": "yellow", "failed": "red"}
+    colours = {"ok": "green", "works": "green", "note": "yellow", "missing": "yellow", "failed": "red"}
     shown = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     for check in checks:
         found = Text(check.found)
         if check.fix:
-            found.append(f"\n-> {check.fix}", style="bold")
+            found.append(f"{chr(10) if check.found else ''}-> {check.fix}", style="bold")
         shown.add_row(check.name, Text(check.status, style=colours[check.status]), found)
     return shown
+
+
+def as_json(checks: list[Check]) -> str:
+    """The checks for programs: [{"name", "status", "found", "fix"}]."""
+    return json.dumps([asdict(check) for check in checks], indent=2)
 
 
 # ------------------------------------------------------------------------------------------------------- checks
@@ -100,12 +116,6 @@ def _packages() -> Check:
         found = "; ".join(f"{module}: {why}" for module, why in broken.items())
         return Check("packages", "failed", found, "run scripts/setup (it installs the tested set)")
     return Check("packages", "ok", ", ".join(_version(module) for module in REQUIRED[:6]))
-
-
-def _optional() -> Check:
-    here = {module: importlib.util.find_spec(module) is not None for module in OPTIONAL}
-    found = [_version(module) if here[module] else f"no {module} ({use})" for module, use in OPTIONAL.items()]
-    return Check("optional", "ok", ", ".join(found))
 
 
 def _device() -> Check:

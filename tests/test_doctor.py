@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import types
 
@@ -83,3 +84,66 @@ def test_module_entry_prints_the_installation_checks(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         doctor.main()
     assert stop.value.code == 1 and capsys.readouterr().out == "vllm: failed: gone -> put it back\n"
+
+
+# ------------------------------------------------------------------------------------------------ optional features
+
+
+def test_every_feature_either_works_or_says_what_to_do():
+    from rlsafe.features import features
+
+    found = {feature.name: feature for feature in features()}
+    assert all(feature.found or feature.lacks for feature in found.values()), "a line that says nothing"
+    assert "tensorboard " in found["TensorBoard"].found and not found["TensorBoard"].lacks
+    words = " ".join(found)
+    for named in (
+        "vLLM",
+        "hot-swap",
+        "GPU",
+        "bfloat16",
+        "4/8-bit",
+        "SDPA",
+        "flash",
+        "Ray",
+        "DeepSpeed",
+        "FSDP2",
+        "hub",
+        "bandit",
+    ):
+        assert named in words, named
+
+
+def test_a_feature_whose_package_is_not_here_names_it_and_stops_nothing(monkeypatch):
+    from rlsafe import features
+
+    real = features.find_spec
+    absent = ("vllm", "ray", "bandit", "bitsandbytes", "flash_attn", "deepspeed")
+    monkeypatch.setattr(features, "find_spec", lambda module: None if module in absent else real(module))
+    checks = {check.name: check for check in doctor.optional()}
+    lacking = [check for check in checks.values() if check.status == "missing"]
+    for name, fix in (("vLLM rollouts", "rlsafe[vllm]"), ("grids on Ray (--backend ray)", "rlsafe[ray]"),
+                      ("bandit's findings in rewards", "pip install bandit"),
+                      ("4/8-bit base (model.quantization)", "pip install bitsandbytes")):  # fmt: skip
+        assert checks[name].status == "missing" and fix in checks[name].fix
+    assert len(lacking) >= 8 and doctor.healthy(list(checks.values()))
+
+
+def test_a_hub_token_is_told_from_none_and_never_shown(monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    for token, status in (("hf_onlyfortestingonlyfortesting", "works"), (None, "missing")):
+        monkeypatch.setattr("huggingface_hub.get_token", lambda token=token: token)
+        [check] = [check for check in doctor.optional() if "hub" in check.name]
+        assert check.status == status and "onlyfortesting" not in str(check)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    [check] = [check for check in doctor.optional() if "hub" in check.name]
+    assert check.status == "missing" and "HF_HUB_OFFLINE" in check.fix
+
+
+def test_programs_read_the_checks_as_json(monkeypatch, capsys):
+    found = [Check("device", "ok", "one"), Check("Ray", "missing", "", "install [it]")]
+    monkeypatch.setattr(doctor, "doctor", lambda selftest: found)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["doctor", "--json"])
+    read = json.loads(capsys.readouterr().out)
+    assert stop.value.code == 0, "a missing feature is no failure"
+    assert [Check(**one) for one in read] == found
