@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from rlsafe.compare.cells import SOURCE, Cell
 from rlsafe.evaluate.hashing import contents, named_model_hash
@@ -63,9 +62,3 @@ def fingerprints(cells: Iterable[Cell]) -> dict[str, dict[str, str]]:
 
 def _short(hashes: list[str]) -> str:
     return hashes[0].rpartition(":")[2][:_SHOWN] if hashes else ""
-
-
-def shown(plan: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """The plan's fingerprints as (heading, [(name, fingerprint)]) for the report."""
-    given = plan.get("fingerprints") or {}
-    return [(heading, list(items.items())) for heading, items in given.items() if items]

@@ -14,6 +14,7 @@ from typing import Any
 from rlsafe.compare.grid import Cell, expand
 from rlsafe.compare.provenance import fingerprints, versions
 from rlsafe.config import CompareConfig, UserError, dump_yaml
+from rlsafe.engine.provenance import config_files, files_record
 from rlsafe.evaluate import task_name
 from rlsafe.evaluate.files import write_atomically, write_json
 
@@ -116,6 +117,7 @@ class Directory:
             "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
             "versions": versions(),
             "fingerprints": fingerprints(cells),
+            **files_record(config_files(config._source)),
         }
         write_json(self.out / _PLAN, plan)
 

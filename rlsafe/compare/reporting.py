@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from rlsafe.compare import pages, plots, provenance, sections
+from rlsafe.compare import origins, pages, plots, sections
 from rlsafe.compare.charts import LINES
 from rlsafe.compare.records import Directory
 from rlsafe.compare.results import REWARD_WINDOW, Results, write_tables
@@ -79,7 +79,7 @@ def context(results: Results, tables: Sequence[PathTable]) -> dict[str, Any]:
         "value_and_interval": sections.value_and_interval,
         "nothing_learned": NOTHING_LEARNED,
         "plan": results.plan,
-        "fingerprints": provenance.shown(results.plan),
+        "origins": origins.groups(results),
         "models": results.models,
         "paths": results.paths,
         "seeds": seeds,

@@ -46,8 +46,16 @@ def provenance(config: RunConfig, command: str = "", sources: Iterable[Path] = (
         "versions": _versions(),
         "seeds": {"run": config.seed, "evaluate": config.evaluate.seed},
         "fingerprints": fingerprints(config),
-        "configs": {shown(file): file_hash(file) for file in sources},
-        "git": {shown(file): state for file in [*sources, *code_files(config)] if (state := git_state(file))},
+        **files_record(sources, code_files(config)),
+    }
+
+
+def files_record(configs: Iterable[Path], code: Iterable[Path] = ()) -> dict[str, dict[str, Any]]:
+    """`configs` and `git` of `provenance`."""
+    configs = list(configs)
+    return {
+        "configs": {shown(file): file_hash(file) for file in configs},
+        "git": {shown(file): state for file in [*configs, *code] if (state := git_state(file))},
     }
 
 
