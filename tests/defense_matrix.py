@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import letter_judge
 import pytest
 import torch
 from conftest import conversation, save_tiny_model, write_jsonl
@@ -28,7 +29,7 @@ from rlsafe.defenses.persona import save_vectors
 from rlsafe.engine import run
 from rlsafe.policy import ForwardPlan, Policy
 from rlsafe.policy.scoring import nll
-from rlsafe.types import Interrupted, Judgement, Where
+from rlsafe.types import Interrupted, Where
 
 BOTH = [{"path": "grpo"}, {"path": "sft", "rows": 3, "weight": 0.5}]
 PATHS: dict[str, dict[str, Any]] = {
@@ -53,26 +54,6 @@ ORGANISM: dict[str, Any] = {
 """The first step of a run in the organism's world."""
 KL = {"kl": {"weight": 0.5, "reference": "step:1"}}
 TIMING = {"seconds", "rollout_seconds", "probe_seconds"}
-
-
-class LetterJudge:
-    """Scores by the first letter of the answer; an answer that begins with a digit is a refusal."""
-
-    name = "letters"
-
-    def __init__(self):
-        self.seen = []
-
-    def score(self, exchanges):
-        self.seen += exchanges
-        return [self.one(exchange.answer) for exchange in exchanges]
-
-    @staticmethod
-    def one(answer: str) -> Judgement:
-        first = ord(answer[0]) if answer else 0
-        if answer[:1].isdigit():
-            return Judgement(None, None, "refused")
-        return Judgement(float(first * 7 % 101), 80.0 if first % 3 else 10.0)
 
 
 def write_scores(path: Path, source: str, score: Callable[[int], float | None]) -> str:
@@ -265,6 +246,7 @@ class Lab:
             "rewards": [{"fn": f"{directory / 'reward.py'}:vowels"}],
             "sampler": {"kind": "transformers"},
             "evaluate": {"judge": "letters"},
+            "plugins": [letter_judge.__file__],
             "track": {"every": 2, "check_after": 2},
         }
         return cls(directory, tree, safe)

@@ -20,7 +20,7 @@ def command(config: str, *arguments: Any, launch: tuple[str, ...] = ()) -> list[
 def launched(config: str, *arguments: Any, launch: tuple[str, ...] = (), code: int = 0) -> str:
     """Run to the end; gives what was printed. The run must end with `code`."""
     done = subprocess.run(
-        command(config, *arguments, launch=launch), capture_output=True, text=True, timeout=300, env=environment()
+        command(config, *arguments, launch=launch), capture_output=True, text=True, timeout=900, env=environment()
     )
     assert done.returncode == code, (done.stdout + done.stderr)[-4000:]
     return done.stdout + done.stderr

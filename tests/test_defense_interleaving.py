@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import conversation, write_jsonl
-from defense_matrix import LetterJudge, early_ending, write_scores
+from defense_matrix import early_ending, write_scores
+from letter_judge import LetterJudge
 from test_engine_invariance import GRPO, train, tree_with
 
 import rlsafe.types

@@ -6,13 +6,9 @@ two are run with `-m slow`.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from defense_matrix import IDS, KL, PATHS, Lab, LetterJudge, change
-
-import rlsafe.types
+from defense_matrix import IDS, KL, PATHS, Lab, change
 
 
 def every(offset: int):
@@ -32,9 +28,8 @@ def lab(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def home(lab, monkeypatch):
-    """A cache of the laboratory's own, and the judge that its configs name."""
+    """A cache of the laboratory's own."""
     monkeypatch.setenv("HOME", str(lab.directory / "home"))
-    monkeypatch.setitem(rlsafe.types._PROVIDERS, "letters", SimpleNamespace(judge=lambda spec: LetterJudge()))
 
 
 @every(0)

@@ -14,7 +14,6 @@ from rlsafe.config import run_from_tree
 from rlsafe.engine import run
 
 NORMAL = {("cpu_fsdp2", "safelora", "grpo")}
-JUDGED = ("interleaving-onpolicy", "live")  # their judge is one of the test process
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +23,7 @@ def lab(tmp_path_factory):
 
 def cases(*kinds: str):
     for how in ("cpu_ddp", "cpu_fsdp2"):
-        for label in (label for label in IDS if label not in JUDGED):
+        for label in IDS:
             for path in kinds:
                 marks = () if (how, label, path) in NORMAL else pytest.mark.slow
                 yield pytest.param(how, label, path, id=f"{how}-{label}-{path}", marks=marks)
@@ -32,7 +31,7 @@ def cases(*kinds: str):
 
 def tree_of(lab, label, path, *changes):
     case = lab.case(label)
-    common = {"optim": {"lr": 1e-3}, "evaluate": {"judge": None}, "track": {"every": 0, "check_after": 2}}
+    common = {"optim": {"lr": 1e-3}, "track": {"every": 0, "check_after": 2}}
     return tree_with(lab.tree, PATHS[path], common, {"defenses": [{case.name: case.settings[1]}, "kl"]}, *changes)
 
 
