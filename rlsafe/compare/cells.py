@@ -55,6 +55,11 @@ class Cell:
         parts += ["relapse"] if self.kind == "relapse" else []
         return " / ".join(part for part in parts if part)
 
+    @property
+    def alike(self) -> tuple[str, ...]:
+        """The same for cells that differ by their seed only."""
+        return self.kind, self.model, self.path, self.defense, self.task
+
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the resolved config and of the contents of everything it names: equal when and only when the run would be

@@ -16,7 +16,7 @@ from rlsafe.data.encode import (
 from rlsafe.data.presets import recipe_of
 from rlsafe.data.refusals import REFUSALS, is_refusal
 from rlsafe.data.rows import question_of, require_answers, split_prompt
-from rlsafe.data.sources import load_rows, read_rows
+from rlsafe.data.sources import load_rows, read_once, read_rows
 from rlsafe.data.stream import Stream
 from rlsafe.data.thinking import Chat, Thought, split_think
 
@@ -42,6 +42,7 @@ __all__ = [
     "pad_id",
     "question_of",
     "read_completion",
+    "read_once",
     "read_rows",
     "recipe_of",
     "require_answers",

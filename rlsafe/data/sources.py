@@ -10,6 +10,8 @@ import logging
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,12 +56,37 @@ class Count:
         return notes
 
 
+_read_once: ContextVar[dict[tuple[str, int], tuple[list[Row], Count]] | None] = ContextVar("read_once", default=None)
+
+
+@contextmanager
+def read_once() -> Iterator[None]:
+    """Inside, equal streams are read and checked once, and share their rows: for looking at many runs, not for training."""
+    token = _read_once.set({})
+    try:
+        yield
+    finally:
+        _read_once.reset(token)
+
+
 def load_rows(config: StreamConfig, seed: int = 0, note: Note | None = None) -> list[Row]:
     """All rows of `config`, or the first `config.limit` after a shuffle seeded by `seed` (in order if `shuffle: false`).
 
     note: called with a line for each count of rows left out; default: a logged warning. Raises UserError naming the file,
     the line and the reason for anything that is not a usable dataset.
     """
+    known, key = _read_once.get(), (config.model_dump_json(), seed)
+    rows, count = known[key] if known and key in known else _load(config, seed)
+    if known is not None:
+        known[key] = rows, count
+    if not rows:
+        raise _empty(count)
+    for line in count.lines():
+        (note or logging.getLogger("rlsafe.data").warning)(line)
+    return rows
+
+
+def _load(config: StreamConfig, seed: int) -> tuple[list[Row], Count]:
     count = Count(config.source)
     if config.streaming:
         rows = list(_checked(config, count, seed))
@@ -69,11 +96,7 @@ def load_rows(config: StreamConfig, seed: int = 0, note: Note | None = None) -> 
             if config.shuffle:
                 random.Random(f"limit:{seed}").shuffle(rows)
             rows = rows[: config.limit]
-    if not rows:
-        raise _empty(count)
-    for line in count.lines():
-        (note or logging.getLogger("rlsafe.data").warning)(line)
-    return rows
+    return rows, count
 
 
 def read_rows(source: str | StreamConfig) -> list[Row]:
