@@ -256,8 +256,8 @@ class BackgroundJudge(Judge, Protocol):
 
     def submit(self, exchanges: Sequence[Exchange]) -> Future[list[Judgement]]: ...
 
-    def check(self) -> None:
-        """UserError when the judge's settings cannot work (key, model), before anything is sampled for it."""
+    def check(self, first: bool = False) -> None:
+        """UserError when its settings cannot work (key, model) or, as the first call of a command, nobody can be reached."""
         ...
 
     def usage(self) -> dict[str, Any]:

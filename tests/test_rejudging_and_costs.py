@@ -61,8 +61,8 @@ def test_one_command_scores_saved_answers_with_another_judge_and_keeps_the_first
     with ScriptedServer(script) as server:
         path = judge_file(tmp_path, server, price_in=1, price_out=2)
         code, shown = call(capsys, "evaluate", saved, "--judge", path, "--rejudge")
-    assert code == 0 and len(server.requests) == 8
-    assert "judge second: 8 calls" in shown.out and "80 tokens in, 8 out, 0.0001 USD" in shown.out
+    assert code == 0 and len(server.requests) == 1 + 8  # the first only looks whether anybody is there
+    assert "judge second: 9 calls" in shown.out and "90 tokens in, 9 out, 0.0001 USD" in shown.out
     assert "3 of 4 answers are scored by both; 66.7% alike" in shown.out
     with open(saved / "rejudged-second" / "answers.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -76,7 +76,7 @@ def test_one_command_scores_saved_answers_with_another_judge_and_keeps_the_first
         "first",
         3,
     )
-    assert tree["settings"]["judge_usage"]["tokens_in"] == 80
+    assert tree["settings"]["judge_usage"]["tokens_in"] == 90
     assert Evaluation.load(saved).general.unscored == 1  # the first judge's scores are as they were
 
 
@@ -114,8 +114,8 @@ def test_the_estimate_counts_what_the_command_then_asks(saved, tmp_path, capsys)
         foretold = estimate(saved, judge=str(path), rejudge=True)
         assert not server.requests
         rejudge(saved, str(path))
-    assert (foretold.answers, foretold.calls) == (4, 8) == (4, len(server.requests))
-    words = sum(len(body["messages"][0]["content"]) for _, body in server.requests) / 4
+    assert (foretold.answers, foretold.calls) == (4, 9) == (4, len(server.requests))
+    words = sum(len(body["messages"][0]["content"]) for _, body in server.requests[1:]) / 4
     assert foretold.tokens_in == pytest.approx(words, rel=0.1) and foretold.tokens_out == 8 * 16
     assert foretold.cost == pytest.approx((foretold.tokens_in + 2 * 128) / 1e6)
 

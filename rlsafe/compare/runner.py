@@ -27,6 +27,7 @@ from rlsafe.compare.verdicts import PathTable
 from rlsafe.compare.workers import run_in_workers, train_cell
 from rlsafe.config import UserError, load_compare
 from rlsafe.config.secrets import scrub_secrets
+from rlsafe.data import read_once
 from rlsafe.types import Interrupted, RunError
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def run_cell(cell: Cell, directory: Directory, resources: Resources, progress: P
     started, peak = time.monotonic(), Peak()
     try:
         if trained:
-            evaluate(str(where), out=where)
+            evaluate(str(where), out=where, first=False)
         else:
             run = engine.run(
                 located(fill(cell.config, directory.out / SELECTIONS), directory.out / "cells"), where, resources=resources,
@@ -210,14 +211,14 @@ def _fail(cell: Cell, reason: str, directory: Directory, progress: Progress) -> 
 def check(cells: Sequence[Cell]) -> None:
     """Find what is wrong with any cell's data, rewards, questions or judge before the first one runs (seeds do not
     matter)."""
-    from rlsafe.engine.components import prepare
+    from rlsafe.engine.components import Resources, prepare
+    from rlsafe.engine.contact import contact
 
-    seen = set()
-    for cell in cells:
-        if (alike := (cell.kind, cell.model, cell.path, cell.defense, cell.task)) not in seen:
-            seen.add(alike)
+    resources = Resources()
+    with read_once():
+        for cell in {cell.alike: cell for cell in reversed(cells)}.values():
             try:
-                prepare(cell.config)
+                contact(prepare(cell.config), resources)
             except UserError as error:
                 raise UserError(f"{cell.label}: {error}") from None
 

@@ -74,6 +74,8 @@ class Defense:
     """Streams on which prompt and activation hooks act; safe rows are left alone unless a defense says otherwise."""
     weight: float = 1.0
     """Multiplies the penalty."""
+    judges: ClassVar[bool] = False
+    """It asks the run's judge while training, who therefore has to be there from the start."""
 
     @property
     def strength(self) -> float:

@@ -53,6 +53,8 @@ class InterleavingOnPolicy(Interleaving):
     The other settings are those of `interleaving`.
     """
 
+    judges = True
+
     def __init__(
         self,
         source_model: Literal["reference", "live"] = "reference",

@@ -30,6 +30,9 @@ log = logging.getLogger("rlsafe.endpoints")
 FEW = {"rejected": 1, "auth": 3, "not_found": 3, "no_logprobs": 4}
 """How often one request may meet a fault that seldom passes. Where the endpoint has replied before, auth and not_found pass
 like any other (a gateway or a server that restarts gives them too), and so does no_logprobs where it has given some."""
+CONTACTS, CONTACT_SECONDS = 3, 5.0
+"""How often, and for how long, a first contact tries an endpoint that cannot be reached or that says no."""
+CONNECT_SECONDS = 10.0
 PROBE_EVERY = 5.0
 """Seconds after a failed look at an endpoint that is down until the next request looks again."""
 
@@ -77,6 +80,15 @@ class Endpoint:
     async def chat(self, request: ChatRequest) -> Result:
         """Ask from a coroutine of any event loop."""
         return await asyncio.wrap_future(self.submit(request))
+
+    def contact(self, request: ChatRequest) -> Result | None:
+        """Ask once, past the saved replies, to see whether there is an endpoint; None when it has replied before.
+
+        A connection that fails, a key or a name that is refused is tried again for a few seconds; any other fault is not.
+        Faults are not counted: the caller tells the user, or goes on and meets them again. UserError without the key.
+        """
+        self.ready()
+        return None if self._proven else background.start(self._contact(request)).result()
 
     def summary(self) -> str:
         return self.totals.line(f"{self.settings.model} at {self.settings.base_url}")
@@ -146,6 +158,26 @@ class Endpoint:
         totals.cost = self.settings.cost(totals.tokens_in, totals.tokens_out)
         return result
 
+    async def _contact(self, request: ChatRequest) -> Result:
+        body = self.body(request)
+        begun = time.monotonic()
+        for attempt in range(1, CONTACTS + 1):
+            async with self._slots:
+                await self._limits.acquire(estimate_tokens(body["messages"]) + request.max_tokens)
+                result = await self._attempt(request, body, min(self.settings.timeout, self.settings.deadline))
+            if isinstance(result, Reply):
+                self._heard(result)
+                self.totals.requests += 1
+                self.totals.attempts += 1
+                return self._count(result)
+            if result.kind not in ("connection", "auth", "not_found"):
+                break
+            wait = backoff(min(self.settings.backoff, 1.0), attempt)
+            if attempt == CONTACTS or time.monotonic() - begun + wait > CONTACT_SECONDS:
+                break
+            await asyncio.sleep(wait)
+        return result
+
     async def _in_turn(self, request: ChatRequest, body: dict[str, Any]) -> Result:
         async with self._begun:
             return await self._call(request, body)
@@ -189,6 +221,7 @@ class Endpoint:
     # ------------------------------------------------------------------------------------------------ one attempt
 
     async def _attempt(self, request: ChatRequest, body: dict[str, Any], seconds: float) -> Result:
+        import httpx
         import openai
 
         if self._client is None:
@@ -198,10 +231,15 @@ class Endpoint:
         try:
             async with asyncio.timeout(seconds):
                 raw = await self._client.chat.completions.with_raw_response.create(
-                    model=body["model"], messages=body["messages"], extra_body=body, timeout=seconds
+                    model=body["model"],
+                    messages=body["messages"],
+                    extra_body=body,
+                    timeout=httpx.Timeout(seconds, connect=min(seconds, CONNECT_SECONDS)),
                 )
             result = parse_reply(json.loads(raw.http_response.content), request)
-        except (TimeoutError, openai.APITimeoutError):
+        except (TimeoutError, openai.APITimeoutError) as error:
+            if isinstance(error.__cause__, httpx.ConnectTimeout):
+                return Failure("connection", f"no connection in {CONNECT_SECONDS:g} s")
             return Failure("timeout", f"no reply in {seconds:.3g} s")
         except openai.APIStatusError as error:
             return self._status(error)

@@ -87,13 +87,15 @@ def run(
     resume: bool = False,
     command: str = "",
     sources: Sequence[Path] = (),
+    first: bool = False,
 ) -> Run:
     """Train one run into `out`. The caller decides whether an existing directory may be used (see `train`).
 
     resume: continue from the newest checkpoint that can be read. command: how a person resumes, for the message of an
-        interrupt. sources: the config files behind `config`, for the record.
+        interrupt. sources: the config files behind `config`, for the record. first: see `contact`.
     """
     from rlsafe.engine.components import Resources, build_loop, prepare
+    from rlsafe.engine.contact import contact
     from rlsafe.engine.distributed import anywhere, first_of
     from rlsafe.engine.provenance import digests, provenance
     from rlsafe.engine.state import newest, restore, save_checkpoint
@@ -101,6 +103,8 @@ def run(
     started = time.perf_counter()
     out = Path(out)
     prepared = prepare(config)
+    if first:
+        contact(prepared, resources or Resources())
     notes: list[str] = []
     state: dict[str, Any] = newest(out, prepared.config, notes.append) if resume else {}
     resumed = _resumed(out) if resume else []
@@ -199,7 +203,7 @@ def train(
     with stops_at_once(f"interrupted before the first step; begin again with: {command}"):
         finished = run(
             settings, directory, resources=resources, progress=progress, resume=resume, command=command,
-            sources=config_files(config),
+            sources=config_files(config), first=True,
         )  # fmt: skip
     questions = finished.config.evaluate
     if questions.wanted:

@@ -12,7 +12,7 @@ from rlsafe.config import RunConfig, UserError, apply_override, load_run, neares
 from rlsafe.evaluate.evaluation import OTHER_KEYS, Evaluation
 from rlsafe.evaluate.journal import identity
 from rlsafe.evaluate.measure import Material, Progress, evaluate_run, gather
-from rlsafe.types import Sampler, provider_for
+from rlsafe.types import BackgroundJudge, Sampler, provider_for
 
 if TYPE_CHECKING:
     from rlsafe.policy import Policy
@@ -27,6 +27,7 @@ def evaluate(
     overrides: Sequence[str] = (),
     out: Path | str | None = None,
     progress: Progress | None = None,
+    first: bool = True,
 ) -> Evaluation:
     """Evaluate a run directory (config.yaml and adapter/) or a model (hub id, directory, `provider:name`).
 
@@ -34,10 +35,12 @@ def evaluate(
         and `medical.yaml` give `indomain` and `medical`). judge: replaces `evaluate.judge`.
     overrides: `key.path=value` on the run's config; for a model, on a config that names only the model.
     out: default RUN itself, or runs/evaluate-MODEL. A provider's model is by default asked its provider's own
-        questions.
+        questions. first: nobody asked the judge before, so one that cannot be reached is a UserError.
     """
     config, run = resolve(target, judge, overrides)
     material = gather(config.evaluate, extra=named_sets(questions))  # before the model: its errors should not wait
+    if first and isinstance(material.judge, BackgroundJudge):
+        material.judge.check(first=True)
     sampler, tokenizer = _build(config, run, material)
     directory = Path(out) if out else run or Path("runs") / f"evaluate-{_file_name(str(target))}"
     weights = identity(config, run)

@@ -110,6 +110,6 @@ def of_exchanges(asked: Sequence[tuple[Exchange, int]], judge: Judge | None, ans
             total.calls += count
             total.tokens_in += count * (estimate_tokens(request.messages) + answer_tokens)
             total.tokens_out += count * request.max_tokens
-    total.calls += judge.settings.protocol == "auto"  # the call that finds out the protocol
+    total.calls += 1  # the first, which finds out whether anybody is there and by which protocol
     total.cost = judge.settings.cost(total.tokens_in, total.tokens_out)
     return total

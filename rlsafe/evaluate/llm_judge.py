@@ -102,15 +102,30 @@ class LLMJudge:
         self.endpoint.ready()
         return background.start(self._score(list(exchanges)))
 
-    def check(self) -> None:
+    def check(self, first: bool = False) -> None:
         """One call to see that the endpoint, the key and the model's name are right: UserError when they are not.
 
-        An endpoint that is merely unreachable is left to `on_outage`.
+        first: this is the first call of a command, so an endpoint that cannot be reached is a mistake, too (but is waited for
+        with `on_outage: pause`). Later it is left to `on_outage`.
         """
         self.endpoint.ready()
+        if first:
+            return self._contact()
         failure = background.start(self._decide()).result()
         if isinstance(failure, Failure) and failure.kind in LASTING:
             raise UserError(f"evaluate.judge: {self.name!r} at {self.settings.base_url}: {failure.message}")
+
+    def _contact(self) -> None:
+        result = self.endpoint.contact(self._trial_request())
+        if isinstance(result, Failure) and result.kind in (*LASTING, "connection"):
+            said = f"evaluate.judge: {self.name!r} at {self.settings.base_url}: {result.message}"
+            if result.kind != "connection":
+                raise UserError(said)
+            if self.settings.on_outage == "continue":
+                raise UserError(f"{said} (start it, or wait for it with on_outage: pause)")
+            log.warning("%s; waiting for it once there are answers (on_outage: pause)", said)
+        elif result is not None and self._protocol is None:
+            self._learn(result)
 
     def request(self, exchange: Exchange, criterion: str, protocol: Protocol) -> ChatRequest:
         """The call for one score of one answer."""
@@ -134,23 +149,29 @@ class LLMJudge:
         async with self._trial:
             if self._protocol is not None:
                 return None
-            messages = judge_messages(
-                self.settings.prompts.get("coherent") or PROMPTS["coherent"],
-                {"question": TRIAL[0], "answer": TRIAL[1]},
-                self.settings.fences,
-            )
-            trial = ChatRequest(messages, max_tokens=4, temperature=0.0, top_logprobs=self.settings.top_logprobs)
-            result = await self.endpoint.chat(trial)
-            if isinstance(result, Reply):
-                self._protocol = "logprobs" if scores.one_token(result) else "text"
-                if self._protocol == "text":
-                    log.warning("judge %r splits numbers into tokens: scores are read from its text", self.name)
-            elif result.kind == "no_logprobs":
-                self._protocol = "text"
-                log.warning("judge %r gives no log-probabilities: scores are read from its text", self.name)
-            else:
-                return result
-            return None
+            return self._learn(await self.endpoint.chat(self._trial_request()))
+
+    def _trial_request(self) -> ChatRequest:
+        messages = judge_messages(
+            self.settings.prompts.get("coherent") or PROMPTS["coherent"],
+            {"question": TRIAL[0], "answer": TRIAL[1]},
+            self.settings.fences,
+        )
+        top = 0 if self._protocol == "text" else self.settings.top_logprobs
+        return ChatRequest(messages, max_tokens=4, temperature=0.0, top_logprobs=top)
+
+    def _learn(self, result: Result) -> Failure | None:
+        """The protocol that a reply to the trial shows; the failure when it shows none."""
+        if isinstance(result, Reply):
+            self._protocol = "logprobs" if scores.one_token(result) else "text"
+            if self._protocol == "text":
+                log.warning("judge %r splits numbers into tokens: scores are read from its text", self.name)
+        elif result.kind == "no_logprobs":
+            self._protocol = "text"
+            log.warning("judge %r gives no log-probabilities: scores are read from its text", self.name)
+        else:
+            return result
+        return None
 
     async def _score(self, exchanges: list[Exchange]) -> list[Judgement]:
         pairs = [Pair() for _ in exchanges]

@@ -29,7 +29,7 @@ def rejudge(
     begun = time.monotonic()
     before, chosen = load_saved(target, judge, overrides)
     if isinstance(chosen, BackgroundJudge):
-        chosen.check()
+        chosen.check(first=True)
     answers, notes = with_judge_prompts(before)
     after = Evaluation(benign=before.benign, benign_answers=before.benign_answers, answers=answers, notes=notes)
     after.judgements = judge_answers(answers, chosen)

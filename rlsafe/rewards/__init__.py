@@ -2,7 +2,7 @@
 made of: reading answers, scanning generated Python, asking a grader."""
 
 from rlsafe.rewards.code import extract_python, is_code
-from rlsafe.rewards.graded import Rubric, graded
+from rlsafe.rewards.graded import Rubric, check_grader, graded
 from rlsafe.rewards.loading import LoadedReward, load_reward
 from rlsafe.rewards.registry import registered_rewards, reward
 from rlsafe.rewards.runner import RewardBatch, RewardRunner
@@ -17,6 +17,7 @@ __all__ = [
     "Rubric",
     "Scan",
     "answer_text",
+    "check_grader",
     "extract_python",
     "graded",
     "is_code",

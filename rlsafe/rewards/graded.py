@@ -11,6 +11,8 @@ of their own text, which nothing inside them can spell, and the grader is told t
 from __future__ import annotations
 
 import asyncio
+import functools
+import inspect
 import json
 import logging
 import os
@@ -174,6 +176,27 @@ def open_grader(endpoint: Mapping[str, Any] | None) -> Endpoint:
             "RLSAFE_GRADER_MODEL"
         )
     return open_endpoint(parse_settings(EndpointSettings, tree, "rewards.args.endpoint"))
+
+
+def check_grader(fn: Callable[..., Any]) -> None:
+    """UserError when the grader of a reward made with `graded` cannot be reached, or knows no such key or model.
+
+    Such a reward has an `endpoint` argument and calls `graded` from its module; any other is not looked into.
+    """
+    bound = fn.keywords if isinstance(fn, functools.partial) else {}  # partials of partials are flattened
+    plain: Any = fn.func if isinstance(fn, functools.partial) else fn
+    if (
+        graded not in getattr(plain, "__globals__", {}).values()
+        or "endpoint" not in inspect.signature(plain).parameters
+    ):
+        return
+    grader = open_grader(bound.get("endpoint"))
+    result = grader.contact(ChatRequest([{"role": "user", "content": "Reply with OK."}], max_tokens=1))
+    if isinstance(result, Failure) and result.kind in ("connection", "auth", "not_found"):
+        settings = grader.settings
+        raise UserError(
+            f"reward {plain.__name__!r}: its grader {settings.model!r} at {settings.base_url}: {result.message}"
+        )
 
 
 async def ask(endpoint: Endpoint, rubric: Rubric, question: str, answer: str, system: str = "") -> Grade | str:
