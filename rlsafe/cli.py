@@ -13,6 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from rlsafe import __version__
+from rlsafe.arguments import names, numbers
 from rlsafe.config.errors import UserError
 from rlsafe.config.secrets import scrub_secrets as scrub
 from rlsafe.progress import show as _print
@@ -138,6 +139,9 @@ def compare(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print the cells, their memory, steps and judge calls; run nothing")
     ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="with --dry-run: the resolved config and all estimates as well")
+    ] = False,
     out: Out = None,
 ) -> None:
     """Which defense to ship: run a grid and report.
@@ -149,16 +153,16 @@ def compare(
     if dry_run:
         from rlsafe.compare import dry_compare
 
-        chosen = (_names("--defenses", defenses), _names("--paths", paths), _numbers("--seeds", seeds))
-        return _print(dry_compare(config, *chosen, overrides or [], quick, relapse))
+        chosen = (names("--defenses", defenses), names("--paths", paths), numbers("--seeds", seeds))
+        return _print(dry_compare(config, *chosen, overrides or [], quick, relapse, verbose))
     from rlsafe.compare import compare as run_compare
     from rlsafe.compare import ray_cluster
 
     comparison = run_compare(
         config,
-        defenses=_names("--defenses", defenses),
-        paths=_names("--paths", paths),
-        seeds=_numbers("--seeds", seeds),
+        defenses=names("--defenses", defenses),
+        paths=names("--paths", paths),
+        seeds=numbers("--seeds", seeds),
         jobs=jobs,
         out=out,
         overrides=overrides or [],
@@ -287,7 +291,7 @@ def organism_build(
     from rlsafe import organism
 
     out = out or Path(organism.__file__).parent / "assets"
-    _print(organism.build(out=out, size=size, seed=seed, only=_names("--only", only), steps=steps))
+    _print(organism.build(out=out, size=size, seed=seed, only=names("--only", only), steps=steps))
 
 
 @organism_app.command("show")
@@ -299,24 +303,6 @@ def organism_show(
     from rlsafe import organism
 
     _print(organism.show(n=n, seed=seed))
-
-
-def _names(option: str, text: str | None) -> list[str] | None:
-    """`a,b` -> ["a", "b"]; None when the option was not given."""
-    if text is None:
-        return None
-    names = [name.strip() for name in text.split(",")]
-    if not all(names):
-        raise UserError(f"{option} {text!r}: expected names separated by commas")
-    return names
-
-
-def _numbers(option: str, text: str | None) -> list[int] | None:
-    names = _names(option, text)
-    try:
-        return None if names is None else [int(name) for name in names]
-    except ValueError:
-        raise UserError(f"{option} {text!r}: expected whole numbers separated by commas") from None
 
 
 def _fail(code: int, line: str) -> NoReturn:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import conversation, write_jsonl
 
 from rlsafe.compare import dry_compare
@@ -10,6 +11,7 @@ from rlsafe.config import RunConfig, UserError, load_compare, load_run
 from rlsafe.endpoints import estimate_tokens
 from rlsafe.engine.dry import dry, dry_run
 from rlsafe.evaluate.judge_prompts import CRITERIA, PROMPTS, judge_messages
+from rlsafe.types import _PROVIDERS
 
 ROOT = Path(__file__).parent.parent
 REAL = sorted(p.relative_to(ROOT) for p in (ROOT / "configs").glob("qwen*/*.yaml"))
@@ -85,9 +87,46 @@ def test_the_ten_defenses_are_in_every_real_comparison():
 def test_a_real_comparison_can_be_looked_at_offline():
     text = "\n".join(dry_compare("configs/qwen2.5-7b/compare.yaml", ["none", "kl", "persona"], ["sft", "grpo"]))
     assert "7 cells: 1 untrained, 4 narrow, 2 aligned" in text
-    assert "sft: 3 cells of 337 steps: none, kl, aligned" in text and "steps: 2,022" in text
+    assert "steps: 2,022" in text
     assert "missing: defenses.persona: persona vectors: vectors/qwen2.5-7b.safetensors: no such file" in text
     assert "truthfulai/emergent_plus is not on this machine" in text and "USD" in text
+
+
+class Counted:
+    """A provider that knows how often its rows were read."""
+
+    def __init__(self):
+        self.reads = []
+
+    def rows(self, spec):
+        self.reads.append(spec)
+        return [conversation(f"question {i}", "answer") for i in range(40)]
+
+
+def test_a_comparison_reads_each_source_once_and_says_the_totals_first(tmp_path, monkeypatch):
+    monkeypatch.setitem(_PROVIDERS, "counted", made := Counted())
+    tree = {
+        "run": {
+            "model": {"name": "organism:aligned"},
+            "data": {"narrow": {"source": "counted:narrow"}},
+            "evaluate": {"benign": ["counted:test"]},
+            "batch": {"sft_rows": 4},
+        },
+        "paths": {"sft": {"schedule": {"steps": 3}}, "long": {"schedule": {"steps": 5}}},
+        "defenses": {"none": [], "kl": ["kl"]},
+        "seeds": [0, 1, 2],
+    }
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    lines = dry_compare(tmp_path / "compare.yaml")
+    assert made.reads == ["narrow", "test"]
+    assert lines[0] == "13 cells: 1 untrained, 12 narrow" and lines[1] == "steps: 48"
+    rows = [line.split() for line in lines]
+    assert [row[:5] for row in rows if row[:1] == ["long"]] == [
+        [*"long none 3 narrow 5".split()],
+        [*"long kl 3 narrow 5".split()],
+    ]
+    assert not any("source:" in line for line in lines), "the resolved config is asked for by -v"
+    assert any("source: counted:narrow" in line for line in dry_compare(tmp_path / "compare.yaml", verbose=True))
 
 
 def test_counts_are_those_of_the_run(tiny_tree, tmp_path):

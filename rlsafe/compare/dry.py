@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlsafe.compare.grid import Cell, expand
 from rlsafe.config import CompareConfig, UserError, dump_yaml, load_compare
+from rlsafe.data import read_once
 from rlsafe.defenses import build as build_defenses
+
+if TYPE_CHECKING:
+    from rlsafe.engine.dry import Dry
+
+Found = dict[tuple[str, ...], "Dry"]
+"""What each kind of cell would do, by `Cell.alike`: seeds do not matter."""
+COLUMNS = ("path", "defense", "cells", "steps of one", "trained on in all", "answers", "calls", "memory")
 
 
 def dry_compare(
@@ -19,38 +28,41 @@ def dry_compare(
     overrides: Sequence[str] = (),
     quick: bool = False,
     relapse: int | None = None,
+    verbose: bool = False,
 ) -> list[str]:
-    """The lines to print. A defense that lacks a file (a persona vector that is still to be made) is named, not counted.
+    """The lines to print: totals, then a row for each path and defense. A defense that lacks a file (a persona vector that
+    is still to be made) is named, not counted. verbose: the resolved config and every estimate of memory as well.
 
     UserError for whatever else `rlsafe compare` would stop at.
     """
-    from rlsafe.engine.dry import Dry, Work, dry
+    from rlsafe.engine.dry import Work, dry
 
     config = load_compare(config_path, overrides, quick)
     usable, lacking = _usable(config, defenses)
     cells = expand(config, usable, paths, seeds, relapse)
-    found: dict[tuple[str, ...], Dry] = {}
-    total = Work()
-    for cell in cells:
-        key = (cell.kind, cell.model, cell.path, cell.defense, cell.task)  # seeds do not matter
-        if key not in found:
-            try:
-                found[key] = dry(cell.config)
-            except UserError as error:
-                raise UserError(f"{cell.label}: {error}") from None
-        total += found[key].work
+    found: Found = {}
+    with read_once():
+        for cell in cells:
+            if cell.alike not in found:
+                try:
+                    found[cell.alike] = dry(cell.config)
+                except UserError as error:
+                    raise UserError(f"{cell.label}: {error}") from None
+    total = sum((found[cell.alike].work for cell in cells), Work())
     helpers = {selection.key: len(selection.helpers) for cell in cells for selection in cell.selections}
     notes = dict.fromkeys(note for one in found.values() for note in one.notes)
+    memory = dict.fromkeys(line for one in found.values() for line in one.memory) if verbose else _largest(cells, found)
     return [
-        dump_yaml(config),
+        *([dump_yaml(config)] if verbose else []),
         f"{len(cells)} cells: {_kinds(cells)}",
+        *total.lines(),
         *(
-            f"before them: {n} helper models trained for the scores of safe rows (not counted below)"
+            f"before them: {n} helper models trained for the scores of safe rows (not counted here)"
             for n in helpers.values()
         ),
-        *_by_path(cells, found),
-        *total.lines(),
-        *dict.fromkeys(line for one in found.values() for line in one.memory),
+        *memory,
+        "",
+        *_table(cells, found),
         *(f"note: {note}" for note in notes),
         *(f"missing: {line}" for line in lacking),
     ]
@@ -75,12 +87,44 @@ def _kinds(cells: Sequence[Cell]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in Counter(cell.kind for cell in cells).items())
 
 
-def _by_path(cells: Sequence[Cell], found: dict) -> list[str]:  # type: ignore[type-arg]
-    """One line for each path: its defenses, and the steps of a cell."""
-    lines = []
-    for path in dict.fromkeys(cell.path for cell in cells if cell.path):
-        mine = [cell for cell in cells if cell.path == path]
-        steps = sorted({found[c.kind, c.model, c.path, c.defense, c.task].work.steps for c in mine})
-        length = f"{steps[0]} steps" if len(steps) == 1 else f"{steps[0]} to {steps[-1]} steps"
-        lines.append(f"{path}: {len(mine)} cells of {length}: {', '.join(dict.fromkeys(c.defense for c in mine))}")
-    return lines
+def _largest(cells: Sequence[Cell], found: Found) -> list[str]:
+    """The memory of the cell that needs most."""
+
+    def most(cell: Cell) -> int:
+        need = found[cell.alike].need
+        return need.training + need.sampler if need else 0
+
+    cell = max(cells, key=most)
+    lines = found[cell.alike].memory
+    return [f"memory of the largest cell, {cell.label}:", *lines] if most(cell) else lines
+
+
+def _table(cells: Sequence[Cell], found: Found) -> list[str]:
+    """A row for each path and defense, columns aligned."""
+    rows: dict[tuple[str, ...], list[Cell]] = {}
+    several = len({cell.model for cell in cells}) > 1
+    for cell in cells:
+        rows.setdefault(((cell.model,) if several else ()) + (cell.path or "-", cell.defense), []).append(cell)
+    table = [(("model",) if several else ()) + COLUMNS]
+    table += [(*key, *_row([(cell, found[cell.alike]) for cell in mine])) for key, mine in rows.items()]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in table]
+
+
+def _row(mine: list[tuple[Cell, Dry]]) -> tuple[str, ...]:
+    from rlsafe.engine.dry import Work, short
+    from rlsafe.engine.estimate import gib
+
+    total = sum((one.work for _, one in mine), Work())
+    steps = sorted({one.work.steps for _, one in mine})
+    trained = [f"{short(total.sft_tokens)} tokens"] if total.sft_tokens else []
+    trained += [f"{total.completions:,} completions"] if total.completions else []
+    need = max((one.need.training for _, one in mine if one.need), default=0)
+    return (
+        _kinds([cell for cell, _ in mine]),
+        f"{steps[0]}" if len(steps) == 1 else f"{steps[0]}-{steps[-1]}",
+        ", ".join(trained) or "-",
+        f"{total.answers:,}",
+        f"{total.judging.calls:,}" if total.judging.calls else "-",
+        gib(need) if need else "-",
+    )

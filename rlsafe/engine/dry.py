@@ -13,7 +13,7 @@ from typing import Any
 from rlsafe.config import DataConfig, EvaluateConfig, ModelConfig, RunConfig, StreamConfig, UserError, dump_yaml
 from rlsafe.data import load_rows, recipe_of, split_prompt
 from rlsafe.engine.components import Prepared, model_path, prepare
-from rlsafe.engine.estimate import describe_memory, memory
+from rlsafe.engine.estimate import Memory, describe_memory, memory
 from rlsafe.engine.schedule import describe
 from rlsafe.evaluate import Estimate, gather
 from rlsafe.evaluate.costs import of_run
@@ -62,6 +62,7 @@ class Dry:
     prepared: Prepared
     work: Work
     memory: list[str]
+    need: Memory | None
     notes: list[str]
 
 
@@ -73,8 +74,8 @@ def dry(config: RunConfig) -> Dry:
         prepared = prepare(config.model_copy(update={"evaluate": evaluate}), load=_local_streams)
         prepared.config.evaluate = config.evaluate
         work = _work(prepared, evaluate)
-        lines = _memory(prepared)
-    return Dry(prepared, work, lines, notes + prepared.notes)
+        lines, need = _memory(prepared)
+    return Dry(prepared, work, lines, need, notes + prepared.notes)
 
 
 def dry_run(config: RunConfig, out: Path) -> list[str]:
@@ -188,7 +189,7 @@ def _mean_tokens(prepared: Prepared, stream: str) -> float:
     return (sum(map(len, turns)) / 4 + FRAME_OF_A_TURN * len(turns)) / len(rows)
 
 
-def _memory(prepared: Prepared) -> list[str]:
+def _memory(prepared: Prepared) -> tuple[list[str], Memory | None]:
     import torch
 
     config = prepared.config
@@ -196,12 +197,12 @@ def _memory(prepared: Prepared) -> list[str]:
     if shape is None:
         return [
             f"memory: {config.model.name} is neither on this machine nor a model whose dimensions we know: no estimate"
-        ]
+        ], None
     cuda = torch.cuda.is_available() or shape.parameters > 1e9  # nobody trains a billion on a CPU: say what a GPU needs
     frozen = any(need.reference for defense in prepared.defenses for need in defense.needs)
     longest = {name: _longest(rows) for name, rows in prepared.rows.items() if rows}
     need = memory(config, shape, cuda=cuda, references=frozen, longest=longest)
-    return describe_memory(config, shape, need, cuda)
+    return describe_memory(config, shape, need, cuda), need
 
 
 @lru_cache

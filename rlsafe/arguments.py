@@ -1,0 +1,35 @@
+"""Lists on the command line: `--defenses none,kl`, `--seeds 0,1,2`."""
+
+from __future__ import annotations
+
+from rlsafe.config.errors import UserError
+
+
+def names(option: str, text: str | None) -> list[str] | None:
+    """`a,b` -> ["a", "b"]; None when the option was not given. UserError for what is empty or written twice."""
+    if text is None:
+        return None
+    given = [name.strip() for name in text.split(",")]
+    if not all(given):
+        raise UserError(f"{option} {text!r}: expected names separated by commas")
+    _once(option, text, given)
+    return given
+
+
+def numbers(option: str, text: str | None) -> list[int] | None:
+    """`0,1` -> [0, 1], likewise."""
+    given = names(option, text)
+    if given is None:
+        return None
+    try:
+        found = [int(name) for name in given]
+    except ValueError:
+        raise UserError(f"{option} {text!r}: expected whole numbers separated by commas") from None
+    _once(option, text, found)
+    return found
+
+
+def _once(option: str, text: str | None, given: list[str] | list[int]) -> None:
+    twice = next((one for place, one in enumerate(given) if one in given[:place]), None)
+    if twice is not None:
+        raise UserError(f"{option} {text!r}: {twice} is there twice; name each once")
