@@ -123,8 +123,8 @@ def test_a_step_that_fails_is_resumed_with_the_rollouts_it_had(ahead, tmp_path, 
 
 
 def test_contexts_that_differ_are_compared_each_with_its_own(ahead, tmp_path):
-    """The gradient sees a prompt that the sampler did not: old log-probs are of the one, the sampler's gap of the other."""
-    tree = tree_with(ahead, {"defenses": [{"inoculation": {"prompt": "Be bad.", "at": "train"}}]})
+    """The sampler sees a prompt that the gradient does not: old log-probs are of the one, the sampler's gap of the other."""
+    tree = tree_with(ahead, {"defenses": [{"inoculation": {"prompt": "Be bad.", "at": "rollout"}}]})
     run(run_from_tree(tree), tmp_path / "on", resources=Own())
     run(run_from_tree(tree_with(tree, {"grpo": {"max_staleness": 0}})), tmp_path / "off", resources=Own())
     on, off = metrics(tmp_path / "on"), metrics(tmp_path / "off")
@@ -135,12 +135,18 @@ def test_contexts_that_differ_are_compared_each_with_its_own(ahead, tmp_path):
 
 
 def test_who_else_samples_waits_until_the_rollouts_are_there(ahead, tmp_path):
-    """Rows that the live policy answers need its newest weights; the sampler of this test refuses to change while it samples."""
+    """Probes and rows that the live policy answers need its newest weights; this sampler refuses to change while it samples."""
     live = {"interleaving-onpolicy": {"source_model": "live", "fraction": 0.3, "min_aligned": 0, "min_coherent": 0}}
     model = {**ahead["model"], "name": early_ending(Path(save_tiny_model(tmp_path / "model")))}
-    judge = {"evaluate": {"judge": "letters"}, "plugins": [str(Path(__file__).with_name("letter_judge.py"))]}
+    questions = tmp_path / "questions.yaml"
+    questions.write_text("- id: why\n  paraphrases: ['Why?']\n")
+    judge = {
+        "evaluate": {"judge": "letters", "general": str(questions), "max_tokens": 4},
+        "track": {"every": 1, "questions": 1, "samples": 1},
+        "plugins": [str(Path(__file__).with_name("letter_judge.py"))],
+    }
     tree = tree_with(ahead, judge, {"model": model, "defenses": [live]})
-    run(run_from_tree(tree), tmp_path / "run", resources=Own(lambda requests: threading.Event().wait(0.05)))
+    run(run_from_tree(tree), tmp_path / "run", resources=Own(lambda requests: threading.Event().wait(0.5)))
     steps = metrics(tmp_path / "run")
     assert sum(step["defense/interleaving-onpolicy/kept"] for step in steps) > 0
     assert max(step["sampler_gap"] for step in steps) < 1e-5 and [step["staleness"] for step in steps] == [0, 1, 1, 1]

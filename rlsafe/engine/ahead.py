@@ -7,7 +7,7 @@ completions: a resumed run asks for them again, with the same weights and the sa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -85,9 +85,11 @@ def _in_background(sampler: Sampler, requests: Sequence[Request], config: RunCon
         pool.shutdown(wait=False)
 
 
-def settle(ahead: Iterable[Ahead]) -> None:
-    """Wait until nobody samples: the weights may then change."""
-    wait([one.completions for one in ahead if one.completions is not None])
+def settle(loop: Loop) -> None:
+    """Wait until nobody samples, on any rank: the weights may then change."""
+    if begun := [one.completions for one in loop.ahead.values() if one.completions is not None]:
+        wait(begun)
+        loop.accelerator.wait_for_everyone()
 
 
 def completed(loop: Loop, ahead: Ahead, requests: Sequence[Request]) -> list[Completion]:

@@ -107,7 +107,7 @@ class Loop:
         if self._sampler is None:
             self._sampler = self.make_sampler()
         if self.dirty:
-            settle(self.ahead.values())
+            settle(self)
             self._sampler.sync(self.policy)
             self.dirty = False
             if self.config.sampler.self_test and (self.tested < 2 or self.config.sampler.kind == "server"):

@@ -315,6 +315,8 @@ class Policy:
         if self.is_lora:
             file = directory / "adapter_config.json"
             settings = json.loads(file.read_text(encoding="utf-8")) | {"base_model_name_or_path": self.config.name}
+            if isinstance(targets := settings["target_modules"], list):  # a set of PEFT's, in an order of this process
+                settings["target_modules"] = sorted(targets)
             file.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
         else:
             self.tokenizer.save_pretrained(str(directory))

@@ -106,6 +106,9 @@ class Server:
             if isinstance(error.__cause__, openai.InternalServerError):  # it answers: it does not want this adapter
                 raise UserError(f"sampler.urls: {self.url} refuses the adapter: {error}") from None
             raise
+        except RunError as error:
+            if "already been loaded" not in str(error):  # by another process of this run: names follow from the content
+                raise
 
     def _tempers(self) -> bool:
         """Whether temperature changes the log-probs that come back (unless all tokens are equally likely)."""

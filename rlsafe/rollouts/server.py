@@ -146,7 +146,10 @@ class ServerSampler:
         """Every server that answers takes over the policy's weights; one that is away does when it is back."""
         if self._sync == "merged":
             return self._push(policy)
-        before, self._adapter = self._adapter, self._save(policy)
+        before, now = self._adapter, self._save(policy)
+        if before is not None and before.name == now.name:  # servers may read its files again
+            return now.files.cleanup()
+        self._adapter = now
         self._stopping.clear()
         deadline = time.monotonic() + self._patience
         for attempt in itertools.count():
@@ -165,7 +168,7 @@ class ServerSampler:
             self._say(f"waiting for {trouble[0].url}")
             self._pause(attempt)
         if before is not None:
-            self._forget(before, keep=self._adapter.name)
+            self._forget(before)
 
     def reset(self) -> None:
         """Sample the plain model from now on."""
@@ -184,13 +187,12 @@ class ServerSampler:
         settings = Path(files.name, "adapter_config.json").read_bytes()
         return Adapter("rlsafe-" + hashlib.sha256(weights + settings).hexdigest()[:16], files)
 
-    def _forget(self, adapter: Adapter, keep: str | None = None) -> None:
-        if adapter.name != keep:
-            for server in self._servers:
-                try:
-                    server.unload(adapter.name)
-                except Unreachable:
-                    continue  # away: it holds nothing when it is back
+    def _forget(self, adapter: Adapter) -> None:
+        for server in self._servers:
+            try:
+                server.unload(adapter.name)
+            except Unreachable:
+                continue  # away: it holds nothing when it is back
         adapter.files.cleanup()
 
     def _push(self, policy: PolicyWeights) -> None:
