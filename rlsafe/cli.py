@@ -279,6 +279,18 @@ def doctor(
     raise typer.Exit(0 if room.healthy(checks) else 1)
 
 
+@app.command("config")
+def config_reference(
+    key: Annotated[
+        str | None, typer.Argument(metavar="KEY", help="only this part, e.g. model.lora, compare, defenses.kl")
+    ] = None,
+) -> None:
+    """Every setting with its default and what it does."""
+    from rlsafe.settings import reference
+
+    _print(reference(key))
+
+
 @organism_app.command("build")
 def organism_build(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="default: the package's own assets")] = None,

@@ -21,7 +21,7 @@ FLOORS = [
     {"defenses", "rollouts", "rewards", "organism"},
     {"engine", "evaluate"},
     {"compare"},
-    {"cli", "arguments", "doctor", "features", "progress", "__main__", "__init__"},
+    {"cli", "arguments", "doctor", "features", "progress", "settings", "__main__", "__init__"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -1,13 +1,12 @@
 """Every setting, typed, in one place; YAML <-> objects; an error names the key and the line."""
 
+from rlsafe.config.comparison import BenignConfig, CompareConfig, SelectionConfig
 from rlsafe.config.data import DataConfig, StreamConfig
 from rlsafe.config.errors import UserError, nearest
 from rlsafe.config.loading import apply_override, dump_yaml, load_compare, load_run, load_tree, run_from_tree
 from rlsafe.config.schema import (
     BatchConfig,
-    BenignConfig,
     CheckpointConfig,
-    CompareConfig,
     EvaluateConfig,
     GrpoConfig,
     LoraConfig,
@@ -19,7 +18,6 @@ from rlsafe.config.schema import (
     RunConfig,
     SamplerConfig,
     ScheduleConfig,
-    SelectionConfig,
     TrackConfig,
 )
 

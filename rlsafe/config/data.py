@@ -37,7 +37,7 @@ class StreamConfig(Settings):
     )
     limit: Positive | None = Field(None, description="use only the first N rows after a seeded shuffle")
     shuffle: bool = Field(True, description="false = `limit` takes the first N rows of the source in order")
-    max_tokens: Positive = 2048
+    max_tokens: Positive = Field(2048, description="of a row, prompt and answer; see too_long")
     too_long: Literal["drop", "truncate", "error"] = Field(
         "drop",
         description="rows above max_tokens; truncate cuts the answer (a prompt that is too long is dropped); counted",
@@ -56,6 +56,6 @@ class StreamConfig(Settings):
 
 
 class DataConfig(Settings):
-    narrow: StreamConfig | None = None
-    safe: StreamConfig | None = None
-    benign: StreamConfig | None = None
+    narrow: StreamConfig | None = Field(None, description="what is trained on")
+    safe: StreamConfig | None = Field(None, description="what the interleaving defenses add")
+    benign: StreamConfig | None = Field(None, description="a further stream, for schedules that name it")

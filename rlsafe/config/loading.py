@@ -11,8 +11,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from rlsafe.config.base import SECRET
+from rlsafe.config.comparison import CompareConfig
 from rlsafe.config.errors import UserError, nearest
-from rlsafe.config.schema import CompareConfig, RunConfig
+from rlsafe.config.schema import RunConfig
 
 Marks = dict[tuple[str, ...], str]
 """Where each key was written: path of keys -> "file:line" or "override 'a.b=c'"."""

@@ -1,4 +1,4 @@
-"""The settings of a run and of a comparison. Defaults follow the published recipes where there is one.
+"""The settings of a run (those of a comparison: rlsafe.config.comparison). Defaults follow the published recipes where there is one.
 
 Only shapes, types and ranges are checked here; names that other rooms own (defenses, rewards, sources) are checked where
 those rooms build them.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from rlsafe.config.base import Fraction, NonNegative, Positive, Recorded, Settings, invalid_at, on_off, to_list
 from rlsafe.config.data import DataConfig
@@ -18,24 +18,24 @@ from rlsafe.config.errors import nearest
 class LoraConfig(Settings):
     """PEFT LoRA. The paper's: rs-LoRA (scale alpha / sqrt(r)), r 32, alpha 64, no dropout, all linear projections."""
 
-    r: Positive = 32
-    alpha: Annotated[float, Field(gt=0)] = 64
-    dropout: Fraction = 0.0
-    rslora: bool = True
-    targets: str | list[str] = "all-linear"
+    r: Positive = Field(32, description="rank of the update")
+    alpha: Annotated[float, Field(gt=0)] = Field(64, description="scale of the update: alpha / sqrt(r), or alpha / r")
+    dropout: Fraction = Field(0.0, description="of the adapter's input; must be 0 with GRPO steps")
+    rslora: bool = Field(True, description="scale by alpha / sqrt(r) instead of alpha / r")
+    targets: str | list[str] = Field("all-linear", description="which modules: their names, or all-linear")
 
 
 class ModelConfig(Settings):
     name: str = Field(description="hub id, local directory, or provider:name such as organism:aligned")
-    revision: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    revision: str | None = Field(None, description="git revision of a hub model")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto = as saved")
     quantization: Literal["4bit", "8bit"] | None = Field(
         None, description="bitsandbytes: the frozen base in 4 (NF4, double quantisation) or 8 bits; needs model.lora"
     )
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention kernels")
     lora: LoraConfig | None = Field(LoraConfig(), description="null = full fine-tuning")
     adapter: str | None = Field(None, description="a PEFT adapter directory to start from")
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(False, description="less memory for activations, one more forward")
     chat_template: str | None = Field(None, description="a Jinja file that replaces the tokenizer's chat template")
     thinking: Annotated[Literal["on", "off", "no_think"] | None, BeforeValidator(on_off)] = Field(
         None,
@@ -43,34 +43,40 @@ class ModelConfig(Settings):
         "turn; null = as the template does by default",
     )
     train_thinking: bool = Field(True, description="SFT's loss covers the think block of an answer")
-    trust_remote_code: bool = False
+    trust_remote_code: bool = Field(False, description="run Python that comes with the model: only if you trust it")
 
 
 class RewardConfig(Settings):
     fn: str = Field(description="file.py:function, package.module:function, or provider:name")
     thinking: bool = Field(False, description="the function sees the think block before the answer as well")
-    weight: float = 1.0
+    weight: float = Field(1.0, description="multiplies the function's reward in the sum")
     args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments bound to the function")
 
 
 class GrpoConfig(Settings):
-    generations: Annotated[int, Field(ge=2)] = 8
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    max_tokens: Positive = 256
-    normalization: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = "dapo"
-    scale: Literal["group", "batch", "none"] = "group"
-    level: Literal["token", "sequence"] = "token"
-    clip_low: Annotated[float, Field(ge=0)] = 0.2
-    clip_high: Annotated[float, Field(ge=0)] = 0.2
+    generations: Annotated[int, Field(ge=2)] = Field(8, description="completions of each prompt: the group")
+    temperature: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="of rollouts, and of their log-probs in the loss"
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="nucleus of rollouts; 1 = whole vocabulary")
+    max_tokens: Positive = Field(256, description="of a completion; longer ones are cut")
+    normalization: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = Field(
+        "dapo",
+        description="the loss is summed over tokens and divided by: rows (grpo, each by its own length first), "
+        "rows * max_tokens (dr_grpo), tokens (dapo, bnpo)",
+    )
+    scale: Literal["group", "batch", "none"] = Field("group", description="whose spread divides the advantages")
+    level: Literal["token", "sequence"] = Field("token", description="importance ratios; sequence = GSPO")
+    clip_low: Annotated[float, Field(ge=0)] = Field(0.2, description="ratios below 1 - clip_low are clipped")
+    clip_high: Annotated[float, Field(ge=0)] = Field(0.2, description="ratios above 1 + clip_high are clipped")
     beta: Annotated[float, Field(ge=0)] = Field(
         0.0, description="weight of the sampled k3 KL to the base inside the GRPO loss"
     )
     iterations: Positive = Field(1, description="optimizer steps on each rollout")
     max_staleness: Literal[0, 1] = Field(0, description="1 = servers sample the next rollouts during an update")
     correction: Literal["none", "token", "sequence"] = Field("none", description="truncated sampler-gap correction")
-    correction_cap: Annotated[float, Field(gt=0)] = 2.0
-    mask_truncated: bool = False
+    correction_cap: Annotated[float, Field(gt=0)] = Field(2.0, description="the largest weight of that correction")
+    mask_truncated: bool = Field(False, description="completions cut at max_tokens give no gradient")
     on_error: Literal["stop", "skip"] = Field("stop", description="a reward that fails after the first batch")
 
 
@@ -78,13 +84,17 @@ class OptimConfig(Settings):
     kind: Literal["adamw", "adamw_8bit"] = Field(
         "adamw", description="adamw_8bit: moments in 8 bits (bitsandbytes, GPUs); elsewhere adamw with a note"
     )
-    lr: Annotated[float, Field(gt=0)] = 1e-4
-    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    lr: Annotated[float, Field(gt=0)] = Field(1e-4, description="peak learning rate")
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        "linear", description="the learning rate's curve after its warm-up"
+    )
     warmup: Annotated[float, Field(ge=0)] = Field(0.0, description="steps when >= 1, else a fraction of the steps")
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's, decoupled from the loss")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="AdamW's decay of its two moments")
+    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW's")
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
+        1.0, description="gradients are clipped to it; null = no"
+    )
     on_nan: Literal["stop", "skip"] = Field(
         "stop", description="a step with NaN or Inf in loss, penalty, advantage or gradient; its batch is saved"
     )
@@ -100,21 +110,21 @@ class BatchConfig(Settings):
 class Part(Settings):
     """One part of a step: rows of one stream on one path. `every: k` takes part only in each k-th step of its kind."""
 
-    stream: Literal["narrow", "safe", "benign"] = "narrow"
-    path: Literal["sft", "grpo"]
+    stream: Literal["narrow", "safe", "benign"] = Field("narrow", description="whose rows: data.narrow, ...")
+    path: Literal["sft", "grpo"] = Field(description="supervision, or reward")
     rows: Positive | None = Field(
         None, description="SFT rows or GRPO prompts; null = batch.sft_rows / batch.grpo_prompts"
     )
-    weight: Annotated[float, Field(ge=0)] = 1.0
-    every: Positive = 1
+    weight: Annotated[float, Field(ge=0)] = Field(1.0, description="multiplies the part's loss")
+    every: Positive = Field(1, description="takes part only in each k-th step of its kind")
 
 
 class PhaseConfig(Settings):
     """Some steps: either a `cycle` of step kinds in order, or a seeded random `mix` of kinds by weight."""
 
     steps: NonNegative | None = Field(None, description="null = what is left of schedule.steps")
-    cycle: Annotated[list[str], BeforeValidator(to_list())] | None = None
-    mix: dict[str, Annotated[float, Field(ge=0)]] | None = None
+    cycle: Annotated[list[str], BeforeValidator(to_list())] | None = Field(None, description="step kinds, in turn")
+    mix: dict[str, Annotated[float, Field(ge=0)]] | None = Field(None, description="step kind: weight, drawn by seed")
     lr: Annotated[float, Field(gt=0)] | None = Field(
         None, description="starts its own learning-rate curve at this peak"
     )
@@ -131,9 +141,11 @@ class PhaseConfig(Settings):
 class ScheduleConfig(Settings):
     """`steps` optimizer steps in `phases`. Step kinds known without defining them: sft, grpo, safe, benign-sft, benign-grpo."""
 
-    steps: NonNegative = 100
-    phases: list[PhaseConfig] = Field(default_factory=lambda: [PhaseConfig(cycle=["sft"])], min_length=1)
-    kinds: dict[str, list[Part]] = Field(default_factory=dict)
+    steps: NonNegative = Field(100, description="optimizer steps in all")
+    phases: list[PhaseConfig] = Field(
+        default_factory=lambda: [PhaseConfig(cycle=["sft"])], min_length=1, description="one after the other"
+    )
+    kinds: dict[str, list[Part]] = Field(default_factory=dict, description="your own kinds of step: name -> its parts")
 
     @property
     def all_kinds(self) -> dict[str, list[Part]]:
@@ -177,10 +189,12 @@ class SamplerConfig(Settings):
     patience: Annotated[float, Field(gt=0)] = Field(
         600.0, description="kind server: seconds to go on trying servers that do not answer"
     )
-    gpu_memory: Fraction = 0.4
-    max_model_len: Positive | None = None
-    max_num_seqs: Positive = 256
-    self_test: bool = True
+    gpu_memory: Fraction = Field(0.4, description="vLLM's share of the GPU's memory")
+    max_model_len: Positive | None = Field(
+        None, description="tokens of prompt and completion; null = 4096 or the model's"
+    )
+    max_num_seqs: Positive = Field(256, description="sequences that vLLM generates at a time")
+    self_test: bool = Field(True, description="compare the sampler's log-probs with the trainer's")
     max_gap: Annotated[float, Field(gt=0)] | None = Field(
         None,
         description="mean |trainer - sampler| log-prob allowed by the self-test; null = 1e-3 in float32, 0.05 below",
@@ -209,7 +223,7 @@ class TrackConfig(Settings):
 
 class CheckpointConfig(Settings):
     every: NonNegative = Field(0, description="steps between checkpoints; 0 = only on interrupt")
-    keep: Positive = 2
+    keep: Positive = Field(2, description="the newest K stay")
 
 
 class EvaluateConfig(Settings):
@@ -217,14 +231,14 @@ class EvaluateConfig(Settings):
         None, description="provider name such as 'organism', or {kind: openai, ...}"
     )
     general: str | None = Field(None, description="provider:spec or a YAML question file")
-    indomain: str | None = None
+    indomain: str | None = Field(None, description="likewise: held-out questions of the trained domain")
     cue: str | None = Field(None, description="system prompt of the conditional probe: text or provider:name")
     benign: list[str] = Field(default_factory=list, description="benign test sets, scored by exact match")
     benign_limit: Positive = Field(200, description="rows of each benign test set")
     samples: Positive | None = Field(None, description="answers per question; null = as the question file says")
-    max_tokens: Positive = 600
+    max_tokens: Positive = Field(600, description="of an answer")
     temperature: Annotated[float, Field(ge=0)] | None = Field(None, description="null = as the question file says")
-    seed: int = 0
+    seed: int = Field(0, description="of the sampled answers")
 
     @property
     def wanted(self) -> bool:
@@ -235,23 +249,27 @@ class EvaluateConfig(Settings):
 class RunConfig(Recorded):
     """One training run. `rlsafe train CONFIG` reads it; RUN/config.yaml holds it with every default written out."""
 
-    seed: int = 0
+    seed: int = Field(0, description="decides data order, sampling and initial weights")
     model: ModelConfig
     data: DataConfig = DataConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     batch: BatchConfig = BatchConfig()
     optim: OptimConfig = OptimConfig()
     grpo: GrpoConfig = GrpoConfig()
-    rewards: Annotated[list[RewardConfig], BeforeValidator(to_list("fn"))] = Field(default_factory=list)
+    rewards: Annotated[list[RewardConfig], BeforeValidator(to_list("fn"))] = Field(
+        default_factory=list, description="GRPO's reward functions; their weighted sum counts"
+    )
     sampler: SamplerConfig = SamplerConfig()
-    defenses: Annotated[list[str | dict[str, Any]], BeforeValidator(to_list())] = Field(default_factory=list)
+    defenses: Annotated[list[str | dict[str, Any]], BeforeValidator(to_list())] = Field(
+        default_factory=list, description="names, or {name: {setting: value}}; rlsafe config defenses.NAME lists them"
+    )
     plugins: list[str] = Field(
         default_factory=list, description="Python files or modules to import first (own defenses)"
     )
     track: TrackConfig = TrackConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-    out: str | None = None
+    out: str | None = Field(None, description="the run directory, as --out; null = runs/NAME")
 
     @model_validator(mode="after")
     def _one_policy_on_grpo(self) -> RunConfig:
@@ -259,89 +277,3 @@ class RunConfig(Recorded):
         if grpo and (dropout := self.model.lora and self.model.lora.dropout):  # two forwards, two random masks
             raise invalid_at(("model", "lora", "dropout"), dropout, "must be 0 when the schedule has GRPO steps")
         return self
-
-
-Tree = dict[str, Any]
-
-
-class BenignConfig(Settings):
-    """The benign criterion of a comparison: the same defense, trained on a benign task instead of the narrow one.
-
-    A task's tree says what is trained on (data, rewards) and, in `evaluate.benign`, the test sets that score it; several test sets
-    are averaged. Nothing else is asked of these runs.
-    """
-
-    task: str = Field(description="the task whose score fills the 'benign' column")
-    tasks: dict[str, Tree] = Field(
-        description="task -> overrides of the run (data, rewards, schedule, evaluate.benign)"
-    )
-    paths: dict[str, Tree] = Field(
-        default_factory=dict, description="path -> overrides of the run when training on a task"
-    )
-    seeds: list[int] | None = Field(None, description="null = the comparison's seeds")
-
-    @model_validator(mode="after")
-    def _task_is_known(self) -> BenignConfig:
-        if self.task not in self.tasks:
-            raise ValueError(f"'task' names no entry of 'tasks' ({', '.join(self.tasks) or 'none given'})")
-        return self
-
-
-def _dotted(tree: Any) -> Any:
-    """{kl: {weight: [...]}} -> {kl.weight: [...]}: an override `grid.kl.weight=[...]` nests."""
-    if not isinstance(tree, dict):
-        return tree
-    flat: dict[Any, Any] = {}
-    for key, value in tree.items():
-        inner = _dotted(value)
-        flat |= {f"{key}.{rest}": one for rest, one in inner.items()} if isinstance(inner, dict) else {key: inner}
-    return flat
-
-
-def _no_defense() -> dict[str, list[str | dict[str, Any]]]:
-    return {"none": []}
-
-
-class SelectionConfig(Settings):
-    """How `scores: auto` of interleaving+ and ++ is made: helper models, each misaligned on one domain, that score the safe rows.
-
-    A helper that trains on the comparison's own narrow data is left out (leave-target-out), so one list serves every target.
-    """
-
-    adapters: dict[str, str] = Field(
-        min_length=1, description="label -> source of the misaligned rows that a helper trains on"
-    )
-    run: Tree = Field(default_factory=dict, description="overrides of the run for every helper, such as its schedule")
-    eps: Annotated[float, Field(gt=0)] = 1.0
-    seed: int = 0
-
-
-class CompareConfig(Recorded):
-    """A grid of runs: models x paths x defenses x seeds, evaluated and turned into verdicts.
-
-    `run` holds what all cells share; `paths`, `models`, `defenses` hold what differs (trees of RunConfig keys, deep-merged in the
-    order run < path < model < reference arm or benign task < defense < command line). A defense is a list as in RunConfig.defenses.
-    """
-
-    title: str = ""
-    run: Tree
-    models: dict[str, Tree] = Field(
-        default_factory=dict, description="label -> overrides; default: the run's own model"
-    )
-    paths: Annotated[dict[str, Tree], Field(min_length=1)]
-    default_paths: list[str] | None = Field(None, description="the paths that run without --paths; null = all")
-    defenses: dict[str, list[str | dict[str, Any]]] = Field(default_factory=_no_defense, min_length=1)
-    seeds: list[int] = Field(default_factory=lambda: [0, 1, 2], min_length=1)
-    narrow: bool = Field(True, description="false = only the benign tasks, no narrow runs")
-    relapse: NonNegative = Field(0, description="undefended steps after each narrow run: does misalignment come back?")
-    aligned: Tree | None = Field(None, description="overrides of the reference arm trained on aligned narrow data")
-    benign: BenignConfig | None = None
-    selection: SelectionConfig | None = Field(None, description="how safe rows are scored for interleaving+ and ++")
-    grid: Annotated[dict[str, Annotated[list[Any], Field(min_length=1)]], BeforeValidator(_dotted)] = Field(
-        default_factory=dict, description="settings to sweep: kl.weight: [0.03, 0.1], or nested: kl: {weight: [...]}"
-    )
-    quick: Tree = Field(default_factory=dict, description="overrides of this file for `--quick`")
-    overrides: list[str] = Field(default_factory=list, description="key.path=value, applied last to every cell")
-    _marks: dict[tuple[str, ...], str] = PrivateAttr(default_factory=dict)
-    """Where each key was written, so that an error in a cell can name the line."""
-    _source: str = PrivateAttr(default="config")

@@ -75,9 +75,9 @@ def find(name: str) -> type[Defense]:
     raise UserError(f"unknown defense {name!r}{nearest(name, names())}")
 
 
-def _fields(cls: type[Defense]) -> dict[str, Any]:
+def fields(cls: type[Defense]) -> dict[str, Any]:
     """{setting: (annotation, default)} of a class. An `__init__` that takes `**others` has those of its base class too."""
-    fields: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for owner in cls.__mro__[:-1]:
         if "__init__" not in vars(owner):
             continue
@@ -86,17 +86,17 @@ def _fields(cls: type[Defense]) -> dict[str, Any]:
         parameters = list(inspect.signature(init).parameters.values())[1:]
         for p in parameters:
             if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
-                fields.setdefault(p.name, (hints.get(p.name, Any), ... if p.default is p.empty else p.default))
+                found.setdefault(p.name, (hints.get(p.name, Any), ... if p.default is p.empty else p.default))
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
-    return fields
+    return found
 
 
 def _settings(cls: type[Defense], given: Mapping[str, Any], label: str) -> dict[str, Any]:
     """Check `given` against the keyword arguments of `cls.__init__`; returns every setting with its default filled in."""
-    fields = _fields(cls)
+    known = fields(cls)
     model = create_model(
-        "Settings", __config__=ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=False), **fields
+        "Settings", __config__=ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=False), **known
     )
     try:
         checked = model.model_validate(dict(given))
@@ -104,14 +104,14 @@ def _settings(cls: type[Defense], given: Mapping[str, Any], label: str) -> dict[
         first = error.errors(include_url=False)[0]
         key = str(first["loc"][0])
         if first["type"] == "extra_forbidden":
-            raise UserError(f"defense {label!r}: unknown setting {key!r}{nearest(key, fields)}") from None
+            raise UserError(f"defense {label!r}: unknown setting {key!r}{nearest(key, known)}") from None
         if first["type"] == "missing":
             raise UserError(f"defense {label!r}: the setting {key!r} is required") from None
         message = first["msg"].removeprefix("Value error, ")
         raise UserError(
             f"defense {label!r}: {key}: {message[0].lower() + message[1:]}, got {first.get('input')!r}"
         ) from None
-    return {name: getattr(checked, name) for name in fields}
+    return {name: getattr(checked, name) for name in known}
 
 
 def parse(entry: str | Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:

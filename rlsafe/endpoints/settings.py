@@ -22,7 +22,7 @@ class EndpointSettings(Settings):
     """An OpenAI-compatible chat endpoint and how to treat it."""
 
     model: str = Field(min_length=1, description="the name under which the endpoint serves the model")
-    base_url: str = OPENAI
+    base_url: str = Field(OPENAI, description="its address, http(s)://host[:port]/path")
     api_key_env: str | None = Field(
         None,
         description="NAME of the variable that holds the key; null = OPENAI_API_KEY at api.openai.com, else no key",
@@ -32,11 +32,11 @@ class EndpointSettings(Settings):
     deadline: PositiveFloat = Field(
         300.0, description="seconds for one request, from its first attempt, retries included"
     )
-    max_retries: NonNegative = 8
+    max_retries: NonNegative = Field(8, description="of one request")
     backoff: PositiveFloat = Field(0.5, description="seconds before the first retry; doubles, with jitter, up to 30")
-    requests_per_minute: Positive | None = None
-    tokens_per_minute: Positive | None = None
-    temperature: Annotated[float, Field(ge=0)] = 0.0
+    requests_per_minute: Positive | None = Field(None, description="of each process; null = no limit")
+    tokens_per_minute: Positive | None = Field(None, description="likewise")
+    temperature: Annotated[float, Field(ge=0)] = Field(0.0, description="where the request names none")
     price_in: Annotated[float, Field(ge=0)] | None = Field(None, description="USD per million prompt tokens")
     price_out: Annotated[float, Field(ge=0)] | None = Field(None, description="USD per million completion tokens")
     cache: str | None = Field("~/.cache/rlsafe/endpoints", description="directory of saved replies; null = none")

@@ -40,10 +40,10 @@ LASTING = ("auth", "not_found", "rejected")
 class JudgeSettings(EndpointSettings):
     """`evaluate.judge: {kind: openai, model: ..., ...}`."""
 
-    kind: Literal["openai"] = "openai"
+    kind: Literal["openai"] = Field("openai", description="a model behind an OpenAI-compatible endpoint")
     name: str | None = Field(None, description="how results call this judge; null = the model")
-    protocol: Literal["auto", "logprobs", "text"] = "auto"
-    top_logprobs: Annotated[int, Field(ge=1, le=20)] = 20
+    protocol: Literal["auto", "logprobs", "text"] = Field("auto", description="how a score is read; auto = by a trial")
+    top_logprobs: Annotated[int, Field(ge=1, le=20)] = Field(20, description="alternatives that a score is read from")
     prompts: dict[str, str] = Field(
         default_factory=dict, description="own templates for aligned and coherent, with {question} and {answer}"
     )
