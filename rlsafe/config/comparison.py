@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
-from rlsafe.config.base import NonNegative, Recorded, Settings
+from rlsafe.config.base import NonNegative, Recorded, Settings, invalid_at
 
 Tree = dict[str, Any]
 
@@ -96,3 +96,20 @@ class CompareConfig(Recorded):
     _marks: dict[tuple[str, ...], str] = PrivateAttr(default_factory=dict)
     """Where each key was written, so that an error in a cell can name the line."""
     _source: str = PrivateAttr(default="config")
+
+    @model_validator(mode="after")
+    def _cells_have_their_own(self) -> CompareConfig:
+        """What every cell sets itself would be accepted here and ignored."""
+        trees: list[tuple[tuple[str, ...], Tree]] = [(("run",), self.run), (("aligned",), self.aligned or {})]
+        trees += [(("paths", name), tree) for name, tree in self.paths.items()]
+        trees += [(("models", name), tree) for name, tree in self.models.items()]
+        for keys, tree in trees:
+            if "seed" in tree:
+                message = "each cell sets its own seed; use seeds: [...] or --seeds"
+                raise invalid_at((*keys, "seed"), tree["seed"], message)
+            if tree.get("defenses"):
+                message = "each cell sets its own defenses; use defenses: {label: [...]} of the comparison"
+                raise invalid_at((*keys, "defenses"), tree["defenses"], message)
+        if twice := [seed for place, seed in enumerate(self.seeds) if seed in self.seeds[:place]]:
+            raise invalid_at(("seeds",), self.seeds, f"{twice[0]} is there twice; name each once")
+        return self

@@ -99,10 +99,13 @@ def prepare(config: RunConfig, load: LoadStreams | None = None) -> Prepared:
     for name in used & {p.stream for s in plan for p in s.parts if p.path == "sft" and p.defense is None}:
         require_answers(rows[name], getattr(config.data, name).source)
     uses_grpo = any(step.path == "grpo" for step in plan)
+    loaded = [
+        load_reward(reward) for reward in config.rewards
+    ]  # those of a run without GRPO steps, too: they may be misspelt
     rewards = None
     if uses_grpo:
         _no_dropout(config.model.adapter)
-        rewards = RewardRunner([load_reward(reward) for reward in config.rewards], config.grpo.on_error)
+        rewards = RewardRunner(loaded, config.grpo.on_error)
     if config.evaluate.wanted:
         gather(config.evaluate)
     return Prepared(config, plan, defenses, rows, rewards, notes)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlsafe.config import RunConfig, UserError
-from rlsafe.defenses.persona import load_vectors, vector_file
+from rlsafe.defenses.persona import load_vectors
 from rlsafe.policy import Policy
 
 
@@ -44,9 +44,18 @@ def named(config: RunConfig) -> tuple[str, int, str] | None:
 
 
 def check(config: RunConfig) -> None:
-    """Find what is wrong with the vector's name before any model is loaded."""
-    if (found := named(config)) is not None and config.track.vector is not None:
-        vector_file(found[0])
+    """Find what is wrong with the vector's name or layer before any model is loaded."""
+    found = named(config)
+    if config.track.vector is None:
+        if config.track.layer is not None:
+            raise UserError(f"track.layer: {config.track.layer}: it is the layer of track.vector, which is not set")
+    elif found is not None:
+        _within(found[1], len(load_vectors(found[0])) - 1, found[2])
+
+
+def _within(layer: int, last: int, setting: str) -> None:
+    if layer > last:
+        raise UserError(f"{setting}: layer {layer}: expected 0 (embeddings) to {last}")
 
 
 def direction(config: RunConfig, policy: Policy) -> Direction | None:
@@ -61,8 +70,7 @@ def direction(config: RunConfig, policy: Policy) -> Direction | None:
             f"{setting}: {source} holds {list(vectors.shape)}, expected [{policy.n_layers + 1}, {policy.hidden_size}] "
             "for this model"
         )
-    if layer > policy.n_layers:
-        raise UserError(f"{setting}: layer {layer}: expected 0 (embeddings) to {policy.n_layers}")
+    _within(layer, policy.n_layers, setting)
     norm = torch.linalg.vector_norm(vectors[layer])
     if not norm > 0:
         raise UserError(f"{setting}: {source}: the vector of layer {layer} is zero")
