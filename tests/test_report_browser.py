@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from headless import BROWSER, Page
+from matplotlib.image import imread
 from synthetic_comparison import CONFIG, make
 
 from rlsafe.compare import report
@@ -126,3 +127,33 @@ def test_the_verdicts_of_both_paths_are_on_the_first_screen(page, html):
     assert len(places) == 2 and max(places) < 700
     words = page.js("[...document.querySelectorAll('table.verdicts tbody tr')].map(r => r.innerText)")
     assert any("nothing learned" in words_of_row for words_of_row in words)
+
+
+def test_no_chart_of_the_rates_stands_alone_in_its_row(page, html, tmp_path):
+    four = {"general": 0.3, "indomain": 0.8, "incoherent": 0.04, "conditional": 0.4}
+    arms = {("", "untrained"): {}, ("sft", "none"): four}
+    without_benign = report(make(tmp_path / "four", arms, CONFIG.partition("benign:")[0], seeds=[0]).out)
+    for file, charts in ((html, 5), (without_benign, 4)):
+        page.at(file, 1280)
+        rows = page.js("""[...document.querySelectorAll('#rates .grid')].map(grid => {
+            const tops = [...grid.children].map(figure => Math.round(figure.getBoundingClientRect().top));
+            return [...new Set(tops)].map(top => tops.filter(other => other === top).length);
+        })""")
+        assert rows and all(sum(row) == charts and min(row) > 1 for row in rows), rows
+
+
+def test_a_wide_table_on_a_phone_shows_that_there_is_more(page, html, tmp_path):
+    page.at(html, 375)
+    wide = "[...document.querySelectorAll('.scroll')].find(box => box.scrollWidth > box.clientWidth + 60)"
+    style = page.js(f"getComputedStyle({wide}).backgroundAttachment")
+    assert style == "local, local, scroll, scroll"  # two covers that move with the table, two shades that stay
+
+    def darkness():  # of the box's right edge, above the words of its first row
+        page.js(f"{wide}.scrollIntoView({{behavior: 'instant'}})")
+        right, top = page.js(f"(b => [Math.floor(b.right), Math.ceil(b.top)])({wide}.getBoundingClientRect())")
+        page.capture(tmp_path / "shown.png", whole=False)
+        return 1 - imread(tmp_path / "shown.png")[top + 2 : top + 14, right - 3 : right - 1, :3].mean()
+
+    hidden = darkness()
+    page.js(f"{wide}.scrollLeft = 9999")
+    assert hidden > darkness() + 0.05

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from synthetic_comparison import CONFIG, make
 
-from rlsafe.compare import pages, report
+import rlsafe
+from rlsafe.compare import pages, quantities, report, why
 from rlsafe.compare.charts import label_places
 from rlsafe.compare.results import load
 from rlsafe.compare.verdicts import judge
@@ -215,3 +217,25 @@ def test_a_defense_that_learned_nothing_narrow_is_never_called_closest():
     table.defenses = list(table.rows)
     ((_, sentence),) = headlines([table])
     assert "nothing narrow was learned" in sentence
+
+
+def test_dotted_lines_and_logged_quantities_are_explained_in_words(out, html):
+    results = load(out)
+    [table] = [table for table in judge(results) if table.path == "sft"]
+    sudden = [onset for onset in why.onsets(results, table) if onset.step is not None]
+    text = " ".join("".join(Page(html).text).split())
+    assert sudden and all(f"{onset.label}, step {onset.step}" in text for onset in sudden)
+    effects = [row for section in judge(results) for row in pages.effects(results, section)]
+    assert effects and all(f"{row['words']} {row['quantity']}" in text for row in effects)
+
+
+def test_every_quantity_that_a_built_in_defense_logs_has_words():
+    source = "".join(file.read_text() for file in (Path(rlsafe.__file__).parent / "defenses").glob("*.py"))
+    logged = set(re.findall(r'(?:return|self\.last \|?=) \{(?:\*\*counts, )?"(\w+)": ', source)) - {
+        "stream",
+        "step",
+        "steps",
+    }
+    assert {"distance", "steering_norm", "projected", "kept"} <= logged
+    assert logged | {"full", "k3", "grad_share", "prompts_changed", "rows_added"} <= set(quantities.WORDS) | {"asked"}
+    assert quantities.plain("my_own") == "my own"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any
 
+from rlsafe.compare.quantities import plain
 from rlsafe.compare.results import Result, Results
 from rlsafe.compare.verdicts import CRITERIA, PathTable
 
@@ -221,7 +222,10 @@ def effects(results: Results, table: PathTable) -> list[dict[str, Any]]:
             if values:
                 first, middle, last = (mean(f(v) for v in values) for f in (lambda v: v[0], mean, lambda v: v[-1]))
                 quantity = name.removeprefix("defense/")
-                rows.append({"label": label, "quantity": quantity, "first": first, "mean": middle, "last": last})
+                what = plain(quantity.rpartition("/")[2])
+                rows.append(
+                    {"label": label, "quantity": quantity, "words": what, "first": first, "mean": middle, "last": last}
+                )
     return rows
 
 

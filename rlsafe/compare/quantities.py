@@ -1,0 +1,22 @@
+"""What the defenses log of themselves, in plain words with units: metrics.jsonl's defense/NAME/QUANTITY."""
+
+from __future__ import annotations
+
+WORDS = {
+    "full": "KL divergence from the reference, nats per token",
+    "k3": "KL divergence from the reference, sampled estimate, nats per token",
+    "distance": "squared distance of hidden features from the reference's",
+    "grad_share": "its share of the gradient, 0 to 1 (norms of all loss terms)",
+    "prompts_changed": "conversations whose prompt it changed, in a step",
+    "rows_added": "safe rows added, in a step",
+    "steering_norm": "length of the vector added to hidden states",
+    "projected": "adapted matrices projected, count",
+    "cosine_mean": "cosine of update and projection, mean of the matrices",
+    "cosine_min": "cosine of update and projection, smallest",
+    "kept": "sampled answers kept as safe rows, in a step",
+}
+
+
+def plain(quantity: str) -> str:
+    """In plain words; of a defense of the user's own, the name without underscores."""
+    return WORDS.get(quantity, quantity.replace("_", " "))
