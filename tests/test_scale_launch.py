@@ -14,6 +14,7 @@ from test_engine_invariance import adapter, distance, tree_with
 from rlsafe.config import UserError, run_from_tree
 from rlsafe.engine import run
 from rlsafe.engine.distributed import start
+from rlsafe.features import features
 
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
@@ -27,6 +28,12 @@ def test_accelerate_reads_the_config_and_rlsafe_takes_its_settings(name):
         assert config.fsdp_config["fsdp_version"] == 2 and not config.fsdp_config["fsdp_cpu_ram_efficient_loading"]
     if name == "deepspeed_zero3":
         assert config.deepspeed_config["zero_stage"] == 3
+        head = (CONFIGS / f"{name}.yaml").read_text().splitlines()[0]
+        [feature] = [one for one in features() if one.name == "DeepSpeed"]
+        readme = (CONFIGS.parent.parent / "README.md").read_text()
+        assert head.startswith("# Not supported: ") and "names fsdp2.yaml" in head
+        assert "does not support it" in feature.lacks and "pip install" not in feature.lacks
+        assert "DeepSpeed is not supported" in readme
 
 
 @pytest.mark.parametrize(
