@@ -76,7 +76,7 @@ def test_version(capsys):
     ("line", "expected"),
     [
         ("trian x.yaml", "did you mean 'train'?"),
-        ("frobnicate", "expected one of: compare, config, doctor"),
+        ("frobnicate", "expected one of: ask, compare, config, doctor"),
         ("train x.yaml --resum", "did you mean '--resume'?"),
         ("train x.yaml --zzz", "expected one of: --dry-run"),
         ("train x.yaml --out", "requires an argument"),

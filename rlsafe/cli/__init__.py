@@ -1,0 +1,51 @@
+"""The `rlsafe` command: parse, call, print. Heavy imports wait inside the commands, so that --help is quick.
+
+Exit codes: 0 done; 2 the user's input is wrong (one line on stderr); 1 anything else; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from typing import NoReturn
+
+import typer
+
+from rlsafe.cli import runs, studies, tools  # noqa: F401  (registers their commands, in the order of --help)
+from rlsafe.cli.app import app
+from rlsafe.config.errors import UserError
+from rlsafe.config.secrets import scrub_secrets as scrub
+from rlsafe.progress import usage
+
+__all__ = ["app", "main"]
+
+
+def _fail(code: int, line: str) -> NoReturn:
+    print(f"error: {scrub(line)}", file=sys.stderr)
+    sys.exit(code)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line; always raises SystemExit."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    try:
+        code = app(args=[a for a in arguments if a != "--debug"], prog_name="rlsafe", standalone_mode=False)
+    except Exception as error:
+        if debug:
+            print(scrub(traceback.format_exc()), end="", file=sys.stderr)
+        from rlsafe.types import Interrupted, RunError
+
+        if isinstance(error, UserError):
+            _fail(2, str(error))
+        if isinstance(error, typer.TyperException):
+            _fail(error.exit_code, usage(error))
+        if isinstance(error, (Interrupted, typer.Abort)):
+            print(f"interrupted: {error}" if str(error) else "interrupted", file=sys.stderr)
+            sys.exit(130)
+        line = " ".join("; ".join([str(error), *getattr(error, "__notes__", [])]).split())
+        hint = "" if debug else " (--debug shows the traceback)"
+        _fail(1, (line if isinstance(error, RunError) else f"{type(error).__name__}: {line}") + hint)
+    if code == 130:
+        print("interrupted", file=sys.stderr)
+    sys.exit(code if isinstance(code, int) else 0)

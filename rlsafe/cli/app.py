@@ -1,0 +1,34 @@
+"""The Typer application that the commands' modules register with, and the arguments that several of them take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlsafe import __version__
+from rlsafe.progress import show
+
+app = typer.Typer(
+    help="Train language models under in-training defenses against emergent misalignment, and see which one to ship.",
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="settings to override")]
+Out = Annotated[Path | None, typer.Option(metavar="DIR", help="where to write; default: runs/<name>")]
+
+
+@app.callback(invoke_without_command=True)
+def top(
+    context: typer.Context,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="show the traceback of an error (before or after a command)")
+    ] = False,
+    version: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False,
+) -> None:
+    if version:
+        show(f"rlsafe {__version__}")
+    elif context.invoked_subcommand is None:
+        show(context.get_help())

@@ -1,0 +1,111 @@
+"""Commands about a comparison: run it, prepare its data, draw its report."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlsafe.arguments import names, numbers
+from rlsafe.cli.app import Out, Overrides, app
+from rlsafe.progress import show
+
+
+@app.command()
+def compare(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML file of a comparison")],
+    overrides: Overrides = None,
+    defenses: Annotated[
+        str | None, typer.Option(metavar="A,B", help="only these, e.g. none,kl,kl&interleaving")
+    ] = None,
+    paths: Annotated[str | None, typer.Option(metavar="A,B", help="only these, e.g. sft,grpo")] = None,
+    seeds: Annotated[str | None, typer.Option(metavar="N,N", help="e.g. 0,1,2")] = None,
+    jobs: Annotated[int, typer.Option(min=0, metavar="N", help="cells at a time; 0 = what suits the machine")] = 0,
+    relapse: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="then N undefended steps after each run: does it come back?")
+    ] = None,
+    backend: Annotated[str, typer.Option(metavar="NAME", help="who runs the cells: local, ray")] = "local",
+    address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="an existing Ray cluster; default: this machine")
+    ] = None,
+    cell_cpus: Annotated[float | None, typer.Option(metavar="N", help="Ray: CPUs of a cell; default: 1")] = None,
+    cell_gpus: Annotated[
+        float | None, typer.Option(metavar="N", help="Ray: GPUs of a cell, 0.25 = four share one; default: 1, if any")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="the config's quick preset: small budgets")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the cells, their memory, steps and judge calls; run nothing")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="with --dry-run: the resolved config and all estimates as well")
+    ] = False,
+    out: Out = None,
+) -> None:
+    """Which defense to ship: run a grid and report.
+
+    Trains and evaluates every cell of defenses x paths x seeds, prints the verdicts and writes report.html.
+
+    Finished cells in --out are kept, so the same command goes on after an interruption.
+    """
+    if dry_run:
+        from rlsafe.compare import dry_compare
+
+        chosen = (names("--defenses", defenses), names("--paths", paths), numbers("--seeds", seeds))
+        return show(dry_compare(config, *chosen, overrides or [], quick, relapse, verbose))
+    from rlsafe.compare import compare as run_compare
+    from rlsafe.compare import ray_cluster
+
+    comparison = run_compare(
+        config,
+        defenses=names("--defenses", defenses),
+        paths=names("--paths", paths),
+        seeds=numbers("--seeds", seeds),
+        jobs=jobs,
+        out=out,
+        overrides=overrides or [],
+        quick=quick,
+        relapse=relapse,
+        ray=ray_cluster(backend, address, cell_cpus, cell_gpus),
+    )
+    show(comparison.table())
+    show(f"report: {comparison.report}")
+    for cell, reason in comparison.failed.items():
+        print(f"failed: {cell}: {reason}", file=sys.stderr)
+    raise typer.Exit(1 if comparison.failed else 0)
+
+
+@app.command()
+def select(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="a YAML file of a comparison with a selection section")
+    ],
+    overrides: Overrides = None,
+    top: Annotated[int, typer.Option(min=0, metavar="N", help="how many rows to print")] = 10,
+    quick: Annotated[bool, typer.Option("--quick", help="the config's quick preset: small budgets")] = False,
+    out: Out = None,
+) -> None:
+    """Score the safe rows for interleaving+ and ++.
+
+    Trains one misaligned helper for each other domain, scores every safe row, writes scores.jsonl and prints the best.
+
+    What is finished in --out is kept, so the same command goes on after an interruption.
+    """
+    from rlsafe.compare import select as run_select
+    from rlsafe.progress import run_bar
+
+    with run_bar() as bar:
+        selected = run_select(config, overrides or [], out=out, quick=quick, progress=bar.stepped, say=bar.started)
+    show(selected.table(top))
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="a comparison directory")],
+    latex: Annotated[bool, typer.Option("--latex", help="also write the tables as LaTeX")] = False,
+) -> None:
+    """Redraw report.html from the results on disk."""
+    from rlsafe.compare import report as draw
+
+    show(f"report: {draw(directory, latex=latex)}")
