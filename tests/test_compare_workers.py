@@ -1,6 +1,8 @@
 """Worker processes of a comparison do not outlive it."""
 
+import csv
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -73,3 +75,36 @@ def test_workers_save_and_end_when_the_comparison_is_ended(tmp_path, number):
     assert code == (130 if number == signal.SIGTERM else -signal.SIGKILL)
     assert all((tmp_path / f"{name}.saved").exists() for name in "ab")  # the step under way was not thrown away
     assert not (tmp_path / "c.pid").exists()
+
+
+@pytest.mark.slow  # minutes: a whole comparison, twice
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks processes up in /proc")
+def test_a_worker_killed_in_every_cell_changes_no_result(tmp_path):
+    """One worker, drawn at random, dies as soon as a cell is seen to train for the first time; with it goes the whole pool."""
+    command = [sys.executable, "-m", "rlsafe", "compare", "configs/organism/compare.yaml", "--quick", "--jobs", "2"]
+    command += ["--defenses", "none,kl", "paths.sft.schedule.steps=40", "paths.grpo.schedule.steps=8", "--out"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, str(tmp_path / "calm")], check=True, env=environment, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, str(tmp_path / "killed")], env=environment, stdout=subprocess.DEVNULL)
+    draw, hit = random.Random(0), set()
+    while process.poll() is None:
+        training = {file.parent for file in tmp_path.glob("killed/cells/*/metrics.jsonl") if file.stat().st_size}
+        finished = {file.parent for file in tmp_path.glob("killed/cells/*/evaluation.json")}
+        if (new := training - finished - hit) and (workers := children(process.pid)):
+            os.kill(draw.choice(workers), signal.SIGKILL)
+            hit |= new
+        time.sleep(0.2)
+    assert process.returncode == 0 and len(hit) >= 4
+    assert results(tmp_path / "killed") == results(tmp_path / "calm")
+
+
+def children(pid: int) -> list[int]:
+    """Processes of `pid` that work on cells (not multiprocessing's resource tracker)."""
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        found = [int(child) for child in file.read().split()]
+    return [child for child in found if b"spawn_main" in open(f"/proc/{child}/cmdline", "rb").read()]
+
+
+def results(out) -> list[dict[str, str]]:
+    with open(out / "results.csv", newline="") as file:
+        return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]

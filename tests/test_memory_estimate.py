@@ -195,3 +195,15 @@ def test_the_words_say_what_fits(wide):
     plain = RunConfig(model=ModelConfig(name="Qwen/Qwen2.5-7B"))
     text = "\n".join(describe_memory(plain, shape, memory(plain, shape, cuda=True), True))
     assert "does not fit one GPU of 192 GiB: sampler.kind=server" in text and "without gradient checkpointing" in text
+
+
+@pytest.mark.slow
+def test_the_planning_tables_estimates_stand_beside_what_real_runs_take():
+    """SFT and GRPO runs of 1 M, 5 M and 50 M parameters, each with the estimate within a factor of one and a half."""
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(["bash", root / "scripts" / "plan", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    table = done.stdout[done.stdout.index("estimate / measured") :].splitlines()[2:]
+    points = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert len(points) == 6 and {path for _, path, *_ in points} == {"sft", "grpo"}
+    assert all(1 / 1.5 < float(ratio) < 1.5 for *_, ratio in points), done.stdout
