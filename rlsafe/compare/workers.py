@@ -25,6 +25,8 @@ Work = Callable[[Cell, Path], None]
 GRACE = 60.0
 """Seconds between the signals to a worker that is left alone: the first lets it finish its step, the next ends it."""
 DIED = "its process died (killed for lack of memory?)"
+RETRIES = 2
+"""How often a cell whose process died runs again, alone; it goes on from its newest checkpoint."""
 
 
 def run_in_workers(
@@ -33,7 +35,7 @@ def run_in_workers(
     """`work(cell, out)` for every cell, `jobs` at a time; `ended(cell)` here after each. `work` records failures itself.
 
     When a process dies the pool is lost with all that it was doing. Which cell did it cannot be told, so those that were
-    under way run again, each in a process of its own; one that kills that too is recorded as failed.
+    under way run again, each in a process of its own; one that is lost there `RETRIES` times is recorded as failed.
     """
     left = list(cells)
     with _threads(max(1, (os.cpu_count() or 1) // jobs)) as threads:
@@ -42,7 +44,7 @@ def run_in_workers(
             suspects = [cell for cell in left if directory.record(cell.id).get("status") == "running"]
             left = [cell for cell in left if cell.id not in {suspect.id for suspect in suspects}]
             for cell in suspects:
-                if _pool(work, [cell], directory, 1, threads, ended):
+                if all(_pool(work, [cell], directory, 1, threads, ended) for _ in range(RETRIES)):
                     directory.write_record(cell, "failed", 0.0, DIED)
                     ended(cell)
 
