@@ -281,6 +281,20 @@ def test_resuming_on_other_data_or_another_seed_is_refused():
         Stream([], 0, "safe")
 
 
+def test_asking_for_the_position_does_not_read_the_rows_again():
+    """Every step asks; hashing the rows each time made a step's cost grow with the data."""
+    stream, read = Stream(rows_of(7), 0, "narrow"), []
+
+    class Watched(list):
+        def __iter__(self):
+            read.append(len(self))
+            return super().__iter__()
+
+    stream.rows = Watched(stream.rows)
+    states = [stream.state_dict() for _ in range(5)]
+    assert read == [7] and all(state == states[0] for state in states)
+
+
 # ------------------------------------------------------------------------------------------------ real files
 
 

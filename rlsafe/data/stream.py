@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from rlsafe.config import UserError
@@ -48,18 +49,20 @@ class Stream:
             self.position = stop
         return taken
 
+    @cached_property
     def _fingerprint(self) -> str:
+        """Made once: every step asks for the state."""
         digest = hashlib.sha256()
         for row in self.rows:
             digest.update(repr([(m["role"], m["content"]) for m in row["messages"]]).encode("utf-8", "surrogatepass"))
         return digest.hexdigest()[:16]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "position": self.position, "seed": self.seed, "rows": self._fingerprint()}
+        return {"epoch": self.epoch, "position": self.position, "seed": self.seed, "rows": self._fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly where `state` was taken. UserError when the data or the seed are not those of the state."""
-        for key, ours in (("rows", self._fingerprint()), ("seed", self.seed)):
+        for key, ours in (("rows", self._fingerprint), ("seed", self.seed)):
             if state[key] != ours:
                 raise UserError(f"cannot resume the stream {self.name!r}: its {key} changed since the checkpoint")
         self.epoch, self.position = state["epoch"], state["position"]
