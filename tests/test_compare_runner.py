@@ -12,6 +12,7 @@ from synthetic_comparison import CONFIG, ZERO, evaluation, metrics
 
 import rlsafe.engine
 import rlsafe.engine.components
+import rlsafe.engine.contact
 import rlsafe.evaluate
 from rlsafe.compare import compare, report
 from rlsafe.compare.grid import expand
@@ -60,9 +61,10 @@ def lab(tmp_path, monkeypatch):
     monkeypatch.setattr(rlsafe.engine, "run", run)
     monkeypatch.setattr(rlsafe.evaluate, "evaluate_run", evaluate_run)
     monkeypatch.setattr(
-        rlsafe.evaluate, "evaluate", lambda target, out: evaluate_run(None, None, None, out, None, None)
+        rlsafe.evaluate, "evaluate", lambda target, out, first: evaluate_run(None, None, None, out, None, None)
     )
     monkeypatch.setattr(rlsafe.engine.components, "prepare", lambda config: None)
+    monkeypatch.setattr(rlsafe.engine.contact, "contact", lambda prepared, resources: None)
     monkeypatch.setattr(rlsafe.engine.components.Resources, "judge", lambda self, config: None)
     lab.compare = lambda **more: compare(path, out=lab.out, **{"paths": ["sft"], "seeds": [0, 1], **more})
     return lab
