@@ -195,7 +195,7 @@ def test_details_hold_the_numbers_behind_the_grades(tmp_path):
 
 
 def test_several_models_are_judged_apart(tmp_path):
-    config = CONFIG.replace("paths:\n", "models: {organism: {}, control: {seed: 0}}\npaths:\n")
+    config = CONFIG.replace("paths:\n", "models: {organism: {}, control: {optim: {lr: 0.01}}}\npaths:\n")
     directory = make(tmp_path / "out", {**UNTRAINED, ("sft", "none"): NONE}, config, paths=["sft"], seeds=[0])
     tables = judge(write_tables(directory))
     assert [(t.model, t.key) for t in tables] == [("organism", "sft"), ("control", "control/sft")]
