@@ -171,15 +171,16 @@ def test_an_endpoint_that_is_down_fails_the_rest_at_once_and_is_looked_at_again(
     broken = threading.Event()
     broken.set()
     with ScriptedServer(lambda n, body: error(503) if broken.is_set() else ok("5")) as server:
-        made = endpoint(server, deadline=3, concurrency=8, max_retries=99, backoff=0.1)
+        made = endpoint(server, deadline=2, concurrency=8, max_retries=99, backoff=0.1)
         first = made.ask([request(i) for i in range(20)])
+        time.sleep(0.5)  # requests end at their deadline, the endpoint is down a deadline after its first fault
         assert {r.kind for r in first} <= {"deadline", "outage"} and made.down
         asked, begun = len(server.requests), time.monotonic()
         rest = made.ask([request(i) for i in range(500)])
         assert {r.kind for r in rest} <= {"deadline", "outage"} and time.monotonic() - begun < 30
         assert len(server.requests) - asked < 100  # not 500 attempts at a server that is down
         broken.clear()
-        time.sleep(3.1)
+        time.sleep(2.2)
         again = made.ask([request(i) for i in range(20)])
     assert all(isinstance(r, Reply) for r in again) and not made.down
     assert made.totals.failed == 520 and made.totals.replied == 20
