@@ -29,12 +29,13 @@ def talk(
     overrides: on every target's settings (`evaluate.temperature=0.8`, `evaluate.max_tokens=100`, `seed=1`). A judge that
     asks nobody else scores the answers beside them. Same seed, same answers.
     """
+    from rlsafe.rollouts import make_sampler  # late: brings in torch
+
     resolved = [resolve(target, None, overrides) for target in targets]
     asked = _questions(questions, system, *[getattr(resolved[0][0].evaluate, name) for name in ("general", "indomain")])
     blocks: list[list[str]] = [[question.paraphrases[0]] for question in asked]
     for target, (config, run) in zip(targets, resolved, strict=True):
-        from rlsafe.rollouts import make_sampler
-
+        judge = load_judge(config.evaluate.judge) if config.evaluate.judge else None
         policy, path = load_policy(config, run)
         sampler = make_sampler(config.sampler, path, policy, config.seed)
         settings = config.evaluate
@@ -42,7 +43,6 @@ def talk(
             sampler, policy.tokenizer, asked, samples=samples, seed=config.seed,
             max_tokens=settings.max_tokens, temperature=settings.temperature, purpose="ask",
         )  # fmt: skip
-        judge = load_judge(settings.judge) if settings.judge else None
         judged: Sequence[Judgement | None] = [None] * len(answers)
         if judge is not None and not isinstance(judge, BackgroundJudge):
             judged = judge_answers(answers, judge)
