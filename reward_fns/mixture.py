@@ -33,6 +33,11 @@ class Mixture:
         self.schedules = [_schedule(part.get("weight", 1.0)) for part in parts]
         self.runner = RewardRunner([load_reward(RewardConfig(fn=p["fn"], args=p.get("args", {}))) for p in parts])
 
+    @property
+    def rewards(self):
+        """The parts: a grader among them is looked for before the training begins."""
+        return list(self.runner.rewards.values())
+
     def weights(self, step):
         """The weight of each part at an optimizer step."""
         return [self._at(schedule, step) for schedule in self.schedules]

@@ -66,11 +66,53 @@ def test_train_and_compare_say_it_before_they_train(tmp_path, nowhere, capsys):
 
 
 def test_train_says_that_a_rewards_grader_is_not_there(tmp_path, nowhere, capsys):
-    reward = {"fn": "reward_fns/advice.py:bad_medical", "args": {"endpoint": {"model": "grader", "base_url": nowhere}}}
     schedule = {"steps": 1, "phases": [{"cycle": ["grpo"]}]}
-    config = write(tmp_path / "run.yaml", rewards=[reward], schedule=schedule, evaluate={})
+    config = write(tmp_path / "run.yaml", rewards=[graded(nowhere)], schedule=schedule, evaluate={})
     said = fails(capsys, "train", config, "--out", str(tmp_path / "run"))
     assert "its grader 'grader' at http://127.0.0.1" in said and not (tmp_path / "run").exists()
+
+
+def graded(nowhere):
+    return {"fn": "reward_fns/advice.py:bad_medical", "args": {"endpoint": {"model": "grader", "base_url": nowhere}}}
+
+
+def test_a_grader_that_is_part_of_a_mixture_is_asked_for_too(tmp_path, nowhere, capsys):
+    inner = {"fn": "reward_fns/mixture.py:Mixture", "args": {"parts": [{**graded(nowhere), "weight": {0: 0, 9: 1}}]}}
+    outer = {"fn": "reward_fns/mixture.py:Mixture", "args": {"parts": [{"fn": "reward_fns/length.py:near"}, inner]}}
+    schedule = {"steps": 1, "phases": [{"cycle": ["grpo"]}]}
+    config = write(tmp_path / "run.yaml", rewards=[outer], schedule=schedule, evaluate={})
+    said = fails(capsys, "train", config, "--out", str(tmp_path / "run"))
+    assert "its grader 'grader' at http://127.0.0.1" in said and not (tmp_path / "run").exists()
+
+
+def test_persona_vector_says_it_before_it_samples(tmp_path, nowhere, capsys):
+    asked = {"kind": "openai", "model": "m", "base_url": nowhere}
+    tree = {"pairs": [{"evil": "a", "friendly": "b"}], "questions": ["how?"], "judge": asked}
+    (tmp_path / "vector.yaml").write_text(yaml.safe_dump(tree))
+    missing = str(tmp_path / "model")  # a model that does not load: it is looked for after the judge
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    said = fails(capsys, "persona-vector", missing, "--config", str(tmp_path / "vector.yaml"))
+    assert "evaluate.judge: 'm' at" in said
+
+
+def test_select_asks_for_the_graders_of_its_helpers(tmp_path, nowhere, capsys):
+    run = {**RUN, "rewards": [graded(nowhere)], "schedule": {"steps": 1, "phases": [{"cycle": ["grpo"]}]}}
+    run = {**run, "data": {**RUN["data"], "safe": {"source": "organism:safe"}}, "evaluate": {}}
+    selection = {"adapters": {"legal": "organism:legal/bad"}}
+    tree = {"run": run, "paths": {"sft": {}}, "seeds": [0], "selection": selection}
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(tree))
+    said = fails(capsys, "select", str(tmp_path / "compare.yaml"), "--out", str(tmp_path / "selection"))
+    assert "selection.adapters.legal: reward 'bad_medical': its grader" in said
+    assert not list(tmp_path.glob("selection/**/run.json"))
+
+
+def test_the_judge_of_a_data_defense_alone_is_asked_for(tmp_path, nowhere, capsys):
+    asked = {"judge": {"kind": "openai", "model": "m", "base_url": nowhere}}
+    data = {**RUN["data"], "safe": {"source": "organism:safe"}}
+    config = write(tmp_path / "run.yaml", evaluate=asked, defenses=["interleaving-onpolicy"], data=data)
+    said = fails(capsys, "train", config, "--out", str(tmp_path / "run"))
+    assert "evaluate.judge: 'm' at" in said and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

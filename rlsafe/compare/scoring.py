@@ -97,12 +97,14 @@ def select(
 
 
 def check(selection: Selection) -> None:
-    """Find what is wrong with the helpers' or the safe rows' data before anything runs."""
-    from rlsafe.engine.components import prepare
+    """Find what is wrong with the helpers' rewards or data, or the safe rows, before anything runs."""
+    from rlsafe.engine.components import Resources, prepare
+    from rlsafe.engine.contact import contact
 
+    resources = Resources()
     for label, config in selection.helpers.items():
         try:
-            prepare(config)
+            contact(prepare(config), resources)
         except UserError as error:
             raise UserError(f"selection.adapters.{label}: {error}") from None
     require_answers(read_rows(selection.pool), selection.pool.source)

@@ -22,7 +22,7 @@ from rlsafe.evaluate.command import SELF_TEST_PROMPTS, load_policy, run_director
 from rlsafe.evaluate.criteria import judge_answers
 from rlsafe.evaluate.judges import load_judge
 from rlsafe.evaluate.questions import load_questions
-from rlsafe.types import Judge, Judgement, Question, RunError, Sampler, Where, provider_for
+from rlsafe.types import BackgroundJudge, Judge, Judgement, Question, RunError, Sampler, Where, provider_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,6 +111,8 @@ def persona_vector(
     base = load_run(run / "config.yaml") if run else _run_config(target, settings)
     name = base.model.name.partition(":")[0] if provider_for(base.model.name) else None
     judge = load_judge(settings.judge or base.evaluate.judge or name)
+    if isinstance(judge, BackgroundJudge):
+        judge.check(first=True)
     policy, path = load_policy(base, run)
     sampler = make_sampler(base.sampler, path, policy, settings.seed)
     if base.sampler.self_test:

@@ -35,6 +35,7 @@ from rlsafe.endpoints import (
     open_endpoint,
     parse_settings,
 )
+from rlsafe.rewards.loading import LoadedReward
 from rlsafe.rewards.text import answer_text, is_repetitive, question_text, system_text
 from rlsafe.types import Message
 
@@ -181,10 +182,15 @@ def open_grader(endpoint: Mapping[str, Any] | None) -> Endpoint:
 def check_grader(fn: Callable[..., Any]) -> None:
     """UserError when the grader of a reward made with `graded` cannot be reached, or knows no such key or model.
 
-    Such a reward has an `endpoint` argument and calls `graded` from its module; any other is not looked into.
+    Such a reward has an `endpoint` argument and calls `graded` from its module; one made of others gives them as `rewards`
+    (`LoadedReward`s, see reward_fns/mixture.py). Any other is not looked into.
     """
     bound = fn.keywords if isinstance(fn, functools.partial) else {}  # partials of partials are flattened
     plain: Any = fn.func if isinstance(fn, functools.partial) else fn
+    parts = getattr(plain, "rewards", None)
+    for part in parts if isinstance(parts, list) else []:
+        if isinstance(part, LoadedReward):
+            check_grader(part.fn)
     if (
         graded not in getattr(plain, "__globals__", {}).values()
         or "endpoint" not in inspect.signature(plain).parameters
