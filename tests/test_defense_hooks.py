@@ -104,6 +104,15 @@ class Wrong(rlsafe.Defense):
 CARELESS = """
 import rlsafe
 
+class Thorough(rlsafe.Defense):
+    needs = {
+        rlsafe.Need("divergence", "base"), rlsafe.Need("logprobs", "base"), rlsafe.Need("hidden_states", "base", layers=(1, 2))
+    }
+
+    def penalty(self, view):
+        far = (view.hidden(1) - view.hidden(2, "base")).square().mean(-1)
+        return {"all": (far + view.divergence() + view.logprobs() - view.logp, view.mask("answer"))}
+
 class Kl(rlsafe.Defense):
     def penalty(self, view):
         return {"kl": (view.divergence("base"), view.mask("answer"))}
@@ -169,11 +178,14 @@ def test_a_defense_that_does_nothing_stops_the_run_and_is_named(tiny_tree, tmp_p
         ("Mask", "defense 'Mask': unknown mask 'answers'; did you mean 'answer'"),
     ],
 )
-def test_a_penalty_that_reads_what_it_does_not_declare_is_told_what_to_add(tiny_tree, tmp_path, name, says):
+@pytest.mark.parametrize("company", [[], ["Thorough"]])
+def test_a_penalty_that_reads_what_it_does_not_declare_is_told_what_to_add(tiny_tree, tmp_path, name, says, company):
+    """Also when another defense declares the same: it would run by accident, and fail alone."""
     file = tmp_path / "careless.py"
     file.write_text(textwrap.dedent(CARELESS))
     with pytest.raises(UserError, match=says):
-        run(run_from_tree(tree_with(tiny_tree, {"defenses": [f"{file}:{name}"]})), tmp_path / "run")
+        defenses = [f"{file}:{one}" for one in [*company, name]]
+        run(run_from_tree(tree_with(tiny_tree, {"defenses": defenses})), tmp_path / "run")
 
 
 def test_an_error_inside_a_defense_says_whose_it_is(tiny_tree, tmp_path):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlsafe.config import UserError, nearest
 from rlsafe.defenses.base import Defense
+from rlsafe.defenses.declared import DeclaredView
 from rlsafe.types import Batch, Message, Need, RunError, Sampler, View, Where
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ class DefenseStack:
         """(defense, term name, sum of values over the mask) of one micro-batch, unweighted."""
         for defense in self.penalized:
             with _blaming(defense, "penalty"):
-                terms = list(defense.penalty(view).items())
+                terms = list(defense.penalty(DeclaredView(view, defense.needs)).items())
             for term, (values, mask) in terms:
                 _check_mask(defense, term, values, mask, view.batch)
                 yield defense, term, (values * mask).sum()

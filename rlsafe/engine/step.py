@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rlsafe.config import GrpoConfig, UserError
+from rlsafe.config import GrpoConfig
 from rlsafe.defenses import DefenseStack
 from rlsafe.losses import (
     grpo_count,
@@ -51,7 +51,7 @@ class Micro:
 
 @dataclass
 class ForwardView:
-    """What penalties see (the `View` protocol)."""
+    """What penalties see (the `View` protocol), each through the needs that it declares (rlsafe.defenses.declared)."""
 
     batch: Batch
     forwarded: Forwarded
@@ -74,30 +74,15 @@ class ForwardView:
         return masks[pick("mask", kind, masks)]
 
     def divergence(self, reference: str = "base") -> Tensor:
-        if reference not in self.forwarded.kl:
-            raise _undeclared("divergence", reference)
         return self.forwarded.kl[reference]
 
     def logprobs(self, reference: str = "base") -> Tensor:
-        logp = self.frozen[reference].logp if reference in self.frozen else None
-        if logp is None:
-            raise _undeclared("logprobs", reference)
+        logp = self.frozen[reference].logp
+        assert logp is not None
         return logp
 
     def hidden(self, layer: int, reference: str | None = None) -> Tensor:
-        if reference is None:
-            states = self.forwarded.hidden
-        else:
-            states = self.frozen[reference].layers if reference in self.frozen else {}
-        if layer not in states:
-            raise _undeclared("hidden_states", reference, f", layers=({layer},)")
-        return states[layer]
-
-
-def _undeclared(kind: str, reference: str | None, more: str = "") -> UserError:
-    return UserError(
-        f"its penalty reads what it does not declare; add: needs = {{rlsafe.Need({kind!r}, {reference!r}{more})}}"
-    )
+        return (self.forwarded.hidden if reference is None else self.frozen[reference].layers)[layer]
 
 
 @dataclass
