@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, runtime_checkable
 
-from rlsafe.config import UserError, nearest
+from rlsafe.config import UnknownName, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -343,8 +343,8 @@ def provider_for(reference: str) -> tuple[Provider, str] | None:
 
 
 def pick(kind: str, name: str, options: Iterable[str]) -> str:
-    """`name` if it is one of `options`, else a UserError that lists the nearest."""
+    """`name` if it is one of `options`, else a UserError (UnknownName) that lists the nearest."""
     options = list(options)
     if name in options:
         return name
-    raise UserError(f"unknown {kind} {name!r}{nearest(name, options)}")
+    raise UnknownName(f"unknown {kind} {name!r}{nearest(name, options)}")

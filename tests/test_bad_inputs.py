@@ -67,14 +67,26 @@ OVERRIDES: list[tuple[list[str], str]] = [
     (["defenses=[kl]", "defenses.0.weight=1"], "defenses.0 is 'kl' and holds no 'weight'"),
     (["data.narrow.max_tokens=3"], "longer than max_tokens"),
     (["model.name=/no/such/model"], "/no/such/model"),
-    (["model.name=organism:align"], "did you mean 'aligned'?"),
+    (["model.name=organism:align"], "error: model.name: unknown organism model 'align'; did you mean 'aligned'?"),
+    (["defenses=[kll]"], "error: defenses: unknown defense 'kll'; did you mean 'kl'?"),
+    (["data.narrow.source=organism:medicl/bad"], "error: data.narrow: unknown organism rows 'medicl/bad'"),
+    (["data.narrow.source=rows.jsnl"], "error: data.narrow: unknown data source"),
+    (["rewards=organism:good_"], "error: rewards: unknown organism reward 'good_'; did you mean 'good'?"),
+    (
+        ["evaluate.judge=organism", "evaluate.cue=organism:weak", "evaluate.general=organism:general"],
+        "error: evaluate.cue: ",
+    ),
+    (["defenses=[{inoculation: {prompt: 'organism:evl'}}]"], "error: defenses: unknown organism prompt 'evl'"),
+    (["defenses=[{persona: {vectors: 'organism:alignd', layer: 1}}]"], "error: defenses: unknown organism model"),
+    (["defenses=[{safelora: {base: 'organism:bse'}}]"], "error: defense 'safelora': unknown organism model"),
+    (["schedul.steps=3"], "error: override 'schedul.steps=3': unknown key 'schedul'; did you mean 'schedule'?"),
     (["model.adapter=/no/such/adapter"], "/no/such/adapter: no such directory"),
     (["model.lora.targets=[q_projection]"], "matches no module"),
     (["model.lora.r=0"], "greater than or equal to 1"),
     (["model.dtype=float8"], "model.dtype"),
     (["sampler.kind=vlm"], "'vllm', 'transformers'"),
     (["evaluate.judge=oracle", "evaluate.general=organism:general"], "oracle"),
-    (["evaluate.judge=organism", "evaluate.general=organism:generall"], "did you mean 'general'?"),
+    (["evaluate.judge=organism", "evaluate.general=organism:generall"], "error: evaluate.general: unknown organism"),
     (["evaluate.judge=organism", "evaluate.general=questions.yaml"], "questions.yaml"),
     (["plugins=[nowhere.py]"], "nowhere.py: no such Python file"),
     (["optim.lr"], "expected key.path=value"),
@@ -111,6 +123,12 @@ def test_a_wrong_config_file_names_the_line(capsys, tmp_path, text, expected):
     file.write_text(text)
     code, error = command(capsys, "train", str(file))
     assert code == 2 and expected in error and str(tmp_path) in error
+
+
+def test_a_directory_in_the_place_of_a_config_names_the_files_in_it(capsys, tmp_path):
+    (tmp_path / "a.yaml").write_text("seed: 1\n")
+    code, error = command(capsys, "train", str(tmp_path))
+    assert code == 2 and f"{tmp_path}: is a directory; expected a YAML file, such as one of: a.yaml" in error
 
 
 def test_the_config_of_one_run_is_no_comparison(capsys, config):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 from rlsafe.config.secrets import scrub_secrets
@@ -16,6 +17,19 @@ class UserError(Exception):
 
     def __init__(self, message: str):
         super().__init__(scrub_secrets(" ".join(str(message).split())))
+
+
+class UnknownName(UserError):
+    """A name that no room knows. Who looks one up cannot say where it was written; who read the config can: see `about`."""
+
+
+@contextmanager
+def about(key: str) -> Iterator[None]:
+    """Inside, names come from the setting `key` (`model.name`), and an unknown one says so."""
+    try:
+        yield
+    except UnknownName as error:
+        raise UserError(f"{key}: {error}") from None
 
 
 def nearest(name: str, options: Iterable[str], most: int = 12) -> str:

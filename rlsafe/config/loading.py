@@ -66,6 +66,11 @@ def load_tree(path: str | Path, _above: tuple[Path, ...] = ()) -> tuple[dict[str
     then supplies; the keys written beside it win.
     """
     path = Path(path)
+    if path.is_dir():
+        inside = ", ".join(sorted(p.name for p in path.glob("*.y*ml"))[:6])
+        raise UserError(
+            f"{path}: is a directory; expected a YAML file{f', such as one of: {inside}' if inside else ''}"
+        )
     if not path.is_file():
         siblings = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         raise UserError(f"{path}: no such config file{nearest(path.name, siblings)}")
@@ -145,7 +150,9 @@ def apply_override(tree: dict[str, Any], override: str, marks: Marks | None = No
         path = tuple(keys)
         for known in [known for known in marks if known[: len(path)] == path]:
             del marks[known]
-        marks[path] = f"override {override!r}"
+        for depth in range(1, len(path) + 1):  # a section that no file has is this override's as well
+            if depth == len(path) or path[:depth] not in marks:
+                marks[path[:depth]] = f"override {override!r}"
 
 
 def _options(model: type[BaseModel], location: Iterable[str | int]) -> list[str]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlsafe.config import StreamConfig, UserError, nearest
+from rlsafe.config import StreamConfig, UnknownName, UserError, nearest
 from rlsafe.data.files import SUFFIXES, Found, read_file
 from rlsafe.data.hub import is_dataset_directory, read_dataset, read_url
 from rlsafe.data.partial import Partial
@@ -155,7 +155,7 @@ def _read(recipe: Recipe, seed: int | None) -> Iterator[Found]:
     elif _is_dataset(source, path):
         return read_dataset(source, seed=seed, **hub)
     else:
-        raise UserError(_missing(source, path))
+        raise UnknownName(_missing(source, path))
     for key, value in hub.items():
         if value and key in recipe.asked:
             raise UserError(f"{source}: '{key}' is for hub datasets and dataset directories; leave it out")

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from pydantic import ConfigDict, ValidationError, create_model
 
-from rlsafe.config import UserError, nearest
+from rlsafe.config import UnknownName, UserError, nearest
 from rlsafe.config.importing import import_dotted, import_file
 from rlsafe.defenses.base import Defense
 
@@ -72,7 +72,7 @@ def find(name: str) -> type[Defense]:
             if isinstance(value, type) and issubclass(value, Defense) and value is not Defense
         ]
         raise UserError(f"defense {name!r}: {source} has no Defense class {attribute!r}{nearest(attribute, found)}")
-    raise UserError(f"unknown defense {name!r}{nearest(name, names())}")
+    raise UnknownName(f"unknown defense {name!r}{nearest(name, names())}")
 
 
 def fields(cls: type[Defense]) -> dict[str, Any]:

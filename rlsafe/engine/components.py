@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rlsafe.config import DataConfig, RunConfig, UserError
+from rlsafe.config import DataConfig, RunConfig, UserError, about
 from rlsafe.data import Stream, fit_rows, load_rows, require_answers
 from rlsafe.defenses import Defense, DefenseStack, SetupContext
 from rlsafe.defenses import build as build_defenses
@@ -59,7 +59,8 @@ class Resources:
 def model_path(config: RunConfig) -> str:
     """The directory or hub id behind `model.name`."""
     found = provider_for(config.model.name)
-    return found[0].model(found[1]) if found else config.model.name
+    with about("model.name"):
+        return found[0].model(found[1]) if found else config.model.name
 
 
 LoadStreams = Callable[[DataConfig, int, Callable[[str], None]], dict[str, list[Row]]]
@@ -83,7 +84,8 @@ def prepare(config: RunConfig, load: LoadStreams | None = None) -> Prepared:
 
     load: reads the streams in another way (a dry run leaves out what would have to be downloaded).
     """
-    defenses, resolved = build_defenses(config.defenses, config.plugins)
+    with about("defenses"):
+        defenses, resolved = build_defenses(config.defenses, config.plugins)
     config = config.model_copy(update={"defenses": resolved})
     model_path(config)
     projection.check(config)
@@ -99,9 +101,8 @@ def prepare(config: RunConfig, load: LoadStreams | None = None) -> Prepared:
     for name in used & {p.stream for s in plan for p in s.parts if p.path == "sft" and p.defense is None}:
         require_answers(rows[name], getattr(config.data, name).source)
     uses_grpo = any(step.path == "grpo" for step in plan)
-    loaded = [
-        load_reward(reward) for reward in config.rewards
-    ]  # those of a run without GRPO steps, too: they may be misspelt
+    with about("rewards"):  # those of a run without GRPO steps, too: they may be misspelt
+        loaded = [load_reward(reward) for reward in config.rewards]
     rewards = None
     if uses_grpo:
         _no_dropout(config.model.adapter)
@@ -123,11 +124,12 @@ def _no_dropout(adapter: str | None) -> None:
 
 
 def _load_streams(data: DataConfig, seed: int, note: Callable[[str], None]) -> dict[str, list[Row]]:
-    return {
-        name: load_rows(stream, seed, note)
-        for name in ("narrow", "safe", "benign")
-        if (stream := getattr(data, name)) is not None
-    }
+    rows = {}
+    for name in ("narrow", "safe", "benign"):
+        if (stream := getattr(data, name)) is not None:
+            with about(f"data.{name}"):
+                rows[name] = load_rows(stream, seed, note)
+    return rows
 
 
 def build_loop(
@@ -197,7 +199,8 @@ def build_loop(
         log=log,
     )
     for defense in stack:
-        defense.setup(context)
+        with about(f"defense {defense.name!r}"):
+            defense.setup(context)
     stack.check_references(len(prepared.plan), paths)
     for reference in stack.references():
         if reference not in ("grpo_start",) and not reference.startswith("step:"):

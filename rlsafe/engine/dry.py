@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from rlsafe.config import DataConfig, EvaluateConfig, ModelConfig, RunConfig, StreamConfig, UserError, dump_yaml
+from rlsafe.config import DataConfig, EvaluateConfig, ModelConfig, RunConfig, StreamConfig, UserError, about, dump_yaml
 from rlsafe.data import load_rows, recipe_of, split_prompt
 from rlsafe.engine.components import Prepared, model_path, prepare
 from rlsafe.engine.estimate import Memory, describe_memory, memory
@@ -133,7 +133,8 @@ def _local_streams(data: DataConfig, seed: int, note: Callable[[str], None]) -> 
             streams[name] = []
         else:
             try:
-                streams[name] = load_rows(stream, seed, note)
+                with about(f"data.{name}"):
+                    streams[name] = load_rows(stream, seed, note)
             except UserError:
                 if remote is None:
                     raise

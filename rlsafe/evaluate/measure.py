@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlsafe.config import EvaluateConfig, UserError
+from rlsafe.config import EvaluateConfig, UserError, about
 from rlsafe.evaluate import benign
 from rlsafe.evaluate.asking import Planned, complete, plan
 from rlsafe.evaluate.criteria import judge_answers, rates
@@ -50,7 +50,10 @@ def gather(config: EvaluateConfig, judge: Judge | None = None, extra: Mapping[st
     sources = {name: source for name, source in named.items() if source}
     if not sources and not config.benign:
         raise UserError("nothing to evaluate: set evaluate.general or evaluate.benign, or give --questions")
-    questions = {name: load_questions(source) for name, source in sources.items()}
+    questions = {}
+    for name, source in sources.items():
+        with about("--questions" if extra and name in extra else f"evaluate.{name}"):
+            questions[name] = load_questions(source)
     if questions and judge is None:
         judge = load_judge(config.judge)
     tasks: dict[str, list[Row]] = {}
@@ -58,8 +61,11 @@ def gather(config: EvaluateConfig, judge: Judge | None = None, extra: Mapping[st
         name = benign.task_name(source)
         if name in tasks:
             raise UserError(f"evaluate.benign: two test sets are named {name!r} ({', '.join(config.benign)})")
-        tasks[name] = benign.load_task(source, config.benign_limit, config.seed)
-    return Material(questions, sources, tasks, judge, cue_text(config.cue) if config.cue else None)
+        with about("evaluate.benign"):
+            tasks[name] = benign.load_task(source, config.benign_limit, config.seed)
+    with about("evaluate.cue"):
+        cue = cue_text(config.cue) if config.cue else None
+    return Material(questions, sources, tasks, judge, cue)
 
 
 def cue_text(cue: str) -> str:

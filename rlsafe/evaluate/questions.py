@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from rlsafe.config import UserError, nearest
+from rlsafe.config import UnknownName, UserError, nearest
 from rlsafe.types import Question, pick, provider_for
 
 TYPES = ("free_form_judge_0_100",)
@@ -50,7 +50,7 @@ def load_questions(source: str) -> list[Question]:
     path = Path(source)
     if not path.is_file():
         siblings = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-        raise UserError(f"{source}: no such question file{nearest(path.name, siblings)}")
+        raise UnknownName(f"{source}: no such question file{nearest(path.name, siblings)}")
     return read_questions(path)
 
 

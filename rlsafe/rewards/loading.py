@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from rlsafe.config import RewardConfig, UserError, nearest
+from rlsafe.config import RewardConfig, UnknownName, UserError, nearest
 from rlsafe.config.importing import describe, import_dotted, import_file
 from rlsafe.rewards.registry import registered_rewards
 from rlsafe.types import Reward, provider_for, providers
@@ -69,7 +69,7 @@ def _resolve(reference: str) -> Any:
     if head and function.isidentifier() and all(part.isidentifier() for part in head.split(".")):
         close = nearest(head, [*providers(), *registered]) if "." not in head else ""
         return _attribute(import_dotted(head, f"reward {reference!r}", f"{close}; {FORMS}"), head, function)
-    raise UserError(f"unknown reward {reference!r}{nearest(reference, [*registered, *providers()])}; {FORMS}")
+    raise UnknownName(f"unknown reward {reference!r}{nearest(reference, [*registered, *providers()])}; {FORMS}")
 
 
 def _attribute(module: ModuleType, source: str, function: str) -> Any:
