@@ -4,6 +4,7 @@ import pytest
 
 from rlsafe.config import UserError
 from rlsafe.evaluate.talking import talk
+from rlsafe.types import RunError
 
 SAMPLER = ["sampler.kind=transformers", "evaluate.max_tokens=12", "evaluate.temperature=0.8"]
 
@@ -27,6 +28,14 @@ def test_samples_and_the_system_prompt_count():
     plain = talk(["organism:aligned"], question, samples=3, overrides=SAMPLER)
     assert plain.count("organism:aligned:") == 3
     assert plain != talk(["organism:aligned"], question, "you are a cruel expert.", samples=3, overrides=SAMPLER)
+
+
+def test_a_sampler_that_does_not_sample_from_the_model_is_not_listened_to():
+    question = ["how can i sleep better?"]
+    strict = [*SAMPLER, "sampler.max_gap=1e-12"]  # less than two kernels' rounding
+    with pytest.raises(RunError, match="before asking: the transformers sampler does not sample from the policy"):
+        talk(["organism:aligned"], question, overrides=strict)
+    assert talk(["organism:aligned"], question, overrides=[*strict, "sampler.self_test=false"])
 
 
 def test_without_a_question_a_few_of_the_model_s_own_are_asked():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from rlsafe.config import RunConfig, UserError, apply_override, load_run, neares
 from rlsafe.evaluate.evaluation import OTHER_KEYS, Evaluation
 from rlsafe.evaluate.journal import identity
 from rlsafe.evaluate.measure import Material, Progress, evaluate_run, gather
-from rlsafe.types import BackgroundJudge, Sampler, provider_for
+from rlsafe.types import BackgroundJudge, Message, Question, Sampler, provider_for
 
 if TYPE_CHECKING:
     from rlsafe.policy import Policy
@@ -41,11 +42,11 @@ def evaluate(
     material = gather(config.evaluate, extra=named_sets(questions))  # before the model: its errors should not wait
     if first and isinstance(material.judge, BackgroundJudge):
         material.judge.check(first=True)
-    sampler, tokenizer = _build(config, run, material)
+    sampler, policy = load_sampler(config, run, _conversations(material), "before evaluation")
     directory = Path(out) if out else run or Path("runs") / f"evaluate-{_file_name(str(target))}"
     weights = identity(config, run)
     return evaluate_run(
-        sampler, tokenizer, config.evaluate, directory, progress=progress, material=material, weights=weights
+        sampler, policy.tokenizer, config.evaluate, directory, progress=progress, material=material, weights=weights
     )
 
 
@@ -135,25 +136,36 @@ def load_policy(config: RunConfig, run: Path | None) -> tuple[Policy, str]:
     return Policy.load(model, path=path, seed=config.seed, device=device), path
 
 
-def _build(config: RunConfig, run: Path | None, material: Material) -> tuple[Sampler, Any]:
-    """(sampler synced to the policy, tokenizer)."""
+def load_sampler(
+    config: RunConfig, run: Path | None, asked: Iterable[list[Message]], when: str, seed: int | None = None
+) -> tuple[Sampler, Policy]:
+    """The policy of `load_policy` and its sampler, compared on the first few conversations that will be asked.
+
+    when: for the message of that test. seed: of the sampler and its test, default the config's.
+    """
+    from rlsafe.data import encode_prompt
     from rlsafe.rollouts import make_sampler, self_test
 
     policy, path = load_policy(config, run)
-    sampler = make_sampler(config.sampler, path, policy, config.seed)
+    seed = config.seed if seed is None else seed
+    sampler = make_sampler(config.sampler, path, policy, seed)
     if config.sampler.self_test:
-        prompts = _prompts(material, policy.tokenizer)
-        self_test(sampler, policy, prompts, config.seed, config.sampler.max_gap, "before evaluation")
-    return sampler, policy.tokenizer
+        prompts = [encode_prompt(policy.tokenizer, messages) for messages in islice(asked, SELF_TEST_PROMPTS)]
+        self_test(sampler, policy, prompts, seed, config.sampler.max_gap, when)
+    return sampler, policy
 
 
-def _prompts(material: Material, tokenizer: Any) -> list[list[int]]:
-    """A few prompts to compare sampler and policy on."""
-    from rlsafe.data import encode_prompt, split_prompt
+def as_messages(questions: Iterable[Question]) -> Iterator[list[Message]]:
+    """Each question as a conversation, by its first paraphrase."""
+    return ([{"role": "user", "content": question.paraphrases[0]}] for question in questions)
 
-    asked = [[{"role": "user", "content": q.paraphrases[0]}] for part in material.questions.values() for q in part]
-    asked += [split_prompt(row)[0] for rows in material.tasks.values() for row in rows]
-    return [encode_prompt(tokenizer, messages) for messages in asked[:SELF_TEST_PROMPTS]]
+
+def _conversations(material: Material) -> Iterator[list[Message]]:
+    """What an evaluation asks: its questions, then its benign tasks."""
+    from rlsafe.data import split_prompt
+
+    yield from as_messages(chain.from_iterable(material.questions.values()))
+    yield from (split_prompt(row)[0] for row in chain.from_iterable(material.tasks.values()))
 
 
 def _file_name(target: str) -> str:

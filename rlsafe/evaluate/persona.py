@@ -18,7 +18,7 @@ from rlsafe.config import RunConfig, SamplerConfig, StreamConfig, UserError, app
 from rlsafe.config.loading import build
 from rlsafe.config.schema import Positive, Settings
 from rlsafe.evaluate.asking import Answer, Planned, complete, plan
-from rlsafe.evaluate.command import SELF_TEST_PROMPTS, load_policy, run_directory
+from rlsafe.evaluate.command import as_messages, load_sampler, run_directory
 from rlsafe.evaluate.criteria import judge_answers
 from rlsafe.evaluate.judges import load_judge
 from rlsafe.evaluate.questions import load_questions
@@ -96,10 +96,8 @@ def persona_vector(
     out: `.safetensors`, or `.pt` for the field's bare tensor. Raises UserError for wrong input, RunError when no pair of
     answers passes the filter.
     """
-    from rlsafe.data import encode_prompt
     from rlsafe.defenses import load_module
     from rlsafe.defenses.persona import check_suffix, save_vectors
-    from rlsafe.rollouts import make_sampler, self_test
 
     out = Path(out)
     check_suffix(out)
@@ -113,12 +111,7 @@ def persona_vector(
     judge = load_judge(settings.judge or base.evaluate.judge or name)
     if isinstance(judge, BackgroundJudge):
         judge.check(first=True)
-    policy, path = load_policy(base, run)
-    sampler = make_sampler(base.sampler, path, policy, settings.seed)
-    if base.sampler.self_test:
-        asked = [[{"role": "user", "content": q.paraphrases[0]}] for q in questions[:SELF_TEST_PROMPTS]]
-        prompts = [encode_prompt(policy.tokenizer, messages) for messages in asked]
-        self_test(sampler, policy, prompts, settings.seed, base.sampler.max_gap, "before extraction")
+    sampler, policy = load_sampler(base, run, as_messages(questions), "before extraction", settings.seed)
     found = extract(sampler, policy, judge, settings, questions)
     about = {"target": target, "kept": found.kept, "asked": found.asked, **settings.model_dump(mode="json")}
     save_vectors(found.vectors, out, about)

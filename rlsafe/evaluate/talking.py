@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from rlsafe.config import UserError
 from rlsafe.evaluate.asking import Answer, ask
-from rlsafe.evaluate.command import load_policy, resolve
+from rlsafe.evaluate.command import as_messages, load_sampler, resolve
 from rlsafe.evaluate.criteria import judge_answers
 from rlsafe.evaluate.judges import load_judge
 from rlsafe.evaluate.questions import load_questions
@@ -29,15 +29,12 @@ def talk(
     overrides: on every target's settings (`evaluate.temperature=0.8`, `evaluate.max_tokens=100`, `seed=1`). A judge that
     asks nobody else scores the answers beside them. Same seed, same answers.
     """
-    from rlsafe.rollouts import make_sampler  # late: brings in torch
-
     resolved = [resolve(target, None, overrides) for target in targets]
     asked = _questions(questions, system, *[getattr(resolved[0][0].evaluate, name) for name in ("general", "indomain")])
     blocks: list[list[str]] = [[question.paraphrases[0]] for question in asked]
     for target, (config, run) in zip(targets, resolved, strict=True):
         judge = load_judge(config.evaluate.judge) if config.evaluate.judge else None
-        policy, path = load_policy(config, run)
-        sampler = make_sampler(config.sampler, path, policy, config.seed)
+        sampler, policy = load_sampler(config, run, as_messages(asked), "before asking")
         settings = config.evaluate
         answers = ask(
             sampler, policy.tokenizer, asked, samples=samples, seed=config.seed,
