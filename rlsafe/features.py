@@ -40,7 +40,7 @@ def features() -> list[Feature]:
         _flash(gpu),
         Feature("several processes (DDP, FSDP2)", "torch.distributed", "" if torch.distributed.is_available() else
                 "a torch that was built with torch.distributed"),
-        Feature("DeepSpeed", package("deepspeed"), "nothing to install: rlsafe does not support it; use FSDP2"),
+        *_needs("several processes (DeepSpeed ZeRO-3)", "deepspeed", "pip install 'rlsafe[deepspeed]', or use FSDP2"),
         *_needs("grids on Ray (--backend ray)", "ray", "pip install 'rlsafe[ray]'"),
         *_needs("TensorBoard", "tensorboard"),
         *_needs("bandit's findings in rewards", "bandit"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import socket
 import subprocess
@@ -14,7 +15,6 @@ from test_engine_invariance import adapter, distance, tree_with
 from rlsafe.config import UserError, run_from_tree
 from rlsafe.engine import run
 from rlsafe.engine.distributed import start
-from rlsafe.features import features
 
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
@@ -26,20 +26,15 @@ def test_accelerate_reads_the_config_and_rlsafe_takes_its_settings(name):
     assert (config.num_machines == 2) == name.endswith("multinode")
     if "fsdp2" in name:
         assert config.fsdp_config["fsdp_version"] == 2 and not config.fsdp_config["fsdp_cpu_ram_efficient_loading"]
-    if name == "deepspeed_zero3":
-        assert config.deepspeed_config["zero_stage"] == 3
-        head = (CONFIGS / f"{name}.yaml").read_text().splitlines()[0]
-        [feature] = [one for one in features() if one.name == "DeepSpeed"]
-        readme = (CONFIGS.parent.parent / "README.md").read_text()
-        assert head.startswith("# Not supported: ") and "names fsdp2.yaml" in head
-        assert "does not support it" in feature.lacks and "pip install" not in feature.lacks
-        assert "DeepSpeed is not supported" in readme
+    if "zero3" in name:
+        settings = config.deepspeed_config
+        assert settings["zero_stage"] == 3 and not settings["zero3_init_flag"]
+        assert {settings["offload_optimizer_device"], settings["offload_param_device"]} == {"none"}
 
 
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed ZeRO-3 is not supported"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version 1: expected 2"),
         (
             {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
@@ -51,6 +46,37 @@ def test_a_launch_that_would_train_something_else_is_refused(monkeypatch, variab
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=words):
+        start(cpu=True)
+
+
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("DEEPSPEED_ZERO_STAGE", "2", "zero_stage 2: expected 3, ddp.yaml keeps the whole model"),
+        ("DEEPSPEED_OFFLOAD_PARAM_DEVICE", "cpu", "offload_param_device cpu: expected none, fsdp2.yaml offloads"),
+        ("DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "nvme", "offload_optimizer_device nvme: expected none"),
+        ("DEEPSPEED_ZERO3_INIT", "true", "zero3_init_flag true: expected false"),
+        ("DEEPSPEED_CONFIG_FILE", "ds.json", "deepspeed_config_file ds.json: expected none, rlsafe reads none"),
+        ("GRADIENT_CLIPPING", "0.5", "gradient_clipping 0.5: expected none, optim.max_grad_norm sets it"),
+        ("GRADIENT_ACCUMULATION_STEPS", "4", "gradient_accumulation_steps 4: expected 1"),
+    ],
+)
+def test_what_deepspeed_would_decide_beside_the_config_is_refused(monkeypatch, variable, value, words):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    for name, setting in {**DEEPSPEED, f"ACCELERATE_{variable}": value}.items():
+        monkeypatch.setenv(name, setting)
+    with pytest.raises(UserError, match=words):
+        start(cpu=True)
+
+
+def test_deepspeed_that_is_not_there_is_named_with_the_way_to_get_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for name, setting in DEEPSPEED.items():
+        monkeypatch.setenv(name, setting)
+    with pytest.raises(UserError, match=r"DeepSpeed is not installed: pip install 'rlsafe\[deepspeed\]'"):
         start(cpu=True)
 
 

@@ -221,9 +221,9 @@ def weights_digest(policy: Policy) -> str:
     fresh = policy.trainable() if policy.is_lora and policy.config.adapter is None else {}
     for name, parameter in policy.core.model.named_parameters():
         if name not in fresh:
-            values = whole(parameter.detach()).flatten()
-            values = values[:: max(1, values.numel() // SAMPLED_VALUES)].to("cpu", torch.float32)
-            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+            tensor = whole(parameter).detach()
+            values = tensor.flatten()[:: max(1, tensor.numel() // SAMPLED_VALUES)].to("cpu", torch.float32)
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(values.numpy().tobytes())
     return digest.hexdigest()
 

@@ -181,7 +181,7 @@ def cosine(a: Tensor, b: Tensor, cb: Tensor) -> float:
 def lora_factors(layer: Any) -> tuple[Tensor, Tensor]:
     """(A [r, in], B [out, r]) of the trained adapter, whole."""
     a, b = lora_weights(layer)
-    return whole(a.detach()), whole(b.detach())
+    return whole(a).detach(), whole(b).detach()
 
 
 def lora_weights(layer: Any) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,6 @@ from rlsafe.defenses import build as build_defenses
 from rlsafe.engine import ahead, distributed, projection
 from rlsafe.engine.effects import EffectLog
 from rlsafe.engine.loop import Loop
-from rlsafe.engine.optimizer import make_optimizer
 from rlsafe.engine.schedule import Step, make_plan
 from rlsafe.engine.tracking import Tracker
 from rlsafe.evaluate import Probe, gather, load_judge, load_questions
@@ -145,15 +144,9 @@ def build_loop(
     )
     if accelerator.device.type == "cpu":
         torch.set_num_threads(training_threads(sum(p.numel() for p in policy.core.parameters())))
-    parameters = list(policy.trainable().values())
-    if not parameters:
+    if not policy.trainable():
         raise UserError("model: nothing is trainable; set model.lora or leave it null for full fine-tuning")
-    if sharded:
-        policy.shard(accelerator.device, distributed.offloads())
-        log(f"parameters are sharded over {accelerator.num_processes} processes (FSDP2)")
-        optimizer: Any = make_optimizer(config.optim, list(policy.trainable().values()), log)
-    else:
-        policy.module, optimizer = accelerator.prepare(policy.module, make_optimizer(config.optim, parameters, log))
+    optimizer = distributed.wrap(policy, accelerator, config.optim, log)
     streams = {}
     for note in prepared.notes:
         log(note)

@@ -1,17 +1,23 @@
-"""How `accelerate launch` spreads a run over processes: DDP, or FSDP2, which keeps only shards of the model on each."""
+"""How `accelerate launch` spreads a run over processes: DDP, or FSDP2 and DeepSpeed ZeRO-3, which keep only shards of the model
+on each."""
 
 from __future__ import annotations
 
 import atexit
+import importlib.util
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, patch_environment
 
-from rlsafe.config import UserError
+from rlsafe.config import OptimConfig, UserError
+from rlsafe.engine.optimizer import make_optimizer
+from rlsafe.policy import Policy
+from rlsafe.policy.sharding import shard_like, whole
+from rlsafe.policy.zero3 import Zero3
 
 
 def start(cpu: bool) -> Accelerator:
@@ -19,11 +25,8 @@ def start(cpu: bool) -> Accelerator:
 
     Accelerate shards on GPUs only and would quietly run DDP elsewhere; rlsafe shards by itself, alike on CPUs and GPUs.
     """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise UserError(
-            "accelerate launch: DeepSpeed ZeRO-3 is not supported: references, weight sync and checkpoints do not gather its "
-            "partitions; use configs/accelerate/fsdp2.yaml, which shards as much"
-        )
+    if _wants_deepspeed():
+        _check_deepspeed()
     if _wants_fsdp():
         if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
             raise UserError(f"accelerate launch: fsdp_version {version}: expected 2, see configs/accelerate/fsdp2.yaml")
@@ -31,7 +34,8 @@ def start(cpu: bool) -> Accelerator:
             raise UserError(
                 "accelerate launch: fsdp_cpu_ram_efficient_loading: expected false, every rank reads the files"
             )
-    accelerator = Accelerator(cpu=cpu)
+    with patch_environment(accelerate_use_deepspeed="false"):
+        accelerator = Accelerator(cpu=cpu)
     if accelerator.mixed_precision != "no":
         raise UserError(
             f"accelerate launch: mixed_precision {accelerator.mixed_precision}: expected 'no'; model.dtype sets the precision"
@@ -51,9 +55,65 @@ def _wants_fsdp() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
+def _wants_deepspeed() -> bool:
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def _check_deepspeed() -> None:
+    """UserError unless the launch asks for plain ZeRO-3: everything else in a DeepSpeed config is rlsafe's own to decide."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError("accelerate launch: DeepSpeed is not installed: pip install 'rlsafe[deepspeed]'")
+    for setting, variable, expected, why in (
+        ("deepspeed_config_file", "DEEPSPEED_CONFIG_FILE", "none", "rlsafe reads none"),
+        ("zero_stage", "DEEPSPEED_ZERO_STAGE", "3", "ddp.yaml keeps the whole model on each process"),
+        ("offload_optimizer_device", "DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none", "fsdp2.yaml offloads"),
+        ("offload_param_device", "DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none", "fsdp2.yaml offloads"),
+        ("zero3_init_flag", "DEEPSPEED_ZERO3_INIT", "false", "every rank reads the files"),
+        ("gradient_clipping", "GRADIENT_CLIPPING", "none", "optim.max_grad_norm sets it"),
+        ("gradient_accumulation_steps", "GRADIENT_ACCUMULATION_STEPS", "1", "batch sets it"),
+    ):
+        found = os.environ.get(f"ACCELERATE_{variable}", expected)
+        if found.lower() != expected:
+            raise UserError(
+                f"accelerate launch: {setting} {found}: expected {expected}, {why}; see configs/accelerate/zero3.yaml"
+            )
+
+
 def shards(accelerator: Accelerator) -> bool:
-    """Whether the launch asks for FSDP2. One process has nothing to shard with, and trains as without it."""
-    return _wants_fsdp() and accelerator.num_processes > 1
+    """Whether the launch asks for FSDP2 or ZeRO-3. One process has nothing to shard with, and trains as without it."""
+    return (_wants_fsdp() or _wants_deepspeed()) and accelerator.num_processes > 1
+
+
+def wrap(policy: Policy, accelerator: Accelerator, settings: OptimConfig, log: Callable[[str], None]) -> Any:
+    """Spread the policy over the processes; gives the optimizer of what this one keeps."""
+    if not shards(accelerator):
+        policy.module, optimizer = accelerator.prepare(
+            policy.module, make_optimizer(settings, list(policy.trainable().values()), log)
+        )
+        return optimizer
+    deepspeed = _wants_deepspeed()
+    if deepspeed and settings.kind != "adamw":
+        raise UserError(f"optim.kind: {settings.kind}: its moments cannot be partitioned by DeepSpeed; expected adamw")
+    policy.shard(accelerator.device, offloads(), zero3=deepspeed)
+    how = "DeepSpeed ZeRO-3" if deepspeed else "FSDP2"
+    log(f"parameters are sharded over {accelerator.num_processes} processes ({how})")
+    optimizer = make_optimizer(settings, list(policy.trainable().values()), log)
+    return Zero3(policy.core, optimizer, settings.max_grad_norm) if deepspeed else optimizer
+
+
+def backward(accelerator: Accelerator, optimizer: Any, loss: torch.Tensor) -> None:
+    """Add the gradient of a micro-batch. Under ZeRO-3 DeepSpeed reduces it and keeps this rank's part."""
+    if isinstance(optimizer, Zero3):
+        optimizer.backward(loss)
+    else:
+        accelerator.backward(loss)
+
+
+def clip(accelerator: Accelerator, optimizer: Any, parameters: list[torch.Tensor], limit: float | None) -> float:
+    """The norm of the step's gradient over all ranks, and the gradient clipped to `limit`. (DeepSpeed clips when it steps.)"""
+    if isinstance(optimizer, Zero3):
+        return float(optimizer.gradient_norm())
+    return float(whole(accelerator.clip_grad_norm_(parameters, limit if limit is not None else float("inf"))))
 
 
 def offloads() -> bool:
@@ -81,9 +141,9 @@ def first_of(value: str | None, accelerator: Accelerator) -> str | None:
 
 def whole_optimizer(optimizer: Any) -> dict[str, Any]:
     """The optimizer's state with its sharded moments gathered (a collective), as one process would have it."""
-    from rlsafe.policy.sharding import whole
-
     state = optimizer.state_dict()
+    if isinstance(optimizer, Zero3):
+        return state
     moments = {
         index: {name: whole(value) if isinstance(value, torch.Tensor) else value for name, value in entry.items()}
         for index, entry in state["state"].items()
@@ -93,9 +153,9 @@ def whole_optimizer(optimizer: Any) -> dict[str, Any]:
 
 def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
     """The inverse of `whole_optimizer`, for any number of processes: moments are cut as their parameters are."""
-    from rlsafe.policy.sharding import shard_like
-
     optimizer.load_state_dict(state)
+    if isinstance(optimizer, Zero3):
+        return
     for parameter, entry in optimizer.state.items():
         for name, value in entry.items():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:

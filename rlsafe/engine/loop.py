@@ -3,6 +3,7 @@ Read `Loop.run` first; each line of it is one of the methods below, in order."""
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections import Counter
@@ -19,7 +20,7 @@ from rlsafe.config import RunConfig
 from rlsafe.data import Stream, encode_prompt, sft_batches, split_prompt
 from rlsafe.defenses import DataContext, DefenseStack
 from rlsafe.engine.ahead import Ahead, completed, look_ahead, settle
-from rlsafe.engine.distributed import anywhere, union
+from rlsafe.engine.distributed import anywhere, backward, clip, union
 from rlsafe.engine.effects import EffectLog
 from rlsafe.engine.faults import update
 from rlsafe.engine.micro import dummy, even_out, global_counts, reduce_sums
@@ -32,7 +33,6 @@ from rlsafe.engine.step import Micro, NotFinite, StepLoss, engine_needs, separat
 from rlsafe.engine.tracking import Late, Tracker
 from rlsafe.evaluate import Probe
 from rlsafe.policy import ForwardPlan, Policy
-from rlsafe.policy.sharding import whole
 from rlsafe.rewards import RewardRunner
 from rlsafe.rollouts import gap_limit, self_test
 from rlsafe.types import BackgroundJudge, Judge, Message, Row, RunError, Sampler, Where
@@ -243,7 +243,7 @@ class Loop:
                 wanted = measure and len(terms) > 1 and len(shares) < len(self.stack.penalized)
                 if wanted or (measure and self.policy.is_sharded):
                     shares |= self._shares(terms if wanted else {}, total, leaves)
-                self.accelerator.backward(total)
+                backward(self.accelerator, self.optimizer, total)
         parameters: list[torch.Tensor] = list(self.policy.trainable().values())
         has_rows = anywhere(any(not micro.dummy for micro in micros), self.accelerator)
         metrics = self._step_optimizer(step, parameters, has_rows)
@@ -253,27 +253,25 @@ class Loop:
     def _shares(
         self, terms: dict[str, torch.Tensor], total: torch.Tensor, leaves: list[torch.Tensor]
     ) -> dict[str, float]:
-        """Gradient shares of the terms. Under FSDP2 a backward is a collective: every rank runs as many."""
+        """Gradient shares of the terms. When the model is sharded a backward is a collective: every rank runs as many."""
+        most = max(gather_object([len(terms)])) if self.policy.is_sharded else 0  # asked before any of them begins
         shares = self.effects.gradients(terms, leaves) if terms else {}
-        if self.policy.is_sharded:
-            for _ in range(max(gather_object([len(terms)])) - len(terms)):
-                torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
+        for _ in range(most - len(terms)):
+            torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
         return shares
 
     def _step_optimizer(self, step: Step, parameters: list[torch.Tensor], has_rows: bool) -> dict[str, Any]:
         for group in self.optimizer.param_groups:
             group["lr"] = step.lr
-        limit = self.config.optim.max_grad_norm
-        norm = whole(self.accelerator.clip_grad_norm_(parameters, limit if limit is not None else float("inf")))
+        norm = clip(self.accelerator, self.optimizer, parameters, self.config.optim.max_grad_norm)
         if has_rows:
-            value = float(norm)
-            if value != value or value in (float("inf"), float("-inf")):
-                raise NotFinite(f"the gradient norm is {value}")
+            if not math.isfinite(norm):
+                raise NotFinite(f"the gradient norm is {norm}")
             self.began = None
             self.optimizer.step()
             self.dirty = True
         self.optimizer.zero_grad()
-        return {"lr": step.lr, "grad_norm": float(norm)}
+        return {"lr": step.lr, "grad_norm": norm}
 
     def _loss_metrics(self, step: Step, micros: Sequence[Micro], loss: StepLoss) -> dict[str, Any]:
         """Reduce what the micro-batches summed up over ranks, and name it as the contract does."""

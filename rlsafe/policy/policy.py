@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from rlsafe.config import ModelConfig, UserError
+from rlsafe.policy import sharding
 from rlsafe.policy.adapters import adapter_layers, merged
 from rlsafe.policy.load import check_tokenizer, load_model, load_tokenizer, no_progress_bar
 from rlsafe.policy.module import PolicyModule, verify_head
 from rlsafe.policy.plan import Forwarded, ForwardPlan, Frozen
 from rlsafe.policy.quantize import is_quantized
 from rlsafe.policy.references import References
-from rlsafe.policy.sharding import assign, gathered, leaves, shard_module, whole
 from rlsafe.policy.taps import Addition, Handle, decoder_blocks
 from rlsafe.types import Batch
 
@@ -163,6 +163,7 @@ class Policy:
         out = self.module(
             self.core.outputs, batch.ids, positions, targets, references, temperature, plan.layers, entropy
         )
+        out = sharding.joined(self.core, out)
         shape = batch.ids.shape
         everywhere = plan.mask == "answer"
         logp = scatter(out.logp, positions, shape)
@@ -188,7 +189,7 @@ class Policy:
 
     def _inside(self, run: Callable[..., Any], *arguments: Any) -> Any:
         """Sharded parameters are gathered only around the wrapped module's forward; others are just there."""
-        return self.module(run, *arguments) if self.is_sharded else run(*arguments)
+        return self.core(run, *arguments) if self.is_sharded else run(*arguments)
 
     def _read(self, batch: Batch, temperature: float, score: bool) -> tuple[Tensor, Tensor | None]:
         """Final-norm states [B, T, H], and the log-probs [B, T] of the targets when they are wanted."""
@@ -214,41 +215,41 @@ class Policy:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether every rank keeps a shard of the parameters only (FSDP2)."""
+        """Whether every rank keeps a shard of the parameters only (FSDP2, ZeRO-3)."""
         return self._sharded
 
-    def shard(self, device: torch.device, offload: bool = False) -> None:
-        """Cut all parameters over the ranks (FSDP2), references included. UserError for a quantised base.
+    def shard(self, device: torch.device, offload: bool = False, zero3: bool = False) -> None:
+        """Cut all parameters over the ranks (FSDP2, or ZeRO-3), references included. UserError for a quantised base.
 
         From here on forwards, `merged_weights`, `state_dict`, `save_adapter` and `on_whole_weights` are collectives.
         """
         if self.is_quantized:
             raise UserError(
-                f"model.quantization: {self.config.quantization} weights cannot be sharded by FSDP2; "
+                f"model.quantization: {self.config.quantization} weights cannot be sharded by FSDP2 or DeepSpeed; "
                 "use configs/accelerate/ddp.yaml, or no quantization"
             )
         names = {id(p): name for name, p in self._parameters.items()}
         order = [names[id(p)] for p in self.core.parameters() if id(p) in names]
-        shard_module(self.core, decoder_blocks(self.core.decoder, self.n_layers), device, offload)
+        if zero3:
+            sharding.partition_module(self.core, device)
+        else:
+            sharding.shard_module(self.core, decoder_blocks(self.core.decoder, self.n_layers), device, offload)
         self._parameters.update(zip(order, (p for p in self.core.parameters() if p.requires_grad), strict=True))
         self._references.reload()
         self._sharded = True
 
     def leaves(self) -> list[Tensor]:
-        """The tensors to differentiate by: the trained parameters, under FSDP2 as this rank's forwards see them."""
-        return leaves(self.core) if self.is_sharded else list(self._parameters.values())
+        """The tensors to differentiate by: the trained parameters as this rank's forwards see them."""
+        return sharding.leaves(self.core) or list(self._parameters.values())
 
     def on_whole_weights(self, run: Callable[[], Any]) -> Any:
         """`run()` with every parameter gathered for as long as it takes: each rank may then run forwards of its own number.
-        Under FSDP2 all ranks must come here, and each needs memory for the whole model."""
-        if not self.is_sharded:
-            return run()
-        with self.kept_whole():
-            return self.module(run)
+        If they are sharded, all ranks must come here, and each needs memory for the whole model."""
+        return sharding.on_whole(self.core, run) if self.is_sharded else run()
 
     def kept_whole(self) -> AbstractContextManager[None]:
         """Once all ranks have entered, each may use the whole weights on its own."""
-        return gathered(self.core) if self.is_sharded else nullcontext()
+        return sharding.gathered(self.core) if self.is_sharded else nullcontext()
 
     # ---------------------------------------------------------------------------------------------- references
 
@@ -323,7 +324,7 @@ class Policy:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of the trainable tensors, whole."""
-        return {name: whole(p.detach()).clone() for name, p in self._parameters.items()}
+        return {name: sharding.whole(p).detach().clone() for name, p in self._parameters.items()}
 
     def _whole_state(self) -> dict[str, Tensor]:
         """What `save_pretrained` writes, gathered: the adapter, or all of the model."""
@@ -331,7 +332,7 @@ class Policy:
             return self.state_dict()
         values = self.core.model.state_dict(keep_vars=True)  # a tied head is the embeddings' own parameter
         once = {id(value): value for value in values.values()}
-        whole_values = {key: whole(value.detach()).cpu() for key, value in once.items()}
+        whole_values = {key: sharding.whole(value).detach().cpu() for key, value in once.items()}
         return {name: whole_values[id(value)] for name, value in values.items()}
 
     @torch.no_grad()
@@ -339,8 +340,9 @@ class Policy:
         """In place, so that optimizers and wrappers keep their parameters."""
         if set(state) != set(self._parameters):
             raise ValueError("the state holds other tensors than the policy trains")
+        sharding.release(self.core)
         for name, p in self._parameters.items():
-            assign(p, state[name])
+            sharding.assign(p, state[name])
 
     def adapted(self) -> dict[str, Any]:
         """{Hugging Face module name: PEFT LoRA layer}, for defenses that work on weights."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from rlsafe.config import UserError, nearest
 from rlsafe.policy.adapters import adapter_layers, adapters_off, read_reference
 from rlsafe.policy.module import PolicyModule
-from rlsafe.policy.sharding import assign, is_sharded, shard_like, whole
+from rlsafe.policy.sharding import assign, is_sharded, kept, release, shard_like, whole
 
 Tensors = dict[str, Tensor]
 
@@ -36,7 +36,7 @@ class References:
         """Keep a detached copy of the trainable tensors as they are now."""
         if self._lora and name == "base":
             raise ValueError("'base' is the model without its adapter; take the snapshot under another name")
-        self._snapshots[name] = {key: p.detach().clone() for key, p in self._parameters.items()}
+        self._snapshots[name] = {key: kept(p) for key, p in self._parameters.items()}
 
     def __contains__(self, name: str) -> bool:
         return name in self.names()
@@ -59,7 +59,7 @@ class References:
         if name == "base" and self._lora:
             return None
         if name.startswith("path:") and name not in self._snapshots:
-            own = {key: whole(p.detach()) for key, p in self._parameters.items()}
+            own = {key: whole(p).detach() for key, p in self._parameters.items()}
             read = read_reference(name.removeprefix("path:"), self._module.model, own)
             self._snapshots[name] = {key: shard_like(read[key], p) for key, p in self._parameters.items()}
         if name not in self._snapshots:
@@ -85,26 +85,27 @@ class References:
                 yield
             return
         if is_sharded(self._module):
-            # FSDP2 gathers from the shards' own storage: only their values can be exchanged
-            mine = {key: p.detach().clone() for key, p in self._parameters.items()}
+            # Forwards gather from the shards' own storage: only their values can be exchanged
+            mine = {key: kept(p) for key, p in self._parameters.items()}
             try:
                 self._overwrite(tensors)
                 yield
             finally:
                 self._overwrite(mine)
             return
-        kept = {key: p.data for key, p in self._parameters.items()}
+        own = {key: p.data for key, p in self._parameters.items()}
         try:
             for key, p in self._parameters.items():
                 p.data = tensors[key]
             yield
         finally:
             for key, p in self._parameters.items():
-                p.data = kept[key]
+                p.data = own[key]
 
     def _overwrite(self, tensors: Tensors) -> None:
+        release(self._module)
         for key, p in self._parameters.items():
-            assign(p, tensors[key])
+            assign(p, tensors[key], lasting=False)
 
     def reload(self) -> None:
         """Cut the snapshots as the parameters now are."""
@@ -115,8 +116,8 @@ class References:
 
     def state(self) -> dict[str, Tensors]:
         """What a checkpoint must hold: every snapshot that loading the policy does not give again. Whole tensors."""
-        kept = {k: v for k, v in self._snapshots.items() if k != "base" and not k.startswith("path:")}
-        return {name: {key: whole(tensor) for key, tensor in tensors.items()} for name, tensors in kept.items()}
+        taken = {k: v for k, v in self._snapshots.items() if k != "base" and not k.startswith("path:")}
+        return {name: {key: whole(tensor) for key, tensor in tensors.items()} for name, tensors in taken.items()}
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         for name, tensors in state.items():

@@ -2,16 +2,21 @@
 
 PyTorch's `fully_shard` on one block at a time; the same on CPUs (gloo) and GPUs (NCCL). Outside a forward a parameter is a `DTensor`,
 and its plain tensor exists only through `whole`, a collective: every rank must come there, in the same order.
+
+What the other rooms call works on DeepSpeed's partitions as well, see `rlsafe.policy.zero3`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from rlsafe.policy import zero3
+from rlsafe.policy.module import Outputs
 
 _WHOLE = "_rlsafe_whole"  # attribute of a root whose parameters are gathered for longer than a forward
 
@@ -32,15 +37,27 @@ def shard_module(root: nn.Module, blocks: nn.ModuleList, device: torch.device, o
         fully_shard(module, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
 
 
+def partition_module(root: nn.Module, device: torch.device) -> None:
+    """The same with DeepSpeed; an engine around the module must follow before its first forward (`rlsafe.policy.zero3`)."""
+    zero3.partition_module(root, device)
+
+
 def is_sharded(module: nn.Module) -> bool:
-    """Whether `shard_module` was applied to the module."""
+    """Whether `shard_module` was applied to the module, or DeepSpeed partitions it."""
     from torch.distributed.fsdp import FSDPModule
 
-    return isinstance(module, FSDPModule)
+    return isinstance(module, FSDPModule) or zero3.engine_of(module) is not None
+
+
+def kept(parameter: Tensor) -> Tensor:
+    """A copy of what this rank has of a parameter."""
+    return zero3.kept(parameter) if zero3.is_partitioned(parameter) else parameter.detach().clone()
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor, on every rank (a collective); any other tensor as it is."""
+    if zero3.is_partitioned(tensor):
+        return zero3.whole(tensor)
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
 
@@ -49,6 +66,8 @@ def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """A whole tensor, the same on every rank, cut as `parameter` is; without sharding a move to its device and dtype."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
+    if zero3.is_partitioned(parameter):
+        return tensor if zero3.is_partitioned(tensor) else zero3.cut(tensor, parameter)
     if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor):
         return tensor.to(parameter.device, parameter.dtype)
     local = tensor.to(parameter.to_local().device, parameter.dtype)
@@ -61,9 +80,19 @@ def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def assign(parameter: Tensor, value: Tensor) -> None:
-    """Overwrite a parameter, sharded or not, with a whole tensor or one cut alike."""
-    parameter.copy_(shard_like(value, parameter))
+def assign(parameter: Tensor, value: Tensor, lasting: bool = True) -> None:
+    """Overwrite a parameter, sharded or not, with a whole tensor or one cut alike. lasting: it goes on training from there."""
+    own = shard_like(value, parameter)
+    if zero3.is_partitioned(parameter):
+        zero3.overwrite(parameter, own, lasting)
+    else:
+        parameter.copy_(own)
+
+
+def release(root: nn.Module) -> None:
+    """Nothing that was gathered may outlive what is about to be overwritten. FSDP2 keeps nothing, see `shard_module`."""
+    if (engine := zero3.engine_of(root)) is not None:
+        engine.release()
 
 
 @contextmanager
@@ -74,6 +103,10 @@ def gathered(root: nn.Module) -> Iterator[None]:
     """
     from torch.distributed.fsdp import FSDPModule
 
+    if (engine := zero3.engine_of(root)) is not None:
+        with engine.gathered():
+            yield
+        return
     parts: list[Any] = [module for module in root.modules() if isinstance(module, FSDPModule)]
     if _WHOLE in vars(root):  # inside another such block
         yield
@@ -91,14 +124,31 @@ def gathered(root: nn.Module) -> Iterator[None]:
             part.set_reshard_after_forward(True, recurse=False)
 
 
+def on_whole(root: nn.Module, run: Callable[[], Any]) -> Any:
+    """`run()` on gathered parameters. FSDP2 wants it inside the root's forward, which would be a collective for DeepSpeed."""
+    with gathered(root):
+        return root(run) if zero3.engine_of(root) is None else run()
+
+
 def leaves(root: nn.Module) -> list[Tensor]:
-    """The trained tensors that a sharded module's graph really starts from: the gathered ones, in `parameters()` order."""
+    """The trained tensors that the graph of a module under FSDP2 starts from, the gathered ones, in `parameters()` order.
+    Empty for all others: their graphs start from the parameters themselves."""
     from torch.distributed.fsdp import FSDPModule
 
     parts: list[Any] = [module for module in root.modules() if isinstance(module, FSDPModule)]
     for part in parts:
         part.unshard()
-    found: list[Tensor] = [p for p in root.parameters() if p.requires_grad]
+    found: list[Tensor] = [p for p in root.parameters() if p.requires_grad] if parts else []
     for part in parts:
         part.reshard()
     return found
+
+
+def joined(root: nn.Module, out: Outputs) -> Outputs:
+    """The outputs of a forward with gradient, ready for several backwards from any of them; see `zero3.joined`."""
+    if zero3.engine_of(root) is None:
+        return out
+    layers = list(out.hidden)
+    tensors = zero3.joined(root, [out.logp, *out.kls, *(out.hidden[layer] for layer in layers)])
+    hidden = dict(zip(layers, tensors[1 + len(out.kls) :], strict=True))
+    return out._replace(logp=tensors[0], kls=tensors[1 : 1 + len(out.kls)], hidden=hidden)
