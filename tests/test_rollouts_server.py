@@ -1,11 +1,16 @@
 """Rollouts by vLLM servers: they agree with the trainer after every sync, and survive what servers do."""
 
 import json
+import signal
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import save_tiny_model
 from policy_server import PolicyServer, Proxy, free_port, unlucky
 from tiny_architectures import load, nudge
@@ -175,6 +180,30 @@ def test_what_a_server_does_wrongly_is_one_clear_line(server, model_dir):
         with pytest.raises(UserError, match=words):
             ServerSampler([proxy.url], patience=5).sync(nudge(policy))
         proxy.close()
+
+
+@pytest.mark.parametrize("ended", ["by itself", "by Ctrl-C"])
+def test_the_command_leaves_no_adapter_on_the_server_and_no_files(ended, server, model_dir, tiny_tree, tmp_path):
+    (tmp_path / "adapters").mkdir()
+    steps = 2 if ended == "by itself" else 1000
+    tree = tiny_tree | {
+        "model": {"name": model_dir, "dtype": "float32", "lora": {"r": 4, "alpha": 8}},
+        "schedule": {"steps": steps, "phases": [{"cycle": ["grpo"]}]},
+        "sampler": {"kind": "server", "urls": [server.url], "adapter_dir": str(tmp_path / "adapters")},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    before, seen = set(server.adapters()), set()
+    command = [sys.executable, "-m", "rlsafe", "train", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run")]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while running.poll() is None and not (steps > 2 and metrics.is_file() and metrics.read_text().count("\n") > 1):
+        seen |= set(server.adapters()) - before
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    said = running.communicate(timeout=120)[1]
+    assert running.returncode == (0 if ended == "by itself" else 130), said
+    assert seen and set(server.adapters()) == before
+    assert not list((tmp_path / "adapters").iterdir())
 
 
 @pytest.mark.parametrize("restart", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -87,7 +88,7 @@ def make_sampler(
 def _server(
     config: SamplerConfig, model_dir: str, policy: Policy | None, progress: Callable[[str], None] | None
 ) -> ServerSampler:
-    """Connected to the servers of `config`; LoRA goes there as an adapter on any machine."""
+    """Connected to the servers of `config`, until this process ends; LoRA goes there as an adapter on any machine."""
     sync = config.sync
     if sync == "auto":
         sync = "adapter" if policy is None or policy.config.lora is not None else "merged"
@@ -145,6 +146,14 @@ def _over_quantized(policy: Policy, config: SamplerConfig) -> bool:
             f"{policy.config.quantization}; use merged, or sampler.kind=transformers"
         )
     return True
+
+
+@atexit.register
+def _leave_servers() -> None:
+    """Servers outlive this process: they are not to keep its adapters."""
+    for sampler in _ENGINES.values():
+        if isinstance(sampler, ServerSampler):
+            sampler.close()
 
 
 def close_all() -> None:

@@ -75,10 +75,12 @@ class Server:
                 self._load(name, directory)
             self.holds = name
 
-    def unload(self, name: str) -> None:
-        """Forget an adapter; one that is gone already is fine."""
+    def unload(self, name: str, timeout: float | None = None) -> None:
+        """Forget an adapter; one that is gone already is fine. timeout: seconds, None = as for any other request."""
+        if self.holds == name:
+            self.holds = None
         try:
-            self._post("/unload_lora_adapter", {"lora_name": name})
+            self._post("/unload_lora_adapter", {"lora_name": name}, timeout)
         except Forgotten:
             pass
 
@@ -128,10 +130,11 @@ class Server:
         )  # fmt: skip
         return answer.choices[0]
 
-    def _post(self, path: str, body: dict[str, str]) -> None:
+    def _post(self, path: str, body: dict[str, str], timeout: float | None = None) -> None:
         import httpx
 
-        self._call(lambda: self._client.post(path, body=body, cast_to=httpx.Response))
+        client = self._client if timeout is None else self._client.with_options(timeout=timeout)
+        self._call(lambda: client.post(path, body=body, cast_to=httpx.Response))
 
     def _call(self, send: Any) -> Any:
         import openai

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from rlsafe.types import Completion, PolicyWeights, Request, RunError, SamplingP
 
 START_PATIENCE = 60.0  # seconds to wait for a server at the start of a run, where a wrong address is more likely
 LEAST_TIMEOUT = 60.0  # seconds for one answer: a busy server is not one that is away
+CLOSING_TIMEOUT = 5.0  # seconds: nobody waits for a server when all is done
 PAUSES = (0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between tries; the last repeats
 GROUP_PORT = 51216  # TRL's port for a server's weights; one more for each further server
 
@@ -216,11 +218,16 @@ class ServerSampler:
             raise UserError(CANNOT_STEER)
 
     def close(self) -> None:
-        """Unload the adapter from the servers; they go on running."""
+        """Unload the adapter from the servers, as far as they answer within seconds; they go on running."""
         self._stopping.set()
-        if self._adapter is not None:
-            self._forget(self._adapter)
-            self._adapter = None
+        adapter, self._adapter = self._adapter, None
+        if adapter is None:
+            return
+        for server in self._servers:
+            if server.holds == adapter.name:
+                with suppress(Unreachable, RunError, UserError):
+                    server.unload(adapter.name, CLOSING_TIMEOUT)
+        adapter.files.cleanup()
 
 
 CANNOT_STEER = "sampler.kind: server: rollouts on a server cannot be steered; use sampler.kind=vllm, or persona with rollouts: false"
