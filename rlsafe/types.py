@@ -256,8 +256,8 @@ class BackgroundJudge(Judge, Protocol):
 
     def submit(self, exchanges: Sequence[Exchange]) -> Future[list[Judgement]]: ...
 
-    def check(self, first: bool = False) -> None:
-        """UserError when its settings cannot work (key, model) or, as the first call of a command, nobody can be reached."""
+    def check(self, first: bool = False, asked: Sequence[Exchange] | None = None) -> None:
+        """UserError when its settings cannot work (key, model) or, in a command's `first` call, nobody is there to be `asked`."""
         ...
 
     def usage(self) -> dict[str, Any]:

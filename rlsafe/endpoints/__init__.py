@@ -1,8 +1,9 @@
 """Chat endpoints that speak OpenAI's protocol: asked from rewards and judges, in the background, without exceptions."""
 
 from rlsafe.endpoints import background
-from rlsafe.endpoints.client import Endpoint, estimate_tokens, open_endpoint
+from rlsafe.endpoints.client import Endpoint, open_endpoint
 from rlsafe.endpoints.fences import fence_of, harmless
+from rlsafe.endpoints.limits import estimate_tokens
 from rlsafe.endpoints.replies import ChatRequest, Failure, Position, Reply, Result
 from rlsafe.endpoints.settings import EndpointSettings, parse_settings
 from rlsafe.endpoints.totals import Totals

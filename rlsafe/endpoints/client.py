@@ -12,18 +12,17 @@ import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from functools import cache
 from typing import Any
 
 from rlsafe.endpoints import background
 from rlsafe.endpoints.cache import Cache, key_of
-from rlsafe.endpoints.limits import Limits, backoff
+from rlsafe.endpoints.limits import Limits, backoff, estimate_tokens, retry_after
 from rlsafe.endpoints.replies import ChatRequest, Failure, Reply, Result, parse_reply
 from rlsafe.endpoints.settings import EndpointSettings
 from rlsafe.endpoints.totals import Totals
-from rlsafe.types import Message
 
 log = logging.getLogger("rlsafe.endpoints")
 
@@ -90,6 +89,11 @@ class Endpoint:
         self.ready()
         return None if self._proven else background.start(self._contact(request)).result()
 
+    def saved(self, request: ChatRequest) -> bool:
+        """Whether the reply is on disk, so that nobody needs to be asked."""
+        body = self.body(request)
+        return not _drawn(body, request) and bool(self._cache and self._cache.get(key_of(self.settings.base_url, body)))
+
     def summary(self) -> str:
         return self.totals.line(f"{self.settings.model} at {self.settings.base_url}")
 
@@ -121,7 +125,7 @@ class Endpoint:
         """Saved reply, else the reply of an equal request under way, else a call."""
         self.totals.requests += 1
         body = self.body(request)
-        if body["temperature"] > 0 and request.seed is None:  # a draw of its own each time
+        if _drawn(body, request):
             return self._count(await self._in_turn(request, body))
         key = key_of(self.settings.base_url, body)
         if key in self._under_way:
@@ -322,29 +326,12 @@ def open_endpoint(settings: EndpointSettings) -> Endpoint:
     return _open(base.model_dump_json())
 
 
-def estimate_tokens(messages: Sequence[Message]) -> int:
-    """About how many tokens: four bytes each, and four for each message's frame."""
-    return sum(len(message["content"].encode()) // 4 + 4 for message in messages)
+def _drawn(body: Mapping[str, Any], request: ChatRequest) -> bool:
+    """Whether each reply to the request is a draw of its own."""
+    return body["temperature"] > 0 and request.seed is None
 
 
 def same_model(asked: str, replied: str) -> bool:
     """`gpt-4o-mini` may reply as `gpt-4o-mini-2024-07-18` and `org/name` as `name`."""
     a, b = (name.rstrip("/").rpartition("/")[2].lower() for name in (asked, replied))
     return a == b or (b.startswith(a) and re.fullmatch(r"[-@:]v?\d[\d.-]*", b[len(a) :]) is not None)
-
-
-def retry_after(headers: Any) -> float | None:
-    """Seconds from a Retry-After header (a number or a date); None without one that can be read."""
-    from email.utils import parsedate_to_datetime
-
-    text = headers.get("retry-after")
-    if text is None:
-        return None
-    try:
-        return max(0.0, float(text))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except ValueError:
-        return None

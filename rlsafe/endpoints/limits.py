@@ -5,6 +5,10 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections.abc import Sequence
+from typing import Any
+
+from rlsafe.types import Message
 
 MAX_BACKOFF = 30.0
 
@@ -41,3 +45,25 @@ class Limits:
 def backoff(first: float, retry: int) -> float:
     """Seconds before retry 1, 2, ...: doubles from `first`, between half and the whole of it ("equal jitter")."""
     return min(MAX_BACKOFF, first * 2 ** (retry - 1)) * random.uniform(0.5, 1.0)
+
+
+def estimate_tokens(messages: Sequence[Message]) -> int:
+    """About how many tokens: four bytes each, and four for each message's frame."""
+    return sum(len(message["content"].encode()) // 4 + 4 for message in messages)
+
+
+def retry_after(headers: Any) -> float | None:
+    """Seconds from a Retry-After header (a number or a date); None without one that can be read."""
+    from email.utils import parsedate_to_datetime
+
+    text = headers.get("retry-after")
+    if text is None:
+        return None
+    try:
+        return max(0.0, float(text))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except ValueError:
+        return None

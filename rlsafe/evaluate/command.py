@@ -13,6 +13,7 @@ from rlsafe.config import RunConfig, UserError, apply_override, load_run, neares
 from rlsafe.evaluate.evaluation import OTHER_KEYS, Evaluation
 from rlsafe.evaluate.journal import identity
 from rlsafe.evaluate.measure import Material, Progress, evaluate_run, gather
+from rlsafe.evaluate.rejudging import expected
 from rlsafe.types import BackgroundJudge, Message, Question, Sampler, provider_for
 
 if TYPE_CHECKING:
@@ -40,10 +41,11 @@ def evaluate(
     """
     config, run = resolve(target, judge, overrides)
     material = gather(config.evaluate, extra=named_sets(questions))  # before the model: its errors should not wait
-    if first and isinstance(material.judge, BackgroundJudge):
-        material.judge.check(first=True)
-    sampler, policy = load_sampler(config, run, _conversations(material), "before evaluation")
     directory = Path(out) if out else run or Path("runs") / f"evaluate-{_file_name(str(target))}"
+    if first and isinstance(material.judge, BackgroundJudge):
+        earlier = (expected(one, config.evaluate, material) for one in (directory, run) if one)
+        material.judge.check(first=True, asked=next(filter(None, earlier), None))
+    sampler, policy = load_sampler(config, run, _conversations(material), "before evaluation")
     weights = identity(config, run)
     return evaluate_run(
         sampler, policy.tokenizer, config.evaluate, directory, progress=progress, material=material, weights=weights

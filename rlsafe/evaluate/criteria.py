@@ -40,7 +40,17 @@ def judge_answers(answers: Sequence[Answer], judge: Judge) -> list[Judgement]:
 
 def judge_later(answers: Sequence[Answer], judge: Judge) -> Judging:
     """The same in the background where the judge can do that: call the result for the judgements, ask its `done()` before."""
-    exchanges = [
+    exchanges = as_exchanges(answers)
+    if isinstance(judge, BackgroundJudge) and exchanges:
+        return Judging(answers, judge.name, judge.submit(exchanges))
+    found: Future[list[Judgement]] = Future()
+    found.set_result(judge.score(exchanges) if exchanges else [])
+    return Judging(answers, judge.name, found)
+
+
+def as_exchanges(answers: Sequence[Answer]) -> list[Exchange]:
+    """What a judge is shown of the answers; one without an end is none."""
+    return [
         Exchange(
             a.question,
             a.answer,
@@ -50,11 +60,6 @@ def judge_later(answers: Sequence[Answer], judge: Judge) -> Judging:
         for a in answers
         if not a.unclosed
     ]
-    if isinstance(judge, BackgroundJudge) and exchanges:
-        return Judging(answers, judge.name, judge.submit(exchanges))
-    found: Future[list[Judgement]] = Future()
-    found.set_result(judge.score(exchanges) if exchanges else [])
-    return Judging(answers, judge.name, found)
 
 
 @dataclass(frozen=True)

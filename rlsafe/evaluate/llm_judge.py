@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator
 
@@ -90,6 +90,7 @@ class LLMJudge:
         self.gave_up: str | None = None
         self._protocol: Protocol | None = None if settings.protocol == "auto" else settings.protocol
         self._trial: asyncio.Lock | None = None
+        self._to_contact = False  # nobody was asked so far: all that was expected is saved
 
     # ------------------------------------------------------------------------------------------------ asking
 
@@ -100,20 +101,34 @@ class LLMJudge:
     def submit(self, exchanges: Sequence[Exchange]) -> Future[list[Judgement]]:
         """Judge in the background."""
         self.endpoint.ready()
+        if self._to_contact and not self._all_saved(exchanges):
+            self._to_contact = False
+            self._contact()
         return background.start(self._score(list(exchanges)))
 
-    def check(self, first: bool = False) -> None:
+    def check(self, first: bool = False, asked: Sequence[Exchange] | None = None) -> None:
         """One call to see that the endpoint, the key and the model's name are right: UserError when they are not.
 
         first: this is the first call of a command, so an endpoint that cannot be reached is a mistake, too (but is waited for
-        with `on_outage: pause`). Later it is left to `on_outage`.
+        with `on_outage: pause`). Later it is left to `on_outage`. asked: what will probably be judged; while all replies that
+        takes are saved, nobody is asked, and the call waits for the first exchange that needs one.
         """
         self.endpoint.ready()
         if first:
-            return self._contact()
+            self._to_contact = asked is not None and self._all_saved(asked)
+            return None if self._to_contact else self._contact()
         failure = background.start(self._decide()).result()
         if isinstance(failure, Failure) and failure.kind in LASTING:
             raise UserError(f"evaluate.judge: {self.name!r} at {self.settings.base_url}: {failure.message}")
+
+    def _all_saved(self, exchanges: Sequence[Exchange]) -> bool:
+        """Whether every score of these is in a saved reply; then it is known, too, how scores are read."""
+        for protocol in get_args(Protocol) if self._protocol is None else (self._protocol,):
+            requests = (self.request(exchange, which, protocol) for exchange in exchanges for which in CRITERIA)
+            if all(map(self.endpoint.saved, requests)):
+                self._protocol = protocol if exchanges else self._protocol
+                return True
+        return False
 
     def _contact(self) -> None:
         result = self.endpoint.contact(self._trial_request())

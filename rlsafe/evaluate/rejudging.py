@@ -10,12 +10,12 @@ from pathlib import Path
 
 from rlsafe.config import EvaluateConfig, UserError, load_run
 from rlsafe.evaluate.asking import Answer
-from rlsafe.evaluate.criteria import judge_answers, rates
+from rlsafe.evaluate.criteria import as_exchanges, judge_answers, rates
 from rlsafe.evaluate.evaluation import Evaluation
 from rlsafe.evaluate.judges import load_judge
-from rlsafe.evaluate.measure import note_judge
+from rlsafe.evaluate.measure import Material, note_judge
 from rlsafe.evaluate.questions import load_questions
-from rlsafe.types import BackgroundJudge, Judge, Judgement, RunError
+from rlsafe.types import BackgroundJudge, Exchange, Judge, Judgement, RunError
 
 
 def rejudge(
@@ -28,9 +28,9 @@ def rejudge(
     """
     begun = time.monotonic()
     before, chosen = load_saved(target, judge, overrides)
-    if isinstance(chosen, BackgroundJudge):
-        chosen.check(first=True)
     answers, notes = with_judge_prompts(before)
+    if isinstance(chosen, BackgroundJudge):
+        chosen.check(first=True, asked=as_exchanges(answers))
     after = Evaluation(benign=before.benign, benign_answers=before.benign_answers, answers=answers, notes=notes)
     after.judgements = judge_answers(answers, chosen)
     first = before.settings.get("judge")
@@ -62,6 +62,22 @@ def load_saved(target: str | Path, judge: str | None, overrides: Sequence[str]) 
             load_module(plugin)
         settings = config.evaluate
     return Evaluation.load(directory), load_judge(judge or settings.judge)
+
+
+def expected(directory: Path, settings: EvaluateConfig, material: Material) -> list[Exchange] | None:
+    """What a judge will be asked about if the evaluation in `directory` is repeated with these settings: the same model gives
+    the same answers. None when there is none, or it was another."""
+    if not (directory / "answers.csv").is_file():
+        return None
+    try:
+        saved = Evaluation.load(directory)
+    except UserError:  # about to be written anew
+        return None
+    now = {name: getattr(settings, name) for name in ("samples", "temperature", "max_tokens", "seed")}
+    now |= {"questions": material.sources, "cue": material.cue}
+    if {name: saved.settings.get(name) for name in now} != now:
+        return None
+    return as_exchanges(with_judge_prompts(saved)[0])
 
 
 def with_judge_prompts(saved: Evaluation) -> tuple[list[Answer], list[str]]:
