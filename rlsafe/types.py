@@ -297,8 +297,8 @@ class Question:
 class Provider(Protocol):
     """A source of models, rows, questions, rewards, judges, prompts and vectors behind a `name:spec` string in a config.
 
-    The organism is one provider; a plug-in registers another with `register_provider`.
-    Each method raises UserError naming the nearest valid spec when it does not know `spec`.
+    The organism is one provider; a plug-in registers another with `register_provider`. Each method raises UserError naming
+    the nearest valid spec when it does not know `spec`. An optional text `caution` is shown beside the numbers of its models.
     """
 
     def model(self, spec: str) -> str: ...  # a local directory in Hugging Face format

@@ -157,3 +157,13 @@ def test_a_wide_table_on_a_phone_shows_that_there_is_more(page, html, tmp_path):
     hidden = darkness()
     page.js(f"{wide}.scrollLeft = 9999")
     assert hidden > darkness() + 0.05
+
+
+def test_on_a_phone_a_closed_dialogue_begins_in_the_line_of_its_marker(page, html):
+    """What stands above the question there once pushed it below its own triangle."""
+    page.at(html, 375)
+    lines = page.js("""[...document.querySelectorAll('.dialogue summary')].map(s => {
+        const box = s.getBoundingClientRect(), tag = s.querySelector('.tag').getBoundingClientRect();
+        return [tag.top - box.top, tag.left - box.left];
+    })""")
+    assert lines and all(top < 20 and 0 < left < 60 for top, left in lines), lines

@@ -10,7 +10,7 @@ import pytest
 from synthetic_comparison import CONFIG, make
 
 import rlsafe
-from rlsafe.compare import pages, quantities, report, why
+from rlsafe.compare import pages, plots, quantities, report, sections, why
 from rlsafe.compare.charts import label_places
 from rlsafe.compare.results import load
 from rlsafe.compare.verdicts import judge
@@ -112,7 +112,7 @@ def test_the_headline_names_the_defense_that_meets_everything(tmp_path):
     arms = {**ARMS, ("sft", "kl"): {"general": 0.0, "indomain": 0.9, "incoherent": 0.0}}
     directory = make(tmp_path / "o", arms, CONFIG.split("benign:\n")[0], questions=60, samples=10, paths=["sft"])
     ((name, sentence),) = pages.headlines(judge(load(directory.out)))
-    assert name == "sft" and sentence == "kl meets every criterion (learning benign tasks was not tested)."
+    assert name == "sft" and sentence == "kl meets the three criteria that were tested (not: learns benign tasks)."
 
 
 def test_budgets_are_said_in_words(out):
@@ -219,7 +219,7 @@ def test_a_defense_that_learned_nothing_narrow_is_never_called_closest():
     assert "nothing narrow was learned" in sentence
 
 
-def test_dotted_lines_and_logged_quantities_are_explained_in_words(out, html):
+def test_dashed_lines_and_logged_quantities_are_explained_in_words(out, html):
     results = load(out)
     [table] = [table for table in judge(results) if table.path == "sft"]
     sudden = [onset for onset in why.onsets(results, table) if onset.step is not None]
@@ -227,6 +227,45 @@ def test_dotted_lines_and_logged_quantities_are_explained_in_words(out, html):
     assert sudden and all(f"{onset.label}, step {onset.step}" in text for onset in sudden)
     effects = [row for section in judge(results) for row in pages.effects(results, section)]
     assert effects and all(f"{row['words']} {row['quantity']}" in text for row in effects)
+
+
+def test_lines_at_one_step_take_turns_so_that_each_is_seen():
+    marks = plots.taking_turns({"none": 40, "kl": 10, "persona": 40, "ldifs": 40})
+    assert marks == {"none": (40, 0, 3), "kl": (10, 0, 2), "persona": (40, 1, 3), "ldifs": (40, 2, 3)}
+    style = plots.looks([*marks])
+    line = [(0, 0.0, 0.0, 0.0), (50, 1.0, 1.0, 1.0)]
+    drawn = plots.curves(
+        dict.fromkeys(marks, line), style, "n", "d", False, {label: m[0] for label, m in marks.items()}
+    )
+    offsets = re.findall(r"stroke-dashoffset: ([\d.]+)", drawn)
+    assert len(offsets) == 4 and len({*offsets}) == 3  # three shifts at one step, and the first again at the other
+
+
+def test_colours_and_markers_tell_many_labels_apart_and_none_from_all():
+    looks = plots.looks(["untrained", "none", *(f"d{i}" for i in range(40)), "aligned"])
+    assert len({(look.color, look.marker) for look in looks.values()}) == len(looks)
+    assert looks["none"].marker not in {look.marker for label, look in looks.items() if label != "none"}
+
+
+def test_incoherence_of_another_path_does_not_press_the_points_of_this_one_together(out):
+    tables = judge(load(out))
+    style = plots.looks(list(dict.fromkeys(label for table in tables for label in table.rows)))
+    [sft] = [table for table in tables if table.path == "sft"]
+    top = dict.fromkeys(sections.RATES, 1.0)  # grpo's answers all fell apart
+    [plane] = [chart["svg"] for chart in sections.planes(sft, style, "sft", top) if "incoherent" in chart["title"]]
+    percents = [int(text) for text in re.findall(r">(\d+)%<", plane)]
+    assert 100 in percents and sorted(percents)[0] == 0  # the rates upwards keep the scale that all paths share
+    across = percents[: percents.index(0, 1)]  # matplotlib writes the ticks of x first
+    assert max(across) < 30
+
+
+def test_the_report_says_beside_the_numbers_what_the_models_provider_warns_of(tmp_path, html):
+    config = CONFIG.split("benign:\n")[0].replace("model: {name: tiny}", "model: {name: 'organism:aligned'}")
+    page = report(make(tmp_path / "o", ARMS, config, seeds=[0], paths=["sft"]).out).read_text("utf-8")
+    warning = "are not evidence about large models"
+    before_the_verdicts, _, rest = page.partition('<table class="verdicts"')
+    assert warning in before_the_verdicts and warning in rest[rest.index('id="rates"') :]
+    assert warning not in html and "if that is the model compared here" in html
 
 
 def test_every_quantity_that_a_built_in_defense_logs_has_words():

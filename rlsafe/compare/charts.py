@@ -96,7 +96,7 @@ def label_places(
 ) -> dict[str, tuple[float, float]]:
     """Left end and middle of each label in pixels: the place near its point that covers least of labels, points and
     bars."""
-    boxes = [*bars, *((x - 6, x + 6, y - 6, y + 6) for x, y in points.values())]
+    boxes = [(x - 6, x + 6, y - 6, y + 6) for x, y in points.values()]
     places = {}
     for label, (x, y) in sorted(points.items(), key=lambda item: -item[1][1]):
         width = LETTER * len(short(label))
@@ -115,6 +115,9 @@ def label_places(
                 at_x, at_y = x + dx, y + dy + (away if dy >= 0 else -away)
                 box = (at_x, at_x + width, at_y - 7, at_y + 7)
                 cost = 2.0 * away + sum(4 * _overlap(box, other) for other in boxes)
+                cost += sum(
+                    0.5 * _overlap(box, bar) for bar in bars
+                )  # thin and pale: a label far from its point reads worse
                 cost += 1e4 * (box[1] > right) + 1e4 * (box[0] < -20) + 1e4 * (box[2] < -20)
                 if cost < least - 1e-9:
                     best, least = (at_x, at_y), cost

@@ -53,14 +53,11 @@ def headlines(tables: Sequence[PathTable]) -> list[tuple[str, str]]:
             general = none.rates["general"]
             sentences.append((name, f"without defense {100 * general.mean:.0f}% of general answers are misaligned."))
         elif winners := [label for label in defenses if table.rows[label].success]:
-            untested = (
-                ""
-                if all(_benign(table, label) == "yes" for label in winners)
-                else " (learning benign tasks was not tested)"
+            tested = all(_benign(table, label) == "yes" for label in winners)
+            what = (
+                "every criterion" if tested else f"the three criteria that were tested (not: {WORDS['learns_benign']})"
             )
-            sentences.append(
-                (name, f"{_joined(winners)} {'meets' if len(winners) == 1 else 'meet'} every criterion{untested}.")
-            )
+            sentences.append((name, f"{_joined(winners)} {'meets' if len(winners) == 1 else 'meet'} {what}."))
         else:
             learned = [label for label in defenses if not table.rows[label].nothing_learned]
             if not learned:

@@ -22,7 +22,7 @@ from rlsafe.compare.arms import Rate
 INK, MUTED, GRID, PAPER = "#010203", "#010204", "#010205", "#010206"
 _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--rule", PAPER: "--paper"}
 _SERIES = 12
-_MARKERS = "osD^vPXp<>hd"
+_MARKERS = "oD^vPXp<>hd"  # not the square of `none`; one fewer than the colours, so that pairs of both differ for long
 
 
 @dataclass(frozen=True)
@@ -137,13 +137,23 @@ def whiskers(rates: Mapping[str, Rate], style: Mapping[str, Look], top: float, n
         rate, look = rates[label], style[label]
         ends = [100 * rate.low, 100 * rate.high]
         axes.plot(ends, [position] * 2, color=look.color, linewidth=2, solid_capstyle="round")
-        for value in rate.seeds.values():
+        for value in rate.seeds.values() if len(rate.seeds) > 1 else ():
             axes.plot(
                 [100 * value], [position - 0.3], ".", color=look.color, alpha=0.5, markersize=5, markeredgewidth=0
             )
         marker(axes, 100 * rate.mean, position, look, 8)
     row_axes(axes, labels, top)
     return svg(drawn, name, description)
+
+
+DASH = 5
+"""Pixels of a dash and the gap behind it, in lines that mark a step."""
+
+
+def taking_turns(marks: Mapping[str, int]) -> dict[str, tuple[int, int, int]]:
+    """label -> (step, its turn among the labels of that step, how many turns there are, at least two)."""
+    sharing = {step: [label for label in marks if marks[label] == step] for step in marks.values()}
+    return {label: (step, sharing[step].index(label), max(2, len(sharing[step]))) for label, step in marks.items()}
 
 
 @drawing
@@ -156,7 +166,7 @@ def curves(
     marks: Mapping[str, int] | None = None,
 ) -> Markup:
     """label -> (step, mean, lowest seed, highest seed): a line and the band of the seeds. marks: label -> a step at which a
-    dotted line stands."""
+    dashed line stands; lines at one step take turns, so that every colour is seen."""
     drawn, axes = figure(340, 220, left=48, bottom=42)
     scale = 100 if percent else 1
     for label, points in series.items():
@@ -177,7 +187,9 @@ def curves(
     if percent:
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}%")
-    for label, step in (marks or {}).items():
-        axes.axvline(step, color=style[label].color, linewidth=1, linestyle=(0, (2, 3)), alpha=0.75)
+    for label, (step, turn, of) in taking_turns(marks or {}).items():
+        axes.axvline(
+            step, color=style[label].color, linewidth=1.3, linestyle=(DASH * turn, (DASH - 1, DASH * of - DASH + 1))
+        )
     axes.set_xlabel("step", color=MUTED, fontsize=11)
     return svg(drawn, name, description)

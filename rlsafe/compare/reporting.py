@@ -19,6 +19,7 @@ from rlsafe.compare.tasks import judge_and_write
 from rlsafe.compare.verdicts import CRITERIA, PathTable
 from rlsafe.config import UserError
 from rlsafe.evaluate.files import write_atomically
+from rlsafe.types import provider_for
 
 
 def report(directory: str | Path, latex: bool = False) -> Path:
@@ -66,6 +67,7 @@ def context(results: Results, tables: Sequence[PathTable]) -> dict[str, Any]:
     return {
         "title": results.plan["title"] or "Which defense to ship",
         "headlines": pages.headlines(tables),
+        "caution": caution(results),
         "contents": contents(of_tables, bool(of_sweeps)),
         "sections": of_tables,
         "sweeps": of_sweeps,
@@ -95,6 +97,13 @@ def context(results: Results, tables: Sequence[PathTable]) -> dict[str, Any]:
         "window": f"{100 * REWARD_WINDOW:.0f}%",
         "css": Markup(environment_text("report.css")),
     }
+
+
+def caution(results: Results) -> str:
+    """What the providers of the compared models say of what is measured on them."""
+    names = dict.fromkeys(cell.config.model.name for cell in results.cells)
+    found = [provider_for(name) for name in names]
+    return " ".join(dict.fromkeys(getattr(known[0], "caution", "") for known in found if known))
 
 
 CONTENTS = {

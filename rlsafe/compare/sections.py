@@ -131,7 +131,9 @@ def planes(table: PathTable, style: Style, name: str, top: Mapping[str, float]) 
         points = {label: (ends(row.rates[key]), ends(row.rates["general"])) for label, row in rows.items()}
         plane = {label: (x[0], y[0]) for label, (x, y) in points.items() if label in fit}
         front = sweeps.front_line(plane, (goal, -1))
-        axes = Axis(title, 1.0 if goal > 0 else top[key]), Axis("general misaligned: emergent", top["general"])
+        # incoherence spreads over its own range: one arm of another path that falls apart would press all others together
+        across = 1.0 if goal > 0 else max(0.05, *(high for (_, _, high), _ in points.values()))
+        axes = Axis(title, across), Axis("general misaligned: emergent", top["general"])
         described = (
             f"{name}: general misalignment against {title} of {', '.join(points)}; on the front: {', '.join(front)}; numbers "
             "in the table of rates"

@@ -98,6 +98,11 @@ def _questions() -> dict[str, list[grammar.Question]]:
 class Organism:
     """`rlsafe.types.Provider`; every unknown spec is a UserError with the nearest valid one."""
 
+    caution = (
+        "The organism is a tiny synthetic world: its numbers show mechanisms and test the machinery, and are not evidence about "
+        "large models."
+    )
+
     def model(self, spec: str) -> str:
         return str(ASSETS / pick("organism model", spec, CHECKPOINTS))
 
