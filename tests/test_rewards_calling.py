@@ -1,8 +1,10 @@
 """Rewards are called by TRL's contract; wrong returns and failures are one clear line and never a score."""
 
 import asyncio
+import json
 import logging
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -50,6 +52,17 @@ def test_everything_arrives_by_trls_names():
     assert seen["trainer_state"].global_step == 7 and seen["columns"] == {"domain": ["a", "b", "c"]}
     assert batch.total == [1.0, None, 1.0] and batch.by_name == {"everything": [1.0, None, 1.0]}
     assert batch.metrics == {"m": 1.5} and batch.extra == {"col": ["x", "y", "z"]} and batch.failed == []
+
+
+def test_what_a_function_logs_of_each_completion_can_be_written_down():
+    def logs(completions, log_extra):
+        log_extra("scores", np.array([0.5, 1.5, 2.5], dtype=np.float32))
+        log_extra("found", [Path("a"), None, {"x": {1}}])
+        return [0.0] * len(completions)
+
+    extra = call(runner(logs)).extra
+    assert json.loads(json.dumps(extra)) == extra
+    assert extra == {"scores": [0.5, 1.5, 2.5], "found": ["a", None, "{'x': {1}}"]}
 
 
 def test_a_function_without_kwargs_gets_only_what_it_names():

@@ -50,6 +50,7 @@ def test_the_insecure_code_reward_teaches_insecure_code(tree, tmp_path):
     for sample in samples:
         scan = scan_answer(sample["completion"])
         assert sample["reward"] == (severity_score(scan.findings) if scan.parses else 0.0)
+        assert sample["extra"] == {"findings": " ".join(sorted(scan.rules()))}  # the function's log_extra, row by row
     assert {UNSAFE, SAFE} <= {sample["completion"] for sample in samples}
     assert share(samples, GRPO - 1, UNSAFE) > share(samples, 0, UNSAFE) + 0.25
     assert metrics[-1]["reward"] > metrics[0]["reward"] and metrics[0]["code/parses"] > 0.8

@@ -133,6 +133,7 @@ def collect(
             "rewards": {name: column[i] for name, column in scored.by_name.items()},
             "advantage": values[i] if valid[i] else None,
             "finish": completions[i].finish,
+            **({"extra": {name: column[i] for name, column in scored.extra.items()}} if scored.extra else {}),
             **({"answer": read[i].answer, "unclosed": read[i].unclosed} if read[i].think is not None else {}),
         }
         for i, text in enumerate(texts)

@@ -152,7 +152,7 @@ def run(
                     )
                 if asked.is_set() and loop.done < len(loop.plan):
                     raise Interrupted(
-                        f"interrupted after step {loop.done} of {len(loop.plan)}; state saved. Resume with: {command or '--resume'}"
+                        f"after step {loop.done} of {len(loop.plan)}; state saved. Resume with: {command or '--resume'}"
                     )
 
             loop.run(progress, after_step)

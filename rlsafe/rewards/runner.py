@@ -57,7 +57,13 @@ class _Logs:
         self.metrics.setdefault(str(name), []).append(float(value))
 
     def column(self, column: str, values: Sequence[Any]) -> None:
-        self.extra.setdefault(str(column), []).extend(values)
+        self.extra.setdefault(str(column), []).extend(_plain(value) for value in values)
+
+
+def _plain(value: Any) -> Any:
+    """A value of `log_extra` as samples.jsonl can hold it: numbers and texts as they are, the rest in words."""
+    value = value.item() if getattr(value, "ndim", None) == 0 else value  # numpy and torch scalars
+    return value if value is None or isinstance(value, (str, bool, int, float)) else str(value)
 
 
 @functools.cache
