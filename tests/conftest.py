@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +138,9 @@ def shared_data() -> Path:
     places += [root / "shared" / "data", root.parent / "shared" / "data"]
     found = next((place for place in places if (place / "sft").is_dir()), None)
     return found or pytest.skip("the shared research data is not here")
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    """A copy of the `finished` directory that the module's own fixture made, to be changed."""
+    return shutil.copytree(finished, tmp_path / "copy")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import conversation, write_jsonl
+from tampering import call, change, verify
 
-from rlsafe import cli
-from rlsafe.engine.verify import verify
+from rlsafe.engine.verify import verify as recompute
 
 JUDGE = """
 import rlsafe
@@ -65,33 +65,12 @@ def finished(tmp_path_factory, tiny_model_dir) -> Path:
     }  # fmt: skip
     config = home / "run.yaml"
     config.write_text(yaml.safe_dump(tree))
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["train", str(config), "--out", str(home / "run")])
-    assert stop.value.code == 0
+    assert call("train", config, "--out", home / "run") == 0
     return home / "run"
 
 
-@pytest.fixture
-def copied(finished, tmp_path) -> Path:
-    shutil.copytree(finished, tmp_path / "copy")
-    return tmp_path / "copy"
-
-
-def command(capsys, run: Path) -> tuple[int, list[str]]:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["verify", str(run)])
-    return stop.value.code, capsys.readouterr().out.splitlines()
-
-
-def edit(path: Path, old: str, new: str, times: int = 1) -> None:
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new, times))
-
-
 def test_an_untouched_run_has_no_differences(capsys, finished):
-    code, lines = command(capsys, finished)
+    code, lines = verify(capsys, finished)
     assert (code, len(lines)) == (0, 1) and lines[0].startswith("no differences: ")
     assert "4 steps" in lines[0] and "TensorBoard" in lines[0] and "evaluation.json" in lines[0]
     assert json.loads((finished / "evaluation.json").read_text())["general"]["unscored"] > 0, "the judge must miss some"
@@ -126,7 +105,7 @@ TAMPERED = {
     ),
     "a benign score": (lambda run: change_rate(run, "benign", "sums", 0.9), "evaluation.json: benign.sums is 0.9"),
     "a judged answer": (
-        lambda run: edit(run / "answers.csv", ',"refused",', ',"scored",'),
+        lambda run: change(run / "answers.csv", ',"refused",', ',"scored",'),
         "scored without a score",
     ),
     "an answer twice": (
@@ -136,7 +115,7 @@ TAMPERED = {
         "is there 2 times",
     ),
     "a benign answer": (
-        lambda run: edit(run / "benign_answers.csv", ",0\n", ",1\n"),
+        lambda run: change(run / "benign_answers.csv", ",0\n", ",1\n"),
         "evaluation.json: benign.sums is 0",
     ),
     "a loss": (lambda run: change_line(run / "metrics.jsonl", 1, loss=3.0), "step 1: loss is 3, its parts"),
@@ -154,7 +133,7 @@ TAMPERED = {
         "metrics.jsonl: 3 steps, run.json says 4",
     ),
     "a step number": (lambda run: change_line(run / "metrics.jsonl", 3, step=7), "step 7, expected 3"),
-    "the config": (lambda run: edit(run / "config.yaml", "seed: 0", "seed: 1"), "config.yaml: changed since"),
+    "the config": (lambda run: change(run / "config.yaml", "seed: 0", "seed: 1"), "config.yaml: changed since"),
     "the adapter": (
         lambda run: (run / "adapter" / "adapter_model.safetensors").write_bytes(b"other"),
         "adapter/adapter_model.safetensors: changed since",
@@ -169,7 +148,7 @@ TAMPERED = {
 @pytest.mark.parametrize(("tamper", "expected"), TAMPERED.values(), ids=TAMPERED)
 def test_whatever_is_changed_is_named(capsys, copied, tamper, expected):
     tamper(copied)
-    code, lines = command(capsys, copied)
+    code, lines = verify(capsys, copied)
     assert code == 1 and any(expected in line for line in lines), lines
 
 
@@ -179,21 +158,17 @@ def test_data_models_and_rewards_that_changed_since_are_named(finished, tmp_path
         before = path.read_bytes()
         path.write_bytes(before + b"\n")
         try:
-            assert [line for line in verify(finished).differences if f"{name}: its content changed" in line]
+            assert [line for line in recompute(finished).differences if f"{name}: its content changed" in line]
         finally:
             path.write_bytes(before)
-    assert not verify(finished).differences
+    assert not recompute(finished).differences
 
 
 def test_what_is_no_finished_run_is_a_users_error(capsys, copied, tmp_path):
-    for run in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(SystemExit) as stop:
-            cli.main(["verify", str(run)])
-        assert stop.value.code == 2
-    edit(copied / "run.json", '"finished"', '"running"')
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["verify", str(copied)])
-    assert stop.value.code == 2 and "not finished" in capsys.readouterr().err
+    assert call("verify", tmp_path / "nowhere") == call("verify", tmp_path) == 2
+    change(copied / "run.json", '"finished"', '"running"')
+    code, lines = verify(capsys, copied)
+    assert (code, len(lines)) == (2, 1) and "not finished" in lines[0]
 
 
 def test_the_record_says_where_the_numbers_come_from_and_gives_nothing_away(finished, tiny_model_dir):

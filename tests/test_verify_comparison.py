@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
-import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import conversation, write_jsonl
-
-from rlsafe import cli
+from tampering import call, change, verify
 
 CELL = "sft--kl--seed0"
 
@@ -47,38 +44,13 @@ def finished(tmp_path_factory, tiny_model_dir) -> Path:
     }
     config = home / "compare.yaml"
     config.write_text(yaml.safe_dump(tree))
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["compare", str(config), "--out", str(home / "out"), "--jobs", "1"])
-    assert stop.value.code == 0
+    assert call("compare", config, "--out", home / "out", "--jobs", 1) == 0
     return home / "out"
 
 
-@pytest.fixture
-def copied(finished, tmp_path) -> Path:
-    shutil.copytree(finished, tmp_path / "copy")
-    return tmp_path / "copy"
-
-
-def command(capsys, directory: Path) -> tuple[int, list[str]]:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["verify", str(directory)])
-    shown = capsys.readouterr()
-    return stop.value.code, (shown.out + shown.err).splitlines()
-
-
 def test_an_untouched_comparison_has_no_differences(capsys, finished):
-    code, lines = command(capsys, finished)
+    code, lines = verify(capsys, finished)
     assert code == 0 and lines[0].startswith("no differences: 3 cells; results.csv") and "verdicts.json" in lines[0]
-
-
-def one_number(path: Path, pattern: str, new: str) -> None:
-    """Change the first group of the pattern's first match."""
-    text = path.read_text()
-    found = re.search(pattern, text)
-    assert found, text
-    assert found[1] != new
-    path.write_text(text[: found.start(1)] + new + text[found.end(1) :])
 
 
 def another_verdict(out: Path) -> None:
@@ -89,26 +61,26 @@ def another_verdict(out: Path) -> None:
 
 
 TAMPERED = {
-    "a rate in the table": (lambda out: one_number(out / "results.csv", r"sft,kl,0,[^,]*,([\d.]+),", "0.123"), "results.csv:"),
+    "a rate in the table": (lambda out: change(out / "results.csv", r"sft,kl,0,[^,]*,([\d.]+),", "0.123"), "results.csv:"),
     "a row of the table": (
         lambda out: (out / "results.csv").write_text("".join((out / "results.csv").read_text().splitlines(True)[:-1])),
         "results.csv:4: is not there, the cells give",
     ),
     "a verdict": (another_verdict, "verdicts.json: sft kl is"),
     "a rate of a cell": (
-        lambda out: one_number(out / "cells" / CELL / "evaluation.json", r'"misaligned": ([\d.]+)', "0.987"),
+        lambda out: change(out / "cells" / CELL / "evaluation.json", r'"misaligned": ([\d.]+)', "0.987"),
         f"cells/{CELL}: evaluation.json: general.misaligned is 0.987",
     ),
     "a score of an answer": (
-        lambda out: one_number(out / "cells" / CELL / "answers.csv", r",(\d+),\d+,\"scored\"", "500"),
+        lambda out: change(out / "cells" / CELL / "answers.csv", r",(\d+),\d+,\"scored\"", "500"),
         f"cells/{CELL}: answers.csv: ",
     ),
     "a loss": (
-        lambda out: one_number(out / "cells" / CELL / "metrics.jsonl", r'"loss": ([\d.]+)', "9.75"),
+        lambda out: change(out / "cells" / CELL / "metrics.jsonl", r'"loss": ([\d.]+)', "9.75"),
         f"cells/{CELL}: step 0: loss is 9.75",
     ),
     "a setting": (
-        lambda out: one_number(out / "cells" / CELL / "config.yaml", r"seed: (\d+)", "7"),
+        lambda out: change(out / "cells" / CELL / "config.yaml", r"seed: (\d+)", "7"),
         f"cells/{CELL}: config.yaml: changed since",
     ),
     "a cell's evaluation": (
@@ -123,7 +95,7 @@ TAMPERED = {
 @pytest.mark.parametrize(("tamper", "expected"), TAMPERED.values(), ids=TAMPERED)
 def test_whatever_is_changed_is_named(capsys, copied, tamper, expected):
     tamper(copied)
-    code, lines = command(capsys, copied)
+    code, lines = verify(capsys, copied)
     assert code == 1 and any(line.startswith(expected) for line in lines), lines
 
 
@@ -132,5 +104,5 @@ def test_whatever_is_changed_is_named(capsys, copied, tamper, expected):
 )
 def test_what_cannot_be_read_or_has_not_ended_is_one_line(capsys, copied, file, text):
     (copied / file).write_text(text)
-    code, lines = command(capsys, copied)
+    code, lines = verify(capsys, copied)
     assert code == 2 and len(lines) == 1 and Path(file).name.removesuffix("run.json") in lines[0]
