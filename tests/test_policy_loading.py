@@ -2,12 +2,16 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
+from conftest import byte_tokenizer, save_tiny_model
 from tiny_architectures import load, nudge, random_batch, save_architecture
+from transformers import AutoTokenizer
 
 from rlsafe.config import UserError
+from rlsafe.data import encode_prompt, encode_row
 
 
 @pytest.fixture
@@ -55,8 +59,33 @@ def test_no_tokenizer(model):
 def test_a_tokenizer_of_another_model(model):
     file = model / "tokenizer.json"
     file.write_text(file.read_text().replace('"x":', '"moved":').replace('"moved":', '"x": 900, "moved":', 1))
-    with pytest.raises(UserError, match="gives token 900, the model has only 259"):
+    with pytest.raises(UserError, match="its tokenizer has ids up to 900, the model embeds only 259 tokens"):
         load(str(model))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_embeds(tmp_path):
+    """Also where the template's own tokens are covered: some text would fail deep inside."""
+    few = save_tiny_model(tmp_path / "few", vocab_size=240)
+    assert max(byte_tokenizer()("<|im_start|>user x\n<|im_end|>")["input_ids"]) < 240
+    with pytest.raises(UserError, match=f"model.name: {few}: .* ids up to 258, the model embeds only 240 tokens"):
+        load(few)
+
+
+def test_an_added_token_that_the_model_does_not_embed_is_told_where_a_text_holds_it(model):
+    """A few such tokens are common (those of images, in a model of text), and harmless where no text spells them."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    tokenizer.save_pretrained(model)
+    tokenizer = load(str(model)).tokenizer
+    row = [{"role": "user", "content": "see"}, {"role": "assistant", "content": "an image"}]
+    assert max(encode_row(tokenizer, row)[0]) < 259
+    for where in (0, 1):
+        held = [{**turn, "content": turn["content"] + ("<image>" if i == where else "")} for i, turn in enumerate(row)]
+        for encode in (encode_row, partial(encode_row, train_on="all")):
+            with pytest.raises(UserError, match=r"'<image>' is a token .2\d\d. that the model does not embed; .*see"):
+                encode(tokenizer, held)
+    with pytest.raises(UserError, match="'<image>' is a token"):
+        encode_prompt(tokenizer, [{"role": "user", "content": "see <image>"}])
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,9 @@ class Encoder:
             )
         self.tokenizer = tokenizer
         self.own: str = tokenizer.get_chat_template()
-        self.special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+        added = tokenizer.get_added_vocab()
+        self.special = {*tokenizer.all_special_ids, *added.values()}
+        self.foreign = {i: t for t, i in added.items() if chat.embedded is not None and i >= chat.embedded}
         self.chat, self.switch = chat, self._find_switch()
         set_to = {"on": True, "off": False}.get(chat.thinking or "")
         self.switches = {} if self.switch is None or set_to is None else {self.switch: set_to}
@@ -142,7 +144,17 @@ class Encoder:
             raise UserError(f"the chat template cannot render a conversation of roles ({roles}): {error}") from None
 
     def tokenize(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._embedded(self.tokenizer(text, add_special_tokens=False)["input_ids"], text)
+
+    def _embedded(self, ids: list[int], text: str) -> list[int]:
+        """The same ids; UserError when the model does not embed one of them."""
+        if self.foreign and (found := self.foreign.keys() & set(ids)):
+            one = min(found)
+            raise UserError(
+                f"{self.foreign[one]!r} is a token ({one}) that the model does not embed; remove it from this text: "
+                f"{text[:200]!r}"
+            )
+        return ids
 
     def _find_end(self) -> int | None:
         text = self.render((("user", "hi"), ("assistant", _PROBE)), False)
@@ -256,7 +268,7 @@ class Encoder:
             **self.switches,
         )
         encoding = self.tokenizer(texts[0], add_special_tokens=False, return_offsets_mapping=True)
-        ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
+        ids, offsets = self._embedded(encoding["input_ids"], texts[0]), encoding["offset_mapping"]
         mask = [False] * len(ids)
         for first, last in spans[0]:
             tokens = [i for i, (start, stop) in enumerate(offsets) if first <= start < last and stop > start]

@@ -22,11 +22,13 @@ class Chat:
     """How conversations are put to a think-block model; `configure_chat` ties it to a tokenizer.
 
     thinking: "on" and "off" set the template's switch, "no_think" appends the soft switch to the last user turn; None
-    leaves it to the template. train_thinking: whether SFT's loss covers the think block of an answer.
+    leaves it to the template. train_thinking: whether SFT's loss covers the think block of an answer. embedded: how many
+    tokens the model embeds, None = all of the tokenizer's.
     """
 
     thinking: Literal["on", "off", "no_think"] | None = None
     train_thinking: bool = True
+    embedded: int | None = None
 
     def conversation(self, messages: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
         """The (role, content) turns as the template is to see them: with the soft switch where it is asked for, and

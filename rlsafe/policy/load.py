@@ -49,7 +49,7 @@ def load_tokenizer(config: ModelConfig, path: str) -> Any:
 
 
 def check_tokenizer(config: ModelConfig, tokenizer: Any, rows: int) -> None:
-    """UserError unless a rendered message becomes tokens that the model's `rows` embeddings cover, and the template
+    """UserError unless a rendered message becomes tokens, the model's `rows` embeddings cover the vocabulary, and the template
     can do what `model.thinking` asks. From here on the tokenizer carries these chat settings."""
     message = [{"role": "user", "content": "x"}]
     try:
@@ -59,11 +59,16 @@ def check_tokenizer(config: ModelConfig, tokenizer: Any, rows: int) -> None:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise UserError(f"model.name: {config.name}: its tokenizer gives no tokens; is tokenizer.json missing?")
-    # A few surplus added tokens are common and harmless; a token that every row uses is not.
-    largest = max(*ids, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    # A few surplus added tokens are common and harmless: encoding tells where a text spells one. Ordinary ones may be in any.
+    added = tokenizer.get_added_vocab()
+    ordinary = (index for token, index in tokenizer.get_vocab().items() if token not in added)
+    largest = max(*ids, tokenizer.eos_token_id, tokenizer.pad_token_id, *ordinary)
     if largest >= rows:
-        raise UserError(f"model.name: {config.name}: its tokenizer gives token {largest}, the model has only {rows}")
-    configure_chat(tokenizer, Chat(config.thinking, config.train_thinking))
+        raise UserError(
+            f"model.name: {config.name}: its tokenizer has ids up to {largest}, the model embeds only {rows} tokens; expected "
+            "the tokenizer that the model was trained with"
+        )
+    configure_chat(tokenizer, Chat(config.thinking, config.train_thinking, rows))
 
 
 def resolve_dtype(config: ModelConfig, device: torch.device, model_config: Any) -> torch.dtype:
