@@ -252,6 +252,17 @@ def test_other_answers_are_not_taken_for_these(tree, tmp_path, sampled, change, 
     assert "from the cache" not in done.notes[0]
 
 
+def test_answers_that_cannot_be_saved_are_used_all_the_same(tree, tmp_path, sampled, home, monkeypatch):
+    saved = onpolicy(tree, tmp_path / "a")
+    blocked = tmp_path / "no-directory"
+    blocked.write_text("")
+    monkeypatch.setenv("HOME", str(blocked))
+    done = onpolicy(tree, tmp_path / "b")
+    assert "not saved for later runs" in done.notes[0] and "Not a directory" in done.notes[0]
+    assert lines(tmp_path / "a")[-1]["loss"] == lines(tmp_path / "b")[-1]["loss"]
+    assert saved.notes[0] == done.notes[1]
+
+
 def test_a_fresh_adapter_of_another_seed_is_the_same_model(tree):
     from rlsafe.config import ModelConfig
     from rlsafe.defenses.onpolicy import weights_digest

@@ -89,13 +89,20 @@ class InterleavingOnPolicy(Interleaving):
         file = context.cache / "onpolicy" / f"{self._key(asked, context)}.json"
         cached = file.is_file()
         if not cached:
-            _write_once(file, [asdict(one) for one in self._answer(asked, context.sampler(), judge, step=0, first=0)])
-        answered = [Answered(**record) for record in json.loads(file.read_text(encoding="utf-8"))]
+            answered = self._answer(asked, context.sampler(), judge, step=0, first=0)
+            try:
+                _write_once(file, [asdict(one) for one in answered])
+            except OSError as error:
+                context.log(
+                    f"defense {self.name!r}: its answers are not saved for later runs: {file}: {error.strerror}"
+                )
+        if file.is_file():
+            answered = [Answered(**record) for record in json.loads(file.read_text(encoding="utf-8"))]
         kept, counts = self._filter(asked, answered)
         self.counts = counts
         context.log(f"defense {self.name!r}: {_shown(counts)}{' (answers from the cache)' if cached else ''}")
         if not kept:
-            file.unlink()  # a judge that was out of order must not decide for later runs
+            file.unlink(missing_ok=True)  # a judge that was out of order must not decide for later runs
             raise RunError(f"defense {self.name!r}: the reference gave no answer to keep: {_shown(counts)}")
         return kept
 
