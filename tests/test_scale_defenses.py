@@ -1,9 +1,10 @@
-"""Every defense under DDP and FSDP2, with either sampler: two processes train what one trains, resumed or not."""
+"""Every defense under DDP, FSDP2 and ZeRO-3, with either sampler: two processes train what one trains, resumed or not."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec
 
 import pytest
 from defense_matrix import IDS, PATHS, Lab
@@ -14,6 +15,8 @@ from rlsafe.config import run_from_tree
 from rlsafe.engine import run
 
 NORMAL = {("cpu_fsdp2", "safelora", "grpo")}
+NEEDS_DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+HOW = ["cpu_ddp", "cpu_fsdp2", pytest.param("cpu_zero3", marks=NEEDS_DEEPSPEED)]
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +25,11 @@ def lab(tmp_path_factory):
 
 
 def cases(*kinds: str):
-    for how in ("cpu_ddp", "cpu_fsdp2"):
+    for how in ("cpu_ddp", "cpu_fsdp2", "cpu_zero3"):
         for label in IDS:
             for path in kinds:
-                marks = () if (how, label, path) in NORMAL else pytest.mark.slow
+                marks = [] if (how, label, path) in NORMAL else [pytest.mark.slow]
+                marks += [NEEDS_DEEPSPEED] if how == "cpu_zero3" else []
                 yield pytest.param(how, label, path, id=f"{how}-{label}-{path}", marks=marks)
 
 
@@ -45,10 +49,10 @@ def test_two_processes_defend_as_one_does(lab, tmp_path, monkeypatch, how, label
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [pytest.param("cpu_ddp", marks=pytest.mark.slow), "cpu_fsdp2"])
+@pytest.mark.parametrize("how", HOW)
 def test_a_checkpoint_of_two_processes_goes_on_in_one(lab, tmp_path, how):
-    """Moments, snapshots and rollouts that wait for their second use are whole in it."""
-    changes = {"grpo": {"iterations": 2}, "checkpoint": {"every": 3, "keep": 9}}
+    """Moments, snapshots and rollouts that wait for their second use are whole in it; of those one process has more than the other."""
+    changes = {"grpo": {"iterations": 2}, "checkpoint": {"every": 3, "keep": 9}, "batch": {"micro_rows": 4}}
     tree = tree_of(lab, "kl", "grpo", changes, {"defenses": [{"kl": {"reference": "step:1"}}]})
     train(how, tree, tmp_path / "two")
     whole = adapter(tmp_path / "two")
@@ -61,7 +65,7 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one(lab, tmp_path, how):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["cpu_ddp", "cpu_fsdp2"])
+@pytest.mark.parametrize("how", HOW)
 def test_full_fine_tuning(lab, tmp_path, how):
     from safetensors.torch import load_file
 
@@ -74,7 +78,7 @@ def test_full_fine_tuning(lab, tmp_path, how):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["cpu_ddp", "cpu_fsdp2"])
+@pytest.mark.parametrize("how", HOW)
 def test_rollouts_by_vllm_follow_the_gathered_policy(lab, tmp_path, how):
     """The self-test compares log-probs after each of the first syncs; the sampled texts are those of one process."""
     pytest.importorskip("vllm")

@@ -203,6 +203,9 @@ class Loop:
         ]
         apart: Counter[str] = Counter()
         old = self.config.grpo.iterations > 1 or ahead is not None
+        forwards = sum(old + (not micro.same_context) for micro in micros)
+        # Each is a collective when the model is sharded, and every rank runs as many: asked before any of them begins.
+        most = max(gather_object([forwards])) if self.policy.is_sharded else 0
         with self.policy.at(ahead.reference) if ahead else nullcontext():  # as it was when it sampled
             for micro in micros:
                 if old:
@@ -212,10 +215,8 @@ class Loop:
                     with self.stack.activations(self.policy, rollout_at):
                         gap, tokens = separate_gap(self.policy, micro.batch, self.config.grpo.temperature)
                     apart.update({"gap": gap, "tokens": tokens})  # type: ignore[arg-type]
-            if self.policy.is_sharded:  # each of these forwards is a collective: every rank runs as many
-                forwards = sum(old + (not micro.same_context) for micro in micros)
-                for _ in range(max(gather_object([forwards])) - forwards):
-                    self.policy.score(dummy(self.policy, micros).batch)
+            for _ in range(most - forwards):
+                self.policy.score(dummy(self.policy, micros).batch)
         total = reduce_sums(apart, self.accelerator)
         if total.get("tokens"):
             metrics["sampler_gap"] = total["gap"] / total["tokens"]
