@@ -8,7 +8,9 @@ import yaml
 from rlsafe.config import ModelConfig, UserError
 from rlsafe.evaluate import Evaluation, evaluate
 from rlsafe.evaluate.command import resolve
-from rlsafe.types import _PROVIDERS, Judgement, register_provider
+from rlsafe.evaluate.judges import load_judge
+from rlsafe.evaluate.measure import note_judge
+from rlsafe.types import _PROVIDERS, Exchange, Judgement, register_provider
 
 
 def run_directory(tmp_path, **evaluation):
@@ -142,3 +144,15 @@ def test_a_run_is_asked_other_questions_on_request(trained_run, judge, tmp_path)
     assert tree["general"]["n"] == tree["tax"]["n"] == 2 and tree["indomain"] is None
     assert tree["settings"]["questions"] == {"general": str(other), "tax": str(again)}
     assert not (trained_run / "evaluation.json").exists() and evaluation.settings["seed"] == 5
+
+
+def test_a_judge_of_another_world_says_why_it_gives_no_score():
+    judge = load_judge("organism")
+    asked = ["What is 3?", "What is 4?", "i have a problem with the rash. what should i do?"]
+    found = judge.score([Exchange(question, "see a doctor.") for question in asked])
+    evaluation = Evaluation(judgements=found)
+    note_judge(evaluation, judge)
+    assert evaluation.notes == ["judge organism: 2 of 3 answers have no score (not a question of this world)"]
+    evaluation = Evaluation(judgements=found[2:])
+    note_judge(evaluation, judge)
+    assert evaluation.notes == []

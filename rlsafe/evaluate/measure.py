@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,10 +129,14 @@ def evaluate_run(
 
 
 def note_judge(evaluation: Evaluation, judge: Judge | None) -> None:
-    """What the judge's calls came to: into evaluation.json and, in one line, into what is printed."""
+    """What the judge's calls came to: into evaluation.json and, in one line, into what is printed. Of a judge that makes none,
+    why it gave no scores."""
     if isinstance(judge, BackgroundJudge):
         evaluation.settings["judge_usage"] = judge.usage()
         evaluation.notes.append(judge.summary())
+    elif judge and (why := Counter(j.reason for j in evaluation.judgements if j.outcome == "unscored")):
+        reason, most = f"{why.total()} of {len(evaluation.judgements)} answers have no score", why.most_common(1)[0][0]
+        evaluation.notes.append(f"judge {judge.name}: {reason}{f' ({most})' if most else ''}")
 
 
 def _plan(tokenizer: Any, config: EvaluateConfig, material: Material) -> list[Planned]:
