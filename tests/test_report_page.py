@@ -115,6 +115,11 @@ def test_the_headline_names_the_defense_that_meets_everything(tmp_path):
     assert name == "sft" and sentence == "kl meets the three criteria that were tested (not: learns benign tasks)."
 
 
+def test_every_rate_lies_in_its_interval(out):
+    rates = [rate for table in judge(load(out)) for row in table.rows.values() for rate in row.rates.values()]
+    assert any(rate.mean == 0.0 for rate in rates) and all(rate.low <= rate.mean <= rate.high for rate in rates)
+
+
 def test_budgets_are_said_in_words(out):
     found = pages.budgets(load(out))
     assert found == {"sft": 40 * 16, "grpo": 20 * 4 * 8}

@@ -77,8 +77,9 @@ def benign_arms(cells: Mapping[str, Sequence[Result]], tests: Sequence[str]) -> 
 
 
 def summarise(arm: Arm, cells: Sequence[Result], questions: str | None = None) -> Rate:
-    """Mean, interval and the rate of each seed."""
+    """Mean, interval (the mean is in it: that of a rate of 0 begins a hair above, by smoothing) and the rate of each seed."""
     low, high = mean_interval(arm)
+    low, high = min(low, arm.mean), max(high, arm.mean)
     with np.errstate(invalid="ignore"):
         by_seed = np.nanmean(arm.rates, axis=1)
     unscored = sum(int((cell.rates.get(questions) or {}).get("unscored", 0)) for cell in cells) if questions else 0
