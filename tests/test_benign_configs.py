@@ -6,6 +6,7 @@ import pytest
 
 from rlsafe.compare.grid import expand
 from rlsafe.config import load_compare
+from rlsafe.engine.schedule import make_plan
 from rlsafe.organism import tasks
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "organism"
@@ -51,3 +52,19 @@ def test_each_task_is_scored_on_its_own_test_set_and_the_untrained_model_on_all(
 def test_the_quick_preset_still_trains_every_task():
     quick = expand(load_compare(CONFIGS / "benign.yaml", quick=True))
     assert {cell.task for cell in quick if cell.kind == "benign"} == TASKS
+
+
+def test_the_quick_preset_shortens_every_path_to_two_thirds_and_keeps_their_budgets_alike():
+    whole, quick = (load_compare(CONFIGS / "compare.yaml", quick=quick) for quick in (False, True))
+    steps = {path: settings["schedule"]["steps"] for path, settings in whole.paths.items()}
+    short = {path: settings["schedule"]["steps"] for path, settings in quick.paths.items()}
+    assert short.keys() == {"sft", "grpo", "mixed"}
+    assert all(0.6 < short[path] / steps[path] < 0.72 for path in steps)
+    runs = {cell.path: cell.config for cell in expand(quick, paths=list(short)) if cell.defense == "none"}
+    trained = {
+        path: sum(
+            part.rows * (run.grpo.generations if part.path == "grpo" else 1) for s in make_plan(run) for part in s.parts
+        )
+        for path, run in runs.items()
+    }
+    assert max(trained.values()) <= 1.1 * min(trained.values()), trained
