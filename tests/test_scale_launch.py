@@ -89,9 +89,11 @@ def test_only_one_process_speaks_and_only_one_evaluates(tiny_tree, narrow_file, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "zero3"])
 def test_two_hosts_train_what_one_process_trains(tiny_tree, tmp_path, kind):
     """Two launches on the loopback address, as two hosts would start them."""
+    if kind == "zero3":
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     tree = tree_with(tiny_tree, {"schedule": {"steps": 2}, "optim": {"lr": 1e-3}, "defenses": ["kl"]})
     run(run_from_tree(tree), tmp_path / "one")
     file = tmp_path / "run.yaml"

@@ -240,7 +240,8 @@ class Policy:
 
     def leaves(self) -> list[Tensor]:
         """The tensors to differentiate by: the trained parameters as this rank's forwards see them."""
-        return sharding.leaves(self.core) or list(self._parameters.values())
+        gathered = sharding.leaves(self.core) if self.is_sharded else []
+        return gathered or list(self._parameters.values())
 
     def on_whole_weights(self, run: Callable[[], Any]) -> Any:
         """`run()` with every parameter gathered for as long as it takes: each rank may then run forwards of its own number.

@@ -200,9 +200,9 @@ def whole(tensor: Any) -> Tensor:
 
 
 def overwrite(parameter: Any, own: Tensor, lasting: bool) -> None:
-    """Put a slice in the parameter's place. lasting: in the optimizer's float32 master of a half-precision weight, too."""
+    """Put a slice in the parameter's place. lasting: in its float32 master, too, which the optimizer steps from."""
     parameter.ds_tensor.copy_(own)
-    if lasting and parameter.ds_tensor.dtype != torch.float32:
+    if lasting:
         import deepspeed
 
         deepspeed.utils.safe_set_local_fp32_param(parameter, own.float())
