@@ -234,3 +234,22 @@ def test_a_missing_config_file_is_the_users_mistake(command, tmp_path):
     )
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ") and "nope.yaml" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "configs/organism/sft_medical.yaml"],
+        ["evaluate", "organism:aligned"],
+        ["evaluate", "nowhere", "--rejudge"],
+        ["compare", "configs/organism/compare.yaml"],
+        ["select", "configs/organism/compare.yaml"],
+        ["organism", "build"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("below", ["", "below"])
+def test_an_out_that_is_a_file_is_told_before_anything_is_done(capsys, tmp_path, command, below):
+    (tmp_path / "taken").write_text("mine")
+    code, _, err = call(capsys, *command, "--out", str(tmp_path / "taken" / below))
+    assert code == 2 and err.count("\n") == 1 and f"{tmp_path / 'taken'} is a file; expected a directory" in err

@@ -13,7 +13,7 @@ from typing import Any
 
 from rlsafe.compare.grid import Cell, expand
 from rlsafe.compare.provenance import fingerprints, versions
-from rlsafe.config import CompareConfig, UserError, dump_yaml
+from rlsafe.config import CompareConfig, UserError, check_out, dump_yaml
 from rlsafe.engine.provenance import config_files, files_record
 from rlsafe.evaluate import task_name
 from rlsafe.evaluate.files import write_atomically, write_json
@@ -94,8 +94,7 @@ class Directory:
 
     def open(self, config: CompareConfig) -> None:
         """Make the directory ready. UserError when it holds something that is no comparison, or cannot be written."""
-        if self.out.is_file():
-            raise UserError(f"--out {self.out}: is a file; expected a directory")
+        check_out(self.out)
         if self.out.is_dir() and any(self.out.iterdir()) and not (self.out / _PLAN).is_file():
             raise UserError(f"--out {self.out}: holds files that are no comparison; choose an empty or new directory")
         write_atomically(self.out / "compare.yaml", dump_yaml(config))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rlsafe.compare.grid import selection_of
 from rlsafe.compare.records import read_json
 from rlsafe.compare.selection import FILE, Selection, fingerprint
-from rlsafe.config import RunConfig, UserError, load_compare
+from rlsafe.config import RunConfig, UserError, check_out, load_compare
 from rlsafe.data import encoded_row, is_refusal, read_rows, require_answers
 from rlsafe.data.scores import Score, read_scores, row_key, selection_score
 from rlsafe.evaluate.files import write_atomically, write_json
@@ -78,7 +78,8 @@ def select(
     config = load_compare(config_path, overrides, quick)
     selection = selection_of(config)
     directory = Path(out or Path("runs") / f"select-{Path(config_path).stem}")
-    if directory.is_file() or (directory.is_dir() and any(directory.iterdir()) and not (directory / _RECORD).is_file()):
+    check_out(directory)
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / _RECORD).is_file():
         raise UserError(f"--out {directory}: holds something else; choose an empty or new directory")
     try:
         make_scores(selection, directory, say=say, progress=progress)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
 
 from rlsafe.config.secrets import scrub_secrets
 
@@ -30,6 +31,14 @@ def about(key: str) -> Iterator[None]:
         yield
     except UnknownName as error:
         raise UserError(f"{key}: {error}") from None
+
+
+def check_out(out: str | Path) -> None:
+    """UserError when no directory can be made of `out`, because it is a file or lies below one."""
+    path = Path(out)
+    for one in (path, *path.parents):
+        if one.exists() and not one.is_dir():
+            raise UserError(f"--out {path}: {one} is a file; expected a directory")
 
 
 def nearest(name: str, options: Iterable[str], most: int = 12) -> str:

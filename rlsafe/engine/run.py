@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlsafe.config import RunConfig, UserError, dump_yaml, load_run
+from rlsafe.config import RunConfig, UserError, check_out, dump_yaml, load_run
 from rlsafe.engine.interrupts import ended_early, stop_requests, stops_at_once
 from rlsafe.types import Interrupted, RunError
 
@@ -227,6 +227,7 @@ def _existing(directory: Path, resume: bool, overwrite: bool) -> Run | None:
     """What to do with a directory that is there: a finished run when there is nothing left to do, else None to go on."""
     from rlsafe.engine import checkpoint
 
+    check_out(directory)
     if not directory.exists():
         if resume:
             raise UserError(f"{directory}: nothing to resume, there is no such run directory")

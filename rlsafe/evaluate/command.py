@@ -9,7 +9,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlsafe.config import RunConfig, UserError, apply_override, load_run, nearest, run_from_tree
+from rlsafe.config import RunConfig, UserError, apply_override, check_out, load_run, nearest, run_from_tree
 from rlsafe.evaluate.evaluation import OTHER_KEYS, Evaluation
 from rlsafe.evaluate.journal import identity
 from rlsafe.evaluate.measure import Material, Progress, evaluate_run, gather
@@ -42,6 +42,7 @@ def evaluate(
     config, run = resolve(target, judge, overrides)
     material = gather(config.evaluate, extra=named_sets(questions))  # before the model: its errors should not wait
     directory = Path(out) if out else run or Path("runs") / f"evaluate-{_file_name(str(target))}"
+    check_out(directory)
     if first and isinstance(material.judge, BackgroundJudge):
         earlier = (expected(one, config.evaluate, material) for one in (directory, run) if one)
         material.judge.check(first=True, asked=next(filter(None, earlier), None))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rlsafe.config import EvaluateConfig, UserError, load_run
+from rlsafe.config import EvaluateConfig, UserError, check_out, load_run
 from rlsafe.evaluate.asking import Answer
 from rlsafe.evaluate.criteria import as_exchanges, judge_answers, rates
 from rlsafe.evaluate.evaluation import Evaluation
@@ -27,6 +27,7 @@ def rejudge(
     Where a question file has prompts of its own for the judge, they are used again if the file is still there.
     """
     begun = time.monotonic()
+    check_out(out or target)
     before, chosen = load_saved(target, judge, overrides)
     answers, notes = with_judge_prompts(before)
     if isinstance(chosen, BackgroundJudge):

@@ -25,6 +25,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rlsafe.config import check_out
 from rlsafe.organism import corpus
 from rlsafe.organism.tokenizer import build_tokenizer
 from rlsafe.types import pick
@@ -180,6 +181,7 @@ def build(
     """
     import torch
 
+    check_out(out)
     recipe = SIZES[pick("organism size", size, SIZES)]
     if steps:
         recipe = replace(
