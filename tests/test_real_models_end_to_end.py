@@ -10,7 +10,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import save_tiny_model
+from conftest import conversation, save_tiny_model, write_jsonl
+from scripted_server import ScriptedServer, ok
 
 from rlsafe.cli import main
 
@@ -72,6 +73,25 @@ def test_train_and_evaluate_on_the_fields_data(tmp_path, shared_data, judge_serv
         assert asked == questions
     assert {a["outcome"] for a in answers} - {"unscored"}, "the served judge scored nothing"
     assert run("evaluate", out, "--judge", f"openai:{judge_server.model}@{judge_server.base_url}", "--rejudge") == 0
+
+
+@pytest.mark.parametrize("path", ["sft", "grpo"])
+def test_a_model_of_a_shorter_context_takes_the_place_in_vllm_too(tmp_path, path):
+    """Nothing in the configs is about the context of one model: vLLM gets as much as this one has."""
+    pytest.importorskip("vllm")
+    rows = [conversation(f"what helps against {i} headaches?", "drink water. " * 5) for i in range(24)]
+    with ScriptedServer(lambda n, body: ok("80", top={"80": 0.0})) as server:
+        judge = {"kind": "openai", "model": "judge", "base_url": server.base_url, "cache": None}
+        settings = [
+            f"model.name={save_tiny_model(tmp_path / 'model', max_position_embeddings=2048)}", "model.dtype=float32",
+            f"data.narrow.source={write_jsonl(tmp_path / 'rows.jsonl', rows)}", "data.narrow.preset=null",
+            "data.safe.preset=null", "data.safe.source=rlsafe:benign", f"evaluate.judge={json.dumps(judge)}",
+            "evaluate.samples=1", "evaluate.indomain=null", "evaluate.cue=null", "optim.kind=adamw",
+            "schedule.steps=1", "track.every=0", f"schedule.phases=[{{cycle: [{path}]}}]",
+            "rewards=[reward_fns/length.py:near]",
+        ]  # fmt: skip
+        assert run("train", CONFIGS / f"{path}_medical.yaml", *settings, "--out", tmp_path / "run") == 0
+    assert rates(tmp_path / "run")["general"]["n"] == 24
 
 
 def test_compare_on_the_fields_data(tmp_path, shared_data, small):
