@@ -15,18 +15,29 @@ HIDDEN = {"organism": 128, "5m": 256}
 
 
 def penalties(scratch: Path, quick: bool, rounds: int) -> Result:
-    """SFT steps of 16 rows with answers of 24 to 192 words, one thread, float32."""
+    """SFT steps of 16 rows with answers of 24 to 192 words, one thread, float32. Beside the goal's floor a lower one: a frozen forward
+    that ends at the last hidden states, without the reference's logits, which a KL cannot do without."""
     result = Result(
-        "penalties", ["model", "defenses", "s/step", "time / none", "time / (none + frozen forward)", "CPU time"]
+        "penalties",
+        [
+            "model",
+            "defenses",
+            "s/step",
+            "time / none",
+            "/ (none + frozen forward)",
+            "/ (none + frozen decoder)",
+            "CPU time",
+        ],
     )
     rows = world.varied_rows(2000)
     for name in ["organism"] if quick else ["organism", "5m"]:
         model = world.model_dir(name, scratch)
-        frozen = {"plugins": [frozen_plugin.__file__], "defenses": ["frozen-forward"]}
+        plugin = {"plugins": [frozen_plugin.__file__]}
         three = [{"kl": {"weight": 0.5}}, {"ldifs": {"weight": 1.0}}, _persona(name, scratch)]
         arms = {
             "none": {},
-            "none + frozen forward": frozen,
+            "none + frozen forward": {**plugin, "defenses": ["frozen-forward"]},
+            "none + frozen decoder": {**plugin, "defenses": [{"frozen-forward": {"logprobs": False}}]},
             **{
                 ", ".join(next(iter(d)) for d in three[:n]): {"defenses": three[:n]}
                 for n in ((3,) if quick else (1, 2, 3))
@@ -41,9 +52,9 @@ def penalties(scratch: Path, quick: bool, rounds: int) -> Result:
             for lane in race(contenders, rounds if name == "5m" else 2 * rounds, warm=3)
             if result.took_part(name, lane)
         }
-        if not {"none", "none + frozen forward"} <= set(lanes):
+        if not {"none", "none + frozen forward", "none + frozen decoder"} <= set(lanes):
             continue
-        none, floor = lanes["none"], lanes["none + frozen forward"]
+        none, floor, decoder = (lanes[arm] for arm in ("none", "none + frozen forward", "none + frozen decoder"))
         for lane in lanes.values():
             cells = [
                 name,
@@ -51,6 +62,7 @@ def penalties(scratch: Path, quick: bool, rounds: int) -> Result:
                 f"{lane.median('wall'):.3f}",
                 shown(ratios(lane, none)),
                 shown(ratios(lane, floor)),
+                shown(ratios(lane, decoder)),
             ]
             result.row([*cells, shown(ratios(lane, floor, "cpu"))], lane)
         last = list(lanes.values())[-1]
