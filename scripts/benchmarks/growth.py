@@ -23,7 +23,7 @@ def growth(scratch: Path, quick: bool, rounds: int) -> Result:
     _step_time(result, scratch, model, [1, 4] if quick else [1, 2, 4, 8, 16], rounds)
     _memory(result, scratch, model, 200 if quick else 1000)
     if not quick:
-        _cells(result, scratch, [1, 2, 4])
+        _cells(result, scratch, [1, 5, 9])
     return result
 
 
