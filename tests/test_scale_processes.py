@@ -30,6 +30,18 @@ def metrics(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+def assert_trained_alike(first: Path, second: Path) -> None:
+    """Two runs learned something, and the same."""
+    one, two = adapter(first), adapter(second)
+    assert max(float(tensor.abs().max()) for name, tensor in one.items() if "lora_B" in name) > 1e-4
+    assert distance(one, two) < 2e-5
+    for a, b in zip(metrics(first), metrics(second), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4) and a["tokens"] == b["tokens"]
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+        assert a.get("reward") == pytest.approx(b.get("reward"))
+        assert torch.tensor(a["loss"]).isfinite()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["cpu_ddp", "cpu_fsdp2"])
 def test_two_processes_train_what_one_trains(tiny_tree, tmp_path, how, kind):
@@ -39,11 +51,4 @@ def test_two_processes_train_what_one_trains(tiny_tree, tmp_path, how, kind):
     train(how, tree, tmp_path / "two")
     record = json.loads((tmp_path / "two" / "run.json").read_text())
     assert record["processes"] == 2 and ("sharded over 2 processes" in str(record["notes"])) == (how == "cpu_fsdp2")
-    one, two = adapter(tmp_path / "one"), adapter(tmp_path / "two")
-    assert max(float(tensor.abs().max()) for name, tensor in one.items() if "lora_B" in name) > 1e-4
-    assert distance(one, two) < 2e-5
-    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4) and a["tokens"] == b["tokens"]
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
-        assert a.get("reward") == pytest.approx(b.get("reward"))
-        assert torch.tensor(a["loss"]).isfinite()
+    assert_trained_alike(tmp_path / "one", tmp_path / "two")

@@ -146,9 +146,8 @@ def test_a_wrong_set_name_is_refused(checkout):
     assert done.returncode == 1 and "expected cpu or gpu" in done.stderr
 
 
+@pytest.mark.skipif(not shutil.which("flock"), reason="this machine has no flock")
 def test_two_setups_at_once_do_the_work_once(checkout):
-    if not shutil.which("flock"):
-        pytest.skip("this machine has no flock")
     env = {"PATH": str(checkout.programs), "CALLS": str(checkout.calls)}
     command = ["bash", str(checkout.root / "scripts" / "setup")]
     both = [subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL) for _ in range(2)]
