@@ -6,6 +6,7 @@ from __future__ import annotations
 import atexit
 import importlib.util
 import os
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,6 +19,8 @@ from rlsafe.engine.optimizer import make_optimizer
 from rlsafe.policy import Policy
 from rlsafe.policy.sharding import shard_like, whole
 from rlsafe.policy.zero3 import Zero3
+
+_RELEASE_SECONDS = 0.25  # the threads wait for microseconds when a processor is free; this is for busy machines
 
 
 def start(cpu: bool) -> Accelerator:
@@ -46,9 +49,15 @@ def start(cpu: bool) -> Accelerator:
 
 
 def _leave() -> None:
-    """A process that ends with its group's threads still running may be aborted, although all its work is done."""
+    """End the group, and let go of what its threads still hold.
+
+    gloo's threads outlive the group while anything (FSDP2's mesh) refers to it. One that is about to drop the tensors of the last
+    collective needs the interpreter for it, and the process is aborted ("terminate called without an active exception", after all
+    work is done) when it asks while the interpreter is being taken down.
+    """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        time.sleep(_RELEASE_SECONDS)
 
 
 def _wants_fsdp() -> bool:
