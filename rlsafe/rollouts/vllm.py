@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rlsafe.config import UserError
 from rlsafe.policy.taps import check_vector, decoder_blocks
 from rlsafe.rollouts.engine import generation_threads, refusal, start_engine, weight_files
+from rlsafe.rollouts.noise import hasten
 from rlsafe.rollouts.sampling import check_lengths, stop_token_ids
 from rlsafe.types import Completion, PolicyWeights, Request, SamplingParams
 
@@ -75,6 +76,8 @@ class VLLMSampler:
         models: list[nn.Module] = []
         self._llm.apply_model(models.append)
         self._model = models[0]
+        if not torch.cuda.is_available():
+            self._llm.collective_rpc(hasten)
         self._threads = generation_threads(sum(file.stat().st_size for file in weight_files(model_dir)) // 4)
         try:
             self.generate([Request([1], 0)], SamplingParams(max_tokens=1))  # kernels that lack a shape fail only here
