@@ -131,6 +131,11 @@ def test_a_directory_in_the_place_of_a_config_names_the_files_in_it(capsys, tmp_
     assert code == 2 and f"{tmp_path}: is a directory; expected a YAML file, such as one of: a.yaml" in error
 
 
+def test_an_address_is_no_config(capsys):
+    code, error = command(capsys, "train", "https://example.org/run.yaml")
+    assert code == 2 and "https://example.org/run.yaml: expected a YAML file on this machine" in error
+
+
 def test_the_config_of_one_run_is_no_comparison(capsys, config):
     code, error = command(capsys, "compare", str(config), "--dry-run")
     assert code == 2 and f"{config}: describes one run, not a comparison; use: rlsafe train {config}" in error

@@ -54,6 +54,13 @@ def test_a_directory_of_something_else_is_refused(tmp_path):
         evaluate(tmp_path)
 
 
+def test_a_file_is_no_run_and_no_model(tmp_path):
+    file = tmp_path / "answers.csv"
+    file.write_text("")
+    with pytest.raises(UserError, match="answers.csv: is a file; expected a run directory"):
+        evaluate(file)
+
+
 @pytest.mark.parametrize("missing", ["rum", "./rum", "{}/rum"])
 def test_a_directory_that_is_not_there_is_no_model_id(missing, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

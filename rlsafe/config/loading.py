@@ -65,6 +65,8 @@ def load_tree(path: str | Path, _above: tuple[Path, ...] = ()) -> tuple[dict[str
     `include: other.yaml` (or a list; relative to the file; later wins) may stand at the top or in any mapping, whose keys it
     then supplies; the keys written beside it win.
     """
+    if "://" in str(path):
+        raise UserError(f"{path}: expected a YAML file on this machine, not an address")
     path = Path(path)
     if path.is_dir():
         inside = ", ".join(sorted(p.name for p in path.glob("*.y*ml"))[:6])

@@ -82,6 +82,8 @@ def named_sets(questions: Sequence[str | Path]) -> dict[str, str]:
 def run_directory(target: str | Path) -> Path | None:
     """The target as a run directory; None when it is a model. UserError when it is a directory of neither kind."""
     path = Path(target)
+    if path.is_file():
+        raise UserError(f"{path}: is a file; expected a run directory, a model directory or a hub id")
     if not path.is_dir():
         parent = path.parent
         if path.is_absolute() or str(target).startswith((".", "~")) or (parent != Path(".") and parent.is_dir()):
