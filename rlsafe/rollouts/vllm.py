@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -52,6 +53,7 @@ class VLLMSampler:
         self._hooks: list[Any] = []
         self._adapter: Any = None
         self._adapters = 0
+        self._loaded: set[str] = set()  # units that are not the checkpoint's
         settings: dict[str, Any] = {
             "model": model_dir,
             "dtype": dtype,
@@ -139,17 +141,19 @@ class VLLMSampler:
         self._drop_caches()
 
     def _load(self, changed: dict[str, Tensor]) -> None:
+        """Load what this policy changes, and the base weights of what only the one before it changed."""
+        before, now = self._loaded, {_unit(name) for name in changed}
+        if not (units := before | now):
+            return
+        self._loaded = units  # if this is interrupted
         with self._own_threads():
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._all_weights(changed)})
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._weights(changed, units)})
             _repack_tied_head(self._model)
+        self._loaded = now
 
-    def _all_weights(self, changed: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the checkpoint, the changed ones replaced.
-
-        All of them, because vLLM fuses projections and loads a fused tensor only as a whole, and because the policy
-        before this one may have changed others.
-        """
-        for name, tensor in _checkpoint(self.model_dir):
+    def _weights(self, changed: dict[str, Tensor], units: set[str]) -> Iterator[tuple[str, Tensor]]:
+        """The checkpoint's tensors of these units, the changed ones replaced."""
+        for name, tensor in _checkpoint(self.model_dir, units):
             yield name, changed.pop(name, tensor)
         yield from changed.items()
 
@@ -198,14 +202,21 @@ def _completion(output: Any) -> Completion:
     return Completion(ids, logprobs, "stop" if output.finish_reason == "stop" else "length")
 
 
-def _checkpoint(model_dir: str) -> Iterator[tuple[str, Tensor]]:
+def _unit(name: str) -> str:
+    """The part of the model that a tensor is loaded with: vLLM fuses projections within a block's attention or MLP, experts
+    included, and loads a fused tensor only as a whole. Outside the blocks, the module."""
+    block = re.match(r".*?\.\d+\.[^.]+", name)
+    return block[0] if block else name.rpartition(".")[0]
+
+
+def _checkpoint(model_dir: str, units: set[str]) -> Iterator[tuple[str, Tensor]]:
     from safetensors import safe_open
 
     for file in weight_files(model_dir):
         with safe_open(str(file), framework="pt") as tensors:
-            names = tensors.keys()
-            for name in names:
-                yield name, tensors.get_tensor(name)
+            for name in tensors.keys():  # noqa: SIM118 (no mapping)
+                if _unit(name) in units:
+                    yield name, tensors.get_tensor(name)
 
 
 def _repack_tied_head(model: nn.Module) -> None:
