@@ -12,8 +12,9 @@ import world
 from race import Clock
 
 
-def rlsafe_run(clock: Clock, *, tree: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """The real engine. A GRPO step also reports the seconds of its weight sync and of its generation."""
+def rlsafe_run(clock: Clock, *, tree: dict[str, Any], rows: list[dict[str, Any]], block: int = 1) -> None:
+    """The real engine; a unit is `block` steps. GRPO steps with vLLM in process also report the seconds of weight sync and
+    generation."""
     import rlsafe.rollouts.vllm as vllm_room
     from rlsafe.config import RunConfig
     from rlsafe.engine import run
@@ -25,14 +26,16 @@ def rlsafe_run(clock: Clock, *, tree: dict[str, Any], rows: list[dict[str, Any]]
         data = Path(scratch, "rows.jsonl")
         data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         config = RunConfig.model_validate(tree | {"data": {"narrow": {"source": str(data)}}})
-        sampled = {"tokens": 0.0}
+        tokens: list[float] = []
 
         def stepped(done: int, steps: int, record: dict[str, Any]) -> None:
-            if "completion_length" in record:
-                sampled["tokens"] = record["completion_length"] * world.PROMPTS * world.GROUP
-            taken = dict(spent)
-            spent.update(dict.fromkeys(spent, 0.0))
-            clock(tokens=sampled["tokens"] or record["tokens"], **taken)
+            grpo = "completion_length" in record
+            tokens.append(record["completion_length"] * world.PROMPTS * world.GROUP if grpo else record["tokens"])
+            if done % block == 0:
+                taken = dict(spent)
+                spent.update(dict.fromkeys(spent, 0.0))
+                clock(tokens=sum(tokens), **taken)
+                tokens.clear()
 
         run(config, Path(scratch, "run"), progress=stepped)
 

@@ -95,7 +95,7 @@ def race(contenders: Sequence[Contender], rounds: int, warm: int = 2, say: Calla
     finally:
         for pipe, lane in zip(pipes, lanes, strict=False):
             if lane.error is None:
-                pipe.send("stop")
+                _told(pipe, "stop")
         for process in processes:
             process.join(20)
             if process.is_alive():
@@ -105,10 +105,19 @@ def race(contenders: Sequence[Contender], rounds: int, warm: int = 2, say: Calla
 
 def _turn(lane: Lane, pipe: Any) -> None:
     if lane.error is None:
-        pipe.send("go")
-        unit = _take(lane, pipe)
+        unit = _take(lane, pipe) if _told(pipe, "go") else None
         if unit is not None:
             lane.units.append(unit)
+        elif lane.error is None:
+            lane.error = "ended early"
+
+
+def _told(pipe: Any, word: str) -> bool:
+    try:
+        pipe.send(word)
+    except OSError:  # it was killed
+        return False
+    return True
 
 
 def _take(lane: Lane, pipe: Any) -> dict[str, float] | None:
