@@ -54,3 +54,8 @@ def test_a_row_without_a_seed_leaves_the_batch_to_vllm(monkeypatch):
     made = sampler()
     made.forward = lambda *_: "vLLM's own"
     assert hastened(made)(torch.zeros(3, 5), generators(2), None, None) == "vLLM's own"
+
+
+def test_the_sampler_of_another_vllm_is_left_alone():
+    other = SimpleNamespace(forward="its own")
+    assert hastened(other).forward == "its own"

@@ -17,15 +17,18 @@ def hasten(worker: Any) -> None:
     vLLM 0.31 draws noise for all rows, then again for each seeded one, a scalar logarithm at a time: with 64 rows of a 3,000-token
     vocabulary that is 40% of a decoding step of a 1 M model.
     """
-    sampler = worker.model_runner.sampler.topk_topp_sampler
-    usual = sampler.forward
+    try:
+        from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p, sample_with_exponential_noise
+
+        sampler = worker.model_runner.sampler.topk_topp_sampler
+        usual, other = sampler.forward, sampler.use_fp64_gumbel or sampler.logprobs_mode != "processed_logprobs"
+    except (ImportError, AttributeError):  # another vLLM, whose own way is slower and no different
+        return
 
     def forward(
         logits: Tensor, generators: Mapping[int, torch.Generator], k: Tensor | None, p: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p, sample_with_exponential_noise
-
-        if len(generators) < len(logits) or sampler.use_fp64_gumbel or sampler.logprobs_mode != "processed_logprobs":
+        if len(generators) < len(logits) or other:
             return usual(logits, generators, k, p)
         logits = apply_top_k_top_p(logits, k, p)
         logprobs = logits.log_softmax(dim=-1, dtype=torch.float32)
