@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -153,8 +154,9 @@ class VLLMSampler:
 
     def _weights(self, changed: dict[str, Tensor], units: set[str]) -> Iterator[tuple[str, Tensor]]:
         """The checkpoint's tensors of these units, the changed ones replaced."""
-        for name, tensor in _checkpoint(self.model_dir, units):
-            yield name, changed.pop(name, tensor)
+        for name, read in _checkpoint(self.model_dir):
+            if _unit(name) in units:
+                yield name, changed.pop(name) if name in changed else read()
         yield from changed.items()
 
     def _swap_adapter(self, policy: PolicyWeights) -> None:
@@ -209,14 +211,14 @@ def _unit(name: str) -> str:
     return block[0] if block else name.rpartition(".")[0]
 
 
-def _checkpoint(model_dir: str, units: set[str]) -> Iterator[tuple[str, Tensor]]:
+def _checkpoint(model_dir: str) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Every tensor's name and how to read it, which for a large model takes seconds."""
     from safetensors import safe_open
 
     for file in weight_files(model_dir):
         with safe_open(str(file), framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (no mapping)
-                if _unit(name) in units:
-                    yield name, tensors.get_tensor(name)
+                yield name, partial(tensors.get_tensor, name)
 
 
 def _repack_tied_head(model: nn.Module) -> None:
