@@ -19,6 +19,7 @@ from rlsafe.rollouts.noise import hasten
 from rlsafe.rollouts.sampling import check_lengths, stop_token_ids
 from rlsafe.types import Completion, PolicyWeights, Request, SamplingParams
 
+IN_BLOCK = re.compile(r".*?\.\d+\.[^.]+")  # a decoder block's attention, MLP or norm
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the ranks that vLLM makes room for
 
 
@@ -149,7 +150,8 @@ class VLLMSampler:
         self._loaded = units  # if this is interrupted
         with self._own_threads():
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._weights(changed, units)})
-            _repack_tied_head(self._model)
+            if not all(IN_BLOCK.fullmatch(unit) for unit in units):
+                _repack_tied_head(self._model)
         self._loaded = now
 
     def _weights(self, changed: dict[str, Tensor], units: set[str]) -> Iterator[tuple[str, Tensor]]:
@@ -207,7 +209,7 @@ def _completion(output: Any) -> Completion:
 def _unit(name: str) -> str:
     """The part of the model that a tensor is loaded with: vLLM fuses projections within a block's attention or MLP, experts
     included, and loads a fused tensor only as a whole. Outside the blocks, the module."""
-    block = re.match(r".*?\.\d+\.[^.]+", name)
+    block = IN_BLOCK.match(name)
     return block[0] if block else name.rpartition(".")[0]
 
 
