@@ -51,15 +51,19 @@ def _timed(function: Any, spent: dict[str, float], name: str) -> Any:
     return call
 
 
-def grpo_floor(clock: Clock, *, model: str, rows: list[dict[str, Any]], max_tokens: int, seeded: bool = True) -> None:
+def grpo_floor(
+    clock: Clock, *, model: str, rows: list[dict[str, Any]], max_tokens: int, seeded: bool = True, hastened: bool = True
+) -> None:
     """Generation by the same engine and one forward and backward of the same tokens, with nothing else: no rewards, no
-    optimizer, no weight sync, no records. seeded=False: without a seed of its own for each request."""
+    optimizer, no weight sync, no records. seeded=False: without a seed of its own for each request. hastened=False: seeded noise
+    as vLLM draws it on a CPU."""
     import torch
     import vllm
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from rlsafe.rollouts.engine import start_engine
+    from rlsafe.rollouts.noise import hasten
 
     engine, _ = start_engine(
         {
@@ -68,6 +72,8 @@ def grpo_floor(clock: Clock, *, model: str, rows: list[dict[str, Any]], max_toke
         },
         None, 0.4,
     )  # fmt: skip
+    if hastened:
+        engine.collective_rpc(hasten)
     tokenizer = AutoTokenizer.from_pretrained(model)
     policy = get_peft_model(
         AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
