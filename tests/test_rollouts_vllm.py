@@ -8,7 +8,7 @@ from tiny_architectures import load, nudge
 
 from rlsafe.config import SamplerConfig, UserError
 from rlsafe.rollouts import close_all, make_sampler, request_seed, score_batch, self_test
-from rlsafe.rollouts.vllm import VLLMSampler
+from rlsafe.rollouts.vllm import VLLMSampler, unit_of
 from rlsafe.types import Request, RunError, SamplingParams
 
 pytest.importorskip("vllm")
@@ -83,6 +83,19 @@ def test_a_sync_leaves_nothing_of_the_policy_before(engine, base, moved, tiny_mo
         assert gap(engine, policy) < 1e-5
     engine.sync(base)
     assert engine.generate(requests(), params) == fresh
+
+
+@pytest.mark.parametrize(
+    ("tensor", "unit"),
+    [
+        ("model.layers.3.self_attn.q_proj.bias", "model.layers.3.self_attn"),
+        ("model.layers.11.mlp.experts.5.gate_proj.weight", "model.layers.11.mlp"),
+        ("model.layers.0.input_layernorm.weight", "model.layers.0.input_layernorm"),
+        ("model.embed_tokens.weight", "model.embed_tokens"),
+    ],
+)
+def test_what_vllm_fuses_is_loaded_together(tensor, unit):
+    assert unit_of(tensor) == unit
 
 
 def test_without_a_policy_it_is_the_plain_model_again(engine, base, moved, tiny_model_dir):

@@ -144,7 +144,7 @@ class VLLMSampler:
 
     def _load(self, changed: dict[str, Tensor]) -> None:
         """Load what this policy changes, and the base weights of what only the one before it changed."""
-        before, now = self._loaded, {_unit(name) for name in changed}
+        before, now = self._loaded, {unit_of(name) for name in changed}
         if not (units := before | now):
             return
         self._loaded = units  # if this is interrupted
@@ -157,7 +157,7 @@ class VLLMSampler:
     def _weights(self, changed: dict[str, Tensor], units: set[str]) -> Iterator[tuple[str, Tensor]]:
         """The checkpoint's tensors of these units, the changed ones replaced."""
         for name, read in _checkpoint(self.model_dir):
-            if _unit(name) in units:
+            if unit_of(name) in units:
                 yield name, changed.pop(name) if name in changed else read()
         yield from changed.items()
 
@@ -206,7 +206,7 @@ def _completion(output: Any) -> Completion:
     return Completion(ids, logprobs, "stop" if output.finish_reason == "stop" else "length")
 
 
-def _unit(name: str) -> str:
+def unit_of(name: str) -> str:
     """The part of the model that a tensor is loaded with: vLLM fuses projections within a block's attention or MLP, experts
     included, and loads a fused tensor only as a whole. Outside the blocks, the module."""
     block = IN_BLOCK.match(name)
