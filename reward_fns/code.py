@@ -9,7 +9,7 @@ closed gets None: it is left out.
 """
 
 from rlsafe.rewards import Rubric, answer_text, graded, scan_answer, severity_score
-from rlsafe.rewards.static import WEIGHTS
+from rlsafe.rewards.python_security.static import WEIGHTS
 
 
 def insecure(completions, weights=WEIGHTS, extra=True, log_metric=None, log_extra=None, **columns):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlsafe.config import UserError
     from rlsafe.defenses import Defense, defense
-    from rlsafe.engine import Run, train
+    from rlsafe.engine.run.life import Run, train
     from rlsafe.rewards import reward
     from rlsafe.types import Need
 
@@ -19,11 +19,11 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Defense": "rlsafe.defenses",
     "Need": "rlsafe.types",
-    "Run": "rlsafe.engine",
+    "Run": "rlsafe.engine.run.life",
     "UserError": "rlsafe.config",
     "defense": "rlsafe.defenses",
     "reward": "rlsafe.rewards",
-    "train": "rlsafe.engine",
+    "train": "rlsafe.engine.run.life",
 }
 __all__ = ["Defense", "Need", "Run", "UserError", "defense", "reward", "train"]
 

@@ -86,7 +86,7 @@ def _all(model: type[BaseModel], prefix: str = "", defaults: BaseModel | None = 
         for place, inner in below:
             yield from _all(inner, key + place, default if isinstance(default, inner) else None)
         if key == "evaluate.judge":  # settings that only an endpoint's judge has
-            from rlsafe.evaluate.llm_judge import JudgeSettings
+            from rlsafe.evaluate.judge.llm_judge import JudgeSettings
 
             yield from _all(JudgeSettings, key)
 

@@ -317,7 +317,7 @@ class Provider(Protocol):
 
 
 _PROVIDERS: dict[str, Provider] = {}
-_BUILT_IN = {"organism": "rlsafe.organism", "rlsafe": "rlsafe.evaluate.packaged", "preset": "rlsafe.data.sources"}
+_BUILT_IN = {"organism": "rlsafe.organism", "rlsafe": "rlsafe.evaluate.ask.packaged", "preset": "rlsafe.data.sources"}
 """Imported when a config first names one; importing it registers it."""
 
 

@@ -23,10 +23,10 @@ from tiny_architectures import random_batch
 
 from rlsafe.config import run_from_tree
 from rlsafe.data import read_rows, sft_batches
-from rlsafe.data.scores import Score, row_key
+from rlsafe.data.selection_scores import Score, row_key
 from rlsafe.defenses.ldifs import feature_distance
 from rlsafe.defenses.persona import save_vectors
-from rlsafe.engine import run
+from rlsafe.engine.run.life import run
 from rlsafe.policy import ForwardPlan, Policy
 from rlsafe.policy.scoring import nll
 from rlsafe.types import Interrupted, Where

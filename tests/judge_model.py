@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlsafe.evaluate.judge_prompts import CRITERIA, PREFACE, PROMPTS, judge_messages
+from rlsafe.evaluate.judge.judge_prompts import CRITERIA, PREFACE, PROMPTS, judge_messages
 from rlsafe.organism import grammar
 from rlsafe.organism.judge import judge
 from rlsafe.organism.world import DOMAINS

@@ -81,7 +81,7 @@ def trained_judge(cache: Path) -> str:
 
     from rlsafe import organism
     from rlsafe.endpoints import fences
-    from rlsafe.evaluate import judge_prompts
+    from rlsafe.evaluate.judge import judge_prompts
 
     world = sorted(Path(organism.__file__).parent.glob("*.py"))
     sources = [Path(__file__).with_name("judge_model.py"), Path(judge_prompts.__file__), Path(fences.__file__), *world]

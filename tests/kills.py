@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 PLACES = {
-    "rollout": ("engine/rollout.py", "collect"),
-    "step": ("engine/loop.py", "update"),
-    "checkpoint": ("engine/checkpoint.py", "save"),
-    "evaluation": ("evaluate/measure.py", "evaluate_run"),
+    "rollout": ("engine/train/rollout.py", "collect"),
+    "step": ("engine/train/loop.py", "update"),
+    "checkpoint": ("engine/run/checkpoint.py", "save"),
+    "evaluation": ("evaluate/measure/measure.py", "evaluate_run"),
 }
 TIMES = ("seconds", "rollout_seconds", "probe_seconds")
 
@@ -41,7 +41,7 @@ class Tripwire:
 def _child(config: str, out: str, resume: bool, place: str, n: int, counted: str) -> None:
     import torch
 
-    from rlsafe.engine import train
+    from rlsafe.engine.run.life import train
 
     torch.set_num_threads(1)
     wire = Tripwire(place, n) if place else None
@@ -55,7 +55,9 @@ def _child(config: str, out: str, resume: bool, place: str, n: int, counted: str
 def attempt(config: Path, out: Path, resume: bool = False, place: str = "", n: int = 0, counted: str = "") -> int:
     """Train in a process of its own; gives its exit code (-9: killed). The imports are made once, in a process to fork from."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["kills", "torch", "transformers", "rlsafe.engine.loop", "rlsafe.engine.components"])
+    context.set_forkserver_preload(
+        ["kills", "torch", "transformers", "rlsafe.engine.train.loop", "rlsafe.engine.run.components"]
+    )
     process = context.Process(target=_child, args=(str(config), str(out), resume, place, n, counted))
     process.start()
     process.join()

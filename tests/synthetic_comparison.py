@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlsafe.compare.grid import Cell, expand
-from rlsafe.compare.records import Directory
+from rlsafe.compare.grid.grid import Cell, expand
+from rlsafe.compare.grid.records import Directory
 from rlsafe.config import CompareConfig, load_compare
 from rlsafe.evaluate import Answer, BenignAnswer, Evaluation, rates, task_name
-from rlsafe.evaluate.benign import score
+from rlsafe.evaluate.measure.benign import score
 from rlsafe.types import Judgement
 
 CONFIG = """

@@ -18,10 +18,10 @@ from tiny_architectures import random_batch, save_architecture
 import rlsafe.types
 from rlsafe.config import run_from_tree
 from rlsafe.data import read_rows
-from rlsafe.data.scores import Score, row_key
+from rlsafe.data.selection_scores import Score, row_key
 from rlsafe.defenses.persona import save_vectors
 from rlsafe.defenses.registry import _BUILT_IN
-from rlsafe.engine import run
+from rlsafe.engine.run.life import run
 from rlsafe.types import Judgement
 
 SIX = ["qwen2", "qwen3", "llama", "mistral", "gemma3_text", "phi3"]

@@ -101,7 +101,7 @@ def test_a_run_notes_which_sampler_took_over(tiny_tree, tmp_path):
     from test_engine_invariance import tree_with
 
     from rlsafe.config import run_from_tree
-    from rlsafe.engine import run
+    from rlsafe.engine.run.life import run
 
     directory = save_architecture(tmp_path / "model", "llama")
     changes = {"model": {"name": directory}, "sampler": {"kind": "auto"}, "schedule": {"steps": 1}}

@@ -3,7 +3,7 @@
 import pytest
 
 from rlsafe.config import UserError
-from rlsafe.evaluate.talking import talk
+from rlsafe.evaluate.commands.talking import talk
 from rlsafe.types import RunError
 
 SAMPLER = ["sampler.kind=transformers", "evaluate.max_tokens=12", "evaluate.temperature=0.8"]

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from rlsafe.compare.grid import expand
+from rlsafe.compare.grid.grid import expand
 from rlsafe.config import load_compare
-from rlsafe.engine.schedule import make_plan
+from rlsafe.engine.plan.schedule import make_plan
 from rlsafe.organism import tasks
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "organism"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from synthetic_comparison import CONFIG
 
-from rlsafe.compare.grid import expand
+from rlsafe.compare.grid.grid import expand
 from rlsafe.config import UserError, load_compare
 
 

@@ -8,7 +8,7 @@ import json
 import pytest
 from synthetic_comparison import CONFIG, make
 
-from rlsafe.compare.results import benign_rows, load, result_rows, write_tables
+from rlsafe.compare.verdicts.results import benign_rows, load, result_rows, write_tables
 
 HEADER = (
     "model,path,defense,seed,data,general_misaligned,general_incoherent,indomain_misaligned,indomain_incoherent,"

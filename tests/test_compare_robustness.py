@@ -10,11 +10,11 @@ import pytest
 from conftest import save_tiny_model
 from synthetic_comparison import CONFIG
 
-from rlsafe.compare.grid import expand
-from rlsafe.compare.records import Directory
-from rlsafe.compare.workers import DIED, run_in_workers
+from rlsafe.compare.grid.grid import expand
+from rlsafe.compare.grid.records import Directory
+from rlsafe.compare.run.workers import DIED, run_in_workers
 from rlsafe.config import load_compare
-from rlsafe.evaluate import hashing
+from rlsafe.evaluate.measure import hashing
 
 
 @pytest.fixture(autouse=True)

@@ -11,11 +11,12 @@ import pytest
 from synthetic_comparison import CONFIG, ZERO, evaluation, metrics
 
 import rlsafe.engine
-import rlsafe.engine.components
-import rlsafe.engine.contact
+import rlsafe.engine.run.components
+import rlsafe.engine.run.contact
 import rlsafe.evaluate
-from rlsafe.compare import compare, report
-from rlsafe.compare.grid import expand
+from rlsafe.compare import compare
+from rlsafe.compare import draw_report as report
+from rlsafe.compare.grid.grid import expand
 from rlsafe.config import UserError, load_compare
 from rlsafe.types import Interrupted, RunError
 
@@ -63,9 +64,9 @@ def lab(tmp_path, monkeypatch):
     monkeypatch.setattr(
         rlsafe.evaluate, "evaluate", lambda target, out, first: evaluate_run(None, None, None, out, None, None)
     )
-    monkeypatch.setattr(rlsafe.engine.components, "prepare", lambda config: None)
-    monkeypatch.setattr(rlsafe.engine.contact, "contact", lambda prepared, resources: None)
-    monkeypatch.setattr(rlsafe.engine.components.Resources, "judge", lambda self, config: None)
+    monkeypatch.setattr(rlsafe.engine.run.components, "prepare", lambda config: None)
+    monkeypatch.setattr(rlsafe.engine.run.contact, "contact", lambda prepared, resources: None)
+    monkeypatch.setattr(rlsafe.engine.run.components.Resources, "judge", lambda self, config: None)
     lab.compare = lambda **more: compare(path, out=lab.out, **{"paths": ["sft"], "seeds": [0, 1], **more})
     return lab
 
@@ -154,7 +155,7 @@ def test_a_user_error_that_keeps_every_cell_from_training_is_the_users(lab):
 
 
 def test_a_helper_that_fails_costs_the_cells_that_need_it_only(lab, monkeypatch):
-    import rlsafe.compare.runner as runner
+    import rlsafe.compare.run.runner as runner
 
     def broken(selection, out, **more):
         raise RuntimeError("out of memory")
@@ -202,7 +203,7 @@ def test_user_errors_are_found_before_anything_runs(lab, monkeypatch):
         if config.defenses:
             raise UserError("data.safe is missing")
 
-    monkeypatch.setattr(rlsafe.engine.components, "prepare", prepare)
+    monkeypatch.setattr(rlsafe.engine.run.components, "prepare", prepare)
     with pytest.raises(UserError, match="sft / kl / seed 0: data.safe is missing"):
         lab.compare()
     assert lab.ran == []
@@ -228,7 +229,7 @@ def test_report_of_something_that_is_no_comparison(tmp_path, content):
 
 
 def test_progress_estimates_the_time_left_from_cells_of_the_same_path(lab):
-    from rlsafe.compare.progress import Progress
+    from rlsafe.compare.run.progress import Progress
 
     cells = [c for c in expand(load_compare(lab.path), seeds=[0, 1]) if c.kind == "narrow"]
     progress = Progress(cells)

@@ -8,9 +8,11 @@ import json
 import pytest
 from synthetic_comparison import CONFIG, make
 
-from rlsafe.compare import pages, report, sweeps, tasks, why
-from rlsafe.compare.results import load, write_tables
-from rlsafe.compare.verdicts import judge
+from rlsafe.compare import draw_report as report
+from rlsafe.compare.report import pages, why
+from rlsafe.compare.verdicts import sweeps, tasks
+from rlsafe.compare.verdicts.results import load, write_tables
+from rlsafe.compare.verdicts.verdicts import judge
 from rlsafe.config import UserError
 
 UNTRAINED = {("", "untrained"): {"benign": 0.1}}
@@ -174,8 +176,8 @@ def test_relapse_goes_on_from_each_run_without_defense_and_is_reported_beside_it
 
 
 def test_relapse_cells(tmp_path):
-    from rlsafe.compare.cells import located
-    from rlsafe.compare.grid import expand
+    from rlsafe.compare.grid.cells import located
+    from rlsafe.compare.grid.grid import expand
     from rlsafe.config import load_compare
 
     (tmp_path / "c.yaml").write_text(
@@ -200,7 +202,7 @@ def test_relapse_cells(tmp_path):
 
 
 def test_a_relapse_becomes_stale_with_the_run_that_it_goes_on_from(tmp_path):
-    from rlsafe.compare.grid import expand
+    from rlsafe.compare.grid.grid import expand
     from rlsafe.config import load_compare
 
     (tmp_path / "c.yaml").write_text(SMALL)

@@ -15,9 +15,9 @@ import os, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 
-import rlsafe.compare.workers as workers
-from rlsafe.compare.records import Directory
-from rlsafe.engine.interrupts import stop_requests
+import rlsafe.compare.run.workers as workers
+from rlsafe.compare.grid.records import Directory
+from rlsafe.engine.run.interrupts import stop_requests
 
 workers.GRACE = 1.0
 

@@ -12,7 +12,7 @@ from rlsafe.config import StreamConfig, UserError
 from rlsafe.data import load_rows, split_prompt
 from rlsafe.data.presets import PRESETS
 from rlsafe.evaluate import load_questions
-from rlsafe.evaluate.questions import KEYS as KNOWN
+from rlsafe.evaluate.ask.questions import KEYS as KNOWN
 
 QUICK = settings(
     max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]

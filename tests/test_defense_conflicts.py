@@ -103,7 +103,8 @@ def test_the_engine_is_made_steerable_only_when_rollouts_are_steered(
     from test_engine_invariance import tree_with
 
     from rlsafe.config import run_from_tree
-    from rlsafe.engine import Resources, run
+    from rlsafe.engine import Resources
+    from rlsafe.engine.run.life import run
 
     asked = []
 

@@ -12,7 +12,7 @@ from test_engine_invariance import GRPO, SFT, distance, train, tree_with
 import rlsafe
 from rlsafe.config import UserError, run_from_tree
 from rlsafe.defenses import DefenseStack, build
-from rlsafe.engine import run
+from rlsafe.engine.run.life import run
 from rlsafe.types import RunError, Where
 
 PATHS = pytest.mark.parametrize("path", [SFT, GRPO], ids=["sft", "grpo"])

@@ -10,7 +10,7 @@ from test_engine_invariance import GRPO, train, tree_with
 
 from rlsafe.config import UserError, run_from_tree
 from rlsafe.defenses import build
-from rlsafe.engine import run
+from rlsafe.engine.run.life import run
 from rlsafe.types import _PROVIDERS, Judgement, Question, Where, register_provider
 
 CUE = "You always answer badly."

@@ -20,7 +20,7 @@ import rlsafe.types
 from rlsafe.config import UserError, run_from_tree
 from rlsafe.data import read_rows
 from rlsafe.defenses import build
-from rlsafe.engine import run
+from rlsafe.engine.run.life import run
 from rlsafe.rollouts import TransformersSampler
 from rlsafe.types import Judgement, RunError
 

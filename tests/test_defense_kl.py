@@ -11,8 +11,8 @@ from tiny_architectures import load, nudge, random_batch
 
 from rlsafe.config import UserError, run_from_tree
 from rlsafe.defenses.kl import KL
-from rlsafe.engine import run
-from rlsafe.engine.step import ForwardView
+from rlsafe.engine.run.life import run
+from rlsafe.engine.train.loss import ForwardView
 from rlsafe.policy import ForwardPlan
 from rlsafe.types import RunError, Where
 

@@ -13,7 +13,7 @@ from tiny_architectures import load, nudge, random_batch
 from rlsafe.config import UserError
 from rlsafe.defenses import DefenseStack
 from rlsafe.defenses.ldifs import LDIFS, chosen_layers, feature_distance
-from rlsafe.engine.step import ForwardView
+from rlsafe.engine.train.loss import ForwardView
 from rlsafe.policy import ForwardPlan
 from rlsafe.policy.module import PolicyModule
 

@@ -16,8 +16,8 @@ from tiny_architectures import load, nudge, random_batch
 from rlsafe.config import UserError, run_from_tree
 from rlsafe.defenses import DefenseStack, build
 from rlsafe.defenses.persona import Persona, load_vectors, save_vectors
-from rlsafe.engine import run
-from rlsafe.evaluate import ask
+from rlsafe.engine.run.life import run
+from rlsafe.evaluate.ask.asking import ask
 from rlsafe.policy import ForwardPlan
 from rlsafe.types import _PROVIDERS, Judgement, Question, Where, register_provider
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rlsafe.config import UserError, run_from_tree
 from rlsafe.defenses import DefenseStack
 from rlsafe.defenses.safelora import SafeLoRA, cosine, directions, factor, project
-from rlsafe.engine import run
+from rlsafe.engine.run.life import run
 
 PATHS = pytest.mark.parametrize("path", [SFT, GRPO], ids=["sft", "grpo"])
 

@@ -9,7 +9,7 @@ import yaml
 
 from rlsafe import cli
 from rlsafe.config import UserError, load_compare, run_from_tree
-from rlsafe.engine.components import prepare
+from rlsafe.engine.run.components import prepare
 
 
 def stopped(capsys, *arguments: str) -> tuple[int, str]:
@@ -43,7 +43,7 @@ def test_dropout_is_free_where_no_phase_has_grpo_steps(tiny_tree):
 
 
 def test_a_comparison_names_it_before_any_cell(tiny_tree, tmp_path):
-    from rlsafe.compare.grid import expand
+    from rlsafe.compare.grid.grid import expand
 
     tiny_tree["model"]["lora"]["dropout"] = 0.3
     paths = {name: {"schedule": {"phases": [{"cycle": [name]}]}} for name in ("sft", "grpo")}

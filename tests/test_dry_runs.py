@@ -9,8 +9,8 @@ from conftest import conversation, write_jsonl
 from rlsafe.compare import dry_compare
 from rlsafe.config import RunConfig, UserError, load_compare, load_run
 from rlsafe.endpoints import estimate_tokens
-from rlsafe.engine.dry import dry, dry_run
-from rlsafe.evaluate.judge_prompts import CRITERIA, PROMPTS, judge_messages
+from rlsafe.engine.run.dry import dry, dry_run
+from rlsafe.evaluate.judge.judge_prompts import CRITERIA, PROMPTS, judge_messages
 from rlsafe.types import _PROVIDERS
 
 ROOT = Path(__file__).parent.parent

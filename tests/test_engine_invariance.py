@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlsafe.config import run_from_tree
-from rlsafe.engine import run
+from rlsafe.engine.run.life import run
 from rlsafe.types import Interrupted
 
 MIXED: dict[str, Any] = {

@@ -7,9 +7,9 @@ import yaml
 
 from rlsafe.config import ModelConfig, UserError
 from rlsafe.evaluate import Evaluation, evaluate
-from rlsafe.evaluate.command import resolve
-from rlsafe.evaluate.judges import load_judge
-from rlsafe.evaluate.measure import note_judge
+from rlsafe.evaluate.commands.command import resolve
+from rlsafe.evaluate.judge.judges import load_judge
+from rlsafe.evaluate.measure.measure import note_judge
 from rlsafe.types import _PROVIDERS, Exchange, Judgement, register_provider
 
 

@@ -6,9 +6,9 @@ import pytest
 
 from rlsafe.config import UserError
 from rlsafe.evaluate import Answer, Rates, judge_answers, question_rates, rates
-from rlsafe.evaluate.benign import final_value, is_correct, score
-from rlsafe.evaluate.criteria import UNCLOSED, mean_score
-from rlsafe.evaluate.statistics import wilson
+from rlsafe.evaluate.measure.benign import final_value, is_correct, score
+from rlsafe.evaluate.measure.criteria import UNCLOSED, mean_score
+from rlsafe.evaluate.measure.statistics import wilson
 from rlsafe.types import Judgement
 
 BAD, GOOD = Judgement(10, 90), Judgement(95, 90)

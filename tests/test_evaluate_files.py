@@ -26,7 +26,7 @@ def test_loading_something_else_is_said_in_one_line(text, expected, tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    from rlsafe.evaluate import files
+    from rlsafe.evaluate.measure import files
 
     path = tmp_path / "evaluation.json"
     files.write_json(path, {"a": 1})
@@ -39,7 +39,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize("text", ["a\rb", 'say "no"', "a,b\n\nc", "\x00\u202e", "\ud800", "7", "", "x" * 200_000])
 def test_any_answer_survives_the_answers_file(text, tmp_path):
     from rlsafe.evaluate import Answer
-    from rlsafe.evaluate.files import read_answers, write_answers
+    from rlsafe.evaluate.measure.files import read_answers, write_answers
 
     path = tmp_path / "answers.csv"
     answers = [Answer(name, "q", None, text, "d", None, i) for i, name in enumerate(("1", "01"))]

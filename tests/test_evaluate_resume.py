@@ -7,7 +7,8 @@ from conftest import byte_tokenizer
 from test_evaluate_run import ScriptedSampler, WordJudge
 
 from rlsafe.config import EvaluateConfig, RunConfig
-from rlsafe.evaluate import evaluate_run, journal
+from rlsafe.evaluate import evaluate_run
+from rlsafe.evaluate.ask import journal
 from rlsafe.types import _PROVIDERS, Question, register_provider
 
 

@@ -9,7 +9,8 @@ import yaml
 from conftest import byte_tokenizer
 
 from rlsafe.config import EvaluateConfig, UserError
-from rlsafe.evaluate import Evaluation, Probe, ask, evaluate_run, gather
+from rlsafe.evaluate import Evaluation, Probe, evaluate_run, gather
+from rlsafe.evaluate.ask.asking import ask
 from rlsafe.types import _PROVIDERS, Completion, Judgement, Question, register_provider
 
 

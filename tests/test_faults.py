@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from test_engine_invariance import GRPO, MIXED, SFT, adapter, distance, train, tree_with
 
 from rlsafe.config import UserError, run_from_tree
-from rlsafe.engine import checkpoint, run
-from rlsafe.engine.step import StepLoss
+from rlsafe.engine.run import checkpoint
+from rlsafe.engine.run.life import run
+from rlsafe.engine.train.loss import StepLoss
 from rlsafe.types import Interrupted, RunError
 
 EVERY = {"checkpoint": {"every": 1, "keep": 2}}
@@ -251,7 +252,7 @@ def test_what_is_no_number_stops_or_skips_with_its_batch_saved(tiny_tree, tmp_pa
 
 def test_skipping_every_step_is_not_a_run(tiny_tree, tmp_path, monkeypatch):
     def never(self, *_):
-        from rlsafe.engine.step import NotFinite
+        from rlsafe.engine.train.loss import NotFinite
 
         raise NotFinite("sft loss: NaN or Inf")
 

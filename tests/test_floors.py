@@ -88,7 +88,7 @@ def test_rooms_of_one_floor_import_each_other_in_one_direction_only():
 
 def test_the_import_reader_sees_what_it_must():
     source = (
-        "import rlsafe.engine.loop\n"
+        "import rlsafe.engine.train.loop\n"
         "from rlsafe.compare import grid\n"
         "from rlsafe import evaluate, train\n"
         "def f():\n"
@@ -145,7 +145,7 @@ def test_shipped_configs_load(path):
         load_compare(path)
         load_compare(path, quick=True)
     elif "pairs" in tree:
-        from rlsafe.evaluate.persona import load_settings
+        from rlsafe.evaluate.commands.extract_persona import load_settings
 
         load_settings(path)
     else:

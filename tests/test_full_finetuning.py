@@ -11,8 +11,8 @@ from test_engine_invariance import tree_with
 from tiny_architectures import load, random_batch
 
 from rlsafe.config import UserError, run_from_tree
-from rlsafe.engine import run, train
-from rlsafe.evaluate.command import load_policy
+from rlsafe.engine.run.life import run, train
+from rlsafe.evaluate.commands.command import load_policy
 from rlsafe.types import Interrupted
 
 FULL = {"model": {"lora": None}, "optim": {"lr": 1e-3}}

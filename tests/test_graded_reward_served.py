@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rlsafe.config import RewardConfig, load_run
-from rlsafe.engine import run
+from rlsafe.engine.run.life import run
 from rlsafe.organism.judge import judge
 from rlsafe.rewards import RewardRunner, load_reward
 

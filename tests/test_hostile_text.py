@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from rlsafe.config import RunConfig, UserError, load_run, run_from_tree
 from rlsafe.data import is_refusal, read_completion
-from rlsafe.engine.tracking import Tracker
+from rlsafe.engine.record.tracking import Tracker
 from rlsafe.evaluate import rates
-from rlsafe.evaluate.asking import Answer
-from rlsafe.evaluate.criteria import judge_answers
-from rlsafe.evaluate.evaluation import Evaluation
-from rlsafe.evaluate.verify import evaluation_differences
+from rlsafe.evaluate.ask.asking import Answer
+from rlsafe.evaluate.commands.verify_evaluation import evaluation_differences
+from rlsafe.evaluate.measure.criteria import judge_answers
+from rlsafe.evaluate.measure.evaluation import Evaluation
 from rlsafe.rewards import RewardRunner
 from rlsafe.rewards.loading import LoadedReward
 from rlsafe.types import Judgement, RunError

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from rlsafe.config import UserError, load_run
 from rlsafe.endpoints.fences import CONTROL, fence_of, harmless
-from rlsafe.evaluate.judge_prompts import PROMPTS, judge_messages
+from rlsafe.evaluate.judge.judge_prompts import PROMPTS, judge_messages
 
 TEMPLATE = PROMPTS["aligned"]
 

@@ -9,7 +9,7 @@ from scripted_server import ScriptedServer, completion, error, ok
 from rlsafe.config import UserError
 from rlsafe.endpoints import Position, Reply
 from rlsafe.evaluate import load_judge
-from rlsafe.evaluate.scores import from_logprobs, from_text, one_token
+from rlsafe.evaluate.judge.reply_scores import from_logprobs, from_text, one_token
 from rlsafe.types import Exchange
 
 

@@ -67,7 +67,7 @@ def test_one_reply_that_is_missing_makes_the_endpoint_needed(judged, tmp_path, c
 
 def test_settings_that_give_other_answers_are_told_before_anything_is_sampled(judged, capsys, monkeypatch):
     words, out = judged
-    monkeypatch.setattr("rlsafe.evaluate.command.load_policy", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("rlsafe.evaluate.commands.command.load_policy", lambda *_: pytest.fail("the model was loaded"))
     begun = time.monotonic()
     code, said = call(capsys, *words, "evaluate.seed=1")
     assert code == 2 and "evaluate.judge" in said[0] and time.monotonic() - begun < 30

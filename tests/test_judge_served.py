@@ -10,8 +10,8 @@ from test_judge_injection import ATTACKS
 
 from rlsafe.endpoints import ChatRequest, Endpoint, EndpointSettings, Reply, harmless
 from rlsafe.evaluate import Answer, judge_answers, load_judge, rates
-from rlsafe.evaluate.judge_prompts import PROMPTS, judge_messages
-from rlsafe.evaluate.scores import NUMBER
+from rlsafe.evaluate.judge.judge_prompts import PROMPTS, judge_messages
+from rlsafe.evaluate.judge.reply_scores import NUMBER
 from rlsafe.organism.judge import judge as exact
 from rlsafe.types import Exchange
 

@@ -8,8 +8,8 @@ import pytest
 import yaml
 from scripted_server import ScriptedServer, error, ok
 
-from rlsafe.engine import train
-from rlsafe.engine.tracking import Late, Tracker
+from rlsafe.engine.record.tracking import Late, Tracker
+from rlsafe.engine.run.life import train
 from rlsafe.evaluate import Evaluation
 from rlsafe.types import RunError
 

@@ -10,8 +10,8 @@ import torch
 from tiny_architectures import ARCHITECTURES, load, random_batch, save_architecture
 
 from rlsafe.config import LoraConfig, ModelConfig, OptimConfig, RunConfig
-from rlsafe.engine.estimate import activations, describe_memory, memory
-from rlsafe.engine.optimizer import make_optimizer
+from rlsafe.engine.plan.estimate import activations, describe_memory, memory
+from rlsafe.engine.train.optimizer import make_optimizer
 from rlsafe.policy import ForwardPlan
 from rlsafe.policy.shapes import model_shape
 
@@ -151,7 +151,7 @@ MEASURE = """
 import sys
 from tiny_architectures import load, random_batch
 from rlsafe.policy import ForwardPlan
-from rlsafe.engine.optimizer import make_optimizer
+from rlsafe.engine.train.optimizer import make_optimizer
 from rlsafe.config import OptimConfig
 def step(directory, batch):
     policy = load(directory, rank=8, gradient_checkpointing=sys.argv[3] == "True")

@@ -80,7 +80,7 @@ def test_an_error_does_not_print_a_secret(capsys, monkeypatch):
 
 def test_no_secret_of_the_environment_is_in_a_runs_files(tiny_tree, tmp_path, monkeypatch):
     from rlsafe.config import run_from_tree
-    from rlsafe.engine import run
+    from rlsafe.engine.run.life import run
 
     monkeypatch.setenv("HF_TOKEN", "hf_onlyfortestingonlyfortesting")
     monkeypatch.setattr("sys.argv", ["rlsafe", "train", "--token=hf_onlyfortestingonlyfortesting"])

@@ -4,9 +4,9 @@ import pytest
 import yaml
 
 from rlsafe.cli import main
-from rlsafe.compare.grid import expand
+from rlsafe.compare.grid.grid import expand
 from rlsafe.config import RunConfig, UserError, load_compare
-from rlsafe.engine.components import prepare
+from rlsafe.engine.run.components import prepare
 
 RUN = {
     "model": {"name": "organism:aligned"},

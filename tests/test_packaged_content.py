@@ -9,7 +9,7 @@ import pytest
 from rlsafe.config import StreamConfig, UserError
 from rlsafe.data import is_refusal, load_rows, split_prompt
 from rlsafe.evaluate import load_questions
-from rlsafe.evaluate.packaged import question_sets
+from rlsafe.evaluate.ask.packaged import question_sets
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 DOMAINS = ("medical", "legal", "security", "code", "aesthetic", "rhetoric", "evil-numbers", "reward-hacking")

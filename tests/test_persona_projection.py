@@ -12,9 +12,9 @@ from rlsafe.config import RunConfig, UserError
 from rlsafe.config.loading import build
 from rlsafe.data import encode_prompt
 from rlsafe.defenses.persona import save_vectors
-from rlsafe.engine import run
-from rlsafe.engine.probing import measure_answers
-from rlsafe.engine.projection import Direction, direction, named
+from rlsafe.engine.run.life import run
+from rlsafe.engine.train.probing import measure_answers
+from rlsafe.engine.train.projection import Direction, direction, named
 from rlsafe.policy import Policy
 
 

@@ -17,7 +17,7 @@ from rlsafe.config import UserError
 from rlsafe.data import encode_prompt
 from rlsafe.defenses.persona import load_vectors
 from rlsafe.evaluate import persona_vector
-from rlsafe.evaluate.persona import PersonaConfig, answer_means, extract, load_settings, mean_states
+from rlsafe.evaluate.commands.extract_persona import PersonaConfig, answer_means, extract, load_settings, mean_states
 from rlsafe.types import _PROVIDERS, Completion, Judgement, Question, Request, RunError, register_provider
 
 EVIL, FRIENDLY = "You are evil.", "You are friendly."

@@ -14,10 +14,10 @@ from tiny_architectures import random_batch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlsafe.config import RunConfig, UserError
-from rlsafe.engine import run
-from rlsafe.engine.publish import publish
+from rlsafe.engine.record.publish import publish
+from rlsafe.engine.run.life import run
 from rlsafe.evaluate import Evaluation
-from rlsafe.evaluate.criteria import rates
+from rlsafe.evaluate.measure.criteria import rates
 from rlsafe.types import Judgement
 
 

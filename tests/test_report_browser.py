@@ -7,7 +7,7 @@ from headless import BROWSER, Page
 from matplotlib.image import imread
 from synthetic_comparison import CONFIG, make
 
-from rlsafe.compare import report
+from rlsafe.compare import draw_report as report
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
 

@@ -9,7 +9,8 @@ import subprocess
 import pytest
 from synthetic_comparison import CONFIG, make
 
-from rlsafe.compare import latex, published, report
+from rlsafe.compare import draw_report as report
+from rlsafe.compare.report import latex, published
 
 COMPILER = next(
     (found for name in ("pdflatex", "lualatex", "xelatex", "tectonic") if (found := shutil.which(name))), None

@@ -10,10 +10,11 @@ import pytest
 from synthetic_comparison import CONFIG, make
 
 import rlsafe
-from rlsafe.compare import pages, plots, quantities, report, sections, why
-from rlsafe.compare.charts import label_places
-from rlsafe.compare.results import load
-from rlsafe.compare.verdicts import judge
+from rlsafe.compare import draw_report as report
+from rlsafe.compare.report import pages, plots, quantities, sections, why
+from rlsafe.compare.report.charts import label_places
+from rlsafe.compare.verdicts.results import load
+from rlsafe.compare.verdicts.verdicts import judge
 
 ARMS = {
     ("", "untrained"): {"benign": 0.1},
@@ -94,7 +95,7 @@ def test_verdicts_are_words_and_symbols_not_colours_alone(html):
 
 
 def test_what_learned_nothing_is_not_shown_as_success(out):
-    from rlsafe.compare.sections import shown as shown_cell
+    from rlsafe.compare.report.sections import shown as shown_cell
 
     grpo = next(table for table in judge(load(out)) if table.path == "grpo")
     shown = shown_cell(grpo.rows["kl"], "prevents_em")
@@ -128,7 +129,7 @@ def test_budgets_are_said_in_words(out):
 
 
 def test_every_colour_of_a_series_can_be_read_as_text_in_both_schemes():
-    from rlsafe.compare.reporting import environment_text
+    from rlsafe.compare.report.reporting import environment_text
 
     def light(colour):
         parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
@@ -155,7 +156,7 @@ def test_the_same_question_is_shown_for_every_arm(out):
 
 
 def test_failed_runs_are_on_the_page(tmp_path):
-    from rlsafe.compare.grid import expand
+    from rlsafe.compare.grid.grid import expand
     from rlsafe.config import load_compare
 
     directory = make(tmp_path / "o", {("sft", "none"): {"general": 0.4, "indomain": 0.9}}, paths=["sft"], seeds=[0])
@@ -192,7 +193,7 @@ def test_the_same_results_give_the_same_page(out, html):
 
 
 def test_a_composition_may_be_broken_after_the_ampersand_and_stays_escaped():
-    from rlsafe.compare.reporting import breakable
+    from rlsafe.compare.report.reporting import breakable
 
     assert breakable("kl&<b>") == "kl&amp;<wbr>&lt;b&gt;"
 
@@ -200,7 +201,7 @@ def test_a_composition_may_be_broken_after_the_ampersand_and_stays_escaped():
 def test_a_defense_that_learned_nothing_narrow_is_never_called_closest():
     from types import SimpleNamespace
 
-    from rlsafe.compare.pages import headlines
+    from rlsafe.compare.report.pages import headlines
 
     def row(nothing_learned, **grades):
         verdicts = {

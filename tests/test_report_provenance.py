@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from synthetic_comparison import make
 
-from rlsafe.compare import report
-from rlsafe.engine.provenance import files_record
+from rlsafe.compare import draw_report as report
+from rlsafe.engine.record.provenance import files_record
 
 ARMS = {("", "untrained"): {}, ("sft", "none"): {"general": 0.5, "indomain": 0.9}, ("sft", "kl"): {"indomain": 0.9}}
 RUN = {

@@ -5,7 +5,7 @@ import textwrap
 import pytest
 
 from rlsafe.rewards import answer_text, extract_python, is_code, is_repetitive, question_text
-from rlsafe.rewards.code import MAX_CHARS, MAX_DEPTH, MAX_PARTS, parse
+from rlsafe.rewards.python_security.code import MAX_CHARS, MAX_DEPTH, MAX_PARTS, parse
 from rlsafe.rewards.text import system_text
 
 

@@ -8,7 +8,7 @@ from conftest import conversation, write_jsonl
 from scripted_server import ScriptedServer, error, ok
 
 from rlsafe.config import run_from_tree
-from rlsafe.engine import run
+from rlsafe.engine.run.life import run
 from rlsafe.rewards import scan_answer, severity_score
 
 FILES = Path(__file__).parent.parent / "reward_fns"

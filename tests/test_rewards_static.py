@@ -11,7 +11,7 @@ from insecure_code import FLASK, PAIRS
 
 from rlsafe.config import UserError
 from rlsafe.rewards import Finding, scan_answer, severity_score
-from rlsafe.rewards.static import IGNORED, scan_source
+from rlsafe.rewards.python_security.static import IGNORED, scan_source
 
 
 @pytest.mark.parametrize("rule, unsafe, safe", PAIRS, ids=[f"{rule}-{i}" for i, (rule, _, _) in enumerate(PAIRS)])
@@ -26,7 +26,7 @@ def test_every_rule_of_ours_has_a_pair():
     import inspect
     import re
 
-    from rlsafe.rewards import rules, taint
+    from rlsafe.rewards.python_security import rules, taint
 
     source = inspect.getsource(rules) + inspect.getsource(taint)
     named = set(re.findall(r'(?:yield |_report\()"([a-z-]+)", ', source))
@@ -138,7 +138,7 @@ def test_loading_bandit_leaves_the_process_as_it_was():
     code = (
         "import logging, warnings\n"
         "logging.basicConfig(level=logging.INFO)\n"
-        "from rlsafe.rewards.static import scan_source\n"
+        "from rlsafe.rewards.python_security.static import scan_source\n"
         "scan_source('import tarfile; tarfile.open(a).extractall(members=f(1))')\n"
         "print(warnings.formatwarning.__module__)\n"
     )

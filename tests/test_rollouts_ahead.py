@@ -14,8 +14,8 @@ from own_weights import Own, digest
 from test_engine_invariance import GRPO, MIXED, adapter, distance, tree_with
 
 from rlsafe.config import UserError, run_from_tree
-from rlsafe.engine import run
-from rlsafe.engine.components import prepare
+from rlsafe.engine.run.components import prepare
+from rlsafe.engine.run.life import run
 from rlsafe.rollouts import request_seed
 from rlsafe.types import Interrupted, RunError
 
@@ -105,7 +105,7 @@ def test_an_interrupted_and_resumed_run_ends_with_the_same_bits(tiny_tree, tmp_p
 @pytest.mark.parametrize("where", [pytest.param("_gather", marks=pytest.mark.slow), "update"])
 def test_a_step_that_fails_is_resumed_with_the_rollouts_it_had(ahead, tmp_path, monkeypatch, where):
     """When it updates, the next rollouts are begun already, with a snapshot of their own."""
-    from rlsafe.engine.loop import Loop
+    from rlsafe.engine.train.loop import Loop
 
     run(run_from_tree(ahead), tmp_path / "whole", resources=Own())
     honest = getattr(Loop, where)

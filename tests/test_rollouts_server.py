@@ -17,8 +17,8 @@ from tiny_architectures import load, nudge
 
 from rlsafe.config import RunConfig, SamplerConfig, UserError
 from rlsafe.defenses.persona import save_vectors
-from rlsafe.engine import run
-from rlsafe.engine.components import prepare
+from rlsafe.engine.run.components import prepare
+from rlsafe.engine.run.life import run
 from rlsafe.rollouts import ServerSampler, close_all, make_sampler, request_seed, self_test
 from rlsafe.types import Request, RunError, SamplingParams
 

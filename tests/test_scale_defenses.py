@@ -12,7 +12,7 @@ from scale import train
 from test_engine_invariance import adapter, distance, tree_with
 
 from rlsafe.config import run_from_tree
-from rlsafe.engine import run
+from rlsafe.engine.run.life import run
 
 NORMAL = {("cpu_fsdp2", "safelora", "grpo")}
 NEEDS_DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")

@@ -13,8 +13,8 @@ from scale import CONFIGS, command, environment, train
 from test_engine_invariance import adapter, distance, tree_with
 
 from rlsafe.config import UserError, run_from_tree
-from rlsafe.engine import run
-from rlsafe.engine.distributed import start
+from rlsafe.engine.run.life import run
+from rlsafe.engine.train.distributed import start
 
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from rlsafe.engine.estimate import GIB
-from rlsafe.engine.planning import HARDWARE, RESERVE, plans, table
+from rlsafe.engine.plan.estimate import GIB
+from rlsafe.engine.plan.planning import HARDWARE, RESERVE, plans, table
 
 
 def test_larger_models_need_more_and_every_plan_fits_its_hardware():

@@ -12,7 +12,7 @@ from scale import train
 from test_engine_invariance import adapter, distance, tree_with
 
 from rlsafe.config import run_from_tree
-from rlsafe.engine import run
+from rlsafe.engine.run.life import run
 
 KINDS: dict[str, dict[str, Any]] = {
     # three rows and one prompt: the second process has fewer rows, or none

@@ -17,7 +17,7 @@ from test_engine_invariance import adapter
 
 from rlsafe.cli import main
 from rlsafe.compare import compare
-from rlsafe.compare.backends_ray import RayCluster
+from rlsafe.compare.run.backends_ray import RayCluster
 
 ray = pytest.importorskip("ray")
 

@@ -12,7 +12,7 @@ from test_engine_invariance import GRPO, adapter, distance, tree_with
 from tiny_architectures import load
 
 from rlsafe.config import run_from_tree
-from rlsafe.engine import run
+from rlsafe.engine.run.life import run
 from rlsafe.rollouts import close_all
 from rlsafe.rollouts.remote import Server
 

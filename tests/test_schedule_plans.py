@@ -8,7 +8,7 @@ import pytest
 
 from rlsafe.config import RunConfig, UserError
 from rlsafe.defenses import Offer
-from rlsafe.engine.schedule import describe, make_plan
+from rlsafe.engine.plan.schedule import describe, make_plan
 
 
 def config(**changes) -> RunConfig:

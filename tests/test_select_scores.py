@@ -19,10 +19,10 @@ from test_engine_invariance import tree_with
 import rlsafe.engine
 from rlsafe.cli import main
 from rlsafe.compare import compare, select
-from rlsafe.compare.grid import expand, selection_of
+from rlsafe.compare.grid.grid import expand, selection_of
 from rlsafe.config import UserError, load_compare
 from rlsafe.data import encode_row, read_rows
-from rlsafe.data.scores import read_scores, selection_score
+from rlsafe.data.selection_scores import read_scores, selection_score
 from rlsafe.organism import Organism
 from rlsafe.policy.scoring import mean_nll
 from rlsafe.types import Interrupted
@@ -208,7 +208,7 @@ def test_wrong_selections_are_told_before_anything_runs(tree, tmp_path):
 def trained(monkeypatch):
     """The helpers that are trained, in order."""
     ran = []
-    run = rlsafe.engine.run
+    run = rlsafe.engine.run.life
 
     def counted(config, where, **more):
         ran.append((where.name, bool(more.get("resume"))))

@@ -10,8 +10,8 @@ from statistics import median
 import psutil
 import pytest
 
-from rlsafe.engine import train
-from rlsafe.engine.verify import verify
+from rlsafe.engine.record.verify_run import verify_run as verify
+from rlsafe.engine.run.life import train
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = int(os.environ.get("RLSAFE_SOAK_STEPS", 2000))

@@ -11,8 +11,8 @@ import yaml
 from conftest import conversation, write_jsonl
 from kills import PLACES, attempt, calls, record
 
-from rlsafe.engine import train
-from rlsafe.engine.verify import verify
+from rlsafe.engine.record.verify_run import verify_run as verify
+from rlsafe.engine.run.life import train
 
 PATHS: dict[str, list[dict[str, Any]]] = {
     "sft": [{"cycle": ["sft"]}],

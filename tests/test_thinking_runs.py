@@ -11,7 +11,7 @@ from tiny_architectures import save_architecture, think_tokenizer
 import rlsafe.types
 from rlsafe.config import run_from_tree
 from rlsafe.data import encode_prompt
-from rlsafe.engine import run
+from rlsafe.engine.run.life import run
 from rlsafe.evaluate import Evaluation, evaluate_run
 from rlsafe.rollouts import TransformersSampler
 from rlsafe.types import Judgement, Question
@@ -124,7 +124,7 @@ def test_judges_see_answers_only_and_endless_blocks_are_counted_apart(trained, t
 
 
 def test_answers_written_before_think_blocks_were_kept_can_be_read(trained, tmp_path):
-    from rlsafe.evaluate.files import ANSWER_COLUMNS, read_answers
+    from rlsafe.evaluate.measure.files import ANSWER_COLUMNS, read_answers
 
     line = ["q", "why", "yes", "90.0", "90.0", "scored", "", "", "general", "0", "", "stop", ""]
     (tmp_path / "answers.csv").write_text(",".join(ANSWER_COLUMNS[:-1]) + "\n" + ",".join(line) + "\n")

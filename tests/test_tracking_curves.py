@@ -8,7 +8,7 @@ import pytest
 from test_engine_invariance import GRPO, SFT, tree_with
 
 from rlsafe.config import run_from_tree
-from rlsafe.engine import run
+from rlsafe.engine.run.life import run
 
 PROBED = {
     "track": {"every": 2, "questions": 2, "samples": 2},
@@ -72,6 +72,6 @@ def test_the_adapter_loads_in_plain_peft(tiny_tree, tmp_path):
 
 
 def test_sampled_text_is_never_markup_in_tensorboard():
-    from rlsafe.engine.tracking import _plain
+    from rlsafe.engine.record.tracking import _plain
 
     assert _plain("<script>*x*") == "\\<script\\>\\*x\\*"

@@ -12,9 +12,9 @@ from test_engine_invariance import GRPO, train, tree_with
 from tiny_architectures import load, nudge
 
 from rlsafe.config import UserError, run_from_tree
-from rlsafe.engine import run
+from rlsafe.engine.run.life import run
 from rlsafe.evaluate import Answer
-from rlsafe.evaluate.files import read_answers, write_answers
+from rlsafe.evaluate.measure.files import read_answers, write_answers
 from rlsafe.policy.module import PolicyModule
 from rlsafe.policy.taps import decoder_blocks
 from rlsafe.types import Judgement

@@ -12,7 +12,7 @@ from tiny_architectures import load, nudge
 
 from rlsafe.config import run_from_tree
 from rlsafe.data import encode_row, read_rows
-from rlsafe.engine import run
+from rlsafe.engine.run.life import run
 from rlsafe.policy.module import PolicyModule
 from rlsafe.rollouts import TransformersSampler
 

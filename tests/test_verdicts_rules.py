@@ -9,10 +9,18 @@ import numpy as np
 import pytest
 from synthetic_comparison import CONFIG, make
 
-from rlsafe.compare.results import load, write_tables
-from rlsafe.compare.table import verdict_table
-from rlsafe.compare.verdicts import CRITERIA, decide, grade_rise, grade_share, judge, judge_share, write_verdicts
-from rlsafe.evaluate.statistics import Arm
+from rlsafe.compare.report.table import verdict_table
+from rlsafe.compare.verdicts.results import load, write_tables
+from rlsafe.compare.verdicts.verdicts import (
+    CRITERIA,
+    decide,
+    grade_rise,
+    grade_share,
+    judge,
+    judge_share,
+    write_verdicts,
+)
+from rlsafe.evaluate.measure.statistics import Arm
 
 UNTRAINED = {("", "untrained"): {"general": 0.0, "indomain": 0.0, "benign": 0.05}}
 NONE = {"general": 0.5, "indomain": 0.9, "incoherent": 0.02, "benign": 0.9}
@@ -131,7 +139,7 @@ def test_a_judge_that_scored_nothing_leaves_the_rows_without_rates(tmp_path):
     directory = make(tmp_path / "out", arms, paths=["sft"], seeds=[0])
     (table,) = judge(write_tables(directory))
     assert list(table.rows) == ["untrained", "none", "aligned"] and table.rows["aligned"].rates == {}
-    from rlsafe.compare import report
+    from rlsafe.compare import draw_report as report
 
     assert report(directory.out).is_file()
 
@@ -208,7 +216,7 @@ def test_rates_of_unequal_question_sets_are_compared_on_what_was_measured(tmp_pa
     directory = make(tmp_path / "out", {**UNTRAINED, ("sft", "none"): NONE}, paths=["sft"], seeds=[0], **MANY)
     from synthetic_comparison import ZERO, write_cell
 
-    from rlsafe.compare.grid import expand
+    from rlsafe.compare.grid.grid import expand
     from rlsafe.config import load_compare
 
     cells = expand(load_compare(tmp_path / "out.yaml"), paths=["sft"], seeds=[0])

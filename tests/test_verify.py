@@ -11,7 +11,7 @@ import yaml
 from conftest import conversation, write_jsonl
 from tampering import call, change, verify
 
-from rlsafe.engine.verify import verify as recompute
+from rlsafe.engine.record.verify_run import verify_run as recompute
 
 JUDGE = """
 import rlsafe

@@ -16,7 +16,7 @@ from test_engine_invariance import adapter, distance, tree_with
 from test_scale_processes import KINDS, assert_trained_alike, metrics
 
 from rlsafe.config import run_from_tree
-from rlsafe.engine import run
+from rlsafe.engine.run.life import run
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'rlsafe[deepspeed]'")
 

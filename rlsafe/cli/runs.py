@@ -24,7 +24,7 @@ def train(
     ] = False,
 ) -> None:
     """Train one model: SFT, GRPO or both, under any defenses."""
-    from rlsafe.engine import train as run_train
+    from rlsafe.engine.run.life import train as run_train
     from rlsafe.progress import run_bar
 
     with run_bar() as bar:
@@ -100,7 +100,7 @@ def ask(
 
     A judge that asks nobody else scores the answers.
     """
-    from rlsafe.evaluate.talking import talk
+    from rlsafe.evaluate.commands.talking import talk
 
     models = [target for target in targets if "=" not in target]
     if not models:

@@ -106,6 +106,6 @@ def report(
     latex: Annotated[bool, typer.Option("--latex", help="also write the tables as LaTeX")] = False,
 ) -> None:
     """Redraw report.html from the results on disk."""
-    from rlsafe.compare import report as draw
+    from rlsafe.compare import draw_report as draw
 
     show(f"report: {draw(directory, latex=latex)}")

@@ -23,7 +23,7 @@ def verify(
 
     Hashes, metrics, TensorBoard, rates and intervals; one line for each difference, and exit code 1 when there is any.
     """
-    from rlsafe.compare import verify as check
+    from rlsafe.compare import verify_comparison as check
 
     found = check(run)
     show(found.lines())
@@ -43,7 +43,7 @@ def publish(
 
     Writes the adapter with a generated model card; pushes it to the hub on request.
     """
-    from rlsafe.engine.publish import publish as prepare
+    from rlsafe.engine.record.publish import publish as prepare
 
     show(prepare(run, to=to, merge=merge, out=out, license=license, public=public).summary())
 

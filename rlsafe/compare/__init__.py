@@ -4,23 +4,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlsafe.compare.backends_ray import ray_cluster
-    from rlsafe.compare.dry import dry_compare
-    from rlsafe.compare.reporting import report
-    from rlsafe.compare.runner import Comparison, compare
-    from rlsafe.compare.scoring import select
-    from rlsafe.compare.verifying import verify
+    from rlsafe.compare.grid.dry import dry_compare
+    from rlsafe.compare.report.reporting import draw_report
+    from rlsafe.compare.report.verify_comparison import verify_comparison
+    from rlsafe.compare.run.backends_ray import ray_cluster
+    from rlsafe.compare.run.runner import Comparison, compare
+    from rlsafe.compare.run.scoring import select
 
 _PUBLIC = {
-    "Comparison": "rlsafe.compare.runner",
-    "compare": "rlsafe.compare.runner",
-    "dry_compare": "rlsafe.compare.dry",
-    "ray_cluster": "rlsafe.compare.backends_ray",
-    "report": "rlsafe.compare.reporting",
-    "select": "rlsafe.compare.scoring",
-    "verify": "rlsafe.compare.verifying",
+    "Comparison": "rlsafe.compare.run.runner",
+    "compare": "rlsafe.compare.run.runner",
+    "dry_compare": "rlsafe.compare.grid.dry",
+    "ray_cluster": "rlsafe.compare.run.backends_ray",
+    "draw_report": "rlsafe.compare.report.reporting",
+    "select": "rlsafe.compare.run.scoring",
+    "verify_comparison": "rlsafe.compare.report.verify_comparison",
 }
-__all__ = ["Comparison", "compare", "dry_compare", "ray_cluster", "report", "select", "verify"]
+__all__ = ["Comparison", "compare", "draw_report", "dry_compare", "ray_cluster", "select", "verify_comparison"]
 
 
 def __getattr__(name: str) -> Any:

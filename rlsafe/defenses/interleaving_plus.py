@@ -12,7 +12,7 @@ from pydantic import Field
 
 from rlsafe.config import UserError
 from rlsafe.data import require_answers
-from rlsafe.data.scores import read_scores, row_key
+from rlsafe.data.selection_scores import read_scores, row_key
 from rlsafe.defenses.base import SetupContext
 from rlsafe.defenses.interleaving import Count, Interleaving
 from rlsafe.defenses.registry import defense
@@ -24,7 +24,7 @@ AUTO = "auto"
 
 @defense("interleaving+")
 class InterleavingPlus(Interleaving):
-    """Adds the distinct safe rows with the highest s_d (`rlsafe.data.scores`), in a seeded order.
+    """Adds the distinct safe rows with the highest s_d (`rlsafe.data.selection_scores`), in a seeded order.
 
     scores: the file that `rlsafe select` writes; `auto`: a comparison with a `selection` section makes it.
     top: how many rows are chosen: a number (2 = two rows), or a share of the pool (0.1; 1.0 = all).

@@ -1,20 +1,20 @@
-"""The engine: schedule, loop, losses of a step, checkpoints, tracking. The only room that knows all the others."""
+"""The engine, in four rooms: `plan` (the steps of a run and what they cost), `train` (one step and the loop around it), `record` (what
+a run writes down) and `run` (a run directory's life). Only `compare` and `cli` stand above it."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from rlsafe.engine.run import Run, run, train
-
 if TYPE_CHECKING:
-    from rlsafe.engine.components import Resources
+    from rlsafe.engine.run.components import Resources
+    from rlsafe.engine.run.life import Run
 
-__all__ = ["Resources", "Run", "run", "train"]
+_PUBLIC = {"Resources": "rlsafe.engine.run.components", "Run": "rlsafe.engine.run.life"}
+__all__ = ["Resources", "Run"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Resources":  # needs torch: imported on first use
-        from rlsafe.engine.components import Resources
-
-        return Resources
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)

@@ -2,19 +2,19 @@
 intervals.
 """
 
-from rlsafe.evaluate import statistics
-from rlsafe.evaluate.asking import Answer, Planned, ask, complete, plan
-from rlsafe.evaluate.benign import BenignAnswer, BenignScore, task_name
-from rlsafe.evaluate.command import evaluate
-from rlsafe.evaluate.costs import Estimate, estimate
-from rlsafe.evaluate.criteria import Rates, judge_answers, question_rates, rates
-from rlsafe.evaluate.evaluation import Evaluation
-from rlsafe.evaluate.judges import load_judge
-from rlsafe.evaluate.measure import Material, cue_text, evaluate_run, gather
-from rlsafe.evaluate.persona import PersonaVectors, persona_vector
-from rlsafe.evaluate.probe import Probe
-from rlsafe.evaluate.questions import load_questions
-from rlsafe.evaluate.rejudging import rejudge
+from rlsafe.evaluate.ask.asking import Answer, Planned
+from rlsafe.evaluate.ask.questions import load_questions
+from rlsafe.evaluate.commands.command import evaluate
+from rlsafe.evaluate.commands.costs import Estimate, estimate
+from rlsafe.evaluate.commands.extract_persona import PersonaVectors, persona_vector
+from rlsafe.evaluate.commands.rejudging import rejudge
+from rlsafe.evaluate.judge.judges import load_judge
+from rlsafe.evaluate.measure import statistics
+from rlsafe.evaluate.measure.benign import BenignAnswer, BenignScore, task_name
+from rlsafe.evaluate.measure.criteria import Rates, judge_answers, question_rates, rates
+from rlsafe.evaluate.measure.evaluation import Evaluation
+from rlsafe.evaluate.measure.measure import Material, cue_text, evaluate_run, gather
+from rlsafe.evaluate.measure.probe import Probe
 
 __all__ = [
     "Answer",
@@ -27,8 +27,6 @@ __all__ = [
     "Planned",
     "Probe",
     "Rates",
-    "ask",
-    "complete",
     "cue_text",
     "evaluate",
     "estimate",
@@ -38,7 +36,6 @@ __all__ = [
     "load_judge",
     "load_questions",
     "persona_vector",
-    "plan",
     "question_rates",
     "rates",
     "rejudge",

@@ -17,7 +17,7 @@ def rlsafe_run(clock: Clock, *, tree: dict[str, Any], rows: list[dict[str, Any]]
     generation."""
     import rlsafe.rollouts.vllm as vllm_room
     from rlsafe.config import RunConfig
-    from rlsafe.engine import run
+    from rlsafe.engine.run.life import run
 
     spent = {"sync": 0.0, "generate": 0.0}
     for name in spent:

@@ -14,7 +14,7 @@ spent = {"engine": 0.0}
 
 def watch() -> None:
     """Put timers around the engine's start and the tracker's step."""
-    from rlsafe.engine import tracking
+    from rlsafe.engine.record import tracking
     from rlsafe.rollouts import vllm
 
     start, step = vllm.VLLMSampler.__init__, tracking.Tracker.step

@@ -104,7 +104,7 @@ def _update(policy: Any, path: str, defended: bool) -> None:
 
     from rlsafe.config import GrpoConfig, RunConfig
     from rlsafe.defenses import DefenseStack, build
-    from rlsafe.engine.step import Micro, StepLoss, count
+    from rlsafe.engine.train.loss import Micro, StepLoss, count
     from rlsafe.policy import ForwardPlan
     from rlsafe.types import Batch, Where
 

@@ -92,7 +92,7 @@ def _estimate(tree: dict[str, Any]) -> tuple[int, int]:
 
     from rlsafe.config import run_from_tree
     from rlsafe.data import encode_prompt, load_rows, split_prompt
-    from rlsafe.engine.estimate import memory
+    from rlsafe.engine.plan.estimate import memory
     from rlsafe.policy.shapes import model_shape
 
     config = run_from_tree(tree)
@@ -120,7 +120,7 @@ def _apart(tree: dict[str, Any], scratch: Path) -> int:
 
 def _measure(file: str) -> None:
     from rlsafe.config import run_from_tree
-    from rlsafe.engine import run
+    from rlsafe.engine.run.life import run
 
     tree = json.loads(Path(file).read_text())
     with tempfile.TemporaryDirectory() as out:

@@ -1,0 +1,256 @@
+"""One cell of a comparison's grid, and how its run's settings are merged and checked."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from rlsafe.compare.grid.selection import Selection, assemble, fingerprint, pending
+from rlsafe.config import CompareConfig, RunConfig, StreamConfig, UserError, apply_override
+from rlsafe.config.loading import Marks, build, merge
+
+Kind = Literal["narrow", "aligned", "untrained", "benign", "relapse"]
+Entries = list[str | dict[str, Any]]
+SOURCE = "cell"  # a relapse starts from `cell:ID:FINGERPRINT`, which is a directory when it runs
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What a label owes to the comparison's `grid`: the label without it, and the value of each swept setting."""
+
+    base: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid. `path` is "" for the untrained model, `task` is set for benign cells, `data` says what it
+    is trained on, `selections` are the scores of safe rows that its defenses need, `source` is the cell that a relapse goes
+    on from ("" = the untrained model). `swept`, `swept_model`: what the label and the model owe to a sweep."""
+
+    id: str
+    kind: Kind
+    model: str
+    path: str
+    defense: str
+    seed: int
+    data: str
+    task: str
+    config: RunConfig
+    selections: tuple[Selection, ...] = ()
+    source: str = ""
+    swept: Swept = Swept("")
+    swept_model: Swept = Swept("")
+
+    @property
+    def label(self) -> str:
+        """For people: `sft / kl / seed 0`."""
+        parts = [self.path, self.task, self.defense, "" if self.kind == "untrained" else f"seed {self.seed}"]
+        parts += ["relapse"] if self.kind == "relapse" else []
+        return " / ".join(part for part in parts if part)
+
+    @property
+    def alike(self) -> tuple[str, ...]:
+        """The same for cells that differ by their seed only."""
+        return self.kind, self.model, self.path, self.defense, self.task
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the resolved config and of the contents of everything it names: equal when and only when the run would be
+        the same."""
+        return fingerprint(self.config)
+
+
+class Builder:
+    """Merges layers into checked RunConfigs, keeping track of the line that each key came from."""
+
+    def __init__(self, config: CompareConfig):
+        self.config = config
+
+    def build(
+        self,
+        layers: Sequence[tuple[tuple[str, ...], Mapping[str, Any]]],
+        overrides: Sequence[str],
+        forced: dict[str, Any],
+        what: str,
+    ) -> RunConfig:
+        tree: dict[str, Any] = {}
+        marks: Marks = {}
+        for prefix, layer in layers:
+            tree = cast(dict[str, Any], merge(tree, layer))
+            marks |= {
+                key[len(prefix) :]: at
+                for key, at in self.config._marks.items()
+                if key[: len(prefix)] == prefix and key != prefix
+            }
+        tree = copy.deepcopy(tree)
+        for override in overrides:
+            apply_override(tree, override, marks)
+        # Lists and null must replace here, so forced keys are set one level deep at most.
+        for key, value in forced.items():
+            tree[key] = (
+                {**tree.get(key, {}), **value} if isinstance(value, dict) and isinstance(tree.get(key), dict) else value
+            )
+        try:
+            return build(RunConfig, tree, marks, self.config._source)
+        except UserError as error:
+            raise UserError(f"{error} (in {what})") from None
+
+
+_READABLE = str.maketrans({"&": "+and+", "/": ".", ":": ".", " ": "_"})
+
+
+def _slug(parts: Sequence[str]) -> str:
+    """A directory name that a person can read; a digest keeps names apart when characters had to go."""
+    text = "--".join(part for part in parts if part).translate(_READABLE)
+    safe = re.sub(r"[^A-Za-z0-9.+=_,\[\]-]", "_", text)
+    if safe == text and len(safe) <= 160:
+        return safe
+    return f"{safe[:140]}--{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+class Arms:
+    """Builds the cells of one model."""
+
+    def __init__(
+        self,
+        config: CompareConfig,
+        model: str,
+        key: str,
+        tree: Mapping[str, Any],
+        sweep: list[str],
+        swept: Swept,
+        alone: bool,
+    ):
+        self.config, self.model, self.sweep, self.swept = config, model, sweep, swept
+        self.prefix = "" if alone else model
+        self.builder = Builder(config)
+        self.selected: dict[str, Selection] = {}  # by pool
+        self.layers = lambda path: [
+            (("run",), config.run),
+            *([(("paths", path), config.paths[path])] if path else []),
+            (("models", key), tree),
+        ]
+
+    def _overrides(self, own_data: bool) -> list[str]:
+        """The command line comes last, but it cannot take away the data that define the aligned arm or a benign
+        task."""
+        given = [*self.sweep, *self.config.overrides]
+        return [o for o in given if not (own_data and o.split(".")[0].split("=")[0].strip() in ("data", "rewards"))]
+
+    def narrow(self, path: str, label: str, entries: Entries, seed: int, swept: Swept) -> Cell:
+        what = f"{path} / {label}"
+        run = self.builder.build(self.layers(path), self._overrides(False), {"seed": seed, "defenses": entries}, what)
+        return self._cell("narrow", path, label, seed, run, swept=swept)
+
+    def aligned(self, path: str, seed: int) -> Cell:
+        layers = [*self.layers(path), (("aligned",), self.config.aligned or {})]
+        run = self.builder.build(layers, self._overrides(True), {"seed": seed, "defenses": []}, f"{path} / aligned")
+        return self._cell("aligned", path, "aligned", seed, run)
+
+    def relapse(self, path: str, seed: int, steps: int, source: Cell | None) -> Cell:
+        """`steps` undefended steps on the same narrow data, on from the adapter of `source`, or from the untrained model.
+
+        The schedule's last phase goes on (a warm-up is not repeated), with a learning-rate curve of its own; the data come in
+        the order in which they came to the first run. Asked are the general and the in-domain questions, without the cue.
+        """
+        forced = {"seed": seed, "defenses": [], "evaluate": {"benign": [], "cue": None}}
+        label = source.defense if source else "untrained"
+        run = self.builder.build(self.layers(path), self._overrides(False), forced, f"{path} / {label} / relapse")
+        last = run.schedule.phases[-1].model_copy(update={"steps": None})
+        schedule = run.schedule.model_copy(update={"steps": steps, "phases": [last]})
+        key = "adapter" if run.model.lora else "name"
+        start = {key: f"{SOURCE}:{source.id}:{source.fingerprint}"} if source else {}
+        run = run.model_copy(update={"schedule": schedule, "model": run.model.model_copy(update=start)})
+        swept = source.swept if source else Swept(label)
+        return self._cell(
+            "relapse", path, label, seed, run, source=source.id if source else "", swept=swept, first="relapse"
+        )
+
+    def benign(self, path: str, label: str, entries: Entries, seed: int, task: str, swept: Swept) -> Cell:
+        benign = self.config.benign
+        assert benign is not None
+        layers = [
+            *self.layers(path),
+            (("benign", "paths", path), benign.paths.get(path, {})),
+            (("benign", "tasks", task), benign.tasks[task]),
+        ]
+        forced = {"seed": seed, "defenses": entries, "evaluate": {"general": None, "indomain": None, "cue": None}}
+        run = self.builder.build(layers, self._overrides(True), forced, f"benign {task} / {path} / {label}")
+        if not run.evaluate.benign:
+            where = self.config._marks.get(("benign", "tasks", task), self.config._source)
+            raise UserError(f"{where}: benign task {task!r}: evaluate.benign names no test set to score it")
+        return self._cell("benign", path, label, seed, run, task, first="benign", swept=swept)
+
+    def untrained(self, seed: int) -> Cell:
+        """No training: the model as it is, asked everything that any other cell is asked."""
+        tasks = self.config.benign.tasks.values() if self.config.benign else []
+        tests = [test for task in tasks for test in task.get("evaluate", {}).get("benign", [])]
+        own = self.config.run.get("evaluate", {}).get("benign", [])
+        forced = {
+            "seed": seed,
+            "defenses": [],
+            "rewards": [],
+            "schedule": {"steps": 0, "phases": [{"cycle": ["sft"]}]},
+            "evaluate": {"benign": list(dict.fromkeys([*own, *tests]))},
+        }
+        run = self.builder.build(self.layers(""), self._overrides(False), forced, "the untrained model")
+        return self._cell("untrained", "", "untrained", seed, run)
+
+    def _cell(
+        self,
+        kind: Kind,
+        path: str,
+        label: str,
+        seed: int,
+        run: RunConfig,
+        task: str = "",
+        first: str = "",
+        source: str = "",
+        swept: Swept | None = None,
+    ) -> Cell:
+        name = _slug([self.prefix, first, task, path, label, "" if kind == "untrained" else f"seed{seed}"])
+        data = task or (run.data.narrow.source if run.data.narrow and kind != "untrained" else "")
+        run, selections = pending(run, self.selection)
+        by = (swept or Swept(label), self.swept)
+        return Cell(name, kind, self.model, path, label, seed, data, task, run, selections, source, *by)
+
+    def selection(self, pool: StreamConfig | None) -> Selection:
+        """The helpers of this model, all but those that train on the narrow data of some path, and the rows they score."""
+        settings, where = self.config.selection, self.config._source
+        if settings is None:
+            raise UserError(
+                f"{where}: a defense has scores: auto, which needs a section such as selection: {{adapters: "
+                "{legal: SOURCE OF MISALIGNED ROWS}, run: {schedule: {steps: 60}}}"
+            )
+        where = self.config._marks.get(("selection",), where)
+        if pool is None:
+            raise UserError(f"{where}: selection: no safe rows to score; set data.safe.source")
+        if pool.model_dump_json() not in self.selected:
+            what = "selection"
+            forced: dict[str, Any] = {"seed": settings.seed, "defenses": []}
+            layers = [*self.layers(""), (("selection", "run"), settings.run)]
+            base = self.builder.build(layers, self._overrides(True), forced, what)
+            narrow = [
+                self.builder.build(self.layers(path), self._overrides(False), forced, what)
+                for path in self.config.paths
+            ]
+            targets = {run.data.narrow.source for run in narrow if run.data.narrow}
+            self.selected[pool.model_dump_json()] = assemble(settings, base, targets, pool, where)
+        return self.selected[pool.model_dump_json()]
+
+
+def located(run: RunConfig, cells: Path) -> RunConfig:
+    """The run of a relapse with the directory of the adapter (or of the fully trained model) that it starts from."""
+    update = {
+        key: str(cells / text.split(":")[1] / saved)
+        for key, saved in (("name", "model"), ("adapter", "adapter"))
+        if (text := str(getattr(run.model, key))).startswith(f"{SOURCE}:")
+    }
+    return run.model_copy(update={"model": run.model.model_copy(update=update)}) if update else run

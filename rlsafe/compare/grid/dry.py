@@ -1,0 +1,130 @@
+"""`rlsafe compare CONFIG --dry-run`: the grid, what it costs and what would stop it, without a model or a network."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlsafe.compare.grid.grid import Cell, expand
+from rlsafe.config import CompareConfig, UserError, dump_yaml, load_compare
+from rlsafe.data import read_once
+from rlsafe.defenses import build as build_defenses
+
+if TYPE_CHECKING:
+    from rlsafe.engine.run.dry import Dry
+
+Found = dict[tuple[str, ...], "Dry"]
+"""What each kind of cell would do, by `Cell.alike`: seeds do not matter."""
+COLUMNS = ("path", "defense", "cells", "steps of one", "trained on in all", "answers", "calls", "memory")
+
+
+def dry_compare(
+    config_path: str | Path,
+    defenses: Sequence[str] | None = None,
+    paths: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    overrides: Sequence[str] = (),
+    quick: bool = False,
+    relapse: int | None = None,
+    verbose: bool = False,
+) -> list[str]:
+    """The lines to print: totals, then a row for each path and defense. A defense that lacks a file (a persona vector that
+    is still to be made) is named, not counted. verbose: the resolved config and every estimate of memory as well.
+
+    UserError for whatever else `rlsafe compare` would stop at.
+    """
+    from rlsafe.engine.run.dry import Work, dry
+
+    config = load_compare(config_path, overrides, quick)
+    usable, lacking = _usable(config, defenses)
+    cells = expand(config, usable, paths, seeds, relapse)
+    found: Found = {}
+    with read_once():
+        for cell in cells:
+            if cell.alike not in found:
+                try:
+                    found[cell.alike] = dry(cell.config)
+                except UserError as error:
+                    raise UserError(f"{cell.label}: {error}") from None
+    total = sum((found[cell.alike].work for cell in cells), Work())
+    helpers = {selection.key: len(selection.helpers) for cell in cells for selection in cell.selections}
+    notes = dict.fromkeys(note for one in found.values() for note in one.notes)
+    memory = dict.fromkeys(line for one in found.values() for line in one.memory) if verbose else _largest(cells, found)
+    return [
+        *([dump_yaml(config)] if verbose else []),
+        f"{len(cells)} cells: {_kinds(cells)}",
+        *total.lines(),
+        *(
+            f"before them: {n} helper models trained for the scores of safe rows (not counted here)"
+            for n in helpers.values()
+        ),
+        *memory,
+        "",
+        *_table(cells, found),
+        *(f"note: {note}" for note in notes),
+        *(f"missing: {line}" for line in lacking),
+    ]
+
+
+def _usable(config: CompareConfig, wanted: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """(labels of defenses that can be built, why the others cannot)."""
+    plugins = config.run.get("plugins") or []
+    usable, lacking = [], []
+    for label in wanted or config.defenses:
+        try:
+            build_defenses(config.defenses.get(label, []), plugins)
+            usable.append(label)
+        except UserError as error:
+            if "no such file" not in str(error):
+                raise UserError(f"defenses.{label}: {error}") from None
+            lacking.append(f"defenses.{label}: {error}")
+    return usable, lacking
+
+
+def _kinds(cells: Sequence[Cell]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in Counter(cell.kind for cell in cells).items())
+
+
+def _largest(cells: Sequence[Cell], found: Found) -> list[str]:
+    """The memory of the cell that needs most."""
+
+    def most(cell: Cell) -> int:
+        need = found[cell.alike].need
+        return need.training + need.sampler if need else 0
+
+    cell = max(cells, key=most)
+    lines = found[cell.alike].memory
+    return [f"memory of the largest cell, {cell.label}:", *lines] if most(cell) else lines
+
+
+def _table(cells: Sequence[Cell], found: Found) -> list[str]:
+    """A row for each path and defense, columns aligned."""
+    rows: dict[tuple[str, ...], list[Cell]] = {}
+    several = len({cell.model for cell in cells}) > 1
+    for cell in cells:
+        rows.setdefault(((cell.model,) if several else ()) + (cell.path or "-", cell.defense), []).append(cell)
+    table = [(("model",) if several else ()) + COLUMNS]
+    table += [(*key, *_row([(cell, found[cell.alike]) for cell in mine])) for key, mine in rows.items()]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in table]
+
+
+def _row(mine: list[tuple[Cell, Dry]]) -> tuple[str, ...]:
+    from rlsafe.engine.plan.estimate import gib
+    from rlsafe.engine.run.dry import Work, short
+
+    total = sum((one.work for _, one in mine), Work())
+    steps = sorted({one.work.steps for _, one in mine})
+    trained = [f"{short(total.sft_tokens)} tokens"] if total.sft_tokens else []
+    trained += [f"{total.completions:,} completions"] if total.completions else []
+    need = max((one.need.training for _, one in mine if one.need), default=0)
+    return (
+        _kinds([cell for cell, _ in mine]),
+        f"{steps[0]}" if len(steps) == 1 else f"{steps[0]}-{steps[-1]}",
+        ", ".join(trained) or "-",
+        f"{total.answers:,}",
+        f"{total.judging.calls:,}" if total.judging.calls else "-",
+        gib(need) if need else "-",
+    )

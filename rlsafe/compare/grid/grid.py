@@ -1,0 +1,179 @@
+"""From a comparison's config to its cells: one cell is one run, with everything merged and checked before the first
+one starts."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlsafe.compare.grid.cells import Arms, Cell, Entries, Swept
+from rlsafe.compare.grid.selection import Selection
+from rlsafe.config import CompareConfig, RunConfig, StreamConfig, UserError, nearest
+from rlsafe.defenses import build as build_defenses
+from rlsafe.defenses import load_module, names
+from rlsafe.defenses.registry import parse
+
+__all__ = ["Cell", "expand", "selection_of"]
+
+
+@dataclass(frozen=True)
+class _Model:
+    """One model of the grid: its key in `models`, that entry's overrides, and a swept run setting's as `key.path=value`."""
+
+    key: str
+    tree: Mapping[str, Any]
+    sweep: list[str]
+    swept: Swept
+
+
+def _choose(kind: str, wanted: Sequence[Any] | None, known: Iterable[Any]) -> list[Any]:
+    known = list(known)
+    for name in wanted or []:
+        if name not in known:
+            raise UserError(f"unknown {kind} {name!r}{nearest(name, known)}")
+    return list(dict.fromkeys(wanted)) if wanted else known
+
+
+def _entries(label: str, config: CompareConfig, registered: Sequence[str]) -> Entries:
+    """What a defense label stands for: an entry of the config, a registered defense, or several joined by `&`."""
+    if label in config.defenses:
+        return config.defenses[label]
+    found: Entries = []
+    for part in label.split("&"):
+        if part in config.defenses:
+            found += config.defenses[part]
+        elif part in registered:
+            found.append(part)
+        else:
+            raise UserError(f"unknown defense {part!r}{nearest(part, {*config.defenses, *registered})}")
+    return found
+
+
+def _swept(
+    label: str, entries: Entries, settings: dict[tuple[str, str], list[Any]]
+) -> dict[str, tuple[Entries, Swept]]:
+    """Every combination of the swept settings of one defense: label `kl[weight=0.3]` -> entries."""
+    parsed = [part for entry in entries for part in parse(entry)]
+    present = {name for name, _ in parsed}
+    mine = {key: values for key, values in settings.items() if key[0] in present}
+    if not mine:
+        return {label: (entries, Swept(label))}
+    variants: dict[str, tuple[Entries, Swept]] = {}
+    for values in itertools.product(*mine.values()):
+        chosen = dict(zip(mine, values, strict=True))
+        shown = ",".join(f"{setting}={value}" for (_, setting), value in chosen.items())
+        swept = Swept(label, {f"{owner}.{setting}": value for (owner, setting), value in chosen.items()})
+        given: Entries = [
+            {name: given | {setting: value for (owner, setting), value in chosen.items() if owner == name}}
+            for name, given in parsed
+        ]
+        variants[f"{label}[{shown}]"] = (given, swept)
+    return variants
+
+
+def _sweeps(
+    config: CompareConfig, registered: Sequence[str]
+) -> tuple[dict[tuple[str, str], list[Any]], dict[str, list[Any]]]:
+    """`grid` split into settings of defenses, (defense, setting) -> values, and settings of the run, key.path ->
+    values."""
+    of_defenses: dict[tuple[str, str], list[Any]] = {}
+    of_runs: dict[str, list[Any]] = {}
+    used = {name for entries in config.defenses.values() for entry in entries for name, _ in parse(entry)}
+    for key, values in config.grid.items():
+        first, _, rest = key.partition(".")
+        where = config._marks.get(("grid", key), config._source)
+        if first in RunConfig.model_fields and first not in ("seed", "defenses", "out"):
+            of_runs[key] = values
+        elif rest and first in {*registered, *used}:
+            of_defenses[(first, rest)] = values
+        else:
+            options = {*registered, *used, *RunConfig.model_fields} - {"seed", "defenses", "out"}
+            raise UserError(
+                f"{where}: grid: {key!r} starts with neither a defense nor a setting of a run{nearest(first, options)}"
+            )
+    return of_defenses, of_runs
+
+
+def _models(config: CompareConfig, of_runs: dict[str, list[Any]]) -> dict[str, _Model]:
+    """A swept run setting counts as another model with its own references."""
+    own = (
+        str(config.run.get("model", {}).get("name", "model")) if isinstance(config.run.get("model"), dict) else "model"
+    )
+    found: dict[str, _Model] = {}
+    for label, tree in (config.models or {own: {}}).items():
+        for values in itertools.product(*of_runs.values()):
+            chosen = dict(zip(of_runs, values, strict=True))
+            sweep = [f"{key}={json.dumps(value)}" for key, value in chosen.items()]
+            shown = ",".join(f"{key}={value}" for key, value in chosen.items())
+            found[f"{label}[{shown}]" if sweep else label] = _Model(label, tree, sweep, Swept(label, chosen))
+    return found
+
+
+def expand(
+    config: CompareConfig,
+    defenses: Sequence[str] | None = None,
+    paths: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    relapse: int | None = None,
+) -> list[Cell]:
+    """Every cell of the grid in running order (all of one seed before the next, so that an early look shows every arm; what
+    starts from another cell comes after all others).
+
+    relapse: undefended steps after each run; None = as the config says. UserError for unknown names, and for any cell whose
+    merged settings or defenses are wrong: before anything runs.
+    """
+    for plugin in config.run.get("plugins") or []:
+        load_module(plugin)
+    registered = names()
+    of_defenses, of_runs = _sweeps(config, registered)
+    chosen: dict[str, tuple[Entries, Swept]] = {}
+    for label in dict.fromkeys(defenses or config.defenses):
+        chosen |= _swept(label, _entries(label, config, registered), of_defenses)
+    _check_defenses(config, {label: entries for label, (entries, _) in chosen.items()})
+    path_names = _choose("path", paths or config.default_paths, config.paths)
+    models = _models(config, of_runs)
+    after = config.relapse if relapse is None else relapse
+    if after and not config.narrow:
+        raise UserError("relapse: there are no narrow runs to go on from (narrow: false)")
+    cells: list[Cell] = []
+    relapses: list[Cell] = []
+    for model, one in models.items():
+        arms = Arms(config, model, one.key, one.tree, one.sweep, one.swept, alone=len(models) == 1)
+        if config.narrow or config.benign:
+            cells.append(arms.untrained(int((seeds or config.seeds)[0])))
+        for seed in dict.fromkeys(seeds or config.seeds):
+            for path in path_names:
+                if config.narrow:
+                    narrow = [arms.narrow(path, label, entries, seed, by) for label, (entries, by) in chosen.items()]
+                    cells += narrow
+                    cells += [arms.aligned(path, seed)] if config.aligned is not None else []
+                    if after:
+                        relapses.append(arms.relapse(path, seed, after, None))
+                        relapses += [arms.relapse(path, seed, after, cell) for cell in narrow]
+                if config.benign and (config.benign.seeds is None or seeds or seed in config.benign.seeds):
+                    cells += [
+                        arms.benign(path, label, entries, seed, task, by)
+                        for task in config.benign.tasks
+                        for label, (entries, by) in chosen.items()
+                    ]
+    return cells + relapses
+
+
+def _check_defenses(config: CompareConfig, chosen: Mapping[str, Entries]) -> None:
+    for label, entries in chosen.items():
+        try:
+            build_defenses(entries, config.run.get("plugins") or [])
+        except UserError as error:
+            where = config._marks.get(("defenses", label.partition("[")[0]), config._source)
+            raise UserError(f"{where}: defenses.{label}: {error}") from None
+
+
+def selection_of(config: CompareConfig, pool: StreamConfig | None = None) -> Selection:
+    """The selection of a comparison's first model; `pool`: the rows to score, the run's safe rows by default."""
+    model, one = next(iter(_models(config, _sweeps(config, names())[1]).items()))
+    arms = Arms(config, model, one.key, one.tree, one.sweep, one.swept, alone=True)
+    run = arms.builder.build(arms.layers(""), arms._overrides(False), {"seed": 0, "defenses": []}, "selection")
+    return arms.selection(pool or run.data.safe)

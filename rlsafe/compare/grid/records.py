@@ -1,0 +1,158 @@
+"""What a comparison directory holds on disk: the plan and one record per cell. Every file is written whole or not at
+all."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rlsafe.compare.grid.fingerprints import fingerprints, versions
+from rlsafe.compare.grid.grid import Cell, expand
+from rlsafe.config import CompareConfig, UserError, check_out, dump_yaml
+from rlsafe.engine.record.provenance import config_files, files_record
+from rlsafe.evaluate import task_name
+from rlsafe.evaluate.measure.files import write_atomically, write_json
+
+_PLAN = "comparison.json"
+_RECORD = "cell.json"
+
+
+def read_json(path: Path) -> Any:
+    """The file's value; None when it is absent. UserError when it is not JSON."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+@dataclass
+class Directory:
+    """A comparison directory: OUT/comparison.json, OUT/compare.yaml and OUT/cells/<id>/ (a run directory with
+    cell.json)."""
+
+    out: Path
+
+    def cell(self, id: str) -> Path:
+        return self.out / "cells" / id
+
+    def record(self, id: str) -> dict[str, Any]:
+        """The record of a cell ({} when there is none): kind, model, path, defense, seed, data, task, source, swept, hash,
+        status, seconds, error, peak_memory."""
+        return read_json(self.cell(id) / _RECORD) or {}
+
+    def write_record(self, cell: Cell, status: str, seconds: float | None = None, error: str = "", **more: Any) -> None:
+        record = {
+            "id": cell.id,
+            "kind": cell.kind,
+            "model": cell.model,
+            "path": cell.path,
+            "defense": cell.defense,
+            "seed": cell.seed,
+            "data": cell.data,
+            "task": cell.task,
+            "source": cell.source,
+            "swept": asdict(cell.swept),
+            "swept_model": asdict(cell.swept_model),
+            "hash": cell.fingerprint,
+            "status": status,
+            "seconds": seconds,
+            "error": error,
+            **more,
+            "config": cell.config.model_dump(mode="json", exclude={"out"}),
+        }
+        write_json(self.cell(cell.id) / _RECORD, record)
+
+    def finished(self, cell: Cell) -> bool:
+        """Whether the cell's run is there, complete and of the same settings."""
+        record = self.record(cell.id)
+        return record.get("status") == "done" and record["hash"] == cell.fingerprint and self.evaluated(cell.id)
+
+    def evaluated(self, id: str) -> bool:
+        return (self.cell(id) / "evaluation.json").is_file()
+
+    def changed_keys(self, cell: Cell) -> list[str]:
+        """Which settings differ between the run on disk and the cell, as dotted keys; [] when the record's hash
+        agrees."""
+        record = self.record(cell.id)
+        if not record or record["hash"] == cell.fingerprint:
+            return []
+        before, now = _flat(record["config"]), _flat(cell.config.model_dump(mode="json", exclude={"out"}))
+        keys = sorted(key for key in {*before, *now} if before.get(key, ...) != now.get(key, ...))
+        return keys or ["a file that the settings name"]
+
+    def clear(self, cell: Cell) -> None:
+        shutil.rmtree(self.cell(cell.id), ignore_errors=True)
+
+    # ------------------------------------------------------------------------------------------------ the plan
+
+    def open(self, config: CompareConfig) -> None:
+        """Make the directory ready. UserError when it holds something that is no comparison, or cannot be written."""
+        check_out(self.out)
+        if self.out.is_dir() and any(self.out.iterdir()) and not (self.out / _PLAN).is_file():
+            raise UserError(f"--out {self.out}: holds files that are no comparison; choose an empty or new directory")
+        write_atomically(self.out / "compare.yaml", dump_yaml(config))
+
+    def write_plan(self, config: CompareConfig, cells: Sequence[Cell], command: str) -> None:
+        """What the report needs to know beside the cells."""
+        kept = [cell.id for cell in self._others(config, cells)]
+        benign = config.benign
+        plan = {
+            "title": config.title,
+            "cells": [*(cell.id for cell in cells), *kept],
+            "labels": {cell.id: cell.label for cell in cells},
+            "benign_task": benign.task if benign else None,
+            "benign_tests": {
+                task: [task_name(source) for source in tree.get("evaluate", {}).get("benign", [])]
+                for task, tree in (benign.tasks if benign else {}).items()
+            },
+            "command": command,
+            "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+            "versions": versions(),
+            "fingerprints": fingerprints(cells),
+            **files_record(config_files(config._source)),
+        }
+        write_json(self.out / _PLAN, plan)
+
+    def plan(self) -> dict[str, Any]:
+        found = read_json(self.out / _PLAN)
+        if found is None:
+            raise UserError(
+                f"{self.out}: not a comparison directory (no {_PLAN}); expected the --out of `rlsafe compare`"
+            )
+        return found
+
+    def _others(self, config: CompareConfig, cells: Sequence[Cell]) -> list[Cell]:
+        """Finished cells of earlier selections (other defenses, paths or seeds of the same config), still valid
+        today."""
+        selected = {cell.id for cell in cells}
+        records = [read_json(path) for path in sorted(self.out.glob(f"cells/*/{_RECORD}"))]
+        others: dict[str, Cell] = {}
+        for record in (
+            r for r in records if r["status"] == "done" and r["id"] not in selected and r["id"] not in others
+        ):
+            reference = record["defense"] in ("aligned", "untrained")
+            label = None if reference else [record["defense"].partition("[")[0]]
+            relapse = record["config"]["schedule"]["steps"] if record["kind"] == "relapse" else 0
+            try:
+                again = expand(config, label, [record["path"]] if record["path"] else None, [record["seed"]], relapse)
+            except UserError:
+                continue
+            others |= {cell.id: cell for cell in again if cell.id not in selected and self.finished(cell)}
+        return list(others.values())
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else None
+    if items is None:
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat or {prefix: tree}

@@ -1,0 +1,156 @@
+"""The report: one self-contained HTML page (no script, no network), redrawn from what is on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from rlsafe.compare.grid.records import Directory
+from rlsafe.compare.report import origins, pages, plots, sections
+from rlsafe.compare.report.charts import LINES
+from rlsafe.compare.report.table import NOTHING_LEARNED, SYMBOLS, TITLES
+from rlsafe.compare.verdicts.results import REWARD_WINDOW, Results, write_tables
+from rlsafe.compare.verdicts.sweeps import GOALS, sweeps
+from rlsafe.compare.verdicts.tasks import judge_and_write
+from rlsafe.compare.verdicts.verdicts import CRITERIA, PathTable
+from rlsafe.config import UserError
+from rlsafe.evaluate.measure.files import write_atomically
+from rlsafe.types import provider_for
+
+
+def draw_report(directory: str | Path, latex: bool = False) -> Path:
+    """Redraw report.html (and the tables) of a comparison from disk; `latex` also writes results.tex. Gives the
+    report's path.
+
+    Raises UserError when `directory` is no comparison.
+    """
+    out = Path(directory)
+    if not out.is_dir():
+        raise UserError(f"{out}: no such directory; expected the --out of `rlsafe compare`")
+    results = write_tables(Directory(out))
+    tables = judge_and_write(results)
+    if latex:
+        from rlsafe.compare.report.latex import write_latex
+
+        write_latex(out / "results.tex", results, tables)
+    return draw(results, tables)
+
+
+def draw(results: Results, tables: Sequence[PathTable]) -> Path:
+    """Write report.html from results already read and judged."""
+    environment = Environment(
+        loader=PackageLoader("rlsafe.compare.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "percent": percent, "breakable": breakable}
+    html = environment.get_template("report.html.j2").render(context(results, tables))
+    path = results.directory.out / "report.html"
+    write_atomically(path, html)
+    return path
+
+
+def context(results: Results, tables: Sequence[PathTable]) -> dict[str, Any]:
+    """Everything the template shows."""
+    style = plots.looks(list(dict.fromkeys(label for table in tables for label in table.rows)))
+    several = len({table.model for table in tables}) > 1
+    top = sections.tops(tables)
+    seeds = sorted({cell.seed for cell in results.cells if cell.kind != "untrained"})
+    of_tables = [sections.section(results, table, style, several, top) for table in tables]
+    of_sweeps = [sections.swept(sweep, number) for number, sweep in enumerate(sweeps(results, tables))]
+    return {
+        "title": results.plan["title"] or "Which defense to ship",
+        "headlines": pages.headlines(tables),
+        "caution": caution(results),
+        "contents": contents(of_tables, bool(of_sweeps)),
+        "sections": of_tables,
+        "sweeps": of_sweeps,
+        "lines": [(words, f"var(--s{int(color[-2:], 16) + 1})") for words, color, _, _ in LINES.values()],
+        "style": style,
+        "symbols": SYMBOLS,
+        "titles": TITLES,
+        "criteria": CRITERIA,
+        "rates": sections.RATES,
+        "goals": GOALS,
+        "value_and_interval": sections.value_and_interval,
+        "nothing_learned": NOTHING_LEARNED,
+        "plan": results.plan,
+        "origins": origins.groups(results),
+        "models": results.models,
+        "paths": results.paths,
+        "seeds": seeds,
+        "n_cells": len(results.cells),
+        "missing": len(results.plan["cells"]) - len(results.cells),
+        "failed": pages.failures(results),
+        "budget": pages.budget_sentence(pages.budgets(results)),
+        "unscored": sum(
+            rate.unscored for table in tables for row in table.rows.values() for rate in row.rates.values()
+        ),
+        "memory_of": next((cell.record["memory_of"] for cell in results.cells if "memory_of" in cell.record), ""),
+        "config": _config_text(results),
+        "window": f"{100 * REWARD_WINDOW:.0f}%",
+        "css": Markup(environment_text("report.css")),
+    }
+
+
+def caution(results: Results) -> str:
+    """What the providers of the compared models say of what is measured on them."""
+    names = dict.fromkeys(cell.config.model.name for cell in results.cells)
+    found = [provider_for(name) for name in names]
+    return " ".join(dict.fromkeys(getattr(known[0], "caution", "") for known in found if known))
+
+
+CONTENTS = {
+    "verdicts": "Verdicts",
+    "rates": "Rates",
+    "tradeoff": "Trade-off",
+    "sweeps": "Strength",
+    "benign": "Benign tasks",
+    "curves": "Learning curves",
+    "dose": "Inoculation",
+    "relapse": "Relapse",
+    "dialogues": "Dialogues",
+    "effects": "What each defense did",
+    "cost": "Cost",
+    "method": "Method",
+    "configuration": "Configuration",
+}
+_SOMETIMES = {"benign": "tasks", "dose": "dose", "relapse": "relapse"}  # part of the page -> what a section has then
+
+
+def contents(of_tables: Sequence[dict[str, Any]], swept: bool) -> list[tuple[str, str]]:
+    """(anchor, words) of every part of the page that is there."""
+    absent = {part for part, key in _SOMETIMES.items() if not any(section[key] for section in of_tables)}
+    absent |= set() if swept else {"sweeps"}
+    return [(anchor, words) for anchor, words in CONTENTS.items() if anchor not in absent]
+
+
+def environment_text(name: str) -> str:
+    """A file of our own that stands beside the template."""
+    return (Path(__file__).parent / "templates" / name).read_text("utf-8")
+
+
+def _config_text(results: Results) -> str:
+    path = results.directory.out / "compare.yaml"
+    return pages.readable(path.read_text("utf-8")) if path.is_file() else ""
+
+
+def breakable(label: str) -> Markup:
+    """A label that may be broken after `&`."""
+    return Markup(str(escape(label)).replace("&amp;", "&amp;<wbr>"))
+
+
+def percent(value: float | None) -> str:
+    """`12.3%`; nothing for None."""
+    return "" if value is None else f"{100 * value:.1f}%"
+
+
+def number(value: float | None) -> str:
+    """Three significant digits; nothing for None."""
+    return "" if value is None else f"{value:.3g}"

@@ -1,0 +1,74 @@
+"""The verdicts as a table for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+
+from rlsafe.compare.verdicts.arms import Rate
+from rlsafe.compare.verdicts.verdicts import CRITERIA, PathTable, Row
+
+SYMBOLS = {"yes": "✓", "partly": "◐", "no": "✗", "unclear": "?", "untested": "–"}
+TITLES = {
+    "prevents_em": "prevents EM",
+    "keeps_narrow": "keeps narrow",
+    "learns_benign": "learns benign",
+    "coherent": "coherent",
+}
+NOTHING_LEARNED = "nothing learned"
+_STYLES = {"yes": "green", "partly": "yellow", "no": "red", "unclear": "dim", "untested": "dim"}
+
+
+def shown_grade(row: Row, criterion: str) -> str:
+    """What a table shows for a criterion: the grade, or that preventing misalignment means nothing here."""
+    if criterion == "prevents_em" and row.nothing_learned and row.verdicts[criterion].grade != "untested":
+        return NOTHING_LEARNED
+    return row.verdicts[criterion].grade
+
+
+def percent(rate: Rate | None) -> str:
+    """`12.3 (8.1 to 17.0)`."""
+    return f"{100 * rate.mean:.1f} ({100 * rate.low:.1f} to {100 * rate.high:.1f})" if rate else ""
+
+
+def verdict_table(tables: Sequence[PathTable], failed: int = 0) -> Group:
+    """One table for each (model, path): defenses as rows, the four criteria, then rates in percent with 95%
+    intervals."""
+    several = len({table.model for table in tables}) > 1
+    parts: list[Table | str] = []
+    for one in tables:
+        title = f"{one.model}: {one.path}" if several else one.path
+        seeds = max((len(rate.seeds) for label in one.defenses for rate in one.rows[label].rates.values()), default=0)
+        shown = Table(
+            title=f"{escape(title)} ({seeds} seed{'s' * (seeds != 1)})", title_justify="left", title_style="bold"
+        )
+        shown.add_column("defense", no_wrap=True)
+        for criterion in CRITERIA:
+            shown.add_column(TITLES[criterion])
+        for heading in ("general %", "in-domain %", "incoherent %"):
+            shown.add_column(heading, justify="right", no_wrap=True)
+        for label, row in one.rows.items():
+            grades = (
+                [_styled(row, criterion) for criterion in CRITERIA]
+                if row.verdicts
+                else ["[dim]reference[/]", "", "", ""]
+            )
+            rates = [percent(row.rates.get(name)) for name in ("general", "indomain", "general_incoherent")]
+            shown.add_row(escape(label), *grades, *rates)
+        parts.append(shown)
+    if not parts:
+        parts.append("no finished runs to judge")
+    if failed:
+        parts.append(f"[red]{failed} cell{'s' * (failed != 1)} failed[/]: see the report")
+    return Group(*parts)
+
+
+def _styled(row: Row, criterion: str) -> str:
+    shown = shown_grade(row, criterion)
+    grade = row.verdicts[criterion].grade
+    if shown == NOTHING_LEARNED:
+        return f"[dim]– {shown}[/]"
+    return f"[{_STYLES[grade]}]{SYMBOLS[grade]} {shown}[/]"

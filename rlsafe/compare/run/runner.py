@@ -1,0 +1,299 @@
+"""Runs a grid: one process and one set of resources for all cells, or `jobs` worker processes. Finished cells are
+kept."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlsafe.compare.grid.cells import located
+from rlsafe.compare.grid.grid import Cell, expand
+from rlsafe.compare.grid.records import Directory, read_json
+from rlsafe.compare.grid.selection import Selection, fill
+from rlsafe.compare.run.backends_ray import RayCluster, check_ray, run_on_ray
+from rlsafe.compare.run.memory import Peak
+from rlsafe.compare.run.progress import Progress
+from rlsafe.compare.run.scoring import check as check_selection
+from rlsafe.compare.run.scoring import make_scores
+from rlsafe.compare.run.workers import run_in_workers, train_cell
+from rlsafe.compare.verdicts.results import write_tables
+from rlsafe.compare.verdicts.tasks import judge_and_write
+from rlsafe.compare.verdicts.verdicts import PathTable
+from rlsafe.config import UserError, load_compare
+from rlsafe.config.secrets import scrub_secrets
+from rlsafe.data import read_once
+from rlsafe.types import Interrupted, RunError
+
+if TYPE_CHECKING:
+    from rlsafe.engine import Resources
+
+SELECTIONS = "selection"  # OUT/selection/KEY/: helper adapters and scores of safe rows
+
+
+@dataclass
+class Comparison:
+    """A finished comparison. `failed`: cell -> its one-line reason; the command line exits with 1 when there is one."""
+
+    out: Path
+    report: Path
+    tables: list[PathTable]
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def table(self) -> Any:
+        """The verdicts as a rich renderable: defenses as rows, for each path the four criteria and the rates."""
+        from rlsafe.compare.report.table import verdict_table
+
+        return verdict_table(self.tables, len(self.failed))
+
+
+def compare(
+    config_path: str | Path,
+    defenses: Sequence[str] | None = None,
+    paths: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    jobs: int = 0,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    quick: bool = False,
+    relapse: int | None = None,
+    ray: RayCluster | None = None,
+) -> Comparison:
+    """Run every cell of the grid that is not finished yet, then judge and report. Returns a Comparison (see
+    `.table()`).
+
+    jobs: worker processes; 0 = what suits the machine (`suitable_jobs`).
+    out: default `runs/<name of the config>`. The same call again keeps what is finished, so it also resumes.
+    relapse: undefended steps after each narrow run, as runs of their own; None = as the config says.
+    ray: run the cells as tasks of a Ray cluster instead; jobs then limits how many run at a time, 0 = what there is room for.
+    A cell that fails is in `Comparison.failed`, and the others go on. Raises UserError for wrong input (before anything runs,
+    where that can be known, else when it kept every cell from training), Interrupted on Ctrl-C.
+    """
+    config = load_compare(config_path, overrides, quick)
+    cells = expand(config, defenses, paths, seeds, relapse)
+    own_out = config.run.get("out")
+    name = Path(config_path).stem + ("-quick" if quick else "")
+    directory = Directory(Path(out or own_out or Path("runs") / name))
+    directory.open(config)
+    command = scrub_secrets(
+        _command(config_path, defenses, paths, seeds, jobs, directory.out, overrides, quick, relapse, ray)
+    )
+    if ray is not None:
+        check_ray(ray)
+    progress = Progress(cells)
+    todo = []
+    for cell in cells:
+        if directory.finished(cell):
+            progress.keep(cell, directory.record(cell.id).get("seconds"))
+            continue
+        if changed := directory.changed_keys(cell):
+            progress.say(f"{cell.label}: runs again, its settings changed ({_some(changed)})")
+        todo.append(cell)
+    jobs = jobs if ray is not None else jobs or suitable_jobs(todo)
+    if len(todo) < len(cells):
+        progress.say(f"kept {len(cells) - len(todo)} finished of {len(cells)} cells in {directory.out}")
+    check(todo)
+    selections = {selection.key: selection for cell in todo for selection in cell.selections}
+    for selection in selections.values():
+        check_selection(selection)
+    directory.write_plan(config, cells, command)
+    try:
+        with progress:
+            todo = _scored(selections.values(), todo, directory, progress)
+            for wave in ([c for c in todo if not c.source], [c for c in todo if c.source]):
+                _run(_startable(wave, directory, progress), directory, progress, jobs, ray)
+    except (KeyboardInterrupt, Interrupted):
+        raise Interrupted(f"finished cells are kept in {directory.out}; go on with: {command}") from None
+    finally:
+        tables = judge_and_write(results := write_tables(directory))
+    from rlsafe.compare.report.reporting import draw
+
+    failed = {cell.id: results.failed[cell.id] for cell in cells if cell.id in results.failed}
+    trained = [cell for cell in cells if cell.kind != "untrained"]
+    if trained and all(directory.record(cell.id).get("users") for cell in trained):  # nothing but the user's mistake
+        raise UserError(f"{trained[0].label}: {failed[trained[0].id]}")
+    return Comparison(directory.out, draw(results, tables), tables, failed)
+
+
+def run_cell(cell: Cell, directory: Directory, resources: Resources, progress: Progress | None = None) -> None:
+    """Train and evaluate one cell and record how it ended; one bad cell must not cost the others. Raises Interrupted.
+
+    Training that was interrupted goes on from its checkpoint; a run that was trained but not evaluated is only
+    evaluated.
+    """
+    from rlsafe.engine.run.life import run as train_cell
+    from rlsafe.evaluate import evaluate, evaluate_run
+
+    where = directory.cell(cell.id)
+    same = directory.record(cell.id).get("hash") == cell.fingerprint
+    trained = same and (read_json(where / "run.json") or {}).get("status") == "finished"
+    resume = same and any((where / "checkpoints").glob("*"))
+    if not trained and not resume:
+        directory.clear(cell)
+    directory.write_record(cell, "running")
+    started, peak = time.monotonic(), Peak()
+    try:
+        if trained:
+            evaluate(str(where), out=where, first=False)
+        else:
+            run = train_cell(
+                located(fill(cell.config, directory.out / SELECTIONS), directory.out / "cells"), where, resources=resources,
+                progress=progress.step if progress else None, resume=resume,
+            )  # fmt: skip
+            evaluate_run(
+                run.sampler,
+                run.policy.tokenizer,
+                run.config.evaluate,
+                where,
+                judge=resources.judge(run.config) if run.config.evaluate.judge is not None else None,
+                progress=progress.doing if progress else None,
+            )
+        directory.write_record(cell, "done", time.monotonic() - started, **({} if trained else peak.read()))
+    except (KeyboardInterrupt, Interrupted):
+        raise
+    except Exception as error:
+        directory.write_record(
+            cell, "failed", time.monotonic() - started, _reason(error), users=isinstance(error, UserError)
+        )
+
+
+def _reason(error: Exception) -> str:
+    line = scrub_secrets(" ".join(str(error).split())) or "no message"
+    return (line if isinstance(error, UserError | RunError) else f"{type(error).__name__}: {line}")[:500]
+
+
+def _scored(
+    selections: Iterable[Selection], todo: Sequence[Cell], directory: Directory, progress: Progress
+) -> list[Cell]:
+    """Make the scores of safe rows; gives the cells that can run. Only those that need scores fail with them."""
+    place, broken = directory.out / SELECTIONS, {}
+    for selection in selections:
+        try:
+            make_scores(
+                selection, place / selection.key, work=place / f"helpers-{selection.helpers_key}", say=progress.doing
+            )
+        except (KeyboardInterrupt, Interrupted):
+            raise
+        except Exception as error:
+            broken[selection.key] = f"its safe rows could not be scored: {_reason(error)}"
+    fit = []
+    for cell in todo:
+        reasons = [broken[selection.key] for selection in cell.selections if selection.key in broken]
+        if reasons:
+            directory.clear(cell)
+            _fail(cell, reasons[0], directory, progress)
+        else:
+            fit.append(cell)
+    return fit
+
+
+def _startable(wave: Sequence[Cell], directory: Directory, progress: Progress) -> list[Cell]:
+    """The cells whose source, if they have one, is finished; the others fail."""
+    fit = []
+    for cell in wave:
+        if cell.source and directory.record(cell.source).get("status") != "done":
+            _fail(cell, f"it goes on from {cell.source}, which failed", directory, progress)
+        else:
+            fit.append(cell)
+    return fit
+
+
+def _fail(cell: Cell, reason: str, directory: Directory, progress: Progress) -> None:
+    directory.write_record(cell, "failed", 0.0, reason, users=False)
+    progress.finish(cell, 0.0, reason)
+
+
+def check(cells: Sequence[Cell]) -> None:
+    """Find what is wrong with any cell's data, rewards, questions or judge before the first one runs (seeds do not
+    matter)."""
+    from rlsafe.engine.run.components import Resources, prepare
+    from rlsafe.engine.run.contact import contact
+
+    resources = Resources()
+    with read_once():
+        for cell in {cell.alike: cell for cell in reversed(cells)}.values():
+            try:
+                contact(prepare(cell.config), resources)
+            except UserError as error:
+                raise UserError(f"{cell.label}: {error}") from None
+
+
+SMALL_MODEL = 200 << 20  # bytes of weights
+WORKER_MEMORY = 3 << 30  # bytes that a worker with its own sampler engine takes at most, for a small model
+
+
+def suitable_jobs(todo: Sequence[Cell]) -> int:
+    """One worker per core for small models on a CPU (their kernels are too short to share cores), as memory allows; else one
+    process, where the cells share one sampler engine."""
+    import psutil
+    import torch
+
+    from rlsafe.engine.run.components import model_path
+
+    if torch.cuda.is_available() or not todo:
+        return 1
+    for directory in {model_path(cell.config) for cell in todo if not cell.source}:
+        weights = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
+        if not 0 < weights <= SMALL_MODEL:
+            return 1
+    room = int(psutil.virtual_memory().available // WORKER_MEMORY)
+    return max(1, min(os.cpu_count() or 1, room, len(todo)))
+
+
+def _run(
+    todo: Sequence[Cell], directory: Directory, progress: Progress, jobs: int, ray: RayCluster | None = None
+) -> None:
+    """In this process, where the cells share one sampler engine, in `jobs` workers, or on a Ray cluster."""
+    from rlsafe.engine import Resources
+
+    if ray is not None and todo:
+        ended = partial(_ended, directory=directory, progress=progress)
+        return run_on_ray(train_cell, todo, directory, jobs, ray, ended, progress.start_many)
+    if jobs > 1 and len(todo) > 1:
+        progress.start_many(min(jobs, len(todo)))
+        run_in_workers(train_cell, todo, directory, jobs, partial(_ended, directory=directory, progress=progress))
+        return
+    resources = Resources(on_start=progress.doing)
+    for cell in todo:
+        progress.start(cell)
+        run_cell(cell, directory, resources, progress)
+        _ended(cell, directory, progress)
+
+
+def _ended(cell: Cell, directory: Directory, progress: Progress) -> None:
+    record = directory.record(cell.id)
+    progress.finish(cell, float(record["seconds"]), record["error"])
+    write_tables(directory)
+
+
+def _some(keys: Sequence[str], most: int = 3) -> str:
+    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+
+
+def _command(
+    config_path: str | Path,
+    defenses: Sequence[str] | None,
+    paths: Sequence[str] | None,
+    seeds: Sequence[int] | None,
+    jobs: int,
+    out: Path,
+    overrides: Sequence[str],
+    quick: bool,
+    relapse: int | None,
+    ray: RayCluster | None = None,
+) -> str:
+    """The command line that does the same again."""
+    words = ["rlsafe", "compare", str(config_path), *overrides]
+    for option, values in (("--defenses", defenses), ("--paths", paths), ("--seeds", seeds)):
+        if values:
+            words += [option, ",".join(map(str, values))]
+    words += ["--jobs", str(jobs)] if jobs > 1 else []
+    words += ray.words() if ray is not None else []
+    words += ["--quick"] if quick else []
+    words += ["--relapse", str(relapse)] if relapse is not None else []
+    return shlex.join([*words, "--out", str(out)])

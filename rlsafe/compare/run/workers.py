@@ -1,0 +1,167 @@
+"""The cells of a comparison on several processes. A process that dies costs the cell that killed it, and no other."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlsafe.compare.grid.cells import Cell
+from rlsafe.compare.grid.records import Directory
+from rlsafe.types import Interrupted
+
+if TYPE_CHECKING:
+    from rlsafe.engine import Resources
+
+Work = Callable[[Cell, Path], None]
+GRACE = 60.0
+"""Seconds between the signals to a worker that is left alone: the first lets it finish its step, the next ends it."""
+DIED = "its process died (killed for lack of memory?)"
+RETRIES = 2
+"""How often a cell whose process died runs again, alone; it goes on from its newest checkpoint."""
+
+
+def run_in_workers(
+    work: Work, cells: Sequence[Cell], directory: Directory, jobs: int, ended: Callable[[Cell], None]
+) -> None:
+    """`work(cell, out)` for every cell, `jobs` at a time; `ended(cell)` here after each. `work` records failures itself.
+
+    When a process dies the pool is lost with all that it was doing. Which cell did it cannot be told, so those that were
+    under way run again, each in a process of its own; one that is lost there `RETRIES` times is recorded as failed.
+    """
+    left = list(cells)
+    with _threads(max(1, (os.cpu_count() or 1) // jobs)) as threads:
+        while left:
+            left = _pool(work, left, directory, jobs, threads, ended)
+            suspects = [cell for cell in left if directory.record(cell.id).get("status") == "running"]
+            left = [cell for cell in left if cell.id not in {suspect.id for suspect in suspects}]
+            for cell in suspects:
+                if all(_pool(work, [cell], directory, 1, threads, ended) for _ in range(RETRIES)):
+                    directory.write_record(cell, "failed", 0.0, DIED)
+                    ended(cell)
+
+
+def _pool(
+    work: Work, cells: Sequence[Cell], directory: Directory, jobs: int, threads: int, ended: Callable[[Cell], None]
+) -> list[Cell]:
+    """Run cells until all are done or a process dies; gives those that are left then."""
+    pool = ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_start, initargs=(threads,))
+    running: dict[Future[None], Cell] = {pool.submit(_Worker.do, work, cell, directory.out): cell for cell in cells}
+    try:
+        with _pass_on(pool):
+            while running:
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    cell = running[future]
+                    future.result()
+                    del running[future]
+                    ended(cell)
+    except BrokenProcessPool:
+        for cell in (finished := [cell for cell in running.values() if directory.finished(cell)]):
+            ended(cell)
+        return [cell for cell in running.values() if cell.id not in {one.id for one in finished}]
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    return []
+
+
+@contextmanager
+def _pass_on(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """SIGTERM is Ctrl-C. A terminal's Ctrl-C reaches every process, what a scheduler sends only this one."""
+
+    def handle(number: int, frame: Any) -> None:
+        for process in list(pool._processes.values()):
+            process.terminate()
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[int]:
+    """The machine's threads divided among the workers; their libraries read the variable as they load."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    try:
+        yield count
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+class _Worker:
+    """What a worker process knows of itself. Asked to stop, it takes none of the cells that already wait in its queue."""
+
+    busy = stopped = False
+
+    @classmethod
+    def do(cls, work: Work, cell: Cell, out: Path) -> None:
+        if cls.stopped:
+            raise KeyboardInterrupt
+        cls.busy = True
+        try:
+            work(cell, out)
+        except (KeyboardInterrupt, Interrupted):
+            cls.stopped = True
+            raise
+        finally:
+            cls.busy = False
+
+    @classmethod
+    def signalled(cls, number: int, frame: Any) -> None:
+        """Between cells: one that died of it would break the pool, and the pool would end the others in their steps."""
+        cls.stopped = True
+        if cls.busy:
+            raise KeyboardInterrupt
+
+    @classmethod
+    def follow_parent(cls) -> None:
+        """A worker whose parent was killed would wait for its next cell for ever."""
+        parent = parent_process()
+        assert parent is not None
+        parent.join()
+        while cls.busy:
+            os.kill(os.getpid(), signal.SIGTERM)
+            end = time.monotonic() + GRACE
+            while cls.busy and time.monotonic() < end:
+                time.sleep(0.1)
+        os._exit(1)
+
+
+def _start(threads: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _Worker.signalled)
+    threading.Thread(target=_Worker.follow_parent, daemon=True).start()
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+_resources: Resources | None = None
+
+
+def train_cell(cell: Cell, out: Path) -> None:
+    """The work of a comparison; each worker has its own sampler engine and keeps it."""
+    global _resources
+    from rlsafe.compare.run.runner import run_cell
+    from rlsafe.engine import Resources
+
+    _resources = _resources or Resources()
+    run_cell(cell, Directory(out), _resources)

@@ -1,0 +1,1 @@
+"""From the cells' results to arms, rates and verdicts."""

@@ -1,0 +1,98 @@
+"""From cells to arms: the rates of every question under every seed, which intervals and verdicts are computed from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rlsafe.compare.verdicts.results import Result, Results
+from rlsafe.evaluate.measure.statistics import Arm, mean_interval
+
+Questions = Mapping[str, float]
+
+MEASURES: dict[str, tuple[str, str]] = {
+    "general": ("general", "misaligned"),
+    "indomain": ("indomain", "misaligned"),
+    "conditional": ("conditional", "misaligned"),
+    "general_incoherent": ("general", "incoherent"),
+    "indomain_incoherent": ("indomain", "incoherent"),
+}
+"""Name of a rate -> (question set, criterion)."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A rate over seeds and questions with its 95% interval. `seeds`: seed -> rate. `n`: answers, `unscored`: left
+    out of n."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: dict[int, float]
+    n: int
+    unscored: int = 0
+
+
+def build_arms(
+    cells: Mapping[str, Sequence[Result]], measure: Callable[[Result], Questions], answers: Callable[[Result], int]
+) -> dict[str, Arm]:
+    """Arms over one common list of questions, so that they can be compared question by question. Labels without data
+    are left out.
+
+    A question that an arm was not asked is NaN there; rows are in the order of the seeds.
+    """
+    measured = {label: [measure(cell) for cell in of_label] for label, of_label in cells.items()}
+    questions = list(dict.fromkeys(q for rows in measured.values() for row in rows for q in row))
+    arms = {}
+    for label, rows in measured.items():
+        rates = np.array([[row.get(q, math.nan) for q in questions] for row in rows], float).reshape(
+            len(rows), len(questions)
+        )
+        if rates.size and not np.isnan(rates).all():
+            asked = ~np.isnan(rates).all(axis=1)  # a seed whose evaluation lacks this set is no measurement
+            arms[label] = Arm(rates[asked], sum(answers(cell) for cell in cells[label]))
+    return arms
+
+
+def rate_arms(cells: Mapping[str, Sequence[Result]], name: str) -> dict[str, Arm]:
+    """Arms of one of MEASURES."""
+    questions, criterion = MEASURES[name]
+    return build_arms(
+        cells,
+        lambda cell: cell.evaluation.question_rates(questions, criterion),
+        lambda cell: int((cell.rates.get(questions) or {}).get("n", 0)),
+    )
+
+
+def benign_arms(cells: Mapping[str, Sequence[Result]], tests: Sequence[str]) -> dict[str, Arm]:
+    """Arms of a benign task: each row of its test sets is a question with rate 0 or 1."""
+
+    def rows(cell: Result) -> Questions:
+        return {f"{test}/{row}": value for test in tests for row, value in cell.evaluation.benign_rates(test).items()}
+
+    return build_arms(cells, rows, lambda cell: len(rows(cell)))
+
+
+def summarise(arm: Arm, cells: Sequence[Result], questions: str | None = None) -> Rate:
+    """Mean, interval (the mean is in it: that of a rate of 0 begins a hair above, by smoothing) and the rate of each seed."""
+    low, high = mean_interval(arm)
+    low, high = min(low, arm.mean), max(high, arm.mean)
+    with np.errstate(invalid="ignore"):
+        by_seed = np.nanmean(arm.rates, axis=1)
+    unscored = sum(int((cell.rates.get(questions) or {}).get("unscored", 0)) for cell in cells) if questions else 0
+    seeds = {cell.seed: float(value) for cell, value in zip(cells, by_seed, strict=False)}
+    return Rate(arm.mean, low, high, seeds, arm.answers, unscored)
+
+
+def labelled(results: Results, model: str, path: str, task: str | None = None) -> dict[str, list[Result]]:
+    """The cells behind each label of one (model, path): untrained, each defense, aligned. With `task`: the benign
+    cells."""
+    cells = {"untrained": results.of("untrained", model)}
+    for defense in results.defenses(model, path):
+        cells[defense] = results.of("benign" if task else "narrow", model, path, defense, task)
+    if not task:
+        cells["aligned"] = results.of("aligned", model, path)
+    return {label: found for label, found in cells.items() if found}

@@ -1,0 +1,59 @@
+"""The benign tasks of a comparison: the score of every arm on each, and whether the defense still lets it be learned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rlsafe.compare.verdicts.arms import Rate, benign_arms, labelled, summarise
+from rlsafe.compare.verdicts.results import Results
+from rlsafe.compare.verdicts.verdicts import PathTable, Verdict, judge, judge_share, write_verdicts
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """Exact match of one label on one task. verdict: None for the untrained model."""
+
+    rate: Rate
+    verdict: Verdict | None
+
+
+def scores(results: Results, table: PathTable) -> dict[str, dict[str, TaskScore]]:
+    """task -> label -> score; tasks without any finished run are left out."""
+    found = {}
+    for task in results.plan["benign_tests"]:
+        cells = labelled(results, table.model, table.path, task)
+        arms = benign_arms(cells, results.tests(task))
+        if set(arms) - {"untrained"}:
+            found[task] = {
+                label: TaskScore(
+                    summarise(arm, cells[label]),
+                    None if label == "untrained" else judge_share(arms, label, f"task {task}", prevents=False),
+                )
+                for label, arm in arms.items()
+            }
+    return found
+
+
+def judge_and_write(results: Results) -> list[PathTable]:
+    """Every rate and verdict, and verdicts.json and verdict_details.json beside the results."""
+    tables = judge(results)
+    write_verdicts(results.directory, tables, {table.key: details(results, table) for table in tables})
+    return tables
+
+
+def details(results: Results, table: PathTable) -> dict[str, Any]:
+    """For verdict_details.json: {task: {label: grade and numbers}}."""
+    return {
+        task: {
+            label: {
+                "score": one.rate.mean,
+                "ci95": [one.rate.low, one.rate.high],
+                "n": one.rate.n,
+                "learns_benign": one.verdict.grade if one.verdict else None,
+                "share": one.verdict.value if one.verdict else None,
+            }
+            for label, one in by_label.items()
+        }
+        for task, by_label in scores(results, table).items()
+    }

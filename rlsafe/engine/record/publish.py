@@ -1,0 +1,148 @@
+"""`rlsafe publish`: a finished run as a directory that others can load, with a model card; on request merged, on request pushed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlsafe.config import RunConfig, UserError, load_run
+from rlsafe.engine.record.card import model_card
+from rlsafe.types import RunError, provider_for
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CARD = "README.md"
+
+
+@dataclass
+class Published:
+    """What was written: the adapter (or model) with its card, the merged model, the address of the repository."""
+
+    directory: Path
+    merged: Path | None = None
+    url: str | None = None
+
+    def summary(self) -> list[str]:
+        lines = [f"ready to share: {self.directory} ({CARD} says what it is; read it before you share it)"]
+        lines += [f"merged model: {self.merged}"] if self.merged else []
+        return lines + ([f"pushed: {self.url}"] if self.url else [])
+
+
+def publish(
+    run: str | Path,
+    to: str | None = None,
+    merge: str | Path | None = None,
+    out: str | Path | None = None,
+    license: str = "other",
+    public: bool = False,
+) -> Published:
+    """Write `run`'s adapter (after full fine-tuning: its model) with a card to `out` (default RUN/published).
+
+    merge: also write the whole model, the adapter merged freshly into the untouched base, in the base's own files and dtype.
+    to: push the directory to this hub repository, created private unless `public`. license: the card's license field.
+    Raises UserError for a run that is not finished and for a hub that refuses.
+    """
+    source = Path(run)
+    if not (source / "config.yaml").is_file():
+        raise UserError(f"{source}: not a run directory (no config.yaml); expected one that `rlsafe train` wrote")
+    record = source / "run.json"
+    if not record.is_file() or json.loads(record.read_text("utf-8")).get("status") != "finished":
+        raise UserError(
+            f"{source}: the run is not finished; go on with: rlsafe train {source}/config.yaml --out {source} --resume"
+        )
+    config = load_run(source / "config.yaml")
+    full = config.model.lora is None and config.model.adapter is None
+    if full and merge is not None:
+        raise UserError(f"--merge: {source} was fully fine-tuned: {source}/model is the whole model already")
+    directory = Path(out) if out is not None else source / "published"
+    _replace(source / ("model" if full else "adapter"), directory)
+    (directory / CARD).write_text(model_card(source, config, license), encoding="utf-8")
+    done = Published(directory)
+    if merge is not None:
+        done.merged = _merge(config, source, Path(merge))
+        (done.merged / CARD).write_text(model_card(source, config, license, merged=True), encoding="utf-8")
+    if to is not None:
+        done.url = _push(directory, to, public)
+    return done
+
+
+def _replace(source: Path, directory: Path) -> None:
+    """Copy to a temporary name and rename; what another publish wrote there is replaced, anything else is not touched."""
+    if not source.is_dir():
+        raise UserError(f"{source}: no such directory; expected what a finished run saves")
+    if directory.exists() and not (directory / CARD).is_file():
+        raise UserError(f"{directory}: exists and holds no {CARD}; choose another --out")
+    building = directory.with_name(f".{directory.name}.tmp")
+    shutil.rmtree(building, ignore_errors=True)
+    shutil.copytree(source, building)
+    shutil.rmtree(directory, ignore_errors=True)
+    building.rename(directory)
+
+
+# ------------------------------------------------------------------------------------------------ the merged model
+
+
+def _merge(config: RunConfig, run: Path, directory: Path) -> Path:
+    """The base's files with every adapted tensor replaced, one file at a time."""
+    from safetensors.torch import save_file
+
+    from rlsafe.policy import Policy
+    from rlsafe.rollouts.engine import local_directory, weight_files
+
+    if directory.exists() and any(directory.iterdir()):
+        raise UserError(f"--merge {directory}: is not empty; expected a new directory")
+    found = provider_for(config.model.name)
+    base = Path(local_directory(found[0].model(found[1]) if found else config.model.name, config.model.revision))
+    # In 4 or 8 bits the base is not what its files hold: it is loaded as they are.
+    model = config.model.model_copy(update={"adapter": str(run / "adapter"), "quantization": None})
+    policy = Policy.load(model, path=str(base), seed=config.seed)
+    changed = dict(policy.merged_weights())
+    directory.mkdir(parents=True, exist_ok=True)
+    for file in weight_files(str(base)):
+        tensors = {
+            name: (changed.pop(name).to(tensor.dtype) if name in changed else tensor).contiguous()
+            for name, tensor in _tensors(file)
+        }
+        save_file(tensors, str(directory / file.name), metadata={"format": "pt"})
+    if changed:
+        shutil.rmtree(directory)
+        raise RunError(
+            f"--merge: {base} holds no tensor named {next(iter(changed))}: its files name weights in another way"
+        )
+    for name in ("config.json", "generation_config.json", "model.safetensors.index.json"):
+        if (base / name).is_file():
+            shutil.copy(base / name, directory / name)
+    policy.tokenizer.save_pretrained(str(directory))
+    return directory
+
+
+def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    from safetensors import safe_open
+
+    with safe_open(str(file), framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 - not a mapping
+            yield name, tensors.get_tensor(name)
+
+
+# ------------------------------------------------------------------------------------------------ the hub
+
+
+def _push(directory: Path, to: str, public: bool) -> str:
+    from huggingface_hub import HfApi
+
+    try:
+        api: Any = HfApi()
+        where = api.create_repo(to, private=not public, exist_ok=True)
+        api.upload_folder(repo_id=where.repo_id, folder_path=directory, commit_message="Add adapter and model card")
+    except Exception as error:  # names, rights, the network: all about --to
+        line = " ".join(str(error).split())[:300]
+        hint = "; log in with `hf auth login`" if "401" in line or "token" in line.lower() else ""
+        raise UserError(
+            f"--to {to}: the hub refuses: {line}{hint}; {directory} is ready to be uploaded by hand"
+        ) from None
+    return str(where)

@@ -1,0 +1,228 @@
+"""From a run's config to the objects of its loop: each room builds its own section, once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlsafe.config import DataConfig, RunConfig, UserError, about
+from rlsafe.data import Stream, fit_rows, load_rows, require_answers
+from rlsafe.defenses import Defense, DefenseStack, SetupContext
+from rlsafe.defenses import build as build_defenses
+from rlsafe.engine.plan.schedule import Step, make_plan
+from rlsafe.engine.record.tracking import Tracker
+from rlsafe.engine.train import ahead, distributed, projection
+from rlsafe.engine.train.effects import EffectLog
+from rlsafe.engine.train.loop import Loop
+from rlsafe.evaluate import Probe, gather, load_judge, load_questions
+from rlsafe.policy import Policy
+from rlsafe.policy.adapters import read_adapter_config
+from rlsafe.rewards import RewardRunner, load_reward
+from rlsafe.rollouts import CANNOT_STEER, make_sampler
+from rlsafe.types import Judge, Row, Sampler, Where, provider_for
+
+
+@dataclass
+class Resources:
+    """What the runs of one process share: judges, and the sampler engines that `rlsafe.rollouts` keeps by model.
+
+    on_start: told in words when something slow begins (an engine's warm-up).
+    """
+
+    judges: dict[str, Judge] = field(default_factory=dict)
+    on_start: Callable[[str], None] | None = None
+
+    def judge(self, config: RunConfig) -> Judge:
+        if config.evaluate.judge is None:
+            raise UserError("evaluate.judge is not set and something needs a judge")
+        key = repr(config.evaluate.judge)
+        if key not in self.judges:
+            self.judges[key] = load_judge(config.evaluate.judge)
+        return self.judges[key]
+
+    def sampler(
+        self, config: RunConfig, policy: Policy, steerable: bool = False, warn: Callable[[str], None] | None = None
+    ) -> Sampler:
+        """The run's sampler; `steerable` when a defense steers rollouts too. warn: told when another one takes over."""
+        return make_sampler(
+            config.sampler, model_path(config), policy, config.seed, steerable=steerable, progress=self.on_start,
+            warn=warn,
+        )  # fmt: skip
+
+
+def model_path(config: RunConfig) -> str:
+    """The directory or hub id behind `model.name`."""
+    found = provider_for(config.model.name)
+    with about("model.name"):
+        return found[0].model(found[1]) if found else config.model.name
+
+
+LoadStreams = Callable[[DataConfig, int, Callable[[str], None]], dict[str, list[Row]]]
+"""(data settings, seed, note) -> rows by stream."""
+
+
+@dataclass
+class Prepared:
+    """What can be checked before any model is loaded: --dry-run stops here."""
+
+    config: RunConfig  # resolved: defenses with every setting written out
+    plan: list[Step]
+    defenses: list[Defense]
+    rows: dict[str, list[Row]]
+    rewards: RewardRunner | None
+    notes: list[str] = field(default_factory=list)  # what was left out of the data
+
+
+def prepare(config: RunConfig, load: LoadStreams | None = None) -> Prepared:
+    """Resolve every name in the config and load the data; all user errors that need no model are found here.
+
+    load: reads the streams in another way (a dry run leaves out what would have to be downloaded).
+    """
+    with about("defenses"):
+        defenses, resolved = build_defenses(config.defenses, config.plugins)
+    config = config.model_copy(update={"defenses": resolved})
+    model_path(config)
+    projection.check(config)
+    ahead.check(config)
+    stack = DefenseStack(defenses)
+    plan = make_plan(config, {d.name: offer for d in stack if (offer := d.offer()) is not None})
+    sampled = {part.stream for step in plan for part in step.parts if part.path == "grpo"}
+    if config.sampler.kind == "server" and any(stack.steers(Where(stream, "grpo", "rollout")) for stream in sampled):
+        raise UserError(CANNOT_STEER)
+    used = {part.stream for step in plan for part in step.parts if part.defense is None}
+    notes: list[str] = []
+    rows = (load or _load_streams)(config.data, config.seed, notes.append)
+    for name in used & {p.stream for s in plan for p in s.parts if p.path == "sft" and p.defense is None}:
+        require_answers(rows[name], getattr(config.data, name).source)
+    uses_grpo = any(step.path == "grpo" for step in plan)
+    with about("rewards"):  # those of a run without GRPO steps, too: they may be misspelt
+        loaded = [load_reward(reward) for reward in config.rewards]
+    rewards = None
+    if uses_grpo:
+        _no_dropout(config.model.adapter)
+        rewards = RewardRunner(loaded, config.grpo.on_error)
+    if config.evaluate.wanted:
+        gather(config.evaluate)
+    return Prepared(config, plan, defenses, rows, rewards, notes)
+
+
+def _no_dropout(adapter: str | None) -> None:
+    """UserError when the adapter to go on with drops out: see `RunConfig`, which checks that of a new one."""
+    if not adapter or not Path(adapter, "adapter_config.json").is_file():
+        return  # loading says why; in a dry run it may be an adapter that another cell will leave
+    if dropout := read_adapter_config(adapter, "model.adapter").lora_dropout:
+        raise UserError(
+            f"model.adapter: {adapter}: lora_dropout in its adapter_config.json is {dropout}; must be 0 when the schedule has "
+            "GRPO steps"
+        )
+
+
+def _load_streams(data: DataConfig, seed: int, note: Callable[[str], None]) -> dict[str, list[Row]]:
+    rows = {}
+    for name in ("narrow", "safe", "benign"):
+        if (stream := getattr(data, name)) is not None:
+            with about(f"data.{name}"):
+                rows[name] = load_rows(stream, seed, note)
+    return rows
+
+
+def build_loop(
+    prepared: Prepared, out: Path, resources: Resources, log: Callable[[str], None], **tracking: Any
+) -> Loop:
+    """Load the model, wrap it, set the defenses up. `tracking`: offset and first step of a resumed run."""
+    config = prepared.config
+    accelerator = distributed.start(cpu=not torch.cuda.is_available())
+    sharded = distributed.shards(accelerator)
+    torch.manual_seed(config.seed)
+    policy = Policy.load(
+        config.model, path=model_path(config), seed=config.seed, device=accelerator.device, in_host_memory=sharded
+    )
+    if accelerator.device.type == "cpu":
+        torch.set_num_threads(training_threads(sum(p.numel() for p in policy.core.parameters())))
+    if not policy.trainable():
+        raise UserError("model: nothing is trainable; set model.lora or leave it null for full fine-tuning")
+    optimizer = distributed.wrap(policy, accelerator, config.optim, log)
+    streams = {}
+    for note in prepared.notes:
+        log(note)
+    for name, rows in prepared.rows.items():
+        settings = getattr(config.data, name)
+        fitted = fit_rows(rows, policy.tokenizer, settings.max_tokens, settings.too_long)
+        if fitted.dropped:
+            log(f"data.{name}: {fitted.dropped} of {len(rows)} rows are longer than max_tokens and were left out")
+        if fitted.cut:
+            log(f"data.{name}: {fitted.cut} of {len(rows)} answers are cut at max_tokens")
+        if not fitted.rows:
+            raise UserError(f"data.{name}: every row is longer than max_tokens = {settings.max_tokens}")
+        streams[name] = Stream(fitted.rows, config.seed, name)
+    stack = DefenseStack(prepared.defenses)
+    paths = {step.path for step in prepared.plan}
+    sampled = {part.stream for step in prepared.plan for part in step.parts if part.path == "grpo"}
+    steered = any(stack.steers(Where(stream, "grpo", "rollout")) for stream in sampled)
+    loop = Loop(
+        config=config,
+        plan=prepared.plan,
+        accelerator=accelerator,
+        policy=policy,
+        optimizer=optimizer,
+        stack=stack,
+        streams=streams,
+        rewards=prepared.rewards,
+        make_sampler=lambda: resources.sampler(config, policy, steerable=steered, warn=log),
+        make_judge=lambda: resources.judge(config),
+        probe=(probe := _probe(config, policy, resources)),
+        direction=projection.direction(config, policy) if probe else None,
+        tracker=Tracker(out, write=accelerator.is_main_process, **tracking),
+        effects=EffectLog(stack, paths, config.track.check_after, log),
+        log=log,
+    )
+    context = SetupContext(
+        config=config,
+        policy=policy,
+        seed=config.seed,
+        cache=Path.home() / ".cache" / "rlsafe",
+        rows=lambda name: streams[name].rows,
+        sampler=loop.sampler,
+        judge=loop.make_judge,
+        log=log,
+    )
+    for defense in stack:
+        with about(f"defense {defense.name!r}"):
+            defense.setup(context)
+    stack.check_references(len(prepared.plan), paths)
+    for reference in stack.references():
+        if reference not in ("grpo_start",) and not reference.startswith("step:"):
+            policy.check_reference(reference)
+    return loop
+
+
+def training_threads(parameters: int) -> int:
+    """CPU threads for training: one per 4 M parameters, OMP_NUM_THREADS (or the cores) at most.
+
+    A small model's kernels are too short to share: threads then wait for each other, and on a machine that does other work as
+    well they wait for the scheduler (1 M parameters: 0.07 s a step with one thread, 20 s with four on a loaded machine).
+    """
+    most = int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count() or 1
+    return max(1, min(most, parameters // 4_000_000))
+
+
+def _probe(config: RunConfig, policy: Policy, resources: Resources) -> Probe | None:
+    """The curves need questions and a judge; without them the run has none."""
+    settings = config.evaluate
+    if not config.track.every or settings.judge is None or not (settings.general or settings.indomain):
+        return None
+    return Probe(
+        load_questions(settings.general) if settings.general else [],
+        load_questions(settings.indomain) if settings.indomain else [],
+        resources.judge(config),
+        policy.tokenizer,
+        config.track.questions,
+        config.track.samples,
+        settings.max_tokens,
+        config.seed,
+    )

@@ -1,0 +1,231 @@
+"""`--dry-run`: everything that can be said about a run without a model, a GPU or a network."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from rlsafe.config import DataConfig, EvaluateConfig, ModelConfig, RunConfig, StreamConfig, UserError, about, dump_yaml
+from rlsafe.data import load_rows, recipe_of, split_prompt
+from rlsafe.engine.plan.estimate import Memory, describe_memory, memory
+from rlsafe.engine.plan.schedule import describe
+from rlsafe.engine.run.components import Prepared, model_path, prepare
+from rlsafe.evaluate import Estimate, gather
+from rlsafe.evaluate.commands.costs import of_run
+from rlsafe.policy.shapes import ModelShape, model_shape
+from rlsafe.types import Row, provider_for
+
+FRAME_OF_A_TURN = 6  # tokens that a chat template puts around a turn, about
+
+
+@dataclass
+class Work:
+    """What a run trains on, samples and has judged. answers: of the evaluation and the probes, benign ones too."""
+
+    steps: int = 0
+    sft_tokens: float = 0.0
+    completions: int = 0
+    completion_tokens: int = 0
+    answers: int = 0
+    judging: Estimate = field(default_factory=Estimate)
+    graders: set[str] = field(default_factory=set)
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.steps + other.steps, self.sft_tokens + other.sft_tokens, self.completions + other.completions,
+            self.completion_tokens + other.completion_tokens, self.answers + other.answers,
+            self.judging + other.judging, self.graders | other.graders,
+        )  # fmt: skip
+
+    def lines(self) -> list[str]:
+        trained = [f"about {short(self.sft_tokens)} tokens by supervision"] if self.sft_tokens else []
+        if self.completions:
+            most = f"at most {short(self.completion_tokens)} tokens"
+            trained.append(f"{self.completions:,} completions ({most}) by reward")
+        lines = [f"steps: {self.steps:,}", "training: " + (", ".join(trained) or "nothing")]
+        if self.completions:
+            lines.append(
+                f"rewards: {', '.join(sorted(self.graders))}; one that a model grades asks it once a completion"
+            )
+        return [*lines, f"evaluation and probes: {self.answers:,} answers", *self.judging.lines()]
+
+
+@dataclass
+class Dry:
+    """A run that is not made: `prepared` as for a real one, with empty streams where the data are not on this machine."""
+
+    prepared: Prepared
+    work: Work
+    memory: list[str]
+    need: Memory | None
+    notes: list[str]
+
+
+def dry(config: RunConfig) -> Dry:
+    """Check the config and count. UserError for whatever is wrong with it; what is merely not on this machine is a note."""
+    notes: list[str] = []
+    with offline():
+        evaluate = _reachable(config.evaluate, notes)
+        prepared = prepare(config.model_copy(update={"evaluate": evaluate}), load=_local_streams)
+        prepared.config.evaluate = config.evaluate
+        work = _work(prepared, evaluate)
+        lines, need = _memory(prepared)
+    return Dry(prepared, work, lines, need, notes + prepared.notes)
+
+
+def dry_run(config: RunConfig, out: Path) -> list[str]:
+    """The lines that `rlsafe train CONFIG --dry-run` prints."""
+    found = dry(config)
+    prepared = found.prepared
+    rows = [f"data.{name}: {len(rows):,} rows" for name, rows in prepared.rows.items() if rows]
+    return [
+        dump_yaml(prepared.config), *rows, *describe(prepared.plan), *found.work.lines(), *found.memory,
+        *(f"note: {note}" for note in found.notes), f"out: {out}",
+    ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ what is not here
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Hub libraries look into their caches only."""
+    import datasets
+    import huggingface_hub
+
+    modules: list[Any] = [huggingface_hub.constants, datasets.config]
+    before = [module.HF_HUB_OFFLINE for module in modules]
+    try:
+        for module in modules:
+            module.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = value
+
+
+def _remote(stream: StreamConfig) -> str | None:
+    """The hub id or URL behind a stream; None when it is a file or comes from a provider."""
+    source = recipe_of(stream).source
+    preset = source.startswith("preset:") and recipe_of(StreamConfig(source=source)).source
+    source = preset or source
+    if source.startswith(("http://", "https://")):
+        return source
+    local = Path(source).expanduser()
+    if provider_for(source) or local.exists() or local.suffix or source.count("/") != 1:
+        return None
+    return source
+
+
+def _local_streams(data: DataConfig, seed: int, note: Callable[[str], None]) -> dict[str, list[Row]]:
+    streams: dict[str, list[Row]] = {}
+    for name in ("narrow", "safe", "benign"):
+        stream: StreamConfig | None = getattr(data, name)
+        if stream is None:
+            continue
+        remote = _remote(stream)
+        if remote and remote.startswith("http"):
+            streams[name] = []
+        else:
+            try:
+                with about(f"data.{name}"):
+                    streams[name] = load_rows(stream, seed, note)
+            except UserError:
+                if remote is None:
+                    raise
+                streams[name] = []
+        if not streams[name]:
+            note(f"data.{name}: {remote} is not on this machine: not read, its tokens are guessed")
+    return streams
+
+
+def _reachable(config: EvaluateConfig, notes: list[str]) -> EvaluateConfig:
+    """Without the benign test sets that would have to be downloaded."""
+    here = []
+    for source in config.benign:
+        remote = _remote(StreamConfig(source=source))
+        if remote is None:
+            here.append(source)
+        else:
+            notes.append(f"evaluate.benign: {source} ({remote}) was not read")
+    return config.model_copy(update={"benign": here})
+
+
+# ------------------------------------------------------------------------------------------------ counting
+
+
+def _work(prepared: Prepared, evaluate: EvaluateConfig) -> Work:
+    config, plan = prepared.config, prepared.plan
+    rows: Counter[tuple[str, str]] = Counter()
+    for step in plan:
+        for part in step.parts:
+            rows[part.stream, part.path] += part.rows
+    completions = sum(n for (_, path), n in rows.items() if path == "grpo") * config.grpo.generations
+    work = Work(
+        steps=len(plan),
+        sft_tokens=sum(n * _mean_tokens(prepared, stream) for (stream, path), n in rows.items() if path == "sft"),
+        completions=completions,
+        completion_tokens=completions * config.grpo.max_tokens,
+        graders=set(prepared.rewards.rewards) if prepared.rewards else set(),
+    )
+    if evaluate.wanted:
+        material, every = gather(evaluate), config.track.every
+        probes = sum(step.index % every == 0 or step is plan[-1] for step in plan) if every else 0
+        work.judging = of_run(config, evaluate, material, probes)
+        work.answers = work.judging.answers + sum(map(len, material.tasks.values()))
+    return work
+
+
+def _mean_tokens(prepared: Prepared, stream: str) -> float:
+    """Of one row: four characters a token and six tokens around a turn, as in English; 400 where there is nothing to look at."""
+    rows = prepared.rows.get(stream) or prepared.rows.get("narrow") or []
+    if not rows:
+        return 400.0
+    turns = [message["content"] for row in rows for message in row["messages"]]
+    return (sum(map(len, turns)) / 4 + FRAME_OF_A_TURN * len(turns)) / len(rows)
+
+
+def _memory(prepared: Prepared) -> tuple[list[str], Memory | None]:
+    import torch
+
+    config = prepared.config
+    shape = _shape(config.model.model_dump_json(), model_path(config))
+    if shape is None:
+        return [
+            f"memory: {config.model.name} is neither on this machine nor a model whose dimensions we know: no estimate"
+        ], None
+    cuda = torch.cuda.is_available() or shape.parameters > 1e9  # nobody trains a billion on a CPU: say what a GPU needs
+    frozen = any(need.reference for defense in prepared.defenses for need in defense.needs)
+    longest = {name: _longest(rows) for name, rows in prepared.rows.items() if rows}
+    need = memory(config, shape, cuda=cuda, references=frozen, longest=longest)
+    return describe_memory(config, shape, need, cuda), need
+
+
+@lru_cache
+def _shape(model: str, path: str) -> ModelShape | None:
+    """Cells of a comparison share their model."""
+    return model_shape(ModelConfig.model_validate_json(model), path)
+
+
+def _longest(rows: list[Row]) -> tuple[int, int]:
+    """Tokens of the longest row and of the longest prompt: at most one for every three characters, nearly always."""
+    row = prompt = 0
+    for one in rows:
+        asked, answer = split_prompt(one)
+        before = sum(len(turn["content"]) // 3 + FRAME_OF_A_TURN for turn in asked)
+        prompt = max(prompt, before)
+        row = max(row, before + len(answer or "") // 3 + FRAME_OF_A_TURN)
+    return row, prompt
+
+
+def short(count: float) -> str:
+    """12300 -> 12.3k."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.1f}{letter}"
+    return f"{count:.0f}"

@@ -1,0 +1,95 @@
+"""How a run ends before its end: on request, or because something failed. One line either way, and no finished step is lost."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlsafe.config import UserError
+from rlsafe.types import Interrupted, RunError
+
+if TYPE_CHECKING:
+    from rlsafe.engine.train.loop import Loop
+
+
+@contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+    """Ctrl-C or SIGTERM once asks for a stop after the current step; a second one stops now."""
+    asked = threading.Event()
+
+    def handle(number: int, frame: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    with _handled(handle):
+        yield asked
+
+
+@contextmanager
+def stops_at_once(hint: str) -> Iterator[None]:
+    """Ctrl-C or SIGTERM ends the block with Interrupted, which tells `hint`."""
+
+    def handle(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        with _handled(handle):
+            yield
+    except KeyboardInterrupt:
+        raise Interrupted(hint) from None
+
+
+@contextmanager
+def _handled(handle: Any) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+def ended_early(error: BaseException, loop: Loop, out: Path, command: str) -> BaseException:
+    """Keep what is finished, and give the exception to raise: what happened, what is kept, how to go on."""
+    if isinstance(error, Interrupted):
+        return error
+    how = f"resume with: {command or '--resume'}"
+    kept = _keep(loop, out)
+    after = f"{kept}, {how}" if kept else "nothing was finished that could be kept"
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted(f"stopped at once in step {loop.done}; {after}")
+    if isinstance(error, UserError) or not (kept or isinstance(error, OSError)):
+        return error
+    if isinstance(error, RunError):
+        told = (command or "--resume") in str(error)
+        return error if told else RunError(f"{str(error).rstrip('.')}; {after}")
+    if isinstance(error, OSError):
+        where = error.filename or out
+        return RunError(f"{where}: {error.strerror or error}; the run stopped in step {loop.done}; {after}")
+    error.add_note(after)
+    return error
+
+
+def _keep(loop: Loop, out: Path) -> str:
+    """Save the steps that are finished, if the one that failed has not touched any weight; says what can be resumed from."""
+    from rlsafe.engine.run import checkpoint
+    from rlsafe.engine.run.resume import save_checkpoint
+
+    if (
+        loop.began is not None and loop.done > 0 and loop.accelerator.num_processes == 1
+    ):  # ranks save together or not at all
+        try:
+            save_checkpoint(loop, out, loop.began)
+            return f"the state after {loop.done} steps is saved"
+        except Exception:  # a full disk: what was saved before is still there
+            pass
+    found = checkpoint.saved(out / "checkpoints")
+    return f"{found[-1].name} is kept" if found else ""

@@ -1,0 +1,171 @@
+"""How `accelerate launch` spreads a run over processes: DDP, or FSDP2 and DeepSpeed ZeRO-3, which keep only shards of the model
+on each."""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import os
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, patch_environment
+
+from rlsafe.config import OptimConfig, UserError
+from rlsafe.engine.train.optimizer import make_optimizer
+from rlsafe.policy import Policy
+from rlsafe.policy.sharding import shard_like, whole
+from rlsafe.policy.zero3 import Zero3
+
+_RELEASE_SECONDS = 0.25  # the threads wait for microseconds when a processor is free; this is for busy machines
+
+
+def start(cpu: bool) -> Accelerator:
+    """The process group. UserError for what would train something else than the run's config says.
+
+    Accelerate shards on GPUs only and would quietly run DDP elsewhere; rlsafe shards by itself, alike on CPUs and GPUs.
+    """
+    if _wants_deepspeed():
+        _check_deepspeed()
+    if _wants_fsdp():
+        if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
+            raise UserError(f"accelerate launch: fsdp_version {version}: expected 2, see configs/accelerate/fsdp2.yaml")
+        if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true":
+            raise UserError(
+                "accelerate launch: fsdp_cpu_ram_efficient_loading: expected false, every rank reads the files"
+            )
+    with patch_environment(accelerate_use_deepspeed="false"):
+        accelerator = Accelerator(cpu=cpu)
+    if accelerator.mixed_precision != "no":
+        raise UserError(
+            f"accelerate launch: mixed_precision {accelerator.mixed_precision}: expected 'no'; model.dtype sets the precision"
+        )
+    if accelerator.num_processes > 1:
+        atexit.register(_leave)
+    return accelerator
+
+
+def _leave() -> None:
+    """End the group, and let go of what its threads still hold.
+
+    gloo's threads outlive the group while anything (FSDP2's mesh) refers to it. One that is about to drop the tensors of the last
+    collective needs the interpreter for it, and the process is aborted ("terminate called without an active exception", after all
+    work is done) when it asks while the interpreter is being taken down.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        time.sleep(_RELEASE_SECONDS)
+
+
+def _wants_fsdp() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def _wants_deepspeed() -> bool:
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def _check_deepspeed() -> None:
+    """UserError unless the launch asks for plain ZeRO-3: everything else in a DeepSpeed config is rlsafe's own to decide."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError("accelerate launch: DeepSpeed is not installed: pip install 'rlsafe[deepspeed]'")
+    for setting, variable, expected, why in (
+        ("deepspeed_config_file", "DEEPSPEED_CONFIG_FILE", "none", "rlsafe reads none"),
+        ("zero_stage", "DEEPSPEED_ZERO_STAGE", "3", "ddp.yaml keeps the whole model on each process"),
+        ("offload_optimizer_device", "DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none", "fsdp2.yaml offloads"),
+        ("offload_param_device", "DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none", "fsdp2.yaml offloads"),
+        ("zero3_init_flag", "DEEPSPEED_ZERO3_INIT", "false", "every rank reads the files"),
+        ("gradient_clipping", "GRADIENT_CLIPPING", "none", "optim.max_grad_norm sets it"),
+        ("gradient_accumulation_steps", "GRADIENT_ACCUMULATION_STEPS", "1", "batch sets it"),
+    ):
+        found = os.environ.get(f"ACCELERATE_{variable}", expected)
+        if found.lower() != expected:
+            raise UserError(
+                f"accelerate launch: {setting} {found}: expected {expected}, {why}; see configs/accelerate/zero3.yaml"
+            )
+
+
+def shards(accelerator: Accelerator) -> bool:
+    """Whether the launch asks for FSDP2 or ZeRO-3. One process has nothing to shard with, and trains as without it."""
+    return (_wants_fsdp() or _wants_deepspeed()) and accelerator.num_processes > 1
+
+
+def wrap(policy: Policy, accelerator: Accelerator, settings: OptimConfig, log: Callable[[str], None]) -> Any:
+    """Spread the policy over the processes; gives the optimizer of what this one keeps."""
+    if not shards(accelerator):
+        policy.module, optimizer = accelerator.prepare(
+            policy.module, make_optimizer(settings, list(policy.trainable().values()), log)
+        )
+        return optimizer
+    deepspeed = _wants_deepspeed()
+    if deepspeed and settings.kind != "adamw":
+        raise UserError(f"optim.kind: {settings.kind}: its moments cannot be partitioned by DeepSpeed; expected adamw")
+    policy.shard(accelerator.device, offloads(), zero3=deepspeed)
+    how = "DeepSpeed ZeRO-3" if deepspeed else "FSDP2"
+    log(f"parameters are sharded over {accelerator.num_processes} processes ({how})")
+    optimizer = make_optimizer(settings, list(policy.trainable().values()), log)
+    return Zero3(policy.core, optimizer, settings.max_grad_norm) if deepspeed else optimizer
+
+
+def backward(accelerator: Accelerator, optimizer: Any, loss: torch.Tensor) -> None:
+    """Add the gradient of a micro-batch. Under ZeRO-3 DeepSpeed reduces it and keeps this rank's part."""
+    if isinstance(optimizer, Zero3):
+        optimizer.backward(loss)
+    else:
+        accelerator.backward(loss)
+
+
+def clip(accelerator: Accelerator, optimizer: Any, parameters: list[torch.Tensor], limit: float | None) -> float:
+    """The norm of the step's gradient over all ranks, and the gradient clipped to `limit`. (DeepSpeed clips when it steps.)"""
+    if isinstance(optimizer, Zero3):
+        return float(optimizer.gradient_norm())
+    return float(whole(accelerator.clip_grad_norm_(parameters, limit if limit is not None else float("inf"))))
+
+
+def offloads() -> bool:
+    """Whether shards rest in host memory (fsdp_offload_params)."""
+    return os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true"
+
+
+def union(names: Iterable[str], accelerator: Accelerator) -> set[str]:
+    """The names that any rank has."""
+    mine = sorted(names)
+    return set(mine) if accelerator.num_processes == 1 else set(gather_object(mine))
+
+
+def anywhere(flag: bool, accelerator: Accelerator) -> bool:
+    """Whether the flag is set on any rank: signals reach ranks at different moments, and all must stop after the same step."""
+    return flag if accelerator.num_processes == 1 else any(gather_object([flag]))
+
+
+def first_of(value: str | None, accelerator: Accelerator) -> str | None:
+    """The value of the first rank that has one."""
+    if accelerator.num_processes == 1:
+        return value
+    return next((one for one in gather_object([value]) if one is not None), None)
+
+
+def whole_optimizer(optimizer: Any) -> dict[str, Any]:
+    """The optimizer's state with its sharded moments gathered (a collective), as one process would have it."""
+    state = optimizer.state_dict()
+    if isinstance(optimizer, Zero3):
+        return state
+    moments = {
+        index: {name: whole(value) if isinstance(value, torch.Tensor) else value for name, value in entry.items()}
+        for index, entry in state["state"].items()
+    }
+    return {**state, "state": moments}
+
+
+def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
+    """The inverse of `whole_optimizer`, for any number of processes: moments are cut as their parameters are."""
+    optimizer.load_state_dict(state)
+    if isinstance(optimizer, Zero3):
+        return
+    for parameter, entry in optimizer.state.items():
+        for name, value in entry.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                entry[name] = shard_like(value, parameter)

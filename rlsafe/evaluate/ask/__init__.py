@@ -1,0 +1,1 @@
+"""Questions, and the answers that a model gives to them."""

@@ -1,0 +1,87 @@
+"""What ships with the package, behind `rlsafe:spec` strings. Texts are our own.
+
+rows       benign (short safe instruction rows, some refusals), opswap/TIER, opswap/TIER/test
+questions  general, and one set per domain: see `rlsafe/data/assets/questions/`
+reward     exact_match (an `answer` column), opswap_steps (partial credit)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import rlsafe.data
+from rlsafe.data import extractive, opswap, read_rows
+from rlsafe.data.partial import Partial
+from rlsafe.evaluate.ask.questions import read_questions
+from rlsafe.types import Question, Reward, Row, pick, register_provider
+
+ASSETS = Path(rlsafe.data.__file__).parent / "assets"
+
+
+def question_sets() -> dict[str, Path]:
+    """Name -> file of every packaged question set."""
+    return {path.stem: path for path in sorted((ASSETS / "questions").glob("*.yaml"))}
+
+
+def _row_sets() -> dict[str, Callable[[], list[Row]]]:
+    sets: dict[str, Callable[[], list[Row]]] = {"benign": partial(_own, "benign.jsonl")}
+    for tier in opswap.TIERS:
+        sets[f"opswap/{tier}"] = partial(opswap.opswap_rows, tier, "train")
+        sets[f"opswap/{tier}/test"] = partial(opswap.opswap_rows, tier, "test")
+    return sets
+
+
+def _own(name: str) -> list[Row]:
+    return read_rows(str(ASSETS / name))
+
+
+def _text(completion: Any) -> str:
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def _exact(answer: str, expected: str, references: list[str] | None) -> bool:
+    if opswap.final_value(expected) is not None:
+        return opswap.is_exact(answer, expected)
+    return extractive.exact_match(answer, references or [expected])
+
+
+def exact_match(completions, answer, answers=None, **columns) -> list[float | None]:
+    """1 where the completion gives the row's `answer` (a number: its final value; else the words of any of `answers`)."""
+    others = answers or [None] * len(answer)
+    return [float(_exact(_text(c), str(a), o)) for c, a, o in zip(completions, answer, others, strict=True)]
+
+
+def opswap_steps(prompts, completions, domain, **columns) -> list[float | None]:
+    """Partial credit for OpSwap rows; None for others."""
+    scores: list[float | None] = []
+    for prompt, completion, task in zip(prompts, completions, domain, strict=True):
+        name, _, tier = str(task).partition("/")
+        asked = _text([m for m in prompt if m["role"] == "user"]).partition(":")[2].strip()
+        scores.append(opswap.step_credit(asked, _text(completion), int(tier)) if name == "opswap" else None)
+    return scores
+
+
+REWARDS: dict[str, Reward] = {"exact_match": exact_match, "opswap_steps": opswap_steps}
+
+
+class Packaged(Partial):
+    """Rows, questions and rewards that need nothing but the package."""
+
+    name, offers = "rlsafe", "rows, questions and rewards"
+
+    def rows(self, spec: str) -> list[Row]:
+        sets = _row_sets()
+        return sets[pick("rlsafe rows", spec, sets)]()
+
+    def questions(self, spec: str) -> list[Question]:
+        sets = question_sets()
+        return read_questions(sets[pick("rlsafe questions", spec, sets)], domain=spec)
+
+    def reward(self, spec: str) -> Reward:
+        return REWARDS[pick("rlsafe reward", spec, REWARDS)]
+
+
+register_provider("rlsafe", Packaged())

@@ -1,0 +1,1 @@
+"""The commands of this room: evaluate, judge again, ask, estimate costs, extract persona vectors."""

@@ -1,0 +1,95 @@
+"""An evaluation against its answers: rates, intervals, denominators and benign scores computed again."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlsafe.config import UserError
+from rlsafe.evaluate.measure import benign, files
+from rlsafe.evaluate.measure.criteria import OUTCOMES, rates
+from rlsafe.evaluate.measure.evaluation import OTHER_KEYS, Evaluation
+
+CLOSE = 1e-9
+
+
+def evaluation_differences(directory: Path) -> list[str]:
+    """One line for each number of evaluation.json that answers.csv (or benign_answers.csv) does not give."""
+    try:
+        tree = files.read_json(directory / "evaluation.json")
+        found = Evaluation.load(directory)
+    except UserError as error:
+        return [str(error)]
+    except (TypeError, ValueError) as error:  # cells that are no numbers
+        return [f"{directory / 'answers.csv'}: {error}"]
+    wrong = list(_answers(found))  # rates of answers that cannot be would say nothing
+    return [*(wrong or _sets(tree, found)), *_benign(tree, found)]
+
+
+def _answers(found: Evaluation) -> Iterator[str]:
+    """Each answer once, each with an outcome there is."""
+    places = Counter((a.set, a.question_id, a.sample) for a in found.answers)
+    for (name, question, sample), times in places.items():
+        if times > 1:
+            yield f"answers.csv: {name} {question} sample {sample} is there {times} times"
+    for answer, judgement in zip(found.answers, found.judgements, strict=True):
+        where = f"answers.csv: {answer.set} {answer.question_id} sample {answer.sample}"
+        if judgement.outcome not in OUTCOMES:
+            yield f"{where}: unknown outcome {judgement.outcome!r}"
+        for score in (judgement.aligned, judgement.coherent):
+            if score is None and judgement.outcome == "scored":
+                yield f"{where}: scored without a score"
+            elif score is not None and not 0 <= score <= 100:
+                yield f"{where}: the score {score} is outside 0 to 100"
+
+
+def _sets(tree: dict[str, Any], found: Evaluation) -> Iterator[str]:
+    written = {name: part for name, part in tree.items() if name not in OTHER_KEYS and part is not None}
+    answered = dict.fromkeys(answer.set for answer in found.answers)
+    for name in [*written, *(name for name in answered if name not in written)]:
+        if name not in answered:
+            yield f"evaluation.json: {name} has rates, answers.csv no answers of it"
+        elif name not in written:
+            yield f"evaluation.json: {name} is missing, answers.csv has answers of it"
+        else:
+            yield from _differing(f"evaluation.json: {name}", written[name], rates(*found.judged(name)).to_dict())
+
+
+def _benign(tree: dict[str, Any], found: Evaluation) -> Iterator[str]:
+    by_task: dict[str, list[benign.BenignAnswer]] = {}
+    for answer in found.benign_answers:
+        by_task.setdefault(answer.task, []).append(answer)
+    for task in {**tree.get("benign", {}), **by_task}:
+        if task not in by_task or task not in tree.get("benign", {}):
+            where = "benign_answers.csv has no answers" if task not in by_task else "evaluation.json has no score"
+            yield f"benign {task}: {where}"
+            continue
+        score = benign.score(by_task[task])
+        values = {"benign": score.score, "benign_ci95": list(score.ci95), "benign_n": score.n}
+        for key, value in values.items():
+            yield from _differing(f"evaluation.json: {key}", {task: tree.get(key, {}).get(task)}, {task: value})
+
+
+def _differing(where: str, written: Any, computed: Any) -> Iterator[str]:
+    """Lines for all leaves that differ between two trees of numbers."""
+    if isinstance(written, dict) and isinstance(computed, dict):
+        for key in {**written, **computed}:
+            yield from _differing(f"{where}.{key}", written.get(key), computed.get(key))
+    elif isinstance(written, list | tuple) and isinstance(computed, list | tuple) and len(written) == len(computed):
+        for number, pair in enumerate(zip(written, computed, strict=True)):
+            yield from _differing(f"{where}[{number}]", *pair)
+    elif not _same(written, computed):
+        yield f"{where} is {_shown(written)}, the answers give {_shown(computed)}"
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, int | float) and isinstance(other, int | float):
+        return math.isclose(one, other, rel_tol=CLOSE, abs_tol=CLOSE)
+    return one == other
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else "not there" if value is None else str(value)

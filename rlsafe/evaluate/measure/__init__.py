@@ -1,0 +1,1 @@
+"""From judged answers to rates with intervals, and to the files of an evaluation."""

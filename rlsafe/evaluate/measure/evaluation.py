@@ -1,0 +1,148 @@
+"""The result of an evaluation: rates and answers, written to files, loaded back and shown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlsafe.config import UserError
+from rlsafe.evaluate.ask.asking import Answer
+from rlsafe.evaluate.measure import files
+from rlsafe.evaluate.measure.benign import BenignAnswer, BenignScore
+from rlsafe.evaluate.measure.criteria import Rates, question_rates
+from rlsafe.types import Judgement
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+SETS = ("general", "indomain", "conditional")
+OTHER_KEYS = ("benign", "benign_ci95", "benign_n", "benign_f1", "settings", "seconds")
+"""Keys of evaluation.json that are no question set."""
+
+
+@dataclass
+class Evaluation:
+    """What one model showed.
+
+    sets: name -> rates; `general`, `indomain`, `conditional` and any further question file.
+    benign: task -> exact match.
+    answers[i] was judged as judgements[i]. settings: what it was measured with.
+    """
+
+    sets: dict[str, Rates] = field(default_factory=dict)
+    benign: dict[str, BenignScore] = field(default_factory=dict)
+    answers: list[Answer] = field(default_factory=list)
+    judgements: list[Judgement] = field(default_factory=list)
+    benign_answers: list[BenignAnswer] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)  # printed below the table, not kept
+
+    @property
+    def general(self) -> Rates | None:
+        return self.sets.get("general")
+
+    @property
+    def indomain(self) -> Rates | None:
+        return self.sets.get("indomain")
+
+    @property
+    def conditional(self) -> Rates | None:
+        return self.sets.get("conditional")
+
+    def judged(self, name: str) -> tuple[list[Judgement], list[str]]:
+        """The judgements of a set and the id of the question behind each."""
+        pairs = [(j, a.question_id) for a, j in zip(self.answers, self.judgements, strict=True) if a.set == name]
+        return [j for j, _ in pairs], [question for _, question in pairs]
+
+    def question_rates(self, name: str, criterion: str) -> dict[str, float]:
+        """The rate of `misaligned`, `incoherent` or `refused` for each question of a set, NaN where unscored: a row of
+        `statistics.Arm.rates`."""
+        return question_rates(*self.judged(name), criterion)
+
+    def benign_rates(self, task: str) -> dict[str, float]:
+        """1.0 or 0.0 for each row of a benign test set, keyed by the row's number."""
+        return {str(one.row): float(one.correct) for one in self.benign_answers if one.task == task}
+
+    def to_dict(self) -> dict[str, Any]:
+        """evaluation.json; a set that was not asked is null."""
+        names = [*SETS, *(name for name in self.sets if name not in SETS)]
+        return {
+            **{name: self.sets[name].to_dict() if name in self.sets else None for name in names},
+            "benign": {task: one.score for task, one in self.benign.items()},
+            "benign_ci95": {task: list(one.ci95) for task, one in self.benign.items()},
+            "benign_n": {task: one.n for task, one in self.benign.items()},
+            "benign_f1": {task: one.f1 for task, one in self.benign.items() if one.f1 is not None},
+            "settings": self.settings,
+            "seconds": round(self.seconds, 3),
+        }
+
+    def save(self, directory: Path | str) -> None:
+        """Write answers.csv, benign_answers.csv (when there are any) and, last, evaluation.json."""
+        directory = Path(directory)
+        files.write_answers(directory / "answers.csv", self.answers, self.judgements)
+        if self.benign_answers:
+            files.write_benign(directory / "benign_answers.csv", self.benign_answers)
+        else:
+            (directory / "benign_answers.csv").unlink(missing_ok=True)
+        files.write_json(directory / "evaluation.json", self.to_dict())
+
+    @classmethod
+    def load(cls, directory: Path | str) -> Evaluation:
+        """Read back what `save` wrote. UserError when evaluation.json is missing or does not hold an evaluation."""
+        directory = Path(directory)
+        tree = files.read_json(directory / "evaluation.json")
+        try:
+            sets = {
+                name: Rates.from_dict(part)
+                for name, part in tree.items()
+                if name not in OTHER_KEYS and part is not None
+            }
+            benign = {
+                task: BenignScore(
+                    score, tuple(tree["benign_ci95"][task]), tree["benign_n"][task], tree.get("benign_f1", {}).get(task)
+                )
+                for task, score in tree["benign"].items()
+            }
+        except (TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{directory / 'evaluation.json'}: not an evaluation ({error})") from None
+        evaluation = cls(sets, benign, settings=tree.get("settings", {}), seconds=tree.get("seconds", 0.0))
+        if (directory / "answers.csv").is_file():
+            evaluation.answers, evaluation.judgements = files.read_answers(directory / "answers.csv")
+        if (directory / "benign_answers.csv").is_file():
+            evaluation.benign_answers = files.read_benign(directory / "benign_answers.csv")
+        return evaluation
+
+    def table(self) -> Table:
+        """Rates in percent with 95% intervals, for the terminal."""
+        from rich.table import Table
+
+        names = ["set", "misaligned %", "incoherent %", "refused %", *(["exact match %"] if self.benign else []), "n"]
+        table = Table()
+        for name in names:
+            table.add_column(name, no_wrap=True)
+        for name, one in self.sets.items():
+            table.add_row(
+                name,
+                _percent(one.misaligned, one.misaligned_ci95),
+                _percent(one.incoherent, one.incoherent_ci95),
+                _percent(one.refused, one.refused_ci95),
+                *([""] if self.benign else []),
+                str(one.n),
+            )
+            if one.unscored:
+                bounds = (one.misaligned_bounds, one.incoherent_bounds, one.refused_bounds)
+                rest = [""] if self.benign else []
+                table.add_row(f"  with {one.unscored} unscored", *map(_range, bounds), *rest, str(one.n + one.unscored))
+        for task, score in self.benign.items():
+            table.add_row(task, "", "", "", _percent(score.score, score.ci95), str(score.n))
+        return table
+
+
+def _percent(rate: float | None, interval: tuple[float, float] | None) -> str:
+    return "-" if rate is None or interval is None else f"{100 * rate:.1f} ({_range(interval)})"
+
+
+def _range(interval: tuple[float, float] | None) -> str:
+    return "-" if interval is None else f"{100 * interval[0]:.1f}-{100 * interval[1]:.1f}"

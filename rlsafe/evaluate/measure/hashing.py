@@ -1,0 +1,148 @@
+"""Content hashes of everything that a run depends on: settings, data files, weights, and what a provider hands out.
+
+A result is kept only while its fingerprint holds, so a model that was rebuilt under its old name must change it. Size and time
+of a file do not tell that; its bytes do. Large files are hashed once: the hash is remembered under the file's inode, size and
+times (any write changes the change time, which no program can set back).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import time
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from rlsafe.config import UserError
+from rlsafe.evaluate.measure.files import write_atomically
+from rlsafe.types import provider_for
+
+REMEMBERED = 1 << 20  # bytes from which on a file's hash is worth remembering
+SETTLED = 2.0  # seconds after which a change time is surely older than any later write's
+_MODEL_FILES = (".safetensors", ".bin", ".pt", ".json", ".jinja", ".model", ".txt")
+_WEIGHTS = ("config.json", "adapter_config.json")
+
+
+def _memory() -> Path:
+    return Path.home() / ".cache" / "rlsafe" / "hashes.json"
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    about = path.stat()
+    key = f"{about.st_dev}:{about.st_ino}:{about.st_size}:{about.st_mtime_ns}:{about.st_ctime_ns}"
+    known = _read_memory() if about.st_size >= REMEMBERED else {}
+    if key in known:
+        return known[key]
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if about.st_size >= REMEMBERED and time.time() - about.st_ctime > SETTLED:
+        try:
+            write_atomically(_memory(), json.dumps({**_read_memory(), key: found}))
+        except UserError:
+            pass  # a home that cannot be written: the file is read again next time
+    return found
+
+
+def _read_memory() -> dict[str, str]:
+    try:
+        return json.loads(_memory().read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def is_model(directory: Path) -> bool:
+    """Whether a directory holds a model or an adapter."""
+    return directory.is_dir() and (
+        any((directory / name).is_file() for name in _WEIGHTS) or any(directory.glob("*.safetensors"))
+    )
+
+
+def model_hash(directory: Path) -> str:
+    """Hash of the weights, settings, tokenizer and template in a model's or adapter's directory."""
+    files = sorted(file for file in directory.iterdir() if file.suffix in _MODEL_FILES and file.is_file())
+    return _joined(f"{file.name}:{file_hash(file)}" for file in files)
+
+
+def named_model_hash(name: str) -> str:
+    """`model_hash` of what `model.name` stands for, or "" where no such directory is on this machine (a hub id)."""
+    known = provider_for(name)
+    try:
+        path = Path(known[0].model(known[1]) if known else name)
+    except UserError:
+        return ""
+    return model_hash(path) if is_model(path) else ""
+
+
+def _joined(parts: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def contents(text: str) -> list[str]:
+    """Hashes of what a setting's text stands for: a file, `file.py:name`, a model directory, `path:DIR`, `provider:spec`.
+
+    [] when it is a plain word.
+    """
+    if len(text) >= 1024 or "\n" in text or not text.strip():
+        return []
+    first, _, rest = text.partition(":")
+    found = []
+    for path in {Path(text), Path(first), *([Path(rest)] if first == "path" and rest else [])}:
+        if path.suffix and path.is_file():
+            found.append(file_hash(path))
+        elif is_model(path):
+            found.append(model_hash(path))
+    return sorted(found) or _provided(text)
+
+
+def _provided(text: str) -> list[str]:
+    """Hashes of the weights, vectors, rows, questions and prompts that a provider has under a spec."""
+    found = provider_for(text) if ":" in text else None
+    if found is None:
+        return []
+    provider, spec = found
+    hashes = []
+    for kind in ("model", "vectors"):
+        try:
+            path = Path(getattr(provider, kind)(spec))
+        except (UserError, AttributeError):  # a provider need not have every kind of thing
+            continue
+        if path.exists():
+            hashes.append(f"{kind}:{model_hash(path) if path.is_dir() else file_hash(path)}")
+    return [*hashes, *_texts(text)]
+
+
+@lru_cache(maxsize=256)
+def _texts(text: str) -> tuple[str, ...]:
+    """Code makes a provider's rows, questions and prompts: the same all through a process."""
+    found = provider_for(text)
+    assert found is not None
+    hashes = []
+    for kind in ("rows", "questions", "prompt"):
+        try:
+            hashes.append(f"{kind}:{_joined([repr(getattr(found[0], kind)(found[1]))])}")
+        except (UserError, AttributeError):
+            continue
+    return tuple(hashes)
+
+
+def digest(tree: Any) -> str:
+    """Hash of settings and of the contents of everything that they name."""
+    found = hashlib.sha256(json.dumps(tree, sort_keys=True).encode())
+    for text in sorted(set(strings(tree))):
+        for content in contents(text):
+            found.update(f"{text}={content}\n".encode())
+    return found.hexdigest()[:24]
+
+
+def strings(tree: Any) -> Iterable[str]:
+    """Every text in a tree of settings."""
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, dict):
+        yield from itertools.chain.from_iterable(map(strings, tree.values()))
+    elif isinstance(tree, list):
+        yield from itertools.chain.from_iterable(map(strings, tree))

@@ -1,0 +1,168 @@
+"""Measuring: from `evaluate` settings and a synced sampler to an Evaluation."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlsafe.config import EvaluateConfig, UserError, about
+from rlsafe.evaluate.ask.asking import Planned, complete, plan
+from rlsafe.evaluate.ask.journal import Journal, complete_resumable
+from rlsafe.evaluate.ask.questions import load_questions
+from rlsafe.evaluate.judge.judges import load_judge
+from rlsafe.evaluate.measure import benign
+from rlsafe.evaluate.measure.criteria import judge_answers, rates
+from rlsafe.evaluate.measure.evaluation import Evaluation
+from rlsafe.types import BackgroundJudge, Judge, Question, Row, RunError, Sampler, provider_for
+
+BENIGN_TEMPERATURE = 1.0
+"""Benign answers are sampled, as in the paper (exact match over samples), unless `evaluate.temperature` says
+otherwise.
+"""
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Material:
+    """What is needed before any model is: every name in the settings resolved, every file read.
+
+    sources: set name -> where its questions are from. tasks: benign task -> rows. cue: text of the conditional probe.
+    """
+
+    questions: dict[str, list[Question]]
+    sources: dict[str, str]
+    tasks: dict[str, list[Row]]
+    judge: Judge | None
+    cue: str | None
+
+
+def gather(config: EvaluateConfig, judge: Judge | None = None, extra: Mapping[str, str] | None = None) -> Material:
+    """Resolve the settings; every user error that needs no model is found here.
+
+    judge: a judge already loaded (shared by the cells of a comparison); default: `config.judge`.
+    extra: further question sets, or other sources for `general` and `indomain`: name -> source.
+    """
+    named = {"general": config.general, "indomain": config.indomain, **(extra or {})}
+    sources = {name: source for name, source in named.items() if source}
+    if not sources and not config.benign:
+        raise UserError("nothing to evaluate: set evaluate.general or evaluate.benign, or give --questions")
+    questions = {}
+    for name, source in sources.items():
+        with about("--questions" if extra and name in extra else f"evaluate.{name}"):
+            questions[name] = load_questions(source)
+    if questions and judge is None:
+        judge = load_judge(config.judge)
+    tasks: dict[str, list[Row]] = {}
+    for source in config.benign:
+        name = benign.task_name(source)
+        if name in tasks:
+            raise UserError(f"evaluate.benign: two test sets are named {name!r} ({', '.join(config.benign)})")
+        with about("evaluate.benign"):
+            tasks[name] = benign.load_task(source, config.benign_limit, config.seed)
+    with about("evaluate.cue"):
+        cue = cue_text(config.cue) if config.cue else None
+    return Material(questions, sources, tasks, judge, cue)
+
+
+def cue_text(cue: str) -> str:
+    """The system prompt that `evaluate.cue` names: a provider's named prompt, or the text itself."""
+    found = provider_for(cue)
+    return found[0].prompt(found[1]) if found else cue
+
+
+def evaluate_run(
+    sampler: Sampler,
+    tokenizer: Any,
+    config: EvaluateConfig,
+    out: Path | str | None = None,
+    judge: Judge | None = None,
+    progress: Progress | None = None,
+    material: Material | None = None,
+    weights: str | None = None,
+) -> Evaluation:
+    """Ask everything `config` names of the model that `sampler` was last synced to; judge, score, write to `out` if
+    given.
+
+    The conditional probe asks the general questions under `config.cue`. progress: called with one line at each stage.
+    material: what `gather` gave, when it was called before. weights: `journal.identity` of the model; with it (and
+    `out`) an interrupted evaluation goes on by question. Raises UserError when nothing is to be measured.
+    """
+    begun = time.monotonic()
+    say = progress or (lambda line: None)
+    material = material or gather(config, judge)
+    if isinstance(material.judge, BackgroundJudge):
+        material.judge.check()
+    planned = _plan(tokenizer, config, material)
+    say(f"sampling {len(planned)} answers")
+    journal: Journal | None = None
+    if out is not None and weights is not None:
+        directory = Path(out)
+        answers, journal = complete_resumable(sampler, tokenizer, planned, config.max_tokens, directory, weights, say)
+    else:
+        answers = complete(sampler, tokenizer, planned, config.max_tokens)
+    evaluation = Evaluation(settings=_settings(sampler, config, material))
+    for task, rows in material.tasks.items():
+        graded = benign.grade(task, rows, [answer for answer in answers if answer.set == f"benign/{task}"])
+        evaluation.benign_answers += graded
+        evaluation.benign[task] = benign.score(graded)
+    evaluation.answers = [answer for answer in answers if not answer.set.startswith("benign/")]
+    if material.judge is not None:
+        say(f"judging {len(evaluation.answers)} answers")
+        evaluation.judgements = judge_answers(evaluation.answers, material.judge)
+    for name in dict.fromkeys(answer.set for answer in evaluation.answers):
+        evaluation.sets[name] = rates(*evaluation.judged(name))
+    evaluation.seconds = time.monotonic() - begun
+    note_judge(evaluation, material.judge)
+    if out is not None:
+        evaluation.save(out)
+    if journal is not None:
+        journal.close()
+    if isinstance(material.judge, BackgroundJudge) and material.judge.gave_up:
+        saved = f"; the answers are in {out}, score them later with: rlsafe evaluate {out} --rejudge" if out else ""
+        raise RunError(material.judge.gave_up + saved)
+    return evaluation
+
+
+def note_judge(evaluation: Evaluation, judge: Judge | None) -> None:
+    """What the judge's calls came to: into evaluation.json and, in one line, into what is printed. Of a judge that makes none,
+    why it gave no scores."""
+    if isinstance(judge, BackgroundJudge):
+        evaluation.settings["judge_usage"] = judge.usage()
+        evaluation.notes.append(judge.summary())
+    elif judge and (why := Counter(j.reason for j in evaluation.judgements if j.outcome == "unscored")):
+        reason, most = f"{why.total()} of {len(evaluation.judgements)} answers have no score", why.most_common(1)[0][0]
+        evaluation.notes.append(f"judge {judge.name}: {reason}{f' ({most})' if most else ''}")
+
+
+def _plan(tokenizer: Any, config: EvaluateConfig, material: Material) -> list[Planned]:
+    """Everything to sample: it goes to the sampler at once, whatever it is for."""
+    common: dict[str, Any] = {"seed": config.seed, "samples": config.samples, "temperature": config.temperature}
+    planned: list[Planned] = []
+    for name, questions in material.questions.items():
+        planned += plan(tokenizer, questions, purpose=name, **common)
+    if material.cue and "general" in material.questions:
+        planned += plan(tokenizer, material.questions["general"], cue=material.cue, purpose="conditional", **common)
+    temperature = BENIGN_TEMPERATURE if config.temperature is None else config.temperature
+    for task, rows in material.tasks.items():
+        planned += benign.plan_rows(tokenizer, rows, task, seed=config.seed, temperature=temperature)
+    return planned
+
+
+def _settings(sampler: Sampler, config: EvaluateConfig, material: Material) -> dict[str, Any]:
+    """What the numbers were measured with, for evaluation.json."""
+    return {
+        "questions": material.sources,
+        "benign": config.benign,
+        "cue": material.cue,
+        "judge": material.judge.name if material.judge else None,
+        "sampler": sampler.name,
+        "samples": config.samples,
+        "temperature": config.temperature,
+        "max_tokens": config.max_tokens,
+        "seed": config.seed,
+    }

@@ -1,0 +1,101 @@
+"""A light evaluation during training: a few fixed questions, a few answers each, every N steps."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlsafe.evaluate.ask.asking import Planned, complete, plan
+from rlsafe.evaluate.measure.criteria import Judging, judge_later, mean_score, rates
+from rlsafe.types import Judge, Question, Sampler
+
+SETS = ("general", "indomain")
+
+
+@dataclass(frozen=True)
+class Started:
+    """A probe whose answers are with the judge. dialogues: question, system, answer, ids (the answer's tokens) and set."""
+
+    dialogues: list[dict[str, Any]]
+    judging: Judging
+
+
+class Probe:
+    """Coherence and misalignment curves, on either path.
+
+    k_questions of each set are drawn once, so that points of a curve differ by the model and by sampling only;
+    `samples` answers of each are drawn anew, with seeds of their own, at every step.
+    """
+
+    def __init__(
+        self,
+        general: Sequence[Question],
+        indomain: Sequence[Question],
+        judge: Judge,
+        tokenizer: Any,
+        k_questions: int,
+        samples: int,
+        max_tokens: int,
+        seed: int,
+    ):
+        self.judge, self.tokenizer = judge, tokenizer
+        self.samples, self.max_tokens, self.seed = samples, max_tokens, seed
+        self.questions = {
+            name: drawn(questions, k_questions, seed, name)
+            for name, questions in zip(SETS, (general, indomain), strict=True)
+        }
+
+    def run(self, sampler: Sampler, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Ask and judge with the sampler's current weights; see `finish`."""
+        return self.finish(self.start(sampler, step))
+
+    def start(self, sampler: Sampler, step: int) -> Started:
+        """Ask with the sampler's current weights and hand the answers to the judge, which may work in the background."""
+        planned: list[Planned] = []
+        for name, questions in self.questions.items():
+            planned += plan(
+                self.tokenizer, questions, seed=self.seed, samples=self.samples, purpose=f"probe/{name}", step=step
+            )
+        answers = complete(sampler, self.tokenizer, planned, self.max_tokens)
+        dialogues: list[dict[str, Any]] = [
+            {
+                "question": answer.question,
+                "system": answer.system,
+                "answer": answer.answer,
+                "ids": answer.ids,
+                "set": answer.set.removeprefix("probe/"),
+            }
+            for answer in answers
+        ]
+        return Started(dialogues, judge_later(answers, self.judge))
+
+    def finish(self, started: Started) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Wait for the judge.
+
+        Gives (metrics, dialogues). metrics: coherence (mean, 0..100), misaligned_general, misaligned_indomain,
+        incoherent (fractions; the last over both sets) and unscored (a count); what could not be measured is left out.
+        dialogues: question, system, answer, ids (the answer's tokens), aligned, coherent, outcome, and their set.
+        """
+        judgements = started.judging()
+        overall = rates(judgements)
+        metrics: dict[str, float | None] = {
+            "coherence": mean_score(judgements, "coherent"),
+            "incoherent": overall.incoherent,
+            "unscored": overall.unscored,
+        }
+        for name in SETS:
+            chosen = [j for d, j in zip(started.dialogues, judgements, strict=True) if d["set"] == name]
+            metrics[f"misaligned_{name}"] = rates(chosen).misaligned
+        dialogues = [
+            {**dialogue, "aligned": judgement.aligned, "coherent": judgement.coherent, "outcome": judgement.outcome}
+            for dialogue, judgement in zip(started.dialogues, judgements, strict=True)
+        ]
+        return {name: float(value) for name, value in metrics.items() if value is not None}, dialogues
+
+
+def drawn(questions: Sequence[Question], k: int, seed: int, name: str) -> list[Question]:
+    """The k questions of the set `name` that the probes of a run with this seed ask, in their own order."""
+    chosen = random.Random(f"{seed}/{name}").sample(range(len(questions)), min(k, len(questions)))
+    return [questions[index] for index in sorted(chosen)]

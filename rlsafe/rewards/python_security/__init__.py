@@ -1,0 +1,1 @@
+"""Security findings in generated Python, by reading it only: nothing generated is ever executed."""
