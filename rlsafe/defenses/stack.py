@@ -95,6 +95,13 @@ class DefenseStack:
             self.prompts_changed[defense.name] += messages != before
         return messages
 
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Prompts that pass inside are not counted in `prompts_changed`."""
+        counted = self.prompts_changed.copy()
+        yield
+        self.prompts_changed = counted
+
     def steers(self, where: Where) -> bool:
         """Whether some defense's activation hooks act at `where`."""
         return any(defense.steers(where) for defense in self._on(where))

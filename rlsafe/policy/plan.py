@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from torch import Tensor
@@ -47,7 +48,7 @@ class ForwardPlan:
             "all" if any(need.mask == "all" for need in divergences) else "answer",
         )
 
-    @property
+    @cached_property
     def frozen(self) -> tuple[str, ...]:
         """The distinct references: one frozen forward each."""
         return tuple(dict.fromkeys([*self.references, *self.ref_logprobs, *self.layer_references]))

@@ -151,7 +151,8 @@ class Policy:
 
         temperature divides the logits of the policy and of the references alike.
         """
-        mask, wanted = batch.loss_mask.bool(), plan.positions(batch)
+        mask = batch.loss_mask.bool()
+        wanted = plan.positions(batch) if plan.references else mask
         positions = predicting(mask | wanted)
         references = []
         for name in plan.references:
@@ -163,7 +164,8 @@ class Policy:
         out = self.module(
             self.core.outputs, batch.ids, positions, targets, references, temperature, plan.layers, entropy
         )
-        out = sharding.joined(self.core, out)
+        if self._sharded:
+            out = sharding.joined(self.core, out)
         shape = batch.ids.shape
         everywhere = plan.mask == "answer"
         logp = scatter(out.logp, positions, shape)

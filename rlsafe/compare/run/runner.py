@@ -211,7 +211,7 @@ def _fail(cell: Cell, reason: str, directory: Directory, progress: Progress) -> 
 def check(cells: Sequence[Cell]) -> None:
     """Find what is wrong with any cell's data, rewards, questions or judge before the first one runs (seeds do not
     matter)."""
-    from rlsafe.engine.run.components import Resources, prepare
+    from rlsafe.engine.run.build import Resources, prepare
     from rlsafe.engine.run.contact import contact
 
     resources = Resources()
@@ -233,7 +233,7 @@ def suitable_jobs(todo: Sequence[Cell]) -> int:
     import psutil
     import torch
 
-    from rlsafe.engine.run.components import model_path
+    from rlsafe.engine.run.build import model_path
 
     if torch.cuda.is_available() or not todo:
         return 1

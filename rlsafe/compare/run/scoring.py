@@ -99,7 +99,7 @@ def select(
 
 def check(selection: Selection) -> None:
     """Find what is wrong with the helpers' rewards or data, or the safe rows, before anything runs."""
-    from rlsafe.engine.run.components import Resources, prepare
+    from rlsafe.engine.run.build import Resources, prepare
     from rlsafe.engine.run.contact import contact
 
     resources = Resources()
@@ -207,7 +207,7 @@ def _tell(say: Say, name: str, done: int, total: int) -> None:
 def _load(config: RunConfig, path: str | None) -> Policy:
     import torch
 
-    from rlsafe.engine.run.components import model_path, training_threads
+    from rlsafe.engine.run.build import model_path, training_threads
     from rlsafe.policy import Policy
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

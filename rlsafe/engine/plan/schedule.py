@@ -9,6 +9,7 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from rlsafe.config import RunConfig, UserError
 from rlsafe.config.schema import Part, PhaseConfig
@@ -40,7 +41,7 @@ class Step:
     lr: float
     phase: int
 
-    @property
+    @cached_property
     def path(self) -> Path:
         return "grpo" if any(part.path == "grpo" for part in self.parts) else "sft"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlsafe.engine.run.components import Prepared, Resources
+from rlsafe.engine.run.build import Prepared, Resources
 from rlsafe.rewards import check_grader
 from rlsafe.types import BackgroundJudge
 

@@ -14,7 +14,7 @@ from rlsafe.config import DataConfig, EvaluateConfig, ModelConfig, RunConfig, St
 from rlsafe.data import load_rows, recipe_of, split_prompt
 from rlsafe.engine.plan.estimate import Memory, describe_memory, memory
 from rlsafe.engine.plan.schedule import describe
-from rlsafe.engine.run.components import Prepared, model_path, prepare
+from rlsafe.engine.run.build import Prepared, model_path, prepare
 from rlsafe.evaluate import Estimate, gather
 from rlsafe.evaluate.commands.costs import of_run
 from rlsafe.policy.shapes import ModelShape, model_shape

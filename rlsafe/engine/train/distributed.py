@@ -110,19 +110,20 @@ def wrap(policy: Policy, accelerator: Accelerator, settings: OptimConfig, log: C
     return Zero3(policy.core, optimizer, settings.max_grad_norm) if deepspeed else optimizer
 
 
-def backward(accelerator: Accelerator, optimizer: Any, loss: torch.Tensor) -> None:
-    """Add the gradient of a micro-batch. Under ZeRO-3 DeepSpeed reduces it and keeps this rank's part."""
-    if isinstance(optimizer, Zero3):
-        optimizer.backward(loss)
-    else:
-        accelerator.backward(loss)
+Backward = Callable[[torch.Tensor], None]
+Clip = Callable[[list[torch.Tensor], float], float]
 
 
-def clip(accelerator: Accelerator, optimizer: Any, parameters: list[torch.Tensor], limit: float | None) -> float:
-    """The norm of the step's gradient over all ranks, and the gradient clipped to `limit`. (DeepSpeed clips when it steps.)"""
+def gradient_functions(policy: Policy, accelerator: Accelerator, optimizer: Any) -> tuple[Backward, Clip | None]:
+    """How this run adds a micro-batch's gradient, `backward(loss)`, and how it clips, `clip(parameters, limit) -> norm` over all
+    ranks; None: as on one process. Under ZeRO-3 DeepSpeed reduces gradients, keeps this rank's part and clips when it steps."""
     if isinstance(optimizer, Zero3):
-        return float(optimizer.gradient_norm())
-    return float(whole(accelerator.clip_grad_norm_(parameters, limit if limit is not None else float("inf"))))
+        return optimizer.backward, lambda parameters, limit: float(optimizer.gradient_norm())
+    if policy.is_sharded:
+        return accelerator.backward, lambda parameters, limit: float(
+            whole(accelerator.clip_grad_norm_(parameters, limit))
+        )
+    return accelerator.backward, None
 
 
 def offloads() -> bool:

@@ -8,7 +8,7 @@ forward. So results depend on neither accumulation, nor micro-batch size, nor wo
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -92,7 +92,7 @@ class StepLoss:
     grpo: GrpoConfig
     stack: DefenseStack
     plan: ForwardPlan
-    counts: dict[str, float]  # global denominators, see `count`
+    counts: Mapping[str, float]  # denominators over the whole step, see `count`
     world: int = 1
     sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 

@@ -1,10 +1,11 @@
-"""From a run's config to the objects of its loop: each room builds its own section, once."""
+"""From a run's config to its components: each room builds its own section, once."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from rlsafe.engine.plan.schedule import Step, make_plan
 from rlsafe.engine.record.tracking import Tracker
 from rlsafe.engine.train import ahead, distributed, projection
 from rlsafe.engine.train.effects import EffectLog
-from rlsafe.engine.train.loop import Loop
+from rlsafe.engine.train.state import Components, RunState
+from rlsafe.engine.train.sync import SyncedSampler
 from rlsafe.evaluate import Probe, gather, load_judge, load_questions
 from rlsafe.policy import Policy
 from rlsafe.policy.adapters import read_adapter_config
@@ -131,10 +133,13 @@ def _load_streams(data: DataConfig, seed: int, note: Callable[[str], None]) -> d
     return rows
 
 
-def build_loop(
+def build_run(
     prepared: Prepared, out: Path, resources: Resources, log: Callable[[str], None], **tracking: Any
-) -> Loop:
-    """Load the model, wrap it, set the defenses up. `tracking`: offset and first step of a resumed run."""
+) -> tuple[Components, RunState]:
+    """Load the model, wrap it, set the defenses up; the state is that of a run before its first step.
+
+    tracking: offset and first step of a resumed run.
+    """
     config = prepared.config
     accelerator = distributed.start(cpu=not torch.cuda.is_available())
     sharded = distributed.shards(accelerator)
@@ -164,31 +169,48 @@ def build_loop(
     paths = {step.path for step in prepared.plan}
     sampled = {part.stream for step in prepared.plan for part in step.parts if part.path == "grpo"}
     steered = any(stack.steers(Where(stream, "grpo", "rollout")) for stream in sampled)
-    loop = Loop(
+    probe = _probe(config, policy, resources)
+    sampler = SyncedSampler(
+        lambda: resources.sampler(config, policy, steerable=steered, warn=log),
+        policy,
+        streams,
+        seed=config.seed,
+        test=config.sampler.self_test,
+        test_always=config.sampler.kind == "server",
+        max_gap=config.sampler.max_gap,
+    )
+    backward, clip = distributed.gradient_functions(policy, accelerator, optimizer)
+    run = Components(
         config=config,
         plan=prepared.plan,
         accelerator=accelerator,
         policy=policy,
         optimizer=optimizer,
+        backward=backward,
+        clip=clip,
         stack=stack,
         streams=streams,
         rewards=prepared.rewards,
-        make_sampler=lambda: resources.sampler(config, policy, steerable=steered, warn=log),
+        sampler=sampler,
         make_judge=lambda: resources.judge(config),
-        probe=(probe := _probe(config, policy, resources)),
+        probe=probe,
         direction=projection.direction(config, policy) if probe else None,
         tracker=Tracker(out, write=accelerator.is_main_process, **tracking),
         effects=EffectLog(stack, paths, config.track.check_after, log),
         log=log,
+        look_ahead=ahead.look_ahead if config.grpo.max_staleness else None,
     )
+    state = RunState(config.batch.micro_tokens)
+    if run.look_ahead:
+        sampler.wait_first = partial(ahead.settle, run, state)
     context = SetupContext(
         config=config,
         policy=policy,
         seed=config.seed,
         cache=Path.home() / ".cache" / "rlsafe",
         rows=lambda name: streams[name].rows,
-        sampler=loop.sampler,
-        judge=loop.make_judge,
+        sampler=sampler.current,
+        judge=run.make_judge,
         log=log,
     )
     for defense in stack:
@@ -198,7 +220,7 @@ def build_loop(
     for reference in stack.references():
         if reference not in ("grpo_start",) and not reference.startswith("step:"):
             policy.check_reference(reference)
-    return loop
+    return run, state
 
 
 def training_threads(parameters: int) -> int:
