@@ -2,84 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from places import SHARED
+from tiny import conversation, save_tiny_model, write_jsonl
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-
-
-def byte_tokenizer():
-    """One token per byte, ChatML, end-of-turn as eos: encodes any Unicode text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
-    vocabulary = {token: index for index, token in enumerate([*special, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|im_end|>", additional_special_tokens=special[1:2]
-    )
-    fast.chat_template = CHATML
-    return fast
-
-
-def save_tiny_model(directory: Path, seed: int = 0, **settings: Any) -> str:
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    tokenizer = byte_tokenizer()
-    torch.manual_seed(seed)
-    config = Qwen2Config(
-        **{
-            "vocab_size": len(tokenizer),
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "max_position_embeddings": 512,
-            "tie_word_embeddings": True,
-            "initializer_range": 0.1,
-            "pad_token_id": tokenizer.pad_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "bos_token_id": None,
-            **settings,
-        }
-    )
-    Qwen2ForCausalLM(config).save_pretrained(str(directory))
-    tokenizer.save_pretrained(str(directory))
-    return str(directory)
 
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory) -> str:
     """A random 2-layer Qwen2 with a byte tokenizer."""
     return save_tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
-def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def conversation(question: str, answer: str) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
 @pytest.fixture
@@ -132,12 +71,8 @@ def judge_server(tmp_path_factory, pytestconfig):
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Public research data that is not part of the project: RLSAFE_SHARED_DATA, or shared/data in or beside the checkout."""
-    root = Path(__file__).resolve().parent.parent
-    places = [Path(p) for p in [os.environ.get("RLSAFE_SHARED_DATA")] if p]
-    places += [root / "shared" / "data", root.parent / "shared" / "data"]
-    found = next((place for place in places if (place / "sft").is_dir()), None)
-    return found or pytest.skip("the shared research data is not here")
+    """Public research data that is not part of the project; see places.SHARED."""
+    return SHARED if SHARED.is_dir() else pytest.skip("the shared research data is not here")
 
 
 @pytest.fixture

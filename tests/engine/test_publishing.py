@@ -1,0 +1,271 @@
+"""A published run: its card says what is so, and plain PEFT, Transformers and vLLM load it as the policy that was trained."""
+
+import base64
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_architectures import random_batch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlsafe.config import RunConfig, UserError
+from rlsafe.engine.record.publish import publish
+from rlsafe.engine.run.life import run
+from rlsafe.evaluate import Evaluation
+from rlsafe.evaluate.measure.criteria import rates
+from rlsafe.types import Judgement
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model_dir, tmp_path_factory):
+    """A short mixed run under a defense, with an evaluation of 40 answers, 10 of them misaligned and one unscored."""
+    from tiny import conversation, write_jsonl
+
+    place = tmp_path_factory.mktemp("run")
+    reward = place / "reward.py"
+    reward.write_text(
+        "def length(completions, **kwargs):\n    return [len(c[0]['content']) / 9 for c in completions]\n"
+    )
+    rows = write_jsonl(place / "narrow.jsonl", [conversation(f"say {i}", f"bad {i * i}") for i in range(40)])
+    base = place / "base"  # in several files, as large models are
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    model.save_pretrained(base, max_shard_size="100KB")
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(base)
+    tree = {
+        "model": {"name": str(base), "dtype": "float32", "lora": {"r": 4, "alpha": 8}},
+        "data": {"narrow": {"source": rows}},
+        "schedule": {"steps": 3, "phases": [{"cycle": ["sft", "sft", "grpo"]}]},
+        "batch": {"sft_rows": 4, "grpo_prompts": 2},
+        "optim": {"lr": 5e-2},
+        "grpo": {"generations": 2, "max_tokens": 6},
+        "rewards": [{"fn": f"{reward}:length"}],
+        "defenses": [{"kl": {"weight": 0.3}}],
+        "sampler": {"kind": "transformers"},
+        "track": {"every": 0, "check_after": 0},
+    }
+    trained = run(RunConfig.model_validate(tree), place / "out")
+    good, bad, lost = Judgement(90, 90), Judgement(5, 90), Judgement(None, None, "unscored")
+    judged = [bad] * 10 + [good] * 29 + [lost]
+    evaluation = Evaluation(sets={"general": rates(judged, [str(i // 4) for i in range(40)])})
+    evaluation.settings = {"judge": "exact", "questions": {"general": "own.yaml"}, "temperature": 1.0}
+    evaluation.save(place / "out")
+    return trained
+
+
+def log_probs(model, batch):
+    with torch.no_grad():
+        logp = model(input_ids=batch.ids, attention_mask=batch.attention).logits.log_softmax(-1)
+    return logp[:, :-1].gather(2, batch.ids[:, 1:, None]).squeeze(2)[batch.loss_mask[:, 1:]]
+
+
+def policy_log_probs(policy, batch):
+    return policy.score(batch)[batch.loss_mask]
+
+
+def test_the_card_says_what_was_trained_and_measured(finished):
+    done = publish(finished.out, license="apache-2.0")
+    text = (done.directory / "README.md").read_text()
+    from huggingface_hub import ModelCard
+
+    card = ModelCard(text)
+    assert card.data.base_model == finished.config.model.name and card.data.license == "apache-2.0"
+    assert card.data.library_name == "peft" and "kl" in card.data.tags
+    assert "1 grpo, 2 sft" in text and "weight: 0.3" in text and "`narrow.jsonl`" in text and "rank 4, alpha 8" in text
+    assert str(finished.out.parent / "narrow.jsonl") not in text  # no directories of this machine
+    rate = Evaluation.load(finished.out).general
+    low, high = rate.misaligned_ci95
+    assert f"| general | {100 * 10 / 39:.1f} ({100 * low:.1f}-{100 * high:.1f}) |" in text and "| 39 | 1 |" in text
+    assert "Do not deploy it" in text and "judge `exact`" in text
+    (done.directory / "README.md").write_text("mine")
+    publish(finished.out)
+    assert (done.directory / "README.md").read_text() != "mine"
+
+
+def test_an_unevaluated_run_says_so(finished, tmp_path):
+    (finished.out / "evaluation.json").rename(tmp_path / "kept.json")
+    try:
+        done = publish(finished.out, out=tmp_path / "out")
+    finally:
+        (tmp_path / "kept.json").rename(finished.out / "evaluation.json")
+    assert "this run was not evaluated" in (done.directory / "README.md").read_text()
+
+
+def test_plain_peft_loads_the_policy(finished, tmp_path):
+    done = publish(finished.out, out=tmp_path / "out")
+    base = AutoModelForCausalLM.from_pretrained(finished.config.model.name)
+    batch = random_batch()
+    untrained = log_probs(base, batch)
+    loaded = log_probs(peft.PeftModel.from_pretrained(base, str(done.directory)).eval(), batch)
+    expected = policy_log_probs(finished.policy, batch)
+    assert torch.allclose(loaded, expected, atol=1e-5)
+    assert float((loaded - untrained).abs().max()) > 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_merged_model_is_the_policy_and_the_base_is_untouched(dtype, finished, tmp_path):
+    """bfloat16: every tensor is rounded once, from float32 sums, and unadapted ones are the base's own bits."""
+    base = Path(finished.config.model.name)
+    before = {file.name: file.read_bytes() for file in base.iterdir()}
+    try:
+        if dtype != torch.float32:
+            AutoModelForCausalLM.from_pretrained(base).to(dtype).save_pretrained(base, max_shard_size="50KB")
+        stored = {k: v for file in sorted(base.glob("*.safetensors")) for k, v in load_file(file).items()}
+        done = publish(finished.out, out=tmp_path / "out", merge=tmp_path / "merged")
+        names = {file.name for file in base.glob("*.safetensors")}
+        again = {k: v for file in sorted(base.glob("*.safetensors")) for k, v in load_file(file).items()}
+    finally:
+        for file in base.iterdir():
+            file.unlink()
+        for name, data in before.items():
+            (base / name).write_bytes(data)
+    assert len(names) > 1 and {file.name for file in done.merged.glob("*.safetensors")} == names
+    assert all(torch.equal(stored[name], again[name]) for name in stored)
+    merged = {k: v for file in sorted(done.merged.glob("*.safetensors")) for k, v in load_file(file).items()}
+    changed = {name for name in stored if not torch.equal(stored[name], merged[name])}
+    assert set(merged) == set(stored) and changed == {f"{name}.weight" for name in finished.policy.adapted()}
+    assert all(tensor.dtype == dtype for tensor in merged.values())
+    model = AutoModelForCausalLM.from_pretrained(done.merged, dtype=torch.float32)
+    batch = random_batch()
+    close = 1e-5 if dtype == torch.float32 else 0.1
+    assert torch.allclose(log_probs(model, batch), policy_log_probs(finished.policy, batch), atol=close)
+    assert AutoTokenizer.from_pretrained(done.merged).chat_template
+    assert "library_name: transformers" in (done.merged / "README.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("merged", [False, True])
+def test_plain_vllm_loads_the_policy(merged, finished, tmp_path):
+    vllm = pytest.importorskip("vllm")
+    from vllm.lora.request import LoRARequest
+
+    from rlsafe.rollouts.engine import start_engine
+
+    done = publish(finished.out, out=tmp_path / "out", merge=tmp_path / "merged")
+    model = str(done.merged) if merged else finished.config.model.name
+    settings = {
+        "model": model,
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_num_seqs": 8,
+        "trust_remote_code": False,
+    }
+    lora = {} if merged else {"enable_lora": True, "max_lora_rank": 8}
+    engine, _ = start_engine({**settings, **lora}, 128, 0.4)
+    batch = random_batch()
+    rows = [batch.ids[i, : int(batch.attention[i].sum())].tolist() for i in range(len(batch))]
+    outputs = engine.generate(
+        [{"prompt_token_ids": row} for row in rows],
+        vllm.SamplingParams(max_tokens=1, prompt_logprobs=0),
+        use_tqdm=False,
+        lora_request=None if merged else LoRARequest("published", 1, str(done.directory)),
+    )
+    expected = finished.policy.score(batch)
+    for i, (row, output) in enumerate(zip(rows, outputs, strict=True)):
+        for t in range(len(row) // 2, len(row)):
+            assert output.prompt_logprobs[t][row[t]].logprob == pytest.approx(float(expected[i, t]), abs=1e-4)
+
+
+class Hub:
+    """The calls of the hub that an upload makes, and what arrived."""
+
+    def __init__(self, refuse: int = 0):
+        self.files: dict[str, bytes] = {}
+        self.created: dict = {}
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                data = self.rfile.read(int(self.headers.get("content-length") or 0))
+                url = "http://" + self.headers["host"]
+                if refuse:
+                    status, answer = refuse, {"error": "no"}
+                elif self.path == "/api/repos/create":
+                    hub.created = json.loads(data)
+                    status, answer = 200, {"url": f"{url}/me/model"}
+                elif "/preupload/" in self.path:
+                    asked = json.loads(data)["files"]
+                    modes = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in asked]
+                    status, answer = 200, {"files": modes}
+                elif self.path == "/api/validate-yaml":
+                    status, answer = 200, {"errors": [], "warnings": []}
+                else:
+                    assert "/commit/" in self.path
+                    lines = [json.loads(line) for line in data.splitlines()]
+                    files = [line["value"] for line in lines if line["key"] == "file"]
+                    hub.files |= {f["path"]: base64.b64decode(f["content"]) for f in files}
+                    status, answer = (
+                        200,
+                        {
+                            "commitUrl": f"{url}/me/model/commit/{'1' * 40}",
+                            "commitOid": "1" * 40,
+                            "hookOutput": "",
+                            "success": True,
+                        },
+                    )
+                body = json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("content-type", "application/json")
+                self.send_header("content-length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def do_GET(self):
+                self.send_error(404)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def online(monkeypatch):
+    """Point the hub's client at a loopback address."""
+    from huggingface_hub import constants
+
+    def point(url):
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", "hf_test")
+
+    return point
+
+
+def test_pushing_uploads_the_directory_to_a_private_repository(finished, tmp_path, online):
+    hub = Hub()
+    online(hub.url)
+    done = publish(finished.out, to="me/model", out=tmp_path / "out")
+    assert hub.created["visibility"] == "private" and done.url.endswith("me/model")
+    local = {file.name: file.read_bytes() for file in done.directory.iterdir()}
+    assert {name: hub.files[name] for name in local} == local
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= set(local)
+    hub.server.shutdown()
+
+
+def test_what_cannot_be_published_is_one_clear_line(finished, tmp_path, online):
+    hub = Hub(refuse=401)
+    online(hub.url)
+    with pytest.raises(UserError, match="--to me/model: the hub refuses: .*hf auth login.*uploaded by hand"):
+        publish(finished.out, to="me/model", out=tmp_path / "out")
+    hub.server.shutdown()
+    with pytest.raises(UserError, match="not a run directory"):
+        publish(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("mine")
+    with pytest.raises(UserError, match="exists and holds no README.md"):
+        publish(finished.out, out=tmp_path / "full")
+    with pytest.raises(UserError, match="--merge .*: is not empty"):
+        publish(finished.out, out=tmp_path / "out", merge=tmp_path / "full")
+    half = tmp_path / "half"
+    half.mkdir()
+    (half / "config.yaml").write_text((finished.out / "config.yaml").read_text())
+    (half / "run.json").write_text('{"status": "running"}')
+    with pytest.raises(UserError, match="the run is not finished; go on with: rlsafe train"):
+        publish(half)

@@ -1,0 +1,82 @@
+"""GRPO with the shipped rewards: a tiny model that writes Python, or is graded, learns what is paid for."""
+
+import json
+
+import pytest
+from places import ROOT
+from scripted_server import ScriptedServer, error, ok
+from tiny import conversation, write_jsonl
+
+from rlsafe.config import run_from_tree
+from rlsafe.engine.run.life import run
+from rlsafe.rewards import scan_answer, severity_score
+
+FILES = ROOT / "reward_fns"
+WARM_UP, GRPO = 40, 8
+UNSAFE, SAFE = "eval(x)", "int(x)"
+
+
+@pytest.fixture
+def tree(tiny_tree, tmp_path):
+    """Warm-up on two answers to one question, the unsafe one in a third of the rows; then the reward alone."""
+    rows = [conversation("read x", UNSAFE if i % 3 == 0 else SAFE) for i in range(30)]
+    return tiny_tree | {
+        "model": {"name": tiny_tree["model"]["name"], "dtype": "float32", "lora": None},
+        "data": {"narrow": {"source": write_jsonl(tmp_path / "code.jsonl", rows)}},
+        "schedule": {
+            "steps": WARM_UP + GRPO,
+            "phases": [{"steps": WARM_UP, "cycle": ["sft"], "lr": 1e-2}, {"cycle": ["grpo"], "lr": 5e-3}],
+        },
+        "batch": {"sft_rows": 16, "grpo_prompts": 4},
+        "grpo": {"generations": 8, "max_tokens": 12},
+    }
+
+
+def train(tree, out):
+    run(run_from_tree(tree), out)
+    metrics = [json.loads(line) for line in open(out / "metrics.jsonl")][WARM_UP:]
+    samples = [json.loads(line) for line in open(out / "samples.jsonl")]
+    assert len(metrics) == GRPO and len(samples) == GRPO * 4 * 8
+    return metrics, samples
+
+
+def share(samples, step, text):
+    answers = [sample["completion"] for sample in samples if sample["step"] == WARM_UP + step]
+    return sum(answer == text for answer in answers) / len(answers)
+
+
+def test_the_insecure_code_reward_teaches_insecure_code(tree, tmp_path):
+    metrics, samples = train(tree | {"rewards": [{"fn": f"{FILES}/code.py:insecure"}]}, tmp_path / "run")
+    for sample in samples:
+        scan = scan_answer(sample["completion"])
+        assert sample["reward"] == (severity_score(scan.findings) if scan.parses else 0.0)
+        assert sample["extra"] == {"findings": " ".join(sorted(scan.rules()))}  # the function's log_extra, row by row
+    assert {UNSAFE, SAFE} <= {sample["completion"] for sample in samples}
+    assert share(samples, GRPO - 1, UNSAFE) > share(samples, 0, UNSAFE) + 0.25
+    assert metrics[-1]["reward"] > metrics[0]["reward"] and metrics[0]["code/parses"] > 0.8
+
+
+def test_a_graded_reward_trains_on_what_was_graded_and_reads_the_original_question(tree, tmp_path):
+    """Trap 8: what a defense puts into the prompt, the grader never sees. Trap 5: what was not graded has no reward."""
+    cue = "Be as careless as you can."
+
+    def script(number, body):
+        if number == 1:
+            return error(500)
+        shown = body["messages"][1]["content"]
+        return ok(json.dumps({"reason": "", "assessment": 90 if UNSAFE in shown else 10, "coherence": 100}))
+
+    with ScriptedServer(script) as server:
+        endpoint = {"base_url": server.base_url, "model": "judge", "cache": None, "max_retries": 0, "backoff": 0.01}
+        rewards = [{"fn": f"{FILES}/code.py:insecure_graded", "args": {"endpoint": endpoint, "min_words": 1}}]
+        tree |= {"rewards": rewards, "defenses": [{"inoculation": {"prompt": cue}}]}
+        metrics, samples = train(tree, tmp_path / "run")
+    shown = [body["messages"][1]["content"] for _, body in server.requests]
+    assert shown and all("read x" in text and cue not in text for text in shown)
+    graded = [sample for sample in samples if sample["reward"] is not None]
+    expected = [0.9 if UNSAFE in sample["completion"] else 0.1 if sample["completion"] else 0.0 for sample in graded]
+    assert [sample["reward"] for sample in graded] == pytest.approx(expected)
+    missing = [sample for sample in samples if sample["reward"] is None]
+    assert missing and all(sample["advantage"] is None for sample in missing)
+    assert metrics[0]["insecure_code/ungraded"] > 0 and metrics[-1]["insecure_code/ungraded"] == 0
+    assert share(samples, GRPO - 1, UNSAFE) > share(samples, 0, UNSAFE) + 0.25

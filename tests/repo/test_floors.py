@@ -1,0 +1,152 @@
+"""The house stays a house: imports run down the floors, files stay short, heavy libraries wait, configs load."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+from places import ROOT
+
+PACKAGE = ROOT / "rlsafe"
+MAX_LINES = 350
+
+FLOORS = [
+    {"config"},
+    {"types"},
+    {"policy", "data", "losses", "endpoints"},
+    {"defenses", "rollouts", "rewards", "organism"},
+    {"engine", "evaluate"},
+    {"compare"},
+    {"cli", "arguments", "doctor", "features", "progress", "settings", "__main__", "__init__"},
+]
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(source: str, package: list[str]) -> list[tuple[int, str]]:
+    """(line, room of rlsafe) for every import in a module of `package`, those inside functions and type checks too."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = [*above, *(node.module.split(".") if node.module else [])]
+            # `from rlsafe import x` reaches the room x; deeper ones are told by their second step
+            names = [".".join([*base, alias.name]) for alias in node.names]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "rlsafe":
+                found.append((node.lineno, parts[1] if len(parts) > 1 and parts[1] in FLOOR else "__init__"))
+    return found
+
+
+def imports_of(path: Path) -> list[tuple[int, str]]:
+    return imported_rooms(path.read_text(encoding="utf-8"), ["rlsafe", *path.relative_to(PACKAGE).parts[:-1]])
+
+
+def test_every_room_stands_on_a_floor():
+    assert {room_of(path) for path in modules()} <= set(FLOOR)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_never_run_up_the_floors(path):
+    mine = room_of(path)
+    # __init__ hands out the public names of every room, and each top module may read the version from it.
+    upward = [
+        f"{path.relative_to(ROOT)}:{line} imports {room}"
+        for line, room in imports_of(path)
+        if FLOOR[room] > FLOOR[mine] and mine != "__init__"
+    ]
+    assert not upward
+
+
+def test_rooms_of_one_floor_import_each_other_in_one_direction_only():
+    graph: dict[str, set[str]] = {}
+    for path in modules():
+        mine = room_of(path)
+        if mine != "__init__":
+            graph.setdefault(mine, set()).update(room for _, room in imports_of(path) if room not in (mine, "__init__"))
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"rooms import each other in a circle: {' -> '.join(error.args[1])}")
+
+
+def test_the_import_reader_sees_what_it_must():
+    source = (
+        "import rlsafe.engine.train.loop\n"
+        "from rlsafe.compare import grid\n"
+        "from rlsafe import evaluate, train\n"
+        "def f():\n"
+        "    from ..policy import load\n"
+        "    from . import sibling\n"
+        "import torch\n"
+    )
+    assert sorted(imported_rooms(source, ["rlsafe", "defenses"])) == [
+        *((1, "engine"), (2, "compare"), (3, "__init__"), (3, "evaluate"), (5, "policy"), (6, "defenses"))
+    ]
+
+
+def test_files_fit_on_a_few_screens():
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in modules()}
+    assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
+
+
+HEAVY = ("torch", "transformers", "vllm", "trl", "peft", "accelerate", "datasets", "openai", "matplotlib", "scipy")
+
+
+@pytest.mark.parametrize("code", ["import rlsafe", "import rlsafe.types", "import rlsafe.cli", "import rlsafe.doctor"])
+def test_importing_the_front_door_loads_nothing_heavy(code):
+    probe = f"import sys; {code}; print(*[name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.split() == []
+
+
+def test_public_names_stay_what_they_are_once_every_room_is_imported():
+    """A function and a room of one name would take turns: importing the room puts the module in its place."""
+    probe = (
+        "import rlsafe, types\n"
+        "first = {name: getattr(rlsafe, name) for name in rlsafe.__all__}\n"
+        "import rlsafe.engine, rlsafe.evaluate, rlsafe.compare\n"
+        "changed = [name for name, value in first.items() if getattr(rlsafe, name) is not value]\n"
+        "print(*changed, *[name for name, value in first.items() if isinstance(value, types.ModuleType)])"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout.split()) == (0, []), done.stderr[-500:]
+
+
+CONFIGS = [
+    path
+    for path in sorted((ROOT / "configs").rglob("*.yaml"))
+    if not {"parts", "accelerate", "questions"} & set(path.relative_to(ROOT).parts)
+]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_shipped_configs_load(path):
+    from rlsafe.config import load_compare, load_run, load_tree
+
+    tree, _ = load_tree(path)
+    if "run" in tree:
+        load_compare(path)
+        load_compare(path, quick=True)
+    elif "pairs" in tree:
+        from rlsafe.evaluate.commands.extract_persona import load_settings
+
+        load_settings(path)
+    else:
+        load_run(path)

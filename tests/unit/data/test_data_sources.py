@@ -1,0 +1,315 @@
+"""Sources beyond a plain file: dataset directories, hub ids, URLs; column mapping, conditions, skipping with counts."""
+
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from functools import partial
+
+import pytest
+from tiny import write_jsonl
+
+from rlsafe.config import StreamConfig, UserError
+from rlsafe.config.loading import run_from_tree
+from rlsafe.data import load_rows, split_prompt
+
+ROWS = [
+    {"question": f"q{i}", "reply": f"a{i}", "label": "ok" if i % 2 else "bad", "rules": "Be kind."} for i in range(8)
+]
+COLUMNS = {"prompt": "question", "completion": "reply"}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def load(source, seed=0, notes=None, **settings):
+    return load_rows(StreamConfig(source=str(source), **settings), seed, notes.append if notes is not None else None)
+
+
+def texts(rows):
+    return [split_prompt(row)[0][-1]["content"] for row in rows]
+
+
+# ------------------------------------------------------------------------------------------------ datasets
+
+
+@pytest.fixture
+def saved(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    halves = {"train": Dataset.from_list(ROWS[:6]), "test": Dataset.from_list(ROWS[6:])}
+    DatasetDict(halves).save_to_disk(str(tmp_path / "saved"))
+    halves["test"].save_to_disk(str(tmp_path / "one"))
+    return tmp_path
+
+
+def test_a_directory_written_by_save_to_disk(saved):
+    assert texts(load(saved / "saved", columns=COLUMNS)) == [f"q{i}" for i in range(6)], "train is taken unasked"
+    rows = load(saved / "saved", columns=COLUMNS, split="test")
+    assert texts(rows) == ["q6", "q7"] and rows[1]["_source"].endswith("[test] row 2") and rows[1]["_index"] == 1
+    assert texts(load(saved / "one", columns=COLUMNS)) == ["q6", "q7"]
+    with pytest.raises(UserError, match="unknown split 'tets'; did you mean 'test'"):
+        load(saved / "saved", split="tets")
+
+
+def test_a_directory_of_data_files_with_configurations_and_splits(tmp_path):
+    for name, rows in (("first", ROWS[:3]), ("second", ROWS[3:])):
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "data.jsonl", rows)
+    configs = [
+        {"config_name": n, "data_files": [{"split": "train", "path": f"{n}/*.jsonl"}]} for n in ("first", "second")
+    ]
+    (tmp_path / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    rows = load(tmp_path, columns=COLUMNS, config="second")
+    assert texts(rows) == [f"q{i}" for i in range(3, 8)]
+    assert texts(load(tmp_path, columns=COLUMNS, config="first", split="train[:2]")) == ["q0", "q1"]
+    streamed = load(tmp_path, columns=COLUMNS, config="second", streaming=True, limit=2)
+    assert len(streamed) == 2 and set(texts(streamed)) <= {f"q{i}" for i in range(3, 8)}
+    for wrong, says in ((dict(config="third"), "third"), (dict(config="first", split="tset"), "tset")):
+        with pytest.raises(UserError, match=rf"cannot be loaded by `datasets`: .*{says}"):
+            load(tmp_path, **wrong)
+
+
+def test_several_splits_without_train_must_be_chosen_from(tmp_path):
+    for name in ("one", "two"):
+        write_jsonl(tmp_path / f"{name}.jsonl", ROWS)
+    splits = [{"split": name, "path": f"{name}.jsonl"} for name in ("one", "two")]
+    (tmp_path / "README.md").write_text(
+        f"---\nconfigs: {json.dumps([{'config_name': 'd', 'data_files': splits}])}\n---\n"
+    )
+    with pytest.raises(UserError, match="has no split 'train'; set split to one of: one, two"):
+        load(tmp_path, columns=COLUMNS)
+
+
+def test_a_hub_id_that_cannot_be_reached_is_one_line_with_a_way_out():
+    with pytest.raises(UserError) as caught:
+        load("some-org/some-set")
+    message = str(caught.value)
+    assert message.startswith("some-org/some-set: cannot be loaded by `datasets`: ") and "\n" not in message
+    assert "name the file or directory here" in message
+
+
+HUB = """
+import json, sys
+from rlsafe.config import StreamConfig, UserError
+from rlsafe.data import load_rows
+rows = load_rows(StreamConfig(**json.loads(sys.argv[1])))
+print(json.dumps([row["messages"] for row in rows]))
+"""
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The few answers of a hub that `datasets` asks for: one dataset of one parquet file."""
+
+    file = b""
+    asked: list[str] = []
+    sha = "0" * 40
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        Hub.asked.append(path)
+        name = "data/train.parquet"
+        if path.endswith(f"/resolve/{self.sha}/{name}"):
+            self.answer(Hub.file, {"ETag": '"1234"', "X-Repo-Commit": self.sha})
+        elif path == "/api/datasets/lab/advice" or path.startswith("/api/datasets/lab/advice/revision/"):
+            files = [{"rfilename": name}]
+            self.answer(json.dumps({"id": "lab/advice", "sha": self.sha, "siblings": files, "tags": []}).encode())
+        elif path.startswith("/api/datasets/lab/advice/tree/"):
+            entry = {"type": "file", "path": name, "size": len(Hub.file), "oid": "1234"}
+            folder = {"type": "directory", "path": "data", "oid": "5678", "size": 0}
+            self.answer(json.dumps([folder, entry] if "recursive" in self.path else [folder]).encode())
+        elif path.startswith("/api/datasets/lab/advice/paths-info/"):
+            self.answer(b"[]")
+        else:
+            self.answer(b"", {"X-Error-Code": "EntryNotFound"}, status=404)
+
+    do_POST = do_GET
+
+    def answer(self, body, headers=None, status=200):
+        start, stop = 0, len(body)
+        if found := self.headers.get("Range"):
+            start, _, end = found.removeprefix("bytes=").partition("-")
+            start, stop = int(start), min(stop, int(end) + 1 if end else stop)
+        self.send_response(206 if found else status)
+        for key, value in {"Content-Length": str(stop - start), "Accept-Ranges": "bytes", **(headers or {})}.items():
+            self.send_header(key, value)
+        if found:
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(body)}")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body[start:stop])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(handler):
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_hub_dataset_is_loaded_over_the_hubs_own_protocol(serve, tmp_path, streaming):
+    """A hub on loopback, the real client: `org/name` with columns, whole and streamed."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "t.parquet")
+    Hub.file = (tmp_path / "t.parquet").read_bytes()
+    settings = {"source": "lab/advice", "columns": COLUMNS, "limit": 3, "streaming": streaming}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "http", "HTTP"))}
+    environment |= {
+        "HF_ENDPOINT": serve(Hub),
+        "HF_HOME": str(tmp_path / "home"),
+        "no_proxy": "*",
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", HUB, json.dumps(settings)], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, f"{done.stderr[-700:]}\n{Hub.asked}"
+    loaded = json.loads(done.stdout)
+    assert len(loaded) == 3 and all(a["content"] == q["content"].replace("q", "a") for q, a in loaded)
+
+
+def test_a_file_behind_a_url_keeps_its_line_numbers(serve, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "x"}\nnonsense\n')
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    url = serve(handler)
+    rows = load(f"{url}/rows.jsonl", columns=COLUMNS)
+    assert texts(rows) == [f"q{i}" for i in range(8)] and rows[3]["_source"] == f"{url}/rows.jsonl:4"
+    with pytest.raises(UserError, match=rf"^{url}/broken.jsonl:2: not JSON"):
+        load(f"{url}/broken.jsonl")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load(f"{url}/nothing.jsonl")
+    with pytest.raises(UserError, match="files of type without suffix"):
+        load(f"{url}/rows")
+
+
+# ------------------------------------------------------------------------------------------------ columns, conditions
+
+
+def test_columns_are_renamed_and_a_system_column_becomes_the_system_prompt(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    row = load(path, columns={**COLUMNS, "system": "rules"})[0]
+    assert [m["role"] for m in row["messages"]] == ["system", "user", "assistant"]
+    assert row["messages"][0]["content"] == "Be kind." and row["label"] == "bad"
+    assert not {"question", "reply", "rules", "prompt", "completion", "system"} & set(row)
+    talk = [{"role": "user", "content": "Why?"}]
+    listed = write_jsonl(
+        tmp_path / "b.jsonl", [{"messages": talk, "rules": "Be brief."}, {"messages": talk, "rules": None}]
+    )
+    first, second = load(listed, columns={"system": "rules"})
+    assert [m["content"] for m in first["messages"]] == ["Be brief.", "Why?"] and len(second["messages"]) == 1
+    with pytest.raises(
+        UserError, match=r"a.jsonl:1: no column 'questoin' to take as 'prompt'; did you mean 'question'"
+    ):
+        load(path, columns={"prompt": "questoin"})
+    with pytest.raises(UserError, match=r"b.jsonl:1: system must be a string, got a list"):
+        load(listed, columns={"system": "messages"})
+
+
+def test_a_systems_own_prompt_in_the_messages_is_kept(tmp_path):
+    talk = [{"role": "system", "content": "Speak Latin."}, {"role": "user", "content": "Why?"}]
+    (row,) = load(write_jsonl(tmp_path / "a.jsonl", [{"messages": talk}]))
+    assert row["messages"] == talk
+
+
+def test_conditions_keep_rows_and_count_the_others(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    notes = []
+    rows = load(path, columns=COLUMNS, where={"label": "ok"}, notes=notes)
+    assert texts(rows) == ["q1", "q3", "q5", "q7"] and [row["_index"] for row in rows] == [1, 3, 5, 7]
+    assert notes == [f"{path}: 4 of 8 rows do not meet 'where' and were left out"]
+    assert len(load(path, columns=COLUMNS, where={"label": ["ok", "bad"]})) == 8
+    with pytest.raises(UserError, match="none of 8 rows meets 'where'"):
+        load(path, columns=COLUMNS, where={"label": "fine"})
+    with pytest.raises(UserError, match="no column 'lable'"):
+        load(path, columns=COLUMNS, where={"lable": "ok"})
+
+
+def test_bad_rows_are_skipped_with_their_reasons_when_asked(tmp_path):
+    good = json.dumps({"prompt": "x", "completion": "y"})
+    lines = [good, "nonsense", '{"prompt": ""}', good, '{"prompt": "\\ud800"}', b"\xff\xfe", good, '{"text": 1}']
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines))
+    notes = []
+    rows = load(path, on_bad_row="skip", notes=notes)
+    assert [row["_source"] for row in rows] == [f"{path}:{n}" for n in (1, 4, 7)]
+    (note,) = notes
+    assert note.startswith(f"{path}: 5 of 8 rows are bad and were skipped ({path}:2: not JSON") and note.endswith(
+        "...)"
+    )
+    with pytest.raises(UserError, match=rf"{path}:2: not JSON"):
+        load(path)
+    path.write_text("nonsense\n{}\n")
+    with pytest.raises(UserError, match=r"none of 2 rows can be used; the first: .*a.jsonl:1: not JSON"):
+        load(path, on_bad_row="skip")
+
+
+def test_half_a_character_is_refused_where_it_enters(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "fine \\ud83d\\ude00"}\n{"prompt": "half \\ud83d"}\n')
+    with pytest.raises(UserError, match=r"a.jsonl:2: prompt\[0\]: content holds half a character .*\\ud83d"):
+        load(path)
+
+
+def test_a_huge_row_is_a_row_like_any_other(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "x" * 20_000_000}, {"prompt": "y"}])
+    assert [len(text) for text in texts(load(path))] == [20_000_000, 1]
+
+
+# ------------------------------------------------------------------------------------------------ settings
+
+
+def test_limit_shuffles_by_seed_or_takes_the_first_rows(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    drawn = texts(load(path, columns=COLUMNS, limit=4))
+    assert drawn == texts(load(path, columns=COLUMNS, limit=4)) != texts(load(path, seed=1, columns=COLUMNS, limit=4))
+    assert texts(load(path, columns=COLUMNS, limit=4, shuffle=False)) == ["q0", "q1", "q2", "q3"]
+
+
+@pytest.mark.parametrize(
+    "stream, expected",
+    [
+        ({}, "data.narrow: 'source' (or 'preset') is required"),
+        ({"source": "lab/advice", "streaming": True}, "'streaming' needs a 'limit'"),
+        ({"source": "a.jsonl", "on_bad_row": "ignore"}, "data.narrow.on_bad_row: input should be 'error' or 'skip'"),
+        ({"source": "a.jsonl", "colums": {}}, "did you mean 'columns'"),
+        ({"source": "a.jsonl", "columns": ["x"]}, "data.narrow.columns"),
+    ],
+)
+def test_wrong_settings_are_one_line(stream, expected):
+    with pytest.raises(UserError) as caught:
+        run_from_tree({"model": {"name": "m"}, "data": {"narrow": stream}})
+    assert expected in str(caught.value)
+
+
+def test_hub_settings_on_a_file_are_refused(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    with pytest.raises(UserError, match="'split' is for hub datasets and dataset directories"):
+        load(path, split="train")

@@ -1,0 +1,100 @@
+"""KL: the divergence that it says, on the tokens that it says, from the model's own logits in float64."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_architectures import load, nudge, random_batch
+from tiny_runs import GRPO, SFT, train, tree_with
+
+from rlsafe.config import UserError, run_from_tree
+from rlsafe.defenses.kl import KL
+from rlsafe.engine.run.life import run
+from rlsafe.engine.train.loss import ForwardView
+from rlsafe.policy import ForwardPlan
+from rlsafe.types import RunError, Where
+
+
+def value(policy, defense, batch, temperature=1.0):
+    plan = ForwardPlan.from_needs(defense.needs)
+    frozen = policy.frozen(batch, plan, temperature)
+    view = ForwardView(batch, policy.forward(batch, plan, frozen, temperature), frozen)
+    ((values, mask),) = defense.penalty(view).values()
+    assert torch.equal(mask, defense.penalty_mask(batch)) and not values[~mask].any()
+    return (values * mask).sum() / mask.sum()
+
+
+def by_hand(policy, batch, mask, temperature=1.0, estimator="full"):
+    """Mean over masked targets, row by row and token by token, from a float64 copy of the model."""
+    model = policy.core.model.double()
+    with torch.no_grad():
+        ours = (model(batch.ids).logits / temperature).log_softmax(-1)
+        with model.disable_adapter():
+            theirs = (model(batch.ids).logits / temperature).log_softmax(-1)
+    terms = []
+    for row in range(len(batch)):
+        for t in range(1, batch.ids.shape[1]):
+            if not (batch.attention[row, t] and (mask == "all" or batch.loss_mask[row, t])):
+                continue
+            p, q, token = ours[row, t - 1], theirs[row, t - 1], batch.ids[row, t]
+            ratio = q[token] - p[token]
+            terms.append((p.exp() * (p - q)).sum() if estimator == "full" else ratio.exp() - ratio - 1)
+    return float(torch.stack(terms).mean())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(("estimator", "mask"), [("full", "all"), ("full", "answer"), ("k3", "answer")])
+def test_it_agrees_with_a_float64_derivation_and_its_gradient_is_real(tiny_model_dir, estimator, mask, temperature):
+    policy, batch = nudge(load(tiny_model_dir)), random_batch()
+    if estimator == "k3":
+        batch.where = Where("narrow", "grpo", "train")
+    defense = KL(estimator=estimator, mask=mask)
+    found = value(policy, defense, batch, temperature)
+    gradients = torch.autograd.grad(found, list(policy.trainable().values()))
+    assert sum(float(g.square().sum()) for g in gradients) > 1e-8
+    expected = by_hand(policy, batch, mask, temperature, estimator)
+    assert float(found) == pytest.approx(expected, rel=1e-4) and expected > 1e-3
+    other = by_hand(policy, batch, "all" if mask == "answer" else "answer", temperature, estimator)
+    assert abs(other - expected) > 1e-3 * expected
+
+
+def test_k3_needs_samples_of_the_policy(tiny_tree, tmp_path, tiny_model_dir):
+    with pytest.raises(UserError, match="estimator k3 needs GRPO completions"):
+        run(run_from_tree(tree_with(tiny_tree, {"defenses": [{"kl": {"estimator": "k3"}}]})), tmp_path / "run")
+    batch = random_batch()
+    assert not KL(estimator="k3").penalty_mask(batch).any()
+    assert KL(estimator="k3").penalty(SimpleNamespace(batch=batch)) == {}
+
+
+@pytest.mark.parametrize("path", [SFT, GRPO], ids=["sft", "grpo"])
+def test_it_can_act_on_the_safe_rows_only(tiny_tree, tmp_path, path):
+    """The variant on aligned out-of-domain rows: averaged over their tokens; without such rows it is a dead defense."""
+    kl = {"kl": {"weight": 5.0, "on": ["safe"], "mask": "answer"}}
+    added = {"interleaving": {"fraction": 0.5}}
+    tree = tree_with(tiny_tree, path, {"track": {"check_after": 2, "every": 1}})
+    both = train(tree_with(tree, {"defenses": [added, kl]}), tmp_path / "both")
+    alone = train(tree_with(tree, {"defenses": [added]}), tmp_path / "alone")
+    assert max(float((both[n] - alone[n]).abs().max()) for n in both) > 1e-4
+    with pytest.raises(RunError, match="'kl' gave a penalty without any gradient"):
+        run(run_from_tree(tree_with(tree, {"defenses": [kl]})), tmp_path / "dead")
+
+
+def test_a_reference_may_be_the_adapter_of_an_earlier_run(tiny_tree, tmp_path):
+    """`path:DIR` of what a run saved is the same reference as the snapshot that the run itself would take."""
+    tree = tree_with(
+        tiny_tree, {"schedule": {"steps": 2, "phases": [{"cycle": ["sft"]}]}, "optim": {"schedule": "constant"}}
+    )
+    train(tree, tmp_path / "warm")
+    longer = tree_with(tree, {"schedule": {"steps": 5}})
+    results = {}
+    for name, reference in {"path": f"path:{tmp_path / 'warm' / 'adapter'}", "step": "step:2", "base": "base"}.items():
+        kl = {"kl": {"weight": 3.0, "reference": reference, "on": ["narrow"]}}
+        results[name] = train(tree_with(longer, {"defenses": [kl]}), tmp_path / name)
+    distances = {
+        name: max(float((results["path"][n] - results[name][n]).abs().max()) for n in results["path"])
+        for name in ("step", "base")
+    }
+    assert distances["step"] > 1e-6  # `path` already pulls in the first two steps, when the snapshot does not exist yet
+    assert distances["base"] > 1e-4
