@@ -27,7 +27,7 @@ Row = dict[str, Any]
 """A dataset row in the messages format: `{"messages": [Message, ...], **columns}`; every other column reaches the rewards."""
 
 Stream = Literal["narrow", "safe", "benign"]
-Path = Literal["sft", "grpo"]
+LossPath = Literal["sft", "grpo"]
 Phase = Literal["rollout", "train", "eval"]
 
 
@@ -44,7 +44,7 @@ class Where:
     """Where in the data flow a hook is called."""
 
     stream: Stream
-    path: Path
+    path: LossPath
     phase: Phase
 
 
@@ -70,7 +70,6 @@ class Batch:
     old_logp: Tensor | None = None
     rollout: Batch | None = None
     row_weight: Tensor | None = None
-    truncated: Tensor | None = None  # [B] bool: the completion hit the token limit
 
     def to(self, device: torch.device | str) -> Batch:
         moved = {k: v.to(device) for k, v in vars(self).items() if hasattr(v, "to")}

@@ -14,7 +14,7 @@ from rlsafe.compare import draw_report as report
 from rlsafe.compare.report import pages, plots, quantities, sections, why
 from rlsafe.compare.report.charts import label_places
 from rlsafe.compare.verdicts.results import load
-from rlsafe.compare.verdicts.verdicts import judge
+from rlsafe.compare.verdicts.verdicts import judge_defenses
 
 ARMS = {
     ("", "untrained"): {"benign": 0.1},
@@ -227,11 +227,11 @@ def test_a_defense_that_learned_nothing_narrow_is_never_called_closest():
 
 def test_dashed_lines_and_logged_quantities_are_explained_in_words(out, html):
     results = load(out)
-    [table] = [table for table in judge(results) if table.path == "sft"]
+    [table] = [table for table in judge_defenses(results) if table.path == "sft"]
     sudden = [onset for onset in why.onsets(results, table) if onset.step is not None]
     text = " ".join("".join(Page(html).text).split())
     assert sudden and all(f"{onset.label}, step {onset.step}" in text for onset in sudden)
-    effects = [row for section in judge(results) for row in pages.effects(results, section)]
+    effects = [row for section in judge_defenses(results) for row in pages.effects(results, section)]
     assert effects and all(f"{row['words']} {row['quantity']}" in text for row in effects)
 
 

@@ -174,7 +174,6 @@ def _rollout_batch(rows: Sequence[Rollout], prompts: Sequence[list[int]], where:
         loss_mask=torch.from_numpy(loss_mask),
         advantages=torch.tensor([item.advantage for item in rows], dtype=torch.float32),
         sampler_logp=torch.from_numpy(logp),
-        truncated=torch.tensor([item.completion.finish == "length" for item in rows]),
     )
 
 

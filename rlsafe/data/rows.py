@@ -46,7 +46,7 @@ def question_of(messages: Sequence[Message]) -> tuple[str, str | None]:
 # ---------------------------------------------------------------------------------------------------- one row
 
 
-def normalise(raw: Any, where: str) -> Row:
+def normalise_row(raw: Any, where: str) -> Row:
     """A raw row in the messages format with its other columns; UserError starts with `where`."""
     if not isinstance(raw, Mapping):
         raise UserError(f"{where}: expected an object with 'messages', got {kind_of(raw)}")

@@ -21,7 +21,7 @@ from rlsafe.data.files import SUFFIXES, Found, read_file
 from rlsafe.data.hub import is_dataset_directory, read_dataset, read_url
 from rlsafe.data.partial import Partial
 from rlsafe.data.presets import Recipe, recipe_of
-from rlsafe.data.rows import normalise
+from rlsafe.data.rows import normalise_row
 from rlsafe.types import Row, provider_for, providers, register_provider
 
 FORMS = (
@@ -125,7 +125,7 @@ def _checked(config: StreamConfig, count: Count, seed: int | None = None) -> Ite
             if isinstance(raw, Mapping) and (raw := recipe.apply(raw, where)) is None:
                 count.filtered += 1
                 continue
-            row = normalise(raw, where)
+            row = normalise_row(raw, where)
         except UserError as error:
             if config.on_bad_row == "error":
                 raise

@@ -79,7 +79,7 @@ class DefenseStack:
                         "last step of this run"
                     )
 
-    def update(self, has_reference: Callable[[str], bool]) -> None:
+    def await_references(self, has_reference: Callable[[str], bool]) -> None:
         """Let penalties wait whose reference does not exist yet (grpo_start before the first GRPO step, step:N before N)."""
         self.waiting = {
             defense.name

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rlsafe.compare.grid.fingerprints import fingerprints, versions
+from rlsafe.compare.grid.fingerprints import cell_fingerprints, versions
 from rlsafe.compare.grid.grid import Cell, expand
 from rlsafe.config import CompareConfig, UserError, check_out, dump_yaml
 from rlsafe.engine.record.provenance import config_files, files_record
@@ -115,7 +115,7 @@ class Directory:
             "command": command,
             "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
             "versions": versions(),
-            "fingerprints": fingerprints(cells),
+            "fingerprints": cell_fingerprints(cells),
             **files_record(config_files(config._source)),
         }
         write_json(self.out / _PLAN, plan)

@@ -174,7 +174,7 @@ def _points(value: float) -> str:
     return f"{100 * value:+.1f} points"
 
 
-def judge(results: Results) -> list[PathTable]:
+def judge_defenses(results: Results) -> list[PathTable]:
     """Every rate and verdict of a comparison, models and paths in order."""
     tables = []
     for model in results.models:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from rlsafe.config import RunConfig, UserError
 from rlsafe.config.schema import Part, PhaseConfig
 from rlsafe.defenses import Offer
-from rlsafe.types import Path, Stream
+from rlsafe.types import LossPath, Stream
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class PlannedPart:
     """
 
     stream: Stream
-    path: Path
+    path: LossPath
     rows: int
     weight: float = 1.0
     defense: str | None = None
@@ -41,7 +41,7 @@ class Step:
     phase: int
 
     @property
-    def path(self) -> Path:
+    def path(self) -> LossPath:
         return "grpo" if any(part.path == "grpo" for part in self.parts) else "sft"
 
 

@@ -130,7 +130,7 @@ class Loop:
             self.policy.snapshot("grpo_start")
         if f"step:{step.index}" in wanted:
             self.policy.snapshot(f"step:{step.index}")
-        self.stack.update(self.policy.has_reference)
+        self.stack.await_references(self.policy.has_reference)
 
     def _gather(self, step: Step) -> tuple[list[Micro], dict[str, Any]]:
         """The step's micro-batches on this rank, and the rollout metrics."""
