@@ -41,6 +41,13 @@ def check_out(out: str | Path) -> None:
             raise UserError(f"--out {path}: {one} is a file; expected a directory")
 
 
+def first_line(error: BaseException, most: int = 300) -> str:
+    """The first informative line of an error's message, for a one-line message of ours; the class's name without one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    told = lines[1:] if "validation error" in lines[0] else lines  # pydantic's first line only counts
+    return (told or lines)[0].removeprefix("Value error, ")[:most]
+
+
 def nearest(name: str, options: Iterable[str], most: int = 12) -> str:
     """A hint to append to a message: `; did you mean 'x'?` or `; expected one of a, b, c`."""
     options = sorted({str(option) for option in options})

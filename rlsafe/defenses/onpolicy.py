@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from rlsafe.config.files import write_once
 from rlsafe.data import Stream, Thought, encode_prompt, question_of, read_completion, split_prompt
 from rlsafe.defenses.base import DataContext, SetupContext
 from rlsafe.defenses.interleaving import Count, Interleaving
@@ -91,7 +90,7 @@ class InterleavingOnPolicy(Interleaving):
         if not cached:
             answered = self._answer(asked, context.sampler(), judge, step=0, first=0)
             try:
-                _write_once(file, [asdict(one) for one in answered])
+                write_once(file, json.dumps([asdict(one) for one in answered]))
             except OSError as error:
                 context.log(
                     f"defense {self.name!r}: its answers are not saved for later runs: {file}: {error.strerror}"
@@ -233,17 +232,3 @@ def weights_digest(policy: Policy) -> str:
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(values.numpy().tobytes())
     return digest.hexdigest()
-
-
-def _write_once(file: Path, records: list[dict[str, Any]]) -> None:
-    """Whole or not at all, and never over another process's answers: ranks and workers that race all read the first."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(records), encoding="utf-8")
-    try:
-        os.link(temporary, file)
-    except FileExistsError:
-        pass
-    except OSError:  # a file system without hard links
-        temporary.replace(file)
-    temporary.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlsafe.config import UserError, nearest
+from rlsafe.config.files import replacing
 from rlsafe.defenses.base import Defense, SetupContext
 from rlsafe.defenses.registry import defense
 from rlsafe.types import Batch, Sampler, Stream, Where, provider_for
@@ -66,14 +67,12 @@ def save_vectors(vectors: Tensor, path: Path, about: dict[str, Any] | None = Non
     from safetensors.torch import save_file
 
     check_suffix(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    building = path.with_name(f".{path.name}.tmp")
     vectors = vectors.detach().float().cpu().contiguous()
-    if path.suffix == ".pt":
-        torch.save(vectors, building)
-    else:
-        save_file({KEY: vectors}, str(building), metadata={"about": json.dumps(about or {}, ensure_ascii=False)})
-    building.replace(path)
+    with replacing(path) as building:
+        if path.suffix == ".pt":
+            torch.save(vectors, building)
+        else:
+            save_file({KEY: vectors}, str(building), metadata={"about": json.dumps(about or {}, ensure_ascii=False)})
 
 
 @defense("persona")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlsafe.config import LoraConfig, UserError, nearest
+from rlsafe.config import LoraConfig, UserError, first_line, nearest
 from rlsafe.policy.quantize import is_quantized, plain_weight
 from rlsafe.policy.sharding import whole
 
@@ -41,7 +41,7 @@ def attach_lora(model: Any, config: LoraConfig, seed: int) -> Any:
         try:
             wrapped = peft.get_peft_model(model, settings)
         except ValueError as error:
-            raise UserError(f"model.lora.targets: {targets!r}: {_first_line(error)}") from None
+            raise UserError(f"model.lora.targets: {targets!r}: {first_line(error)}") from None
     check_adapter(wrapped, "model.lora.targets")
     return wrapped
 
@@ -59,7 +59,7 @@ def load_adapter(model: Any, directory: str) -> Any:
     try:
         wrapped = peft.PeftModel.from_pretrained(model, directory, is_trainable=True)
     except (ValueError, RuntimeError, OSError, KeyError) as error:
-        raise UserError(f"model.adapter: {directory}: does not fit this model: {_first_line(error)}") from None
+        raise UserError(f"model.adapter: {directory}: does not fit this model: {first_line(error)}") from None
     check_adapter(wrapped, f"model.adapter: {directory}")
     return wrapped
 
@@ -78,7 +78,7 @@ def read_adapter_config(directory: str, where: str) -> Any:
     try:
         settings = peft.PeftConfig.from_pretrained(directory)
     except (ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"{where}: {directory}/adapter_config.json: {_first_line(error)}") from None
+        raise UserError(f"{where}: {directory}/adapter_config.json: {first_line(error)}") from None
     if not isinstance(settings, peft.LoraConfig):
         raise UserError(f"{where}: {directory}: is a {settings.peft_type} adapter; expected LoRA")
     for key, plain in (("use_dora", False), ("bias", "none"), ("modules_to_save", None), ("lora_bias", False)):
@@ -213,7 +213,3 @@ def _read_full(directory: Path, parameters: Mapping[str, Tensor], where: str) ->
         if name not in saved or saved[name].shape != parameter.shape:
             raise UserError(f"{where}: {name} is missing or has another shape")
     return {name: saved[name].to(parameter) for name, parameter in parameters.items()}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

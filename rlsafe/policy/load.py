@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rlsafe.config import ModelConfig, UserError, nearest
+from rlsafe.config import ModelConfig, UserError, first_line, nearest
 from rlsafe.data import Chat, configure_chat
 from rlsafe.policy.adapters import attach_lora, load_adapter
 from rlsafe.policy.quantize import check_quantization, prepare_quantized, quantization_settings
@@ -28,7 +28,7 @@ def load_tokenizer(config: ModelConfig, path: str) -> Any:
             path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except Exception as error:  # tokenizer files fail in many ways; all of them are about the user's directory
-        raise UserError(f"model.name: {config.name}: its tokenizer does not load: {_first_line(error)}") from None
+        raise UserError(f"model.name: {config.name}: its tokenizer does not load: {first_line(error)}") from None
     if config.chat_template is not None:
         template = Path(config.chat_template)
         if not template.is_file():
@@ -55,7 +55,7 @@ def check_tokenizer(config: ModelConfig, tokenizer: Any, rows: int) -> None:
     try:
         text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
     except Exception as error:  # whatever a template raises, it is the template
-        raise UserError(f"model.name: {config.name}: its chat template does not render: {_first_line(error)}") from None
+        raise UserError(f"model.name: {config.name}: its chat template does not render: {first_line(error)}") from None
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise UserError(f"model.name: {config.name}: its tokenizer gives no tokens; is tokenizer.json missing?")
@@ -124,10 +124,10 @@ def load_model(config: ModelConfig, path: str, seed: int, device: torch.device, 
                 attn_implementation=attention, **extra,
             )  # fmt: skip
     except ImportError as error:
-        raise UserError(f"model.attention: {config.attention}: {_first_line(error)}") from None
+        raise UserError(f"model.attention: {config.attention}: {first_line(error)}") from None
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         about = "model.attention" if "attn" in str(error) or "attention" in str(error).lower() else "model.name"
-        raise UserError(f"{about}: {config.name}: {_first_line(error)}") from None
+        raise UserError(f"{about}: {config.name}: {first_line(error)}") from None
     if quantized:
         prepare_quantized(model, dtype)
     if config.adapter:
@@ -156,13 +156,9 @@ def no_progress_bar() -> Iterator[None]:
 def _explain(path: str, error: Exception) -> str:
     local = Path(path)
     if local.is_dir():
-        return f"{path} is not a Hugging Face model directory: {_first_line(error)}"
+        return f"{path} is not a Hugging Face model directory: {first_line(error)}"
     if local.parent.is_dir() and len(local.parts) > 1:
         siblings = [p.name for p in local.parent.iterdir() if (p / "config.json").is_file()]
         if siblings:
             return f"no such model directory{nearest(local.name, siblings)}"
-    return f"neither a model directory nor a model that the hub gives us: {_first_line(error)}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return f"neither a model directory nor a model that the hub gives us: {first_line(error)}"

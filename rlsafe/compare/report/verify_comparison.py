@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 
-from rlsafe.compare.grid.records import Directory, read_json
+from rlsafe.compare.grid.records import Directory
 from rlsafe.compare.verdicts.results import (
     BENIGN_COLUMNS,
     COLUMNS,
@@ -19,6 +19,7 @@ from rlsafe.compare.verdicts.results import (
 )
 from rlsafe.compare.verdicts.verdicts import grades, judge_defenses
 from rlsafe.config import UserError
+from rlsafe.config.files import read_json
 from rlsafe.engine.record.verify_run import Verification, verify_run
 
 

@@ -30,7 +30,7 @@ from typing import Any, Literal
 from rlsafe.compare.grid.records import Directory
 from rlsafe.compare.verdicts.arms import MEASURES, Rate, benign_arms, labelled, rate_arms, summarise
 from rlsafe.compare.verdicts.results import Results
-from rlsafe.evaluate.measure.files import write_json
+from rlsafe.config.files import write_json
 from rlsafe.evaluate.measure.statistics import (
     Arm,
     difference_interval,
