@@ -21,12 +21,12 @@ class UserError(Exception):
 
 
 class UnknownName(UserError):
-    """A name that no room knows. Who looks one up cannot say where it was written; who read the config can: see `about`."""
+    """A name that is not registered. The lookup does not know which setting it came from: the caller adds that with `about`."""
 
 
 @contextmanager
 def about(key: str) -> Iterator[None]:
-    """Inside, names come from the setting `key` (`model.name`), and an unknown one says so."""
+    """Inside, an UnknownName becomes a UserError whose message begins with the setting `key` (such as `model.name`)."""
     try:
         yield
     except UnknownName as error:

@@ -1,4 +1,4 @@
-"""One row: checked where it enters, out in the messages format.
+"""Rows: checking what a source holds and turning it into the messages format.
 
 A row is `{"messages": [{"role", "content"}, ...], **columns, "_index": int, "_source": "file:line"}`. `_index` is the
 row's position in its source (stable under `limit`), `_source` is where an error message points to. Accepted rows:
@@ -131,7 +131,7 @@ def _message(message: Any, where: str) -> Message:
 
 
 def _surrogate(text: str) -> str | None:
-    """The first half of a character that JSON or YAML escapes let in, as it was written."""
+    """The first lone surrogate (half of a character, from a JSON or YAML escape) as an escape; None without one."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -140,6 +140,6 @@ def _surrogate(text: str) -> str | None:
 
 
 def kind_of(value: Any) -> str:
-    """What a value is, in JSON's words."""
+    """The type of a value in JSON's terms."""
     names = {"dict": "an object", "list": "a list", "str": "a string", "NoneType": "null", "bool": "a boolean"}
     return names.get(type(value).__name__, "a number" if isinstance(value, (int, float)) else type(value).__name__)

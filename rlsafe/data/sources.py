@@ -61,7 +61,7 @@ _read_once: ContextVar[dict[tuple[str, int], tuple[list[Row], Count]] | None] = 
 
 @contextmanager
 def read_once() -> Iterator[None]:
-    """Inside, equal streams are read and checked once, and share their rows: for looking at many runs, not for training."""
+    """Inside, equal streams are read and checked once and share their rows. For inspecting many runs, not for training."""
     token = _read_once.set({})
     try:
         yield
@@ -169,7 +169,7 @@ def _is_dataset(source: str, path: Path) -> bool:
 
 
 def _missing(source: str, path: Path) -> str:
-    """Why there is nothing to read, and what was probably meant."""
+    """The reason why a source cannot be read, with the nearest valid name."""
     if path.is_dir():
         return f"{source}: is a directory without data files; {FORMS}"
     if path.is_file():

@@ -1,4 +1,4 @@
-"""LoRA through PEFT: attaching, checking, merging fresh, reading back."""
+"""LoRA through PEFT: attaching an adapter, checking it, merging it into fresh weights, reading it back."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def adapter_layers(model: Any) -> dict[str, Any]:
 
 @contextmanager
 def adapters_off(model: Any) -> Iterator[None]:
-    """The base model, whatever the adapter holds."""
+    """Inside, the model computes without its adapter."""
     layers = list(adapter_layers(model).values())
     try:
         for layer in layers:
@@ -127,10 +127,12 @@ def adapters_off(model: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def merged(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """W + scale * B A of every adapted weight, computed in float32 from the untouched base and then rounded once.
+    """(Hugging Face name, W + scale * B A [out, in]) of every adapted weight, added in float32 and rounded once.
 
-    Over a quantised base W is what the packed numbers stand for, and layers without an adapter come along: a sampler
-    that starts from the original checkpoint must take over the quantisation too.
+    The base stays as it is, so that merging again and again adds no rounding error.
+
+    Over a quantised base W is the dequantised weight, and layers without an adapter are given too: a sampler that loaded
+    the original checkpoint then computes with the same quantised weights as the trainer.
     """
     layers = adapter_layers(model)
     half = model.get_base_model().get_output_embeddings().weight.dtype
@@ -154,10 +156,10 @@ def _delta(layer: Any) -> Tensor:
 
 
 def read_reference(directory: str, model: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a saved run, named and scaled as this policy's, to be swapped in as a reference.
+    """{parameter name: tensor} of a saved run, each in its parameter's own shape, to be swapped in as a reference.
 
     LoRA: an adapter directory; its rank may differ, its scale is folded into B, modules it does not adapt get B = 0.
-    Full fine-tuning: a model directory.
+    Full fine-tuning: a model directory. UserError when a tensor is missing or has another shape.
     """
     where = f"reference 'path:{directory}'"
     layers = adapter_layers(model)

@@ -49,8 +49,11 @@ def load_tokenizer(config: ModelConfig, path: str) -> Any:
 
 
 def check_tokenizer(config: ModelConfig, tokenizer: Any, rows: int) -> None:
-    """UserError unless a rendered message becomes tokens, the model's `rows` embeddings cover the vocabulary, and the template
-    can do what `model.thinking` asks. From here on the tokenizer carries these chat settings."""
+    """Check the tokenizer against the model and store the chat settings of the config on it.
+
+    rows: of the model's embedding matrix. UserError unless a rendered message becomes tokens, the rows cover the
+    vocabulary, and the template can do what `model.thinking` asks.
+    """
     message = [{"role": "user", "content": "x"}]
     try:
         text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
@@ -59,7 +62,8 @@ def check_tokenizer(config: ModelConfig, tokenizer: Any, rows: int) -> None:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise UserError(f"model.name: {config.name}: its tokenizer gives no tokens; is tokenizer.json missing?")
-    # A few surplus added tokens are common and harmless: encoding tells where a text spells one. Ordinary ones may be in any.
+    # A few added tokens beyond the embeddings are common and harmless: encoding reports a text that contains one. Missing
+    # ordinary tokens are refused here, because any text may contain them.
     added = tokenizer.get_added_vocab()
     ordinary = (index for token, index in tokenizer.get_vocab().items() if token not in added)
     largest = max(*ids, tokenizer.eos_token_id, tokenizer.pad_token_id, *ordinary)
@@ -88,7 +92,7 @@ def resolve_dtype(config: ModelConfig, device: torch.device, model_config: Any) 
 def load_model(config: ModelConfig, path: str, seed: int, device: torch.device, in_host_memory: bool = False) -> Any:
     """The model on `device`, with its adapter when `model.lora` is set; only what is trained requires gradients.
 
-    in_host_memory: made for `device`, but left in the host's memory.
+    in_host_memory: dtype and kernels are chosen for `device`, but the weights stay on the CPU (for sharding).
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -114,7 +118,7 @@ def load_model(config: ModelConfig, path: str, seed: int, device: torch.device, 
         extra["device_map"] = {"": "cpu" if device.type == "cpu" else f"{device.type}:{device.index or 0}"}
     attention = config.attention
     if attention == "sdpa" and getattr(settings.get_text_config(), "attn_logit_softcapping", None):
-        # Transformers 5.17 leaves the cap out there (Gemma 2): trainer and sampler would be two models
+        # Transformers 5.17 ignores the cap there (Gemma 2), so trainer and sampler would compute different models
         attention = "eager"
         log.warning("model.attention: sdpa ignores this model's attention softcap; eager is used")
     try:
@@ -141,7 +145,7 @@ def load_model(config: ModelConfig, path: str, seed: int, device: torch.device, 
 
 @contextmanager
 def no_progress_bar() -> Iterator[None]:
-    """Transformers' own bars off: a run has one of its own."""
+    """Inside, Transformers shows no progress bars: a run shows its own."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
