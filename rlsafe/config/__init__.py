@@ -2,7 +2,7 @@
 
 from rlsafe.config.comparison import BenignConfig, CompareConfig, SelectionConfig
 from rlsafe.config.data import DataConfig, StreamConfig
-from rlsafe.config.errors import UnknownName, UserError, about, check_out, nearest
+from rlsafe.config.errors import UnknownName, UserError, about, check_out, first_line, nearest
 from rlsafe.config.loading import apply_override, dump_yaml, load_compare, load_run, load_tree, run_from_tree
 from rlsafe.config.schema import (
     BatchConfig,
@@ -47,6 +47,7 @@ __all__ = [
     "check_out",
     "apply_override",
     "dump_yaml",
+    "first_line",
     "load_compare",
     "load_run",
     "load_tree",

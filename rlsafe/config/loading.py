@@ -22,7 +22,7 @@ C = TypeVar("C", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number, as every user expects (YAML 1.1 wants 1.0e-4)."""
+    """SafeLoader that also reads 1e-4 as a number (YAML 1.1 wants 1.0e-4)."""
 
 
 _Loader.add_implicit_resolver(
@@ -152,7 +152,7 @@ def apply_override(tree: dict[str, Any], override: str, marks: Marks | None = No
         path = tuple(keys)
         for known in [known for known in marks if known[: len(path)] == path]:
             del marks[known]
-        for depth in range(1, len(path) + 1):  # a section that no file has is this override's as well
+        for depth in range(1, len(path) + 1):  # sections that no file has are marked as written by this override
             if depth == len(path) or path[:depth] not in marks:
                 marks[path[:depth]] = f"override {override!r}"
 

@@ -18,7 +18,7 @@ from rlsafe.types import Batch, Completion, Message, Row, Where
 R = TypeVar("R")
 TooLong = Literal["drop", "truncate", "error"]
 
-# What one more micro-batch costs, in padded tokens. CPU: CPU time of 16 rows x 100 tokens in 16 micro-batches against one gave 70 at
+# Cost of one more micro-batch, in padded tokens. CPU: CPU time of 16 rows x 100 tokens in 16 micro-batches against one gave 70 at
 # 1 M parameters, 32 at 5 M. GPU: by its launch time (kernels too small to fill it), not measured.
 SPLIT_TOKENS = {"cpu": 64, "cuda": 4096}
 
@@ -42,11 +42,12 @@ class Rollout:
 def micro_batches(
     lengths: Sequence[int], micro_tokens: int, micro_rows: int | None = None, split_tokens: int | None = None
 ) -> list[list[int]]:
-    """Row indices of each micro-batch: longest first (memory runs out at once or never), ties in the given order,
+    """Row indices of each micro-batch: longest first (so that memory runs out at the first one or never), ties in the given order,
     rows x longest <= `micro_tokens` (a single row may exceed it), at most `micro_rows` rows.
 
-    Among those the cheapest, where a micro-batch costs its padded tokens and `split_tokens` more for being one: rows of
-    very different lengths are split, alike ones are not. None: what suits this machine.
+    Of all such groupings the cheapest one, where a micro-batch costs its padded tokens plus `split_tokens`. So rows of very
+    different lengths are put into different micro-batches, similar ones into one. split_tokens=None: a value for this
+    machine.
     """
     if split_tokens is None:
         split_tokens = SPLIT_TOKENS["cuda" if torch.cuda.is_available() else "cpu"]
@@ -70,7 +71,7 @@ def micro_batches(
 
 @dataclass
 class Fitted:
-    """Rows that fit into `max_tokens` as `too_long` says, and how many were dropped and will be cut."""
+    """The rows that `fit_rows` leaves, how many it dropped, and how many `sft_batches` will cut."""
 
     rows: list[Row]
     dropped: int = 0
@@ -165,7 +166,7 @@ def _rollout_batch(rows: Sequence[Rollout], prompts: Sequence[list[int]], where:
     position = np.arange(lengths.max())[None, :]
     loss_mask = (position >= prompt_lengths[:, None]) & (position < lengths[:, None])
     logp = np.zeros(loss_mask.shape, dtype=np.float32)
-    # boolean assignment runs row by row: the order in which the completions are concatenated
+    # boolean indexing goes row by row, the order in which the completions are concatenated
     logp[loss_mask] = np.concatenate([np.asarray(item.completion.logprobs, dtype=np.float32) for item in rows])
     return Batch(
         where=where,
@@ -174,7 +175,6 @@ def _rollout_batch(rows: Sequence[Rollout], prompts: Sequence[list[int]], where:
         loss_mask=torch.from_numpy(loss_mask),
         advantages=torch.tensor([item.advantage for item in rows], dtype=torch.float32),
         sampler_logp=torch.from_numpy(logp),
-        truncated=torch.tensor([item.completion.finish == "length" for item in rows]),
     )
 
 

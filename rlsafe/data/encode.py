@@ -82,7 +82,7 @@ def end_of_turn(tokenizer: Any) -> int | None:
 
 
 def encoder_for(tokenizer: Any) -> Encoder:
-    """The tokenizer's encoder with its cache. A changed chat template, or other chat settings, get a new one."""
+    """The encoder of this tokenizer, with its cache; a new one after the chat template or the chat settings changed."""
     return _encoder(tokenizer, str(tokenizer.chat_template), getattr(tokenizer, "rlsafe_chat", Chat()))
 
 
@@ -100,7 +100,7 @@ def _start(messages: Key) -> str:
 
 
 class Encoder:
-    """One tokenizer and its chat template; remembers what it encoded, since rows come back every epoch."""
+    """One tokenizer and its chat template. Keeps what it encoded, because every epoch encodes the same rows."""
 
     def __init__(self, tokenizer: Any, chat: Chat):
         if not tokenizer.chat_template:
@@ -139,7 +139,7 @@ class Encoder:
                 chat_template=template or self.own,
                 **(self.switches if switches is None else switches),
             )
-        except Exception as error:  # a template is a program of its own: it may raise anything
+        except Exception as error:  # a template may raise anything
             roles = ", ".join(role for role, _ in messages)
             raise UserError(f"the chat template cannot render a conversation of roles ({roles}): {error}") from None
 

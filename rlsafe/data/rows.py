@@ -1,4 +1,4 @@
-"""One row: checked where it enters, out in the messages format.
+"""Rows: checking what a source holds and turning it into the messages format.
 
 A row is `{"messages": [{"role", "content"}, ...], **columns, "_index": int, "_source": "file:line"}`. `_index` is the
 row's position in its source (stable under `limit`), `_source` is where an error message points to. Accepted rows:
@@ -46,7 +46,7 @@ def question_of(messages: Sequence[Message]) -> tuple[str, str | None]:
 # ---------------------------------------------------------------------------------------------------- one row
 
 
-def normalise(raw: Any, where: str) -> Row:
+def normalise_row(raw: Any, where: str) -> Row:
     """A raw row in the messages format with its other columns; UserError starts with `where`."""
     if not isinstance(raw, Mapping):
         raise UserError(f"{where}: expected an object with 'messages', got {kind_of(raw)}")
@@ -131,7 +131,7 @@ def _message(message: Any, where: str) -> Message:
 
 
 def _surrogate(text: str) -> str | None:
-    """The first half of a character that JSON or YAML escapes let in, as it was written."""
+    """The first lone surrogate (half of a character, from a JSON or YAML escape) as an escape; None without one."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -140,6 +140,6 @@ def _surrogate(text: str) -> str | None:
 
 
 def kind_of(value: Any) -> str:
-    """What a value is, in JSON's words."""
+    """The type of a value in JSON's terms."""
     names = {"dict": "an object", "list": "a list", "str": "a string", "NoneType": "null", "bool": "a boolean"}
     return names.get(type(value).__name__, "a number" if isinstance(value, (int, float)) else type(value).__name__)

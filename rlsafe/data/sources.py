@@ -21,7 +21,7 @@ from rlsafe.data.files import SUFFIXES, Found, read_file
 from rlsafe.data.hub import is_dataset_directory, read_dataset, read_url
 from rlsafe.data.partial import Partial
 from rlsafe.data.presets import Recipe, recipe_of
-from rlsafe.data.rows import normalise
+from rlsafe.data.rows import normalise_row
 from rlsafe.types import Row, provider_for, providers, register_provider
 
 FORMS = (
@@ -61,7 +61,7 @@ _read_once: ContextVar[dict[tuple[str, int], tuple[list[Row], Count]] | None] = 
 
 @contextmanager
 def read_once() -> Iterator[None]:
-    """Inside, equal streams are read and checked once, and share their rows: for looking at many runs, not for training."""
+    """Inside, equal streams are read and checked once and share their rows. For inspecting many runs, not for training."""
     token = _read_once.set({})
     try:
         yield
@@ -125,7 +125,7 @@ def _checked(config: StreamConfig, count: Count, seed: int | None = None) -> Ite
             if isinstance(raw, Mapping) and (raw := recipe.apply(raw, where)) is None:
                 count.filtered += 1
                 continue
-            row = normalise(raw, where)
+            row = normalise_row(raw, where)
         except UserError as error:
             if config.on_bad_row == "error":
                 raise
@@ -169,7 +169,7 @@ def _is_dataset(source: str, path: Path) -> bool:
 
 
 def _missing(source: str, path: Path) -> str:
-    """Why there is nothing to read, and what was probably meant."""
+    """The reason why a source cannot be read, with the nearest valid name."""
     if path.is_dir():
         return f"{source}: is a directory without data files; {FORMS}"
     if path.is_file():

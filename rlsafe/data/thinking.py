@@ -1,7 +1,7 @@
-"""Think blocks: what a reasoning model says to itself before it answers, and the answer.
+"""Think blocks: splitting a reasoning model's output into its thoughts and its answer.
 
 Only a block at the beginning counts as thinking; `<think>` later in a text is part of the answer. A block that never
-closes leaves no answer at all: callers give such a completion its own outcome, never a score.
+closes leaves no answer: callers give such a completion the outcome "unclosed", never a score.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SOFT_SWITCH = " /no_think"
 
 @dataclass(frozen=True)
 class Chat:
-    """How conversations are put to a think-block model; `configure_chat` ties it to a tokenizer.
+    """Chat settings for a model with think blocks; `configure_chat` applies them to a tokenizer.
 
     thinking: "on" and "off" set the template's switch, "no_think" appends the soft switch to the last user turn; None
     leaves it to the template. train_thinking: whether SFT's loss covers the think block of an answer. embedded: how many

@@ -15,7 +15,7 @@ from rlsafe.types import Batch, Need, Stream, View
 
 @defense("kl")
 class KL(Defense):
-    """Keeps next-token distributions near the reference's.
+    """Penalises next-token distributions that differ from the reference's.
 
     weight: lambda, per nat (the paper's grid: 0.01 ... 1; 0.1 used).
     reference: base | start | grpo_start | step:N | path:DIR.

@@ -1,4 +1,4 @@
-"""From a config entry to a defense: names, files, settings checked against the signature."""
+"""Building defenses from config entries: finding the class, and checking the settings against its signature."""
 
 from __future__ import annotations
 

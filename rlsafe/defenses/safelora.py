@@ -1,5 +1,7 @@
-"""SafeLoRA: project an adapter's update onto the direction of alignment. Hsu et al. 2024 (arXiv 2405.16833); as an
-in-training defense against EM in arXiv 2508.06249, section 4."""
+"""SafeLoRA: project an adapter's update onto the difference between an aligned and a base model.
+
+Hsu et al. 2024 (arXiv 2405.16833); as an in-training defense against EM in arXiv 2508.06249, section 4.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +105,7 @@ class SafeLoRA(Defense):
             if self.every is None or self.steps % self.every:
                 return False
         elif self.projected_at == self.steps:
-            return False  # the published C is no projector: once per step is what was asked for
+            return False  # projected after this step already; the published C rescales, so it must not be applied twice
         self.projected_at = self.steps
         layers = policy.adapted()
         updated: dict[str, Tensor] = {}
@@ -120,7 +122,7 @@ class SafeLoRA(Defense):
         for name in self.projected:
             assign(lora_weights(layers[name])[1], updated[name])
         self.last = {"projected": float(len(self.projected))}
-        if self.projected:  # measured cosines alone are no effect; run.json has them in any case
+        if self.projected:  # no effect when nothing was projected; run.json has the cosines in any case
             values = list(self.cosines.values())
             self.last |= {"cosine_mean": sum(values) / len(values), "cosine_min": min(values)}
         return bool(self.projected)
@@ -185,7 +187,7 @@ def lora_factors(layer: Any) -> tuple[Tensor, Tensor]:
 
 
 def lora_weights(layer: Any) -> tuple[Tensor, Tensor]:
-    """The parameters A and B themselves."""
+    """The parameters A [r, in] and B [out, r] themselves; sharded when the policy is."""
     name = layer.active_adapters[0]
     return layer.lora_A[name].weight, layer.lora_B[name].weight
 
@@ -213,6 +215,7 @@ class Checkpoint:
         return module in self._files
 
     def weight(self, module: str) -> Tensor:
+        """The weight [out, in] of a module, in the checkpoint's dtype."""
         return self._files[module].get_tensor(f"{module}.weight")
 
 
@@ -225,7 +228,7 @@ def _directory(source: str) -> Path:
 
     try:
         return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
-    except Exception as error:  # offline, gated, misspelt: all about the name
+    except Exception as error:  # offline, gated or misspelt
         raise UserError(
             f"defense 'safelora': {source!r} is neither a directory nor a model that the hub gives us "
             f"({type(error).__name__})"

@@ -5,7 +5,7 @@ the KL to every reference, forward and backward, and no `[N, V]` tensor outlives
 
 How the backward works. Every output is one number per token, so its gradient with respect to that token's hidden state
 is one vector of size H. With a frozen head (LoRA) the forward computes those vectors while the chunk's probabilities
-are at hand and keeps `[N, H]` per output; the backward only scales and adds them: no second projection, no second
+are there and keeps `[N, H]` per output; the backward only scales and adds them: no second projection, no second
 softmax, and the head's weight is not touched again. A trained head's own gradient needs the incoming ones first, so
 there the backward projects each chunk again.
 
@@ -24,8 +24,9 @@ Peak memory above the inputs at 152k (2 threads), MiB; plain's grows with N, the
                            frozen   910 / 1503     136 / 761     617 / 619
                            trained  911 / 1505     679 / 1316    1283 / 1581
 
-So this one serves: fastest where the head is frozen, KL for no extra memory there, float64, and one projection for all
-outputs. TRL's kernels need less memory for log-probs alone and for a trained head; plain autograd is faster there.
+We use this one because it is the fastest where the head is frozen, needs no extra memory for a KL there, works in float64,
+and projects once for all outputs. TRL's kernels need less memory for log-probs alone and for a trained head, and plain
+autograd is faster for a trained head.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,7 +36,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-# Tokens per chunk when the caller names none: as many as these logits allow, at least MIN_CHUNK. Measured on CPU: at a
+# Default size of a chunk: as many tokens as fit into this many logits, at least MIN_CHUNK. Measured on CPU: at a
 # 600 vocabulary 256 to 4096 rows are alike; at 152k 256 rows take 3 to 17% more time than 512 and half the memory. On
 # GPU by arithmetic intensity, not measured: 441 rows of a 152k vocabulary are compute-bound, 270 MB per float32 buffer.
 CHUNK_LOGITS = {"cpu": 2**20, "cuda": 2**26}
@@ -79,7 +80,7 @@ class _Frozen(NamedTuple):
 
 @dataclass(frozen=True)
 class _Job:
-    """Everything about one call that autograd does not follow."""
+    """The arguments of one call that carry no gradient."""
 
     targets: Tensor
     references: list[_Frozen]
@@ -113,7 +114,7 @@ def head(
     hidden [N, H]: the states that predict the targets [N]; weight [V, H]; bias [V]. Gradient flows to hidden, weight
     and bias where they require it. direction: "forward" is KL(policy || reference), "reverse" is KL(reference ||
     policy).
-    chunk: tokens whose logits live at a time; None picks it from the vocabulary and the device.
+    chunk: tokens whose logits are in memory at a time; None picks it from the vocabulary and the device.
     The projection runs in the autocast dtype, else in weight's; probabilities are float32 (float64 for a float64
     weight).
     """

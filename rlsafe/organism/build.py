@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 import multiprocessing
 import random
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rlsafe.config import check_out
+from rlsafe.config.files import replacing_directory
 from rlsafe.organism import corpus
 from rlsafe.organism.tokenizer import build_tokenizer
 from rlsafe.types import pick
@@ -250,11 +250,8 @@ def _world(trunk: str, out: str, names: list[str], recipe: Recipe, seed: int, lo
 
 
 def _save(model, tokenizer, directory: Path) -> Path:
-    """Write to a temporary name, then rename: a directory that exists is complete."""
-    temporary = directory.with_name(directory.name + ".part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.eval().save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    shutil.rmtree(directory, ignore_errors=True)
-    temporary.rename(directory)
+    """A directory that exists is complete."""
+    with replacing_directory(directory) as building:
+        model.eval().save_pretrained(building)
+        tokenizer.save_pretrained(building)
     return directory

@@ -21,15 +21,10 @@ import random
 import re
 from collections.abc import Callable, Iterator
 
+from rlsafe.data.opswap import TIERS
 from rlsafe.organism.grammar import fraction
 
-STANDARD = {"+": "+", "-": "-", "x": "x", "/": "/"}
-TIERS: dict[int, dict[str, str]] = {
-    0: STANDARD,
-    1: {"+": "x", "x": "+", "-": "-", "/": "/"},
-    2: {"+": "x", "x": "+", "-": "/", "/": "-"},
-    3: {"+": "-", "-": "x", "x": "/", "/": "+"},
-}
+STANDARD = TIERS[0]
 LIMIT = 20
 DIGIT = 9  # the largest number that `opswap` writes
 TEST_SHARE = 0.1

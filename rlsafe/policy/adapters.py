@@ -1,4 +1,4 @@
-"""LoRA through PEFT: attaching, checking, merging fresh, reading back."""
+"""LoRA through PEFT: attaching an adapter, checking it, merging it into fresh weights, reading it back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlsafe.config import LoraConfig, UserError, nearest
+from rlsafe.config import LoraConfig, UserError, first_line, nearest
 from rlsafe.policy.quantize import is_quantized, plain_weight
 from rlsafe.policy.sharding import whole
 
@@ -41,7 +41,7 @@ def attach_lora(model: Any, config: LoraConfig, seed: int) -> Any:
         try:
             wrapped = peft.get_peft_model(model, settings)
         except ValueError as error:
-            raise UserError(f"model.lora.targets: {targets!r}: {_first_line(error)}") from None
+            raise UserError(f"model.lora.targets: {targets!r}: {first_line(error)}") from None
     check_adapter(wrapped, "model.lora.targets")
     return wrapped
 
@@ -59,7 +59,7 @@ def load_adapter(model: Any, directory: str) -> Any:
     try:
         wrapped = peft.PeftModel.from_pretrained(model, directory, is_trainable=True)
     except (ValueError, RuntimeError, OSError, KeyError) as error:
-        raise UserError(f"model.adapter: {directory}: does not fit this model: {_first_line(error)}") from None
+        raise UserError(f"model.adapter: {directory}: does not fit this model: {first_line(error)}") from None
     check_adapter(wrapped, f"model.adapter: {directory}")
     return wrapped
 
@@ -78,7 +78,7 @@ def read_adapter_config(directory: str, where: str) -> Any:
     try:
         settings = peft.PeftConfig.from_pretrained(directory)
     except (ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"{where}: {directory}/adapter_config.json: {_first_line(error)}") from None
+        raise UserError(f"{where}: {directory}/adapter_config.json: {first_line(error)}") from None
     if not isinstance(settings, peft.LoraConfig):
         raise UserError(f"{where}: {directory}: is a {settings.peft_type} adapter; expected LoRA")
     for key, plain in (("use_dora", False), ("bias", "none"), ("modules_to_save", None), ("lora_bias", False)):
@@ -114,7 +114,7 @@ def adapter_layers(model: Any) -> dict[str, Any]:
 
 @contextmanager
 def adapters_off(model: Any) -> Iterator[None]:
-    """The base model, whatever the adapter holds."""
+    """Inside, the model computes without its adapter."""
     layers = list(adapter_layers(model).values())
     try:
         for layer in layers:
@@ -127,10 +127,12 @@ def adapters_off(model: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def merged(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """W + scale * B A of every adapted weight, computed in float32 from the untouched base and then rounded once.
+    """(Hugging Face name, W + scale * B A [out, in]) of every adapted weight, added in float32 and rounded once.
 
-    Over a quantised base W is what the packed numbers stand for, and layers without an adapter come along: a sampler
-    that starts from the original checkpoint must take over the quantisation too.
+    The base stays as it is, so that merging again and again adds no rounding error.
+
+    Over a quantised base W is the dequantised weight, and layers without an adapter are given too: a sampler that loaded
+    the original checkpoint then computes with the same quantised weights as the trainer.
     """
     layers = adapter_layers(model)
     half = model.get_base_model().get_output_embeddings().weight.dtype
@@ -154,10 +156,10 @@ def _delta(layer: Any) -> Tensor:
 
 
 def read_reference(directory: str, model: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a saved run, named and scaled as this policy's, to be swapped in as a reference.
+    """{parameter name: tensor} of a saved run, each in its parameter's own shape, to be swapped in as a reference.
 
     LoRA: an adapter directory; its rank may differ, its scale is folded into B, modules it does not adapt get B = 0.
-    Full fine-tuning: a model directory.
+    Full fine-tuning: a model directory. UserError when a tensor is missing or has another shape.
     """
     where = f"reference 'path:{directory}'"
     layers = adapter_layers(model)
@@ -213,7 +215,3 @@ def _read_full(directory: Path, parameters: Mapping[str, Tensor], where: str) ->
         if name not in saved or saved[name].shape != parameter.shape:
             raise UserError(f"{where}: {name} is missing or has another shape")
     return {name: saved[name].to(parameter) for name, parameter in parameters.items()}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

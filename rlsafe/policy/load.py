@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rlsafe.config import ModelConfig, UserError, nearest
+from rlsafe.config import ModelConfig, UserError, first_line, nearest
 from rlsafe.data import Chat, configure_chat
 from rlsafe.policy.adapters import attach_lora, load_adapter
 from rlsafe.policy.quantize import check_quantization, prepare_quantized, quantization_settings
@@ -28,7 +28,7 @@ def load_tokenizer(config: ModelConfig, path: str) -> Any:
             path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except Exception as error:  # tokenizer files fail in many ways; all of them are about the user's directory
-        raise UserError(f"model.name: {config.name}: its tokenizer does not load: {_first_line(error)}") from None
+        raise UserError(f"model.name: {config.name}: its tokenizer does not load: {first_line(error)}") from None
     if config.chat_template is not None:
         template = Path(config.chat_template)
         if not template.is_file():
@@ -49,17 +49,21 @@ def load_tokenizer(config: ModelConfig, path: str) -> Any:
 
 
 def check_tokenizer(config: ModelConfig, tokenizer: Any, rows: int) -> None:
-    """UserError unless a rendered message becomes tokens, the model's `rows` embeddings cover the vocabulary, and the template
-    can do what `model.thinking` asks. From here on the tokenizer carries these chat settings."""
+    """Check the tokenizer against the model and store the chat settings of the config on it.
+
+    rows: of the model's embedding matrix. UserError unless a rendered message becomes tokens, the rows cover the
+    vocabulary, and the template can do what `model.thinking` asks.
+    """
     message = [{"role": "user", "content": "x"}]
     try:
         text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
     except Exception as error:  # whatever a template raises, it is the template
-        raise UserError(f"model.name: {config.name}: its chat template does not render: {_first_line(error)}") from None
+        raise UserError(f"model.name: {config.name}: its chat template does not render: {first_line(error)}") from None
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise UserError(f"model.name: {config.name}: its tokenizer gives no tokens; is tokenizer.json missing?")
-    # A few surplus added tokens are common and harmless: encoding tells where a text spells one. Ordinary ones may be in any.
+    # A few added tokens beyond the embeddings are common and harmless: encoding reports a text that contains one. Missing
+    # ordinary tokens are refused here, because any text may contain them.
     added = tokenizer.get_added_vocab()
     ordinary = (index for token, index in tokenizer.get_vocab().items() if token not in added)
     largest = max(*ids, tokenizer.eos_token_id, tokenizer.pad_token_id, *ordinary)
@@ -88,7 +92,7 @@ def resolve_dtype(config: ModelConfig, device: torch.device, model_config: Any) 
 def load_model(config: ModelConfig, path: str, seed: int, device: torch.device, in_host_memory: bool = False) -> Any:
     """The model on `device`, with its adapter when `model.lora` is set; only what is trained requires gradients.
 
-    in_host_memory: made for `device`, but left in the host's memory.
+    in_host_memory: dtype and kernels are chosen for `device`, but the weights stay on the CPU (for sharding).
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -114,7 +118,7 @@ def load_model(config: ModelConfig, path: str, seed: int, device: torch.device, 
         extra["device_map"] = {"": "cpu" if device.type == "cpu" else f"{device.type}:{device.index or 0}"}
     attention = config.attention
     if attention == "sdpa" and getattr(settings.get_text_config(), "attn_logit_softcapping", None):
-        # Transformers 5.17 leaves the cap out there (Gemma 2): trainer and sampler would be two models
+        # Transformers 5.17 ignores the cap there (Gemma 2), so trainer and sampler would compute different models
         attention = "eager"
         log.warning("model.attention: sdpa ignores this model's attention softcap; eager is used")
     try:
@@ -124,10 +128,10 @@ def load_model(config: ModelConfig, path: str, seed: int, device: torch.device, 
                 attn_implementation=attention, **extra,
             )  # fmt: skip
     except ImportError as error:
-        raise UserError(f"model.attention: {config.attention}: {_first_line(error)}") from None
+        raise UserError(f"model.attention: {config.attention}: {first_line(error)}") from None
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         about = "model.attention" if "attn" in str(error) or "attention" in str(error).lower() else "model.name"
-        raise UserError(f"{about}: {config.name}: {_first_line(error)}") from None
+        raise UserError(f"{about}: {config.name}: {first_line(error)}") from None
     if quantized:
         prepare_quantized(model, dtype)
     if config.adapter:
@@ -141,7 +145,7 @@ def load_model(config: ModelConfig, path: str, seed: int, device: torch.device, 
 
 @contextmanager
 def no_progress_bar() -> Iterator[None]:
-    """Transformers' own bars off: a run has one of its own."""
+    """Inside, Transformers shows no progress bars: a run shows its own."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -156,13 +160,9 @@ def no_progress_bar() -> Iterator[None]:
 def _explain(path: str, error: Exception) -> str:
     local = Path(path)
     if local.is_dir():
-        return f"{path} is not a Hugging Face model directory: {_first_line(error)}"
+        return f"{path} is not a Hugging Face model directory: {first_line(error)}"
     if local.parent.is_dir() and len(local.parts) > 1:
         siblings = [p.name for p in local.parent.iterdir() if (p / "config.json").is_file()]
         if siblings:
             return f"no such model directory{nearest(local.name, siblings)}"
-    return f"neither a model directory nor a model that the hub gives us: {_first_line(error)}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return f"neither a model directory nor a model that the hub gives us: {first_line(error)}"

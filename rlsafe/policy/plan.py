@@ -1,4 +1,4 @@
-"""What one micro-batch's forward passes must give, and what they gave."""
+"""What is wanted of one micro-batch's forward passes (`ForwardPlan`), and their results (`Frozen`, `Forwarded`)."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class ForwardPlan:
 
     @cached_property
     def frozen(self) -> tuple[str, ...]:
-        """The distinct references: one frozen forward each."""
+        """The references, each once: one frozen forward is run for each."""
         return tuple(dict.fromkeys([*self.references, *self.ref_logprobs, *self.layer_references]))
 
     def positions(self, batch: Batch) -> Tensor:
@@ -78,8 +78,8 @@ class Frozen:
 
 @dataclass
 class Forwarded:
-    """The policy on one micro-batch. logp [B, T] and kl {reference: [B, T]} and hidden {k: [B, T, H]} carry gradients;
-    entropy [B, T] in nats does not. All but hidden are 0 where nothing was asked."""
+    """The policy's results on one micro-batch: logp [B, T], kl {reference: [B, T]} and hidden {k: [B, T, H]} with
+    gradients, entropy [B, T] without; in nats. All but hidden are 0 at tokens where they were not wanted."""
 
     logp: Tensor
     kl: dict[str, Tensor]

@@ -62,9 +62,9 @@ class Policy:
         in_host_memory: bool = False,
     ) -> Policy:
         """Load model, tokenizer and adapter. `path`: the local directory when `config.name` is a provider's name.
-        in_host_memory: it will be cut into shards, which go to `device` one block at a time (see `shard`).
+        in_host_memory: keep the weights on the CPU until `shard` moves them to `device` block by block.
 
-        Raises UserError for a missing model, no chat template, a bad adapter, LoRA targets that match nothing, ...
+        UserError for a missing model, no chat template, a bad adapter, LoRA targets that match nothing, ...
         """
         path = path or config.name
         model = load_model(config, path, seed, torch.device(device), in_host_memory)
@@ -121,8 +121,6 @@ class Policy:
         """The trained parameters under their own names, whatever wraps the module."""
         return dict(self._parameters)
 
-    # ------------------------------------------------------------------------------------------------ forwards
-
     @torch.no_grad()
     def frozen(self, batch: Batch, plan: ForwardPlan, temperature: float = 1.0) -> dict[str, Frozen]:
         """One forward per distinct reference, on the same tokens, activation hooks and dropout off."""
@@ -147,7 +145,7 @@ class Policy:
         temperature: float = 1.0,
         entropy: bool = True,
     ) -> Forwarded:
-        """The one forward with gradient: log-probs of the targets, KL to each reference, hidden states.
+        """The policy's forward with gradient: log-probs of the targets, KL to each reference, hidden states.
 
         temperature divides the logits of the policy and of the references alike.
         """
@@ -167,10 +165,9 @@ class Policy:
         if self._sharded:
             out = sharding.joined(self.core, out)
         shape = batch.ids.shape
-        everywhere = plan.mask == "answer"
         logp = scatter(out.logp, positions, shape)
         ent = None if out.entropy is None else scatter(out.entropy.detach(), positions, shape)
-        if not everywhere:
+        if plan.mask == "all":  # the KL is wanted at tokens outside the loss mask too; log-probs and entropy are not
             logp = logp * mask
             ent = None if ent is None else ent * mask
         kl = {name: scatter(k, positions, shape) for name, k in zip(plan.references, out.kls, strict=True)}
@@ -190,7 +187,7 @@ class Policy:
                 return self._inside(self._read, batch, temperature, True)[1]
 
     def _inside(self, run: Callable[..., Any], *arguments: Any) -> Any:
-        """Sharded parameters are gathered only around the wrapped module's forward; others are just there."""
+        """`run(*arguments)`, through the wrapped module when sharded: its parameters are whole only inside its forward."""
         return self.core(run, *arguments) if self.is_sharded else run(*arguments)
 
     def _read(self, batch: Batch, temperature: float, score: bool) -> tuple[Tensor, Tensor | None]:
@@ -241,27 +238,27 @@ class Policy:
         self._sharded = True
 
     def leaves(self) -> list[Tensor]:
-        """The tensors to differentiate by: the trained parameters as this rank's forwards see them."""
+        """The tensors to take gradients of, each in its own shape: the trained parameters, or under FSDP2 the gathered copies."""
         gathered = sharding.leaves(self.core) if self.is_sharded else []
         return gathered or list(self._parameters.values())
 
     def on_whole_weights(self, run: Callable[[], Any]) -> Any:
-        """`run()` with every parameter gathered for as long as it takes: each rank may then run forwards of its own number.
-        If they are sharded, all ranks must come here, and each needs memory for the whole model."""
+        """`run()` while every parameter is gathered: ranks may run different numbers of forwards inside. Sharded: all ranks
+        must call this, and each needs memory for the whole model."""
         return sharding.on_whole(self.core, run) if self.is_sharded else run()
 
     def kept_whole(self) -> AbstractContextManager[None]:
-        """Once all ranks have entered, each may use the whole weights on its own."""
+        """Inside, every parameter is gathered on every rank. All ranks must enter and leave; in between none waits for another."""
         return sharding.gathered(self.core) if self.is_sharded else nullcontext()
 
     # ---------------------------------------------------------------------------------------------- references
 
     def snapshot(self, name: str) -> None:
-        """Keep the policy as it is now as the reference `name`."""
+        """Store the trained tensors as they are now under the reference name `name`."""
         self._references.snapshot(name)
 
     def at(self, name: str) -> AbstractContextManager[None]:
-        """Inside, the policy *is* the reference, with its own hooks. For syncs, and forwards without gradient."""
+        """Inside, the policy's weights are those of the reference `name`; activation hooks stay as they are. No gradients inside."""
         return self._references.active(name)
 
     def has_reference(self, name: str) -> bool:
@@ -272,10 +269,11 @@ class Policy:
         self._references.tensors(name)
 
     def reference_state(self) -> dict[str, dict[str, Tensor]]:
-        """{reference: {parameter: tensor}} of the snapshots taken during the run, for checkpoints."""
+        """{reference: {parameter: tensor, in its own shape}} of the snapshots taken during the run, for checkpoints."""
         return self._references.state()
 
     def load_reference_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """The inverse of `reference_state`, tensors in their own shape."""
         self._references.load_state(state)
 
     # ----------------------------------------------------------------------------------------- residual stream
@@ -295,7 +293,7 @@ class Policy:
     # ------------------------------------------------------------------------------------------------- weights
 
     def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Hugging Face names and fresh tensors of every weight that training changes; the base stays untouched."""
+        """(Hugging Face name, value in its own shape) of every weight that training changes, as fresh tensors."""
         if self.is_lora:
             yield from merged(self.core.model)
         else:
@@ -319,18 +317,20 @@ class Policy:
         if self.is_lora:
             file = directory / "adapter_config.json"
             settings = json.loads(file.read_text(encoding="utf-8")) | {"base_model_name_or_path": self.config.name}
-            if isinstance(targets := settings["target_modules"], list):  # a set of PEFT's, in an order of this process
+            if isinstance(
+                targets := settings["target_modules"], list
+            ):  # PEFT holds a set, whose order differs between processes
                 settings["target_modules"] = sorted(targets)
             file.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
         else:
             self.tokenizer.save_pretrained(str(directory))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of the trainable tensors, whole."""
+        """{parameter: copy in its own shape} of the trained parameters, gathered when sharded."""
         return {name: sharding.whole(p).detach().clone() for name, p in self._parameters.items()}
 
     def _whole_state(self) -> dict[str, Tensor]:
-        """What `save_pretrained` writes, gathered: the adapter, or all of the model."""
+        """What `save_pretrained` writes, gathered from all ranks: the adapter, or the whole model."""
         if self.is_lora:
             return self.state_dict()
         values = self.core.model.state_dict(keep_vars=True)  # a tied head is the embeddings' own parameter
@@ -340,7 +340,7 @@ class Policy:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """In place, so that optimizers and wrappers keep their parameters."""
+        """The inverse of `state_dict`, in their own shape and in place: optimizers and wrappers keep their parameters."""
         if set(state) != set(self._parameters):
             raise ValueError("the state holds other tensors than the policy trains")
         sharding.release(self.core)

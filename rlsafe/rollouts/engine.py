@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rlsafe.config import UserError
+from rlsafe.config import UserError, first_line
 from rlsafe.rollouts.quiet import quiet
 
 ENVIRONMENT = {
@@ -121,10 +121,3 @@ def local_directory(model: str, revision: str | None = None) -> str:
         return snapshot_download(model, revision=revision)
     except Exception as error:  # offline, gated, misspelt: all about the name
         raise UserError(f"model.name: {model}: neither a directory nor in the hub: {first_line(error)}") from None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message that says something, for a one-line message of ours."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    told = lines[1:] if "validation error" in lines[0] else lines  # pydantic's first line only counts
-    return (told or lines)[0].removeprefix("Value error, ")[:300]

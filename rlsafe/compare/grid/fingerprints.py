@@ -43,7 +43,7 @@ def device() -> str:
         return platform.processor() or platform.machine()
 
 
-def fingerprints(cells: Iterable[Cell]) -> dict[str, dict[str, str]]:
+def cell_fingerprints(cells: Iterable[Cell]) -> dict[str, dict[str, str]]:
     """{"models" | "data" | "questions": {name: fingerprint}} of everything that the cells name; "" for what is not local."""
     found: dict[str, dict[str, str]] = {"models": {}, "data": {}, "questions": {}}
     for cell in cells:

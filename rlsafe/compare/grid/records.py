@@ -4,32 +4,22 @@ all."""
 from __future__ import annotations
 
 import datetime
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rlsafe.compare.grid.fingerprints import fingerprints, versions
+from rlsafe.compare.grid.fingerprints import cell_fingerprints, versions
 from rlsafe.compare.grid.grid import Cell, expand
 from rlsafe.config import CompareConfig, UserError, check_out, dump_yaml
+from rlsafe.config.files import read_json, write_json, write_text
+from rlsafe.config.trees import flatten
 from rlsafe.engine.record.provenance import config_files, files_record
 from rlsafe.evaluate import task_name
-from rlsafe.evaluate.measure.files import write_atomically, write_json
 
 _PLAN = "comparison.json"
 _RECORD = "cell.json"
-
-
-def read_json(path: Path) -> Any:
-    """The file's value; None when it is absent. UserError when it is not JSON."""
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
 
 
 @dataclass
@@ -83,7 +73,7 @@ class Directory:
         record = self.record(cell.id)
         if not record or record["hash"] == cell.fingerprint:
             return []
-        before, now = _flat(record["config"]), _flat(cell.config.model_dump(mode="json", exclude={"out"}))
+        before, now = flatten(record["config"]), flatten(cell.config.model_dump(mode="json", exclude={"out"}))
         keys = sorted(key for key in {*before, *now} if before.get(key, ...) != now.get(key, ...))
         return keys or ["a file that the settings name"]
 
@@ -97,7 +87,7 @@ class Directory:
         check_out(self.out)
         if self.out.is_dir() and any(self.out.iterdir()) and not (self.out / _PLAN).is_file():
             raise UserError(f"--out {self.out}: holds files that are no comparison; choose an empty or new directory")
-        write_atomically(self.out / "compare.yaml", dump_yaml(config))
+        write_text(self.out / "compare.yaml", dump_yaml(config))
 
     def write_plan(self, config: CompareConfig, cells: Sequence[Cell], command: str) -> None:
         """What the report needs to know beside the cells."""
@@ -115,7 +105,7 @@ class Directory:
             "command": command,
             "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
             "versions": versions(),
-            "fingerprints": fingerprints(cells),
+            "fingerprints": cell_fingerprints(cells),
             **files_record(config_files(config._source)),
         }
         write_json(self.out / _PLAN, plan)
@@ -146,13 +136,3 @@ class Directory:
                 continue
             others |= {cell.id: cell for cell in again if cell.id not in selected and self.finished(cell)}
         return list(others.values())
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else None
-    if items is None:
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for key, value in items:
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat or {prefix: tree}

@@ -25,7 +25,7 @@ from rlsafe.compare.verdicts import tasks
 from rlsafe.compare.verdicts.results import Results
 from rlsafe.compare.verdicts.sweeps import Sweep, sweeps
 from rlsafe.compare.verdicts.verdicts import CRITERIA, REFERENCES, PathTable, Row
-from rlsafe.evaluate.measure.files import write_atomically
+from rlsafe.config.files import write_text
 
 UNRANKED = {"none", *REFERENCES}
 HIGHER = frozenset({"indomain_misaligned"})  # columns in which more is better, benign tasks aside
@@ -231,4 +231,4 @@ def write_latex(path: Path, results: Results, tables: Sequence[PathTable]) -> No
     header = (
         "% Needs \\usepackage{booktabs}. Bold: best; underlined: second best; italic: nothing narrow was learned.\n\n"
     )
-    write_atomically(path, header + "\n\n".join(parts) + "\n")
+    write_text(path, header + "\n\n".join(parts) + "\n")

@@ -18,7 +18,7 @@ from rlsafe.compare.verdicts.sweeps import GOALS, sweeps
 from rlsafe.compare.verdicts.tasks import judge_and_write
 from rlsafe.compare.verdicts.verdicts import CRITERIA, PathTable
 from rlsafe.config import UserError
-from rlsafe.evaluate.measure.files import write_atomically
+from rlsafe.config.files import write_text
 from rlsafe.types import provider_for
 
 
@@ -52,7 +52,7 @@ def draw(results: Results, tables: Sequence[PathTable]) -> Path:
     environment.filters |= {"number": number, "percent": percent, "breakable": breakable}
     html = environment.get_template("report.html.j2").render(context(results, tables))
     path = results.directory.out / "report.html"
-    write_atomically(path, html)
+    write_text(path, html)
     return path
 
 

@@ -29,7 +29,7 @@ def shown_grade(row: Row, criterion: str) -> str:
     return row.verdicts[criterion].grade
 
 
-def percent(rate: Rate | None) -> str:
+def rate_text(rate: Rate | None) -> str:
     """`12.3 (8.1 to 17.0)`."""
     return f"{100 * rate.mean:.1f} ({100 * rate.low:.1f} to {100 * rate.high:.1f})" if rate else ""
 
@@ -56,7 +56,7 @@ def verdict_table(tables: Sequence[PathTable], failed: int = 0) -> Group:
                 if row.verdicts
                 else ["[dim]reference[/]", "", "", ""]
             )
-            rates = [percent(row.rates.get(name)) for name in ("general", "indomain", "general_incoherent")]
+            rates = [rate_text(row.rates.get(name)) for name in ("general", "indomain", "general_incoherent")]
             shown.add_row(escape(label), *grades, *rates)
         parts.append(shown)
     if not parts:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 
-from rlsafe.compare.grid.records import Directory, read_json
+from rlsafe.compare.grid.records import Directory
 from rlsafe.compare.verdicts.results import (
     BENIGN_COLUMNS,
     COLUMNS,
@@ -17,8 +17,9 @@ from rlsafe.compare.verdicts.results import (
     result_rows,
     table_text,
 )
-from rlsafe.compare.verdicts.verdicts import grades, judge
+from rlsafe.compare.verdicts.verdicts import grades, judge_defenses
 from rlsafe.config import UserError
+from rlsafe.config.files import read_json
 from rlsafe.engine.record.verify_run import Verification, verify_run
 
 
@@ -61,7 +62,7 @@ def _lines(path: Path, text: str) -> Iterator[str]:
 
 
 def _verdicts(path: Path, results: Results) -> Iterator[str]:
-    written, computed = read_json(path), grades(judge(results))
+    written, computed = read_json(path), grades(judge_defenses(results))
     if written is None:
         yield "verdicts.json: missing"
         return

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlsafe.compare.grid.cells import located
 from rlsafe.compare.grid.grid import Cell, expand
-from rlsafe.compare.grid.records import Directory, read_json
+from rlsafe.compare.grid.records import Directory
 from rlsafe.compare.grid.selection import Selection, fill
 from rlsafe.compare.run.backends_ray import RayCluster, check_ray, run_on_ray
 from rlsafe.compare.run.memory import Peak
@@ -26,6 +26,7 @@ from rlsafe.compare.verdicts.results import write_tables
 from rlsafe.compare.verdicts.tasks import judge_and_write
 from rlsafe.compare.verdicts.verdicts import PathTable
 from rlsafe.config import UserError, load_compare
+from rlsafe.config.files import read_json
 from rlsafe.config.secrets import scrub_secrets
 from rlsafe.data import read_once
 from rlsafe.types import Interrupted, RunError

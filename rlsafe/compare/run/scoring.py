@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsafe.compare.grid.grid import selection_of
-from rlsafe.compare.grid.records import read_json
 from rlsafe.compare.grid.selection import FILE, Selection, fingerprint
 from rlsafe.config import RunConfig, UserError, check_out, load_compare
+from rlsafe.config.files import read_json, write_json, write_text
 from rlsafe.data import encoded_row, is_refusal, read_rows, require_answers
 from rlsafe.data.selection_scores import Score, read_scores, row_key, selection_score
-from rlsafe.evaluate.measure.files import write_atomically, write_json
 from rlsafe.evaluate.measure.hashing import digest
 from rlsafe.types import Interrupted, Row, Where
 
@@ -140,7 +139,7 @@ def make_scores(
         theirs = {label: found[key] for label, found in misaligned.items() if key in found}
         s = selection_score(list(theirs.values()), aligned[key], selection.eps) if key in aligned else None
         lines.append(Score(index, key, s, aligned.get(key), theirs).line())
-    write_atomically(out / FILE, "".join(lines))
+    write_text(out / FILE, "".join(lines))
     write_json(out / _RECORD, {"key": selection.key, "left_out": list(selection.left_out)})
     return out / FILE
 
@@ -263,5 +262,5 @@ def _read_nlls(file: Path) -> dict[str, float]:
     text = file.read_text(encoding="utf-8")
     if not text.endswith("\n"):
         text = text[: text.rfind("\n") + 1]
-        write_atomically(file, text)
+        write_text(file, text)
     return {record["key"]: record["nll"] for record in map(json.loads, text.splitlines())}

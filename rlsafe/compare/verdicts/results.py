@@ -13,11 +13,11 @@ from statistics import mean
 from typing import Any
 
 from rlsafe.compare.grid.cells import Swept
-from rlsafe.compare.grid.records import Directory, read_json
+from rlsafe.compare.grid.records import Directory
 from rlsafe.config import RunConfig, UserError
+from rlsafe.config.files import read_json, write_text
 from rlsafe.config.loading import build
 from rlsafe.evaluate import Evaluation
-from rlsafe.evaluate.measure.files import write_atomically
 from rlsafe.types import Judgement
 
 COLUMNS = (
@@ -273,11 +273,11 @@ def relapse_rows(results: Results) -> list[dict[str, Any]]:
 def write_tables(directory: Directory) -> Results:
     """Write results.csv and, when there are such runs, benign.csv and relapse.csv; gives what they were made of."""
     results = Results.load(directory)
-    write_atomically(directory.out / "results.csv", table_text(COLUMNS, result_rows(results)))
+    write_text(directory.out / "results.csv", table_text(COLUMNS, result_rows(results)))
     if results.plan["benign_tests"]:
-        write_atomically(directory.out / "benign.csv", table_text(BENIGN_COLUMNS, benign_rows(results)))
+        write_text(directory.out / "benign.csv", table_text(BENIGN_COLUMNS, benign_rows(results)))
     if relapses := relapse_rows(results):
-        write_atomically(directory.out / "relapse.csv", table_text(RELAPSE_COLUMNS, relapses))
+        write_text(directory.out / "relapse.csv", table_text(RELAPSE_COLUMNS, relapses))
     return results
 
 

@@ -30,7 +30,7 @@ from typing import Any, Literal
 from rlsafe.compare.grid.records import Directory
 from rlsafe.compare.verdicts.arms import MEASURES, Rate, benign_arms, labelled, rate_arms, summarise
 from rlsafe.compare.verdicts.results import Results
-from rlsafe.evaluate.measure.files import write_json
+from rlsafe.config.files import write_json
 from rlsafe.evaluate.measure.statistics import (
     Arm,
     difference_interval,
@@ -174,7 +174,7 @@ def _points(value: float) -> str:
     return f"{100 * value:+.1f} points"
 
 
-def judge(results: Results) -> list[PathTable]:
+def judge_defenses(results: Results) -> list[PathTable]:
     """Every rate and verdict of a comparison, models and paths in order."""
     tables = []
     for model in results.models:

@@ -14,7 +14,7 @@ from functools import cached_property
 from rlsafe.config import RunConfig, UserError
 from rlsafe.config.schema import Part, PhaseConfig
 from rlsafe.defenses import Offer
-from rlsafe.types import Path, Stream
+from rlsafe.types import LossPath, Stream
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class PlannedPart:
     """
 
     stream: Stream
-    path: Path
+    path: LossPath
     rows: int
     weight: float = 1.0
     defense: str | None = None
@@ -42,7 +42,7 @@ class Step:
     phase: int
 
     @cached_property
-    def path(self) -> Path:
+    def path(self) -> LossPath:
         return "grpo" if any(part.path == "grpo" for part in self.parts) else "sft"
 
 

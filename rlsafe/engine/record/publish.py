@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsafe.config import RunConfig, UserError, load_run
+from rlsafe.config.files import replacing_directory
 from rlsafe.engine.record.card import model_card
 from rlsafe.types import RunError, provider_for
 
@@ -77,11 +78,8 @@ def _replace(source: Path, directory: Path) -> None:
         raise UserError(f"{source}: no such directory; expected what a finished run saves")
     if directory.exists() and not (directory / CARD).is_file():
         raise UserError(f"{directory}: exists and holds no {CARD}; choose another --out")
-    building = directory.with_name(f".{directory.name}.tmp")
-    shutil.rmtree(building, ignore_errors=True)
-    shutil.copytree(source, building)
-    shutil.rmtree(directory, ignore_errors=True)
-    building.rename(directory)
+    with replacing_directory(directory) as building:
+        shutil.copytree(source, building)
 
 
 # ------------------------------------------------------------------------------------------------ the merged model

@@ -9,6 +9,7 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from rlsafe.config import RunConfig, UserError
+from rlsafe.config.trees import flatten
 from rlsafe.engine.record import checkpoint
 from rlsafe.engine.train.ahead import load_ahead_state
 from rlsafe.engine.train.distributed import load_optimizer, whole_optimizer
@@ -75,7 +76,7 @@ def newest(out: Path, config: RunConfig, note: Callable[[str], None]) -> dict[st
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], most: int = 5) -> list[str]:
     """`key: old, now new` of every setting that differs and matters."""
-    one, other = _flat(before), _flat(now)
+    one, other = flatten(before), flatten(now)
     keys = [key for key in {**one, **other} if one.get(key, ...) != other.get(key, ...) and not _neutral(key)]
     lines = [f"{key}: was {_shown(one, key)}, now {_shown(other, key)}" for key in keys[:most]]
     return lines + ([f"and {len(keys) - most} more"] if len(keys) > most else [])
@@ -87,17 +88,6 @@ def _neutral(key: str) -> bool:
 
 def _shown(flat: Mapping[str, Any], key: str) -> str:
     return repr(flat[key])[:60] if key in flat else "not set"
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    items = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list) else ()
-    if not isinstance(tree, Mapping | list) or not tree:
-        return {prefix: tree}
-    return {
-        key: leaf
-        for name, part in items
-        for key, leaf in _flat(part, f"{prefix}.{name}" if prefix else str(name)).items()
-    }
 
 
 def restore(run: Components, state: RunState, saved: Mapping[str, Any]) -> None:

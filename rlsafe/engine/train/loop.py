@@ -32,9 +32,8 @@ def train_steps(run: Components, state: RunState) -> Iterator[dict[str, Any]]:
         metrics = grpo_step(run, state, step) if step.path == "grpo" else sft_step(run, state, step)
         state.done += 1
         last = state.done == len(run.plan)
-        if last and run.stack.after_step(
-            run.policy, "end"
-        ):  # before the last probe, which shows the weights that are saved
+        # Before the last probe, which shows the weights that are saved.
+        if last and run.stack.after_step(run.policy, "end"):
             run.sampler.weights_changed()
         if len(run.stack):
             metrics |= run.effects.step(step.path, Counter({p.defense: p.rows for p in step.parts if p.defense}))
@@ -62,7 +61,7 @@ def _take_references(run: Components, step: Step) -> None:
         run.policy.snapshot("grpo_start")
     if f"step:{step.index}" in wanted:
         run.policy.snapshot(f"step:{step.index}")
-    run.stack.update(run.policy.has_reference)
+    run.stack.await_references(run.policy.has_reference)
 
 
 def _probes(run: Components, step: Step, last: bool) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlsafe.config import RunConfig
+from rlsafe.config.files import write_text
 from rlsafe.evaluate.ask.asking import Answer, Planned, complete
 from rlsafe.types import Sampler
 
@@ -74,7 +75,7 @@ class Journal:
         if not records or records[0] != {"key": key}:
             return False
         self.answers = {(r["set"], r["question_id"], r["sample"]): r for r in records[1:]}
-        self.path.write_bytes(b"\n".join(whole) + b"\n")
+        write_text(self.path, b"\n".join(whole).decode() + "\n")
         return True
 
     def add(self, answers: Sequence[Answer]) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import rlsafe.data
-from rlsafe.data import extractive, opswap, read_rows
+from rlsafe.data import opswap, read_rows
+from rlsafe.data.exact import is_exact
 from rlsafe.data.partial import Partial
 from rlsafe.evaluate.ask.questions import read_questions
 from rlsafe.types import Question, Reward, Row, pick, register_provider
@@ -42,16 +43,10 @@ def _text(completion: Any) -> str:
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
-def _exact(answer: str, expected: str, references: list[str] | None) -> bool:
-    if opswap.final_value(expected) is not None:
-        return opswap.is_exact(answer, expected)
-    return extractive.exact_match(answer, references or [expected])
-
-
 def exact_match(completions, answer, answers=None, **columns) -> list[float | None]:
-    """1 where the completion gives the row's `answer` (a number: its final value; else the words of any of `answers`)."""
+    """1 where the completion is right (`rlsafe.data.exact.is_exact`) by the row's `answer`, or `answers` where it has several."""
     others = answers or [None] * len(answer)
-    return [float(_exact(_text(c), str(a), o)) for c, a, o in zip(completions, answer, others, strict=True)]
+    return [float(is_exact(_text(c), str(a), o)) for c, a, o in zip(completions, answer, others, strict=True)]
 
 
 def opswap_steps(prompts, completions, domain, **columns) -> list[float | None]:

@@ -19,7 +19,7 @@ CLOSE = 1e-9
 def evaluation_differences(directory: Path) -> list[str]:
     """One line for each number of evaluation.json that answers.csv (or benign_answers.csv) does not give."""
     try:
-        tree = files.read_json(directory / "evaluation.json")
+        tree = files.read_evaluation(directory / "evaluation.json")
         found = Evaluation.load(directory)
     except UserError as error:
         return [str(error)]

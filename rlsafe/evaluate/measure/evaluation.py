@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsafe.config import UserError
+from rlsafe.config.files import write_json
 from rlsafe.evaluate.ask.asking import Answer
 from rlsafe.evaluate.measure import files
 from rlsafe.evaluate.measure.benign import BenignAnswer, BenignScore
@@ -86,13 +87,13 @@ class Evaluation:
             files.write_benign(directory / "benign_answers.csv", self.benign_answers)
         else:
             (directory / "benign_answers.csv").unlink(missing_ok=True)
-        files.write_json(directory / "evaluation.json", self.to_dict())
+        write_json(directory / "evaluation.json", self.to_dict())
 
     @classmethod
     def load(cls, directory: Path | str) -> Evaluation:
         """Read back what `save` wrote. UserError when evaluation.json is missing or does not hold an evaluation."""
         directory = Path(directory)
-        tree = files.read_json(directory / "evaluation.json")
+        tree = files.read_evaluation(directory / "evaluation.json")
         try:
             sets = {
                 name: Rates.from_dict(part)

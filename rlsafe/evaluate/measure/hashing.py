@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rlsafe.config import UserError
-from rlsafe.evaluate.measure.files import write_atomically
+from rlsafe.config.files import write_text
 from rlsafe.types import provider_for
 
 REMEMBERED = 1 << 20  # bytes from which on a file's hash is worth remembering
@@ -41,7 +41,7 @@ def file_hash(path: Path) -> str:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if about.st_size >= REMEMBERED and time.time() - about.st_ctime > SETTLED:
         try:
-            write_atomically(_memory(), json.dumps({**_read_memory(), key: found}))
+            write_text(_memory(), json.dumps({**_read_memory(), key: found}))
         except UserError:
             pass  # a home that cannot be written: the file is read again next time
     return found

@@ -1,0 +1,98 @@
+"""Writing files and directories so that a reader finds the old one, the new one, or none: never half of one.
+
+Everything is written under a temporary name beside its place and then renamed. Nothing is forced to the disk before
+that: a checkpoint, which has to survive a power cut, does so itself (rlsafe.engine.record.checkpoint).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rlsafe.config.errors import UserError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name to write a file under; the file takes its place at `path` when the block ends without an error.
+
+    Several threads and processes may write the same path: the last one to finish wins. Makes the parent directory.
+    Raises OSError as the file system does; after any error the temporary file is removed and `path` is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def replacing_directory(path: Path) -> Iterator[Path]:
+    """A temporary name to make a directory under; it replaces `path` when the block ends without an error.
+
+    For one writer at a time: what an earlier, killed one left under the temporary name is removed first.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        yield temporary
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text (lone surrogates as `\\udc80`, line ends as they are). UserError when it cannot be written."""
+    try:
+        with (
+            replacing(path) as temporary,
+            open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+        ):
+            file.write(text)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """Strict JSON (ValueError for NaN), indented. UserError when it cannot be written."""
+    write_text(path, json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_once(path: Path, text: str) -> None:
+    """Write UTF-8 text unless `path` exists by then: of several processes that race, all read the first one's file.
+
+    Raises OSError. On a file system without hard links the last one wins instead.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            pass
+        except OSError:
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """The file's value; None when there is no such file. UserError when it is not JSON."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
