@@ -5,19 +5,17 @@ from __future__ import annotations
 
 import os
 import shlex
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlsafe.compare.grid.cells import located
 from rlsafe.compare.grid.grid import Cell, expand
 from rlsafe.compare.grid.records import Directory
-from rlsafe.compare.grid.selection import Selection, fill
+from rlsafe.compare.grid.selection import Selection
 from rlsafe.compare.run.backends_ray import RayCluster, check_ray, run_on_ray
-from rlsafe.compare.run.memory import Peak
+from rlsafe.compare.run.one_cell import SELECTIONS, reason, run_cell
 from rlsafe.compare.run.progress import Progress
 from rlsafe.compare.run.scoring import check as check_selection
 from rlsafe.compare.run.scoring import make_scores
@@ -26,15 +24,12 @@ from rlsafe.compare.verdicts.results import write_tables
 from rlsafe.compare.verdicts.tasks import judge_and_write
 from rlsafe.compare.verdicts.verdicts import PathTable
 from rlsafe.config import UserError, load_compare
-from rlsafe.config.files import read_json
 from rlsafe.config.secrets import scrub_secrets
 from rlsafe.data import read_once
-from rlsafe.types import Interrupted, RunError
+from rlsafe.types import Interrupted
 
 if TYPE_CHECKING:
-    from rlsafe.engine import Resources
-
-SELECTIONS = "selection"  # OUT/selection/KEY/: helper adapters and scores of safe rows
+    pass
 
 
 @dataclass
@@ -121,53 +116,6 @@ def compare(
     return Comparison(directory.out, draw(results, tables), tables, failed)
 
 
-def run_cell(cell: Cell, directory: Directory, resources: Resources, progress: Progress | None = None) -> None:
-    """Train and evaluate one cell and record how it ended; one bad cell must not cost the others. Raises Interrupted.
-
-    Training that was interrupted goes on from its checkpoint; a run that was trained but not evaluated is only
-    evaluated.
-    """
-    from rlsafe.engine.run.life import run as train_cell
-    from rlsafe.evaluate import evaluate, evaluate_run
-
-    where = directory.cell(cell.id)
-    same = directory.record(cell.id).get("hash") == cell.fingerprint
-    trained = same and (read_json(where / "run.json") or {}).get("status") == "finished"
-    resume = same and any((where / "checkpoints").glob("*"))
-    if not trained and not resume:
-        directory.clear(cell)
-    directory.write_record(cell, "running")
-    started, peak = time.monotonic(), Peak()
-    try:
-        if trained:
-            evaluate(str(where), out=where, first=False)
-        else:
-            run = train_cell(
-                located(fill(cell.config, directory.out / SELECTIONS), directory.out / "cells"), where, resources=resources,
-                progress=progress.step if progress else None, resume=resume,
-            )  # fmt: skip
-            evaluate_run(
-                run.sampler,
-                run.policy.tokenizer,
-                run.config.evaluate,
-                where,
-                judge=resources.judge(run.config) if run.config.evaluate.judge is not None else None,
-                progress=progress.doing if progress else None,
-            )
-        directory.write_record(cell, "done", time.monotonic() - started, **({} if trained else peak.read()))
-    except (KeyboardInterrupt, Interrupted):
-        raise
-    except Exception as error:
-        directory.write_record(
-            cell, "failed", time.monotonic() - started, _reason(error), users=isinstance(error, UserError)
-        )
-
-
-def _reason(error: Exception) -> str:
-    line = scrub_secrets(" ".join(str(error).split())) or "no message"
-    return (line if isinstance(error, UserError | RunError) else f"{type(error).__name__}: {line}")[:500]
-
-
 def _scored(
     selections: Iterable[Selection], todo: Sequence[Cell], directory: Directory, progress: Progress
 ) -> list[Cell]:
@@ -181,7 +129,7 @@ def _scored(
         except (KeyboardInterrupt, Interrupted):
             raise
         except Exception as error:
-            broken[selection.key] = f"its safe rows could not be scored: {_reason(error)}"
+            broken[selection.key] = f"its safe rows could not be scored: {reason(error)}"
     fit = []
     for cell in todo:
         reasons = [broken[selection.key] for selection in cell.selections if selection.key in broken]

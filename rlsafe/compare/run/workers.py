@@ -160,7 +160,7 @@ _resources: Resources | None = None
 def train_cell(cell: Cell, out: Path) -> None:
     """The work of a comparison; each worker has its own sampler engine and keeps it."""
     global _resources
-    from rlsafe.compare.run.runner import run_cell
+    from rlsafe.compare.run.one_cell import run_cell
     from rlsafe.engine import Resources
 
     _resources = _resources or Resources()
