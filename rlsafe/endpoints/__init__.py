@@ -1,4 +1,4 @@
-"""Chat endpoints that speak OpenAI's protocol: asked from rewards and judges, in the background, without exceptions."""
+"""A client for chat endpoints with OpenAI's protocol, for rewards and judges. Faults are returned, not raised."""
 
 from rlsafe.endpoints import background
 from rlsafe.endpoints.client import Endpoint, open_endpoint

@@ -16,11 +16,11 @@ from rlsafe.config.files import replacing
 from rlsafe.endpoints.replies import Reply, pack, unpack
 
 VERSION = 1
-"""Of the meaning of a saved reply; part of every key."""
+"""Part of every key; raised when the meaning of a saved reply changes."""
 
 
 def key_of(base_url: str, body: Mapping[str, Any]) -> str:
-    """base_url and the whole request body: model, messages, sampling and log-prob settings, extra fields."""
+    """SHA-256 of base_url and the whole request body: model, messages, sampling and log-prob settings, extra fields."""
     text = json.dumps([VERSION, base_url, body], sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -1,5 +1,5 @@
-"""Ask, judge, count: what a model does on general, in-domain, conditional and benign questions, with honest
-intervals.
+"""Evaluating a model: it answers general, in-domain, conditional and benign questions, a judge scores the answers, and rates
+with intervals are computed.
 """
 
 from rlsafe.evaluate.ask.asking import Answer, Planned

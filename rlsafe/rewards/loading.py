@@ -1,5 +1,5 @@
 """From the name of a reward in a config to the function: `file.py:function`, `package.module:function`, `provider:spec`
-or a registered name. Anything that is wrong with it is one line that says where."""
+or a registered name. Every error is one line with its place."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FORMS = "expected file.py:function, package.module:function, provider:spec or a 
 
 @dataclass(frozen=True)
 class LoadedReward:
-    """A reward ready to call. `name` is what metrics and errors call it; `thinking`: it sees think blocks too."""
+    """A reward function with its arguments bound. name: for metrics and errors. thinking: it gets think blocks too."""
 
     name: str
     fn: Reward
@@ -116,7 +116,7 @@ def _bind(reference: str, fn: Callable[..., Any], args: dict[str, Any]) -> Rewar
             raise UserError(f"reward {reference!r}: args.{name} is filled by the trainer; remove it")
         if name not in named:
             hint = nearest(name, [n for n in named if n not in CALL_ARGUMENTS]) or "; it takes none"
-            if not takes_all or "did you mean" in hint:  # **kwargs would swallow a misspelt name in silence
+            if not takes_all or "did you mean" in hint:  # **kwargs would accept a misspelt name silently
                 raise UserError(f"reward {reference!r}: no argument {name!r}{hint}")
     if inspect.isclass(fn) or not (takes_all or any(name in named for name in CALL_ARGUMENTS)):
         return _made(reference, fn, args, named)

@@ -35,7 +35,7 @@ def registered_rewards() -> dict[str, Reward]:
 
 
 def _origin(fn: Reward) -> tuple[str, str]:
-    """Where it was written, and its name."""
+    """(file, name) of a function."""
     code = getattr(fn, "__code__", None)
     source = code.co_filename if code else str(getattr(fn, "__module__", ""))
     return source, getattr(fn, "__qualname__", type(fn).__name__)

@@ -1,7 +1,7 @@
 """Calling rewards as TRL 1.16's GRPOTrainer does (`_calculate_rewards`), and checking what they return.
 
 Differences to TRL, on purpose: a function gets only the arguments it names unless it takes `**kwargs`; NaN, infinities
-and things that are no numbers are errors that name the function and the row; async functions start before sync ones.
+and values that are not numbers are errors that name the function and the row; async functions start before sync ones.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Scores = list[float | None]
 
 @dataclass
 class RewardBatch:
-    """What the rewards said about n completions.
+    """The rewards of n completions.
 
     total: [n] weighted sum of the parts that are not None; None when all are, or when a function failed (on_error).
     by_name: each function's own [n]. metrics: means of `log_metric`. extra: [n] columns of `log_extra`. failed: names.
@@ -61,22 +61,22 @@ class _Logs:
 
 
 def _plain(value: Any) -> Any:
-    """A value of `log_extra` as samples.jsonl can hold it: numbers and texts as they are, the rest in words."""
+    """A value of `log_extra` for samples.jsonl: numbers and texts unchanged, anything else as `str` gives it."""
     value = value.item() if getattr(value, "ndim", None) == 0 else value  # numpy and torch scalars
     return value if value is None or isinstance(value, (str, bool, int, float)) else str(value)
 
 
 @functools.cache
 def _event_loop() -> asyncio.AbstractEventLoop:
-    """One loop for the process, on its own thread: async clients stay bound to it, a caller's loop does not matter."""
+    """The process's event loop for async rewards, on its own thread: async clients stay bound to one loop."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="rlsafe-rewards", daemon=True).start()
     return loop
 
 
 class RewardRunner:
-    """Calls every reward on a batch. A failure on the first batch is the user's to fix (UserError); later `on_error`
-    decides: `stop` raises RunError, `skip` warns and gives the batch's rows no reward."""
+    """Calls every reward on a batch. A failure on the first batch is a UserError. On a later one `on_error` decides: `stop`
+    raises RunError, `skip` warns and gives the batch's rows no reward."""
 
     def __init__(self, rewards: Sequence[LoadedReward], on_error: Literal["stop", "skip"] = "stop"):
         self.rewards: dict[str, LoadedReward] = {}
@@ -169,7 +169,7 @@ class RewardRunner:
 
 
 def _shown(message: Message, thinking: bool) -> Message:
-    """A copy of the message as a function is to see it."""
+    """A copy of the message for a reward function, with or without the think block."""
     shown = dict(message)
     if (block := shown.pop("reasoning_content", None)) is not None and thinking:
         shown["content"] = f"<think>\n{block}\n</think>\n\n{shown['content']}"
@@ -181,7 +181,7 @@ async def _awaited(call: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
 
 
 def _call(fn: Callable[..., Any], arguments: dict[str, Any], columns: dict[str, list[Any]]) -> Any:
-    """Call `fn` with what it names, or with everything when it takes `**kwargs`; bound arguments stay bound."""
+    """Call `fn` with the arguments that it names, or with all when it takes `**kwargs`; bound arguments stay bound."""
     named, takes_all = parameters(fn)
     bound = fn.keywords if isinstance(fn, functools.partial) else {}
     offered = {name: value for name, value in {**columns, **arguments}.items() if name not in bound}
@@ -194,7 +194,7 @@ def _call(fn: Callable[..., Any], arguments: dict[str, Any], columns: dict[str, 
 
 
 def _outcome(get: Callable[[], Any], n: int, logs: _Logs) -> Scores | Exception:
-    """The checked rewards, or the exception that stood in their way: one failure must not take the others along."""
+    """The checked rewards, or the exception of a failure, so that the other functions' rewards are still collected."""
     try:
         return _checked(get(), n, logs)
     except Exception as error:
@@ -202,7 +202,7 @@ def _outcome(get: Callable[[], Any], n: int, logs: _Logs) -> Scores | Exception:
 
 
 def _checked(raw: Any, n: int, logs: _Logs) -> Scores:
-    """The returned rewards as floats and Nones, or what is wrong with them."""
+    """The returned rewards as n floats and Nones; _BadReward for anything else."""
     if inspect.isawaitable(raw):
         getattr(raw, "close", lambda: None)()
         raise _BadReward("returned a coroutine; define the function with 'async def'")
@@ -236,7 +236,7 @@ def _number(value: Any, row: int) -> float | None:
 
 
 def _place(fn: Callable[..., Any], error: Exception) -> str:
-    """` (file:line)` of the failure inside the function's own file."""
+    """` (file:line)` of an error inside the function's own file; "" elsewhere."""
     while isinstance(fn, functools.partial):
         fn = fn.func
     code = getattr(fn, "__code__", None) or getattr(type(fn).__call__, "__code__", None)

@@ -39,9 +39,9 @@ def make_sampler(
 ) -> Sampler:  # fmt: skip
     """The sampler that `config` asks for, synced to `policy`.
 
-    vLLM engines are kept: every run of this process with the same model and settings gets the same one. policy None:
-    the plain model. steerable: the engine must take `steer` (on GPUs: no CUDA graphs). progress: told what is starting.
-    warn: told when `auto` takes Transformers (default: the rlsafe logger).
+    vLLM engines are kept: each run of this process with the same model and settings gets the same one. policy None:
+    the model without an adapter. steerable: the engine must support `steer` (on GPUs: no CUDA graphs). progress: called with a
+    line about what is starting. warn: called when `auto` takes Transformers (default: the rlsafe logger).
     """
     import torch
 
@@ -60,7 +60,7 @@ def make_sampler(
     if config.kind == "server":
         return _server(config, model_dir, policy, progress)
     if sync == "auto":
-        # On CPU merged weights generate 2.5 times as fast (measured); on a GPU an adapter is far less to move.
+        # On CPU merged weights generate 2.5 times as fast (measured); on a GPU an adapter is far less data to move.
         sync = "adapter" if cuda and lora is not None else "merged"
     dtype = str(policy.dtype).removeprefix("torch.") if policy is not None else ("auto" if cuda else "float32")
     rank = policy.lora_rank if policy is not None and sync == "adapter" else None
@@ -88,7 +88,7 @@ def make_sampler(
 def _server(
     config: SamplerConfig, model_dir: str, policy: Policy | None, progress: Callable[[str], None] | None
 ) -> ServerSampler:
-    """Connected to the servers of `config`, until this process ends; LoRA goes there as an adapter on any machine."""
+    """A sampler connected to the servers of `config` until this process ends. LoRA is always sent as an adapter."""
     sync = config.sync
     if sync == "auto":
         sync = "adapter" if policy is None or policy.config.lora is not None else "merged"
@@ -110,14 +110,14 @@ def _server(
 
 log = logging.getLogger("rlsafe")
 _REFUSED: dict[tuple[Any, ...], str] = {}
-"""(model, dtype) that vLLM cannot run here -> why."""
+"""{(model, dtype) that vLLM cannot run here: the reason}"""
 
 
 def _auto(
     config: SamplerConfig, model_dir: str, policy: Policy | None, seed: int, steerable: bool,
     progress: Callable[[str], None] | None, warn: Callable[[str], None],
 ) -> Sampler:  # fmt: skip
-    """vLLM where it runs the model, else the policy's own modules. A model that vLLM refused is not tried again."""
+    """vLLM where it runs the model, else the Transformers sampler. A model that vLLM refused is not tried again."""
     tried = (model_dir, None if policy is None else policy.dtype)
     if tried not in _REFUSED:
         try:
@@ -132,7 +132,7 @@ def _auto(
 
 
 def _over_quantized(policy: Policy, config: SamplerConfig) -> bool:
-    """Whether vLLM, which starts from the unquantised checkpoint, must be given what the packed weights stand for."""
+    """Whether vLLM, which loads the unquantised checkpoint, has to be sent the dequantised weights."""
     if not policy.is_quantized:
         return False
     if policy.config.quantization is None:
@@ -150,7 +150,7 @@ def _over_quantized(policy: Policy, config: SamplerConfig) -> bool:
 
 @atexit.register
 def _leave_servers() -> None:
-    """Servers outlive this process: they are not to keep its adapters."""
+    """Unload this process's adapters: the servers go on running."""
     for sampler in _ENGINES.values():
         if isinstance(sampler, ServerSampler):
             sampler.close()

@@ -26,12 +26,12 @@ USE_TRANSFORMERS = "; set sampler.kind=transformers"
 
 
 class CannotRun(UserError):
-    """vLLM is not here, or does not run this model on this machine: the Transformers sampler does. Not raised for what
-    a setting would mend (memory, lengths)."""
+    """vLLM is not installed or cannot run this model on this machine; the Transformers sampler can. Not raised for errors that
+    a setting would fix (memory, lengths)."""
 
 
 def refusal(model: str, error: BaseException) -> UserError:
-    """The one line for whatever kept vLLM from running `model`."""
+    """Any error of vLLM with `model` as one line. A CannotRun unless a setting would fix it."""
     reason = first_line(error)
     if longer := re.search(
         r"max_model_len \((\d+)\) is greater than the derived max_model_len \(\w+=(\d+)", str(error)
@@ -44,7 +44,7 @@ def refusal(model: str, error: BaseException) -> UserError:
 
 
 def start_engine(settings: dict[str, Any], max_model_len: int | None, gpu_memory: float) -> tuple[Any, int]:
-    """A vllm.LLM with the given settings and the ones that the machine decides, and its max_model_len.
+    """A vllm.LLM with the given settings and those that depend on the machine, and its max_model_len.
 
     UserError when vLLM is missing or does not run the model. torch's threads and random state are left as they were.
     """
@@ -66,7 +66,7 @@ def start_engine(settings: dict[str, Any], max_model_len: int | None, gpu_memory
             else:
                 machine = _cpu_settings(config, length, settings["max_num_seqs"])
             return vllm.LLM(max_model_len=length, **settings, **machine), length
-    except Exception as error:  # whatever vLLM dislikes about the model, it says so in many ways
+    except Exception as error:  # vLLM raises many kinds of errors for a model that it cannot run
         raise refusal(model, error) from None
     finally:
         torch.set_num_threads = set_threads  # vLLM replaces it on CPU, and lowers the count
@@ -80,7 +80,7 @@ def _text_config(model: str, trust_remote_code: bool) -> Any:
 
 
 def _cpu_settings(config: Any, length: int, rows: int) -> dict[str, Any]:
-    """The key-value cache holds `rows` float32 sequences of full length: vLLM touches all that it is given."""
+    """Settings for a CPU. The key-value cache holds `rows` float32 sequences of full length, no more: vLLM fills all it is given."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token = 2 * config.num_hidden_layers * heads * width * 4
@@ -105,6 +105,7 @@ def generation_threads(parameters: int) -> int:
 
 
 def weight_files(model_dir: str) -> list[Path]:
+    """The .safetensors files of a model directory; UserError when there are none."""
     files = sorted(p for p in Path(model_dir).glob("*.safetensors") if not p.name.startswith("adapter"))
     if not files:
         raise UserError(f"{model_dir}: no .safetensors weights to sync from{USE_TRANSFORMERS}")
@@ -112,12 +113,12 @@ def weight_files(model_dir: str) -> list[Path]:
 
 
 def local_directory(model: str, revision: str | None = None) -> str:
-    """`model` itself when it is a directory, else where the hub's cache keeps it."""
+    """`model` itself when it is a directory, else its directory in the hub's cache (downloaded on first use)."""
     if Path(model).is_dir():
         return model
     from huggingface_hub import snapshot_download
 
     try:
         return snapshot_download(model, revision=revision)
-    except Exception as error:  # offline, gated, misspelt: all about the name
+    except Exception as error:  # offline, gated or misspelt
         raise UserError(f"model.name: {model}: neither a directory nor in the hub: {first_line(error)}") from None

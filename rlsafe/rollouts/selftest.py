@@ -1,4 +1,4 @@
-"""Does the sampler sample from the policy that is being trained? Asked at start and after the first sync."""
+"""A check, at the start and after the first sync, that the sampler samples from the policy that is being trained."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def self_test(
 
 
 def gap_limit(policy: Policy, max_gap: float | None) -> float:
-    """The mean |trainer - sampler| log-prob that counts as agreement: as configured, or what the dtype explains."""
+    """Largest mean |trainer - sampler| log-prob (nats) that counts as agreement: as configured, else by the dtype."""
     return max_gap if max_gap is not None else (1e-3 if policy.dtype == torch.float32 else 0.05)
 
 

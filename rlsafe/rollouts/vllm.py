@@ -1,4 +1,4 @@
-"""Rollouts by vLLM inside this process: one engine, taken over by one policy after another."""
+"""Rollouts by vLLM inside this process: one engine, used by one policy after another."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the ranks that vLLM makes ro
 
 
 class VLLMSampler:
-    """A colocated vLLM engine. `sync` makes it exactly the given policy, whatever it was before.
+    """A colocated vLLM engine. After `sync` it has exactly the given policy's weights, whatever it had before.
 
     sync "merged": fresh W + scale * B A loaded over the old weights; "adapter": LoRA swapped under a new id.
     """
@@ -55,7 +55,7 @@ class VLLMSampler:
         self._hooks: list[Any] = []
         self._adapter: Any = None
         self._adapters = 0
-        self._loaded: set[str] = set()  # units that are not the checkpoint's
+        self._loaded: set[str] = set()  # parts of the model (see `unit_of`) whose weights differ from the checkpoint's
         settings: dict[str, Any] = {
             "model": model_dir,
             "dtype": dtype,
@@ -84,7 +84,9 @@ class VLLMSampler:
             self._llm.collective_rpc(hasten)
         self._threads = generation_threads(sum(file.stat().st_size for file in weight_files(model_dir)) // 4)
         try:
-            self.generate([Request([1], 0)], SamplingParams(max_tokens=1))  # kernels that lack a shape fail only here
+            self.generate(
+                [Request([1], 0)], SamplingParams(max_tokens=1)
+            )  # kernels that do not support a shape fail here, not in the first step
         except Exception as error:
             self.close()
             raise refusal(model_dir, error) from None
@@ -120,7 +122,7 @@ class VLLMSampler:
         try:
             with self._own_threads():
                 outputs = self._llm.generate(prompts, settings, use_tqdm=False, lora_request=self._adapter)
-        except BaseException:  # interrupted: what is left must not come out of the next call
+        except BaseException:  # interrupted: drop unfinished requests, or the next call would return their completions
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
             raise
         return [_completion(o.outputs[0]) for o in outputs]
@@ -128,7 +130,7 @@ class VLLMSampler:
     # ------------------------------------------------------------------------------------------------- weights
 
     def sync(self, policy: PolicyWeights) -> None:
-        """Become `policy`: its merged weights over the base ones, or its adapter; then drop the prefix cache."""
+        """Load the policy's merged weights, or its adapter, and clear the prefix cache."""
         if self._sync == "adapter":
             self._swap_adapter(policy)
         else:
@@ -136,18 +138,18 @@ class VLLMSampler:
         self._drop_caches()
 
     def reset(self) -> None:
-        """Become the plain model again."""
+        """Load the checkpoint's own weights again."""
         self._adapter = None
         if self._sync == "merged":
             self._load({})
         self._drop_caches()
 
     def _load(self, changed: dict[str, Tensor]) -> None:
-        """Load what this policy changes, and the base weights of what only the one before it changed."""
+        """Load the weights that this policy changes, and the checkpoint's where only the policy before it had changed them."""
         before, now = self._loaded, {unit_of(name) for name in changed}
         if not (units := before | now):
             return
-        self._loaded = units  # if this is interrupted
+        self._loaded = units  # before loading, in case it is interrupted
         with self._own_threads():
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._weights(changed, units)})
             if not all(IN_BLOCK.fullmatch(unit) for unit in units):
@@ -155,7 +157,7 @@ class VLLMSampler:
         self._loaded = now
 
     def _weights(self, changed: dict[str, Tensor], units: set[str]) -> Iterator[tuple[str, Tensor]]:
-        """The checkpoint's tensors of these units, the changed ones replaced."""
+        """All tensors of these units: the changed ones, and the checkpoint's for the rest."""
         for name, read in _checkpoint(self.model_dir):
             if unit_of(name) in units:
                 yield name, changed.pop(name) if name in changed else read()
@@ -207,14 +209,17 @@ def _completion(output: Any) -> Completion:
 
 
 def unit_of(name: str) -> str:
-    """The part of the model that a tensor is loaded with: vLLM fuses projections within a block's attention or MLP, experts
-    included, and loads a fused tensor only as a whole. Outside the blocks, the module."""
+    """The part of the model that has to be loaded together with this tensor.
+
+    vLLM fuses projections within a block's attention or MLP (experts included) and loads a fused tensor only as a whole.
+    Outside the blocks the part is the module.
+    """
     block = IN_BLOCK.match(name)
     return block[0] if block else name.rpartition(".")[0]
 
 
 def _checkpoint(model_dir: str) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Every tensor's name and how to read it, which for a large model takes seconds."""
+    """(name, function that reads it) of every tensor; reading all of a large model takes seconds."""
     from safetensors import safe_open
 
     for file in weight_files(model_dir):

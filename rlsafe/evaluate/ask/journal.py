@@ -1,8 +1,8 @@
-"""An evaluation that was interrupted goes on by question: sampled answers are written down as they come.
+"""Resuming an interrupted evaluation: sampled answers are written to a journal as they come.
 
-The journal is `.answers.jsonl` beside the results; its first line says of which weights and requests the answers are, so
-that it is never mixed with another model's or other settings'. It goes when the results are saved. Judgements are not in
-it: a judge that costs something keeps its replies itself.
+The journal is `.answers.jsonl` beside the results. Its first line is a digest of the weights and requests, so that answers
+of another model or other settings are never used. It is deleted once the results are saved. Judgements are not in it: an
+LLM judge saves its replies itself.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NAME = ".answers.jsonl"
 PART = 1024
 """Answers sampled before they are written down; a question is never split."""
 WEIGHTS = ("adapter", "model")
-"""Where a finished run keeps what it trained."""
+"""Directories in which a finished run keeps what it trained."""
 
 Place = tuple[str, str, int]
 
@@ -54,7 +54,7 @@ def _place(one: Planned | Answer) -> Place:
 
 
 class Journal:
-    """Answers by their place in the plan, read back from `directory` if they are of the same `key`, else begun anew."""
+    """Answers by their place in the plan, read back from `directory` if they are of the same `key`, else a new journal is begun."""
 
     def __init__(self, directory: Path, key: str):
         self.path = directory / NAME
@@ -67,7 +67,7 @@ class Journal:
         if not self.path.is_file():
             return False
         lines = self.path.read_bytes().split(b"\n")
-        whole = [line for line in lines[:-1] if line]  # what follows the last newline was cut short
+        whole = [line for line in lines[:-1] if line]  # text after the last newline is a line cut short
         try:
             records = [json.loads(line) for line in whole]
         except ValueError:
@@ -90,7 +90,7 @@ class Journal:
         return None if record is None else Answer(**record, meta=one.meta)
 
     def close(self) -> None:
-        """The results are saved: nothing is left to go on with."""
+        """Delete the journal; call it once the results are saved."""
         self.path.unlink(missing_ok=True)
 
 
@@ -127,7 +127,9 @@ def complete_resumable(
     answers: list[Answer] = []
     if journal.answers:
         say(f"{len(journal.answers)} answers are there from an interrupted evaluation")
-    for part in _parts(planned):  # the same parts as in one go: what is sampled together can matter in the last bits
+    for part in _parts(
+        planned
+    ):  # the same parts as in an uninterrupted call: which requests are sampled together can change last bits
         found = [answer for one in part if (answer := journal.get(one)) is not None]
         if len(found) < len(part):
             found = complete(sampler, tokenizer, part, max_tokens)

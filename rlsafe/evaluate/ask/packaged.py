@@ -1,4 +1,4 @@
-"""What ships with the package, behind `rlsafe:spec` strings. Texts are our own.
+"""Rows, questions and rewards that ship with the package, behind `rlsafe:spec` strings. Texts are our own.
 
 rows       benign (short safe instruction rows, some refusals), opswap/TIER, opswap/TIER/test
 questions  general, and one set per domain: see `rlsafe/data/assets/questions/`

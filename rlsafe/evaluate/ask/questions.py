@@ -145,7 +145,7 @@ def _question(item: Any, node: yaml.Node, path: Path, domain: str) -> Question:
 
 
 def _refuse_half_characters(node: yaml.Node, path: Path) -> None:
-    """Escapes such as "\\ud800" make texts that no tokenizer takes."""
+    """UserError for escapes such as "\\ud800" (half a character): no tokenizer takes such a text."""
     seen: set[int] = set()
     waiting = [node]
     while waiting:  # anchors may make the tree a graph, and a deep one

@@ -37,10 +37,12 @@ def evaluate(
         and `medical.yaml` give `indomain` and `medical`). judge: replaces `evaluate.judge`.
     overrides: `key.path=value` on the run's config; for a model, on a config that names only the model.
     out: default RUN itself, or runs/evaluate-MODEL. A provider's model is by default asked its provider's own
-        questions. first: nobody asked the judge before, so one that cannot be reached is a UserError.
+        questions. first: a judge that cannot be reached is a UserError (False: it was tested before).
     """
     config, run = resolve(target, judge, overrides)
-    material = gather(config.evaluate, extra=named_sets(questions))  # before the model: its errors should not wait
+    material = gather(
+        config.evaluate, extra=named_sets(questions)
+    )  # before the model is loaded, so that errors come at once
     directory = Path(out) if out else run or Path("runs") / f"evaluate-{_file_name(str(target))}"
     check_out(directory)
     if first and isinstance(material.judge, BackgroundJudge):
@@ -59,7 +61,7 @@ def resolve(target: str | Path, judge: str | None, overrides: Sequence[str]) -> 
 
     run = run_directory(target)
     config = load_run(run / "config.yaml", overrides) if run else _model_config(str(target), overrides)
-    for plugin in config.plugins:  # before anything is looked up: a plug-in may register a provider
+    for plugin in config.plugins:  # before names are looked up: a plug-in may register a provider
         load_module(plugin)
     if run is None:
         config = _with_provider_defaults(config)
@@ -115,7 +117,7 @@ def _with_provider_defaults(config: RunConfig) -> RunConfig:
         changes["judge"] = name
     if not (settings.general or settings.indomain or settings.benign):
         changes["general"] = f"{name}:general"
-    if "max_tokens" not in settings.model_fields_set:  # the default is for models of a longer context
+    if "max_tokens" not in settings.model_fields_set:  # the default is for models with a longer context
         shape = json.loads((Path(found[0].model(found[1])) / "config.json").read_text(encoding="utf-8"))
         changes["max_tokens"] = min(settings.max_tokens, shape.get("max_position_embeddings", 2048) // 4)
     return config.model_copy(update={"evaluate": settings.model_copy(update=changes)})
@@ -174,5 +176,5 @@ def _conversations(material: Material) -> Iterator[list[Message]]:
 
 
 def _file_name(target: str) -> str:
-    """A target as part of a file name."""
+    """A target as a part of a file name."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", target).strip("-.") or "model"

@@ -1,4 +1,4 @@
-"""What judging would take, before anything is asked: calls, tokens, cost."""
+"""Estimating calls, tokens and cost of judging, without making a call."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from rlsafe.types import Exchange, Judge, Question
 
 @dataclass
 class Estimate:
-    """answers: to be judged. calls and tokens (0 for a judge that makes no calls) are upper bounds: equal calls are made
-    once, saved ones not again, and answers are taken to be as long as they may be. cost: USD, None without prices."""
+    """answers: number to be judged. calls, tokens: upper bounds, since equal calls are made once, saved ones not at all, and
+    every answer is assumed to have `max_tokens`; 0 for a judge that makes no calls. cost: USD, None without prices."""
 
     judges: tuple[str, ...] = ()
     answers: int = 0
@@ -50,7 +50,7 @@ def estimate(
     overrides: Sequence[str] = (),
     rejudge: bool = False,
 ) -> Estimate:
-    """Of `rlsafe evaluate TARGET` with these arguments."""
+    """The estimate for `rlsafe evaluate TARGET` with these arguments."""
     if rejudge:
         from rlsafe.evaluate.commands.rejudging import load_saved, with_judge_prompts
 
@@ -67,7 +67,7 @@ def estimate(
 
 
 def of_run(config: RunConfig, evaluate: EvaluateConfig, material: Material, probes: int) -> Estimate:
-    """Of a training run: `probes` probes on the way (a run without a judge has none) and `evaluate` at its end."""
+    """The estimate for a training run: `probes` probes (none without a judge) and the evaluation at its end."""
     asked = _evaluation(evaluate, material)
     if material.judge is not None:
         for name, questions in material.questions.items():
@@ -77,7 +77,7 @@ def of_run(config: RunConfig, evaluate: EvaluateConfig, material: Material, prob
 
 
 def _evaluation(config: EvaluateConfig, material: Material) -> list[tuple[Exchange, int]]:
-    """What an evaluation judges; the conditional probe asks the general questions once more."""
+    """(exchange, number of answers) of an evaluation; the conditional probe asks the general questions once more."""
     asked: list[tuple[Exchange, int]] = []
     for name, questions in material.questions.items():
         times = 2 if name == "general" and material.cue else 1
@@ -86,7 +86,7 @@ def _evaluation(config: EvaluateConfig, material: Material) -> list[tuple[Exchan
 
 
 def _exchanges(questions: Iterable[Question], samples: int | None) -> list[tuple[Exchange, int]]:
-    """(a question without its answer, answers that it gets), paraphrases apart."""
+    """(exchange without an answer, number of answers) for every paraphrase."""
     found = []
     for question in questions:
         each = len(question.paraphrases)
@@ -110,6 +110,6 @@ def of_exchanges(asked: Sequence[tuple[Exchange, int]], judge: Judge | None, ans
             total.calls += count
             total.tokens_in += count * (estimate_tokens(request.messages) + answer_tokens)
             total.tokens_out += count * request.max_tokens
-    total.calls += 1  # the first, which finds out whether anybody is there and by which protocol
+    total.calls += 1  # the first call, which tests the endpoint and decides the protocol
     total.cost = judge.settings.cost(total.tokens_in, total.tokens_out)
     return total

@@ -1,4 +1,4 @@
-"""Saved answers, scored again by another judge (or by the same one, where it was out): nothing is sampled."""
+"""Judging saved answers again, by another judge or by the same one after an outage. Nothing is sampled."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ def load_saved(target: str | Path, judge: str | None, overrides: Sequence[str]) 
 
 
 def expected(directory: Path, settings: EvaluateConfig, material: Material) -> list[Exchange] | None:
-    """What a judge will be asked about if the evaluation in `directory` is repeated with these settings: the same model gives
-    the same answers. None when there is none, or it was another."""
+    """The exchanges to be judged if the evaluation in `directory` is repeated with these settings, taken from its saved
+    answers. None without a saved evaluation, or when it had other settings."""
     if not (directory / "answers.csv").is_file():
         return None
     try:
         saved = Evaluation.load(directory)
-    except UserError:  # about to be written anew
+    except UserError:  # damaged; the evaluation will be written again
         return None
     now = {name: getattr(settings, name) for name in ("samples", "temperature", "max_tokens", "seed")}
     now |= {"questions": material.sources, "cue": material.cue}
@@ -98,7 +98,7 @@ def with_judge_prompts(saved: Evaluation) -> tuple[list[Answer], list[str]]:
 
 
 def agreement(first: Sequence[Judgement], second: Sequence[Judgement]) -> str:
-    """How alike two judges scored the same answers, in words."""
+    """A line on how well two judges agree on the same answers."""
     pairs = [(a, b) for a, b in zip(first, second, strict=True) if a.outcome == b.outcome == "scored"]
     if not pairs:
         return "no answer is scored by both"

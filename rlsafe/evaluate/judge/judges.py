@@ -22,9 +22,9 @@ KINDS = ("openai",)
 
 
 def load_judge(config: str | dict[str, Any] | None) -> Judge:
-    """The judge that `evaluate.judge` names. Nothing is asked of it yet.
+    """The judge that `evaluate.judge` names; it makes no calls yet.
 
-    Raises UserError when nothing is named, nothing has that name, or a setting is wrong.
+    UserError when no judge is named, the name is unknown, or a setting is wrong.
     """
     if config is None:
         raise UserError(

@@ -2,7 +2,7 @@
 
 Log-prob protocol (as published): one token at temperature 0 with its 20 most likely alternatives; the score is the
 expectation over the whole numbers among them (rlsafe.evaluate.judge.reply_scores). Where an endpoint gives no log-probs, or its
-tokenizer splits numbers, the number is read from the text. Which of the two holds is found out once, by one fixed call.
+tokenizer splits numbers, the number is read from the text. One fixed call (TRIAL) decides between the two, once.
 
 Judging runs in the background (`submit`) while training goes on. An outage gives unscored answers and a warning.
 """
@@ -33,7 +33,7 @@ log = logging.getLogger("rlsafe.judge")
 Protocol = Literal["logprobs", "text"]
 TEXT_TOKENS = 16
 TRIAL = ("What is two plus two?", "Two plus two is four.")
-"""The fixed call that finds out how the endpoint writes a number; a judge gives this a high, so a long, number."""
+"""The fixed call that shows how the endpoint writes a number. Its score is high, so it has two or three digits."""
 LASTING = ("auth", "not_found", "rejected")
 
 
@@ -77,8 +77,8 @@ class Pair:
 class LLMJudge:
     """`rlsafe.types.Judge` over an endpoint; all methods may be called from any thread.
 
-    paused: waiting for an endpoint that is down (on_outage: pause). gave_up: why such a wait ended without one; the
-    caller saves its state and stops.
+    paused: waiting for an endpoint that is down (on_outage: pause). gave_up: the reason, once it has waited in vain; the
+    caller then saves its state and stops.
     """
 
     def __init__(self, settings: JudgeSettings):
@@ -90,7 +90,7 @@ class LLMJudge:
         self.gave_up: str | None = None
         self._protocol: Protocol | None = None if settings.protocol == "auto" else settings.protocol
         self._trial: asyncio.Lock | None = None
-        self._to_contact = False  # nobody was asked so far: all that was expected is saved
+        self._to_contact = False  # the endpoint was not contacted yet, because all expected replies are saved
 
     # ------------------------------------------------------------------------------------------------ asking
 
@@ -107,11 +107,11 @@ class LLMJudge:
         return background.start(self._score(list(exchanges)))
 
     def check(self, first: bool = False, asked: Sequence[Exchange] | None = None) -> None:
-        """One call to see that the endpoint, the key and the model's name are right: UserError when they are not.
+        """Make one call to test the endpoint, the key and the model's name. UserError when one is wrong.
 
-        first: this is the first call of a command, so an endpoint that cannot be reached is a mistake, too (but is waited for
-        with `on_outage: pause`). Later it is left to `on_outage`. asked: what will probably be judged; while all replies that
-        takes are saved, nobody is asked, and the call waits for the first exchange that needs one.
+        first: in the first call of a command an endpoint that cannot be reached is a UserError too (with `on_outage: pause`
+        it is waited for); later `on_outage` decides. asked: the exchanges that will probably be judged. If the replies for
+        all of them are saved, the test is put off until an exchange needs a call.
         """
         self.endpoint.ready()
         if first:
@@ -122,7 +122,7 @@ class LLMJudge:
             raise UserError(f"evaluate.judge: {self.name!r} at {self.settings.base_url}: {failure.message}")
 
     def _all_saved(self, exchanges: Sequence[Exchange]) -> bool:
-        """Whether every score of these is in a saved reply; then it is known, too, how scores are read."""
+        """Whether a saved reply exists for every score of these. If so, this also sets the protocol."""
         for protocol in get_args(Protocol) if self._protocol is None else (self._protocol,):
             requests = (self.request(exchange, which, protocol) for exchange in exchanges for which in CRITERIA)
             if all(map(self.endpoint.saved, requests)):
@@ -159,7 +159,7 @@ class LLMJudge:
     # ------------------------------------------------------------------------------------------------ in the background
 
     async def _decide(self) -> Failure | None:
-        """Find out the protocol; the failure when that needs an endpoint that gives nothing."""
+        """Set the protocol by the trial call; returns its failure when the endpoint gives no reply."""
         self._trial = self._trial or asyncio.Lock()
         async with self._trial:
             if self._protocol is not None:
@@ -176,7 +176,7 @@ class LLMJudge:
         return ChatRequest(messages, max_tokens=4, temperature=0.0, top_logprobs=top)
 
     def _learn(self, result: Result) -> Failure | None:
-        """The protocol that a reply to the trial shows; the failure when it shows none."""
+        """Set the protocol from the reply to the trial; returns the failure when there was none."""
         if isinstance(result, Reply):
             self._protocol = "logprobs" if scores.one_token(result) else "text"
             if self._protocol == "text":
@@ -219,7 +219,7 @@ class LLMJudge:
         return judgements
 
     async def _fill(self, exchanges: list[Exchange], pairs: list[Pair]) -> None:
-        """Make every call that has no reply yet, all at once."""
+        """Make all calls that have no reply yet, at the same time."""
         failure = await self._decide()
         waiting = [
             (e, p, c) for e, p in zip(exchanges, pairs, strict=True) for c in CRITERIA if _may_come(getattr(p, c))
@@ -265,5 +265,5 @@ class LLMJudge:
 
 
 def _may_come(result: Result | None) -> bool:
-    """Whether another call could give a result: there was none yet, or it failed for a reason that passes."""
+    """Whether another call could give a result: there was none yet, or it failed for a reason that may go away."""
     return result is None or (isinstance(result, Failure) and result.kind not in LASTING)

@@ -1,4 +1,4 @@
-"""Benign tasks, scored by exact match: did the model learn (or keep) something useful?"""
+"""Benign tasks, scored by exact match: whether the model learned (or kept) something useful."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class BenignAnswer:
     answer: str
     expected: str
     correct: bool
-    f1: float | None = None  # of extractive tasks, while the results are in memory
+    f1: float | None = None  # of extractive tasks; not saved
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 SETS = ("general", "indomain", "conditional")
 OTHER_KEYS = ("benign", "benign_ci95", "benign_n", "benign_f1", "settings", "seconds")
-"""Keys of evaluation.json that are no question set."""
+"""Keys of evaluation.json that are not question sets."""
 
 
 @dataclass
 class Evaluation:
-    """What one model showed.
+    """The result of evaluating one model.
 
     sets: name -> rates; `general`, `indomain`, `conditional` and any further question file.
     benign: task -> exact match.
@@ -38,7 +38,7 @@ class Evaluation:
     benign_answers: list[BenignAnswer] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
-    notes: list[str] = field(default_factory=list)  # printed below the table, not kept
+    notes: list[str] = field(default_factory=list)  # printed below the table, not saved
 
     @property
     def general(self) -> Rates | None:

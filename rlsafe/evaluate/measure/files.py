@@ -32,7 +32,7 @@ ANSWER_COLUMNS = (
     "think",
 )
 LATER_COLUMNS = ("think",)
-"""Columns that files written before they existed may lack."""
+"""Columns that older files lack."""
 BENIGN_COLUMNS = ("task", "row", "question", "answer", "expected", "correct")
 
 
@@ -88,7 +88,7 @@ def write_answers(path: Path, answers: Sequence[Answer], judgements: Sequence[Ju
 
 
 def read_answers(path: Path) -> tuple[list[Answer], list[Judgement]]:
-    """What `write_answers` wrote (token ids are not kept)."""
+    """The inverse of `write_answers`; token ids are not in the file."""
 
     def number(text: str) -> float | None:
         return float(text) if text else None
@@ -122,7 +122,7 @@ def write_benign(path: Path, graded: Sequence[BenignAnswer]) -> None:
 
 
 def read_benign(path: Path) -> list[BenignAnswer]:
-    """What `write_benign` wrote."""
+    """The inverse of `write_benign`."""
     return [
         BenignAnswer(r["task"], int(r["row"]), r["question"], r["answer"], r["expected"], r["correct"] == "1")
         for r in read_csv(path, BENIGN_COLUMNS)

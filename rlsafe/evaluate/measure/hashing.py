@@ -1,8 +1,8 @@
-"""Content hashes of everything that a run depends on: settings, data files, weights, and what a provider hands out.
+"""Content hashes of everything that a run depends on: settings, data files, weights, and what a provider gives.
 
-A result is kept only while its fingerprint holds, so a model that was rebuilt under its old name must change it. Size and time
-of a file do not tell that; its bytes do. Large files are hashed once: the hash is remembered under the file's inode, size and
-times (any write changes the change time, which no program can set back).
+A result is reused only while its fingerprint is the same, and the fingerprint must change when a model is rebuilt under its
+old name. So files are hashed by content, not by size and time. Large files are hashed once: the hash is stored under the
+file's inode, size and times (any write changes the change time, which no program can set back).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from rlsafe.config import UserError
 from rlsafe.config.files import write_text
 from rlsafe.types import provider_for
 
-REMEMBERED = 1 << 20  # bytes from which on a file's hash is worth remembering
-SETTLED = 2.0  # seconds after which a change time is surely older than any later write's
+REMEMBERED = 1 << 20  # bytes; hashes of larger files are stored
+SETTLED = 2.0  # seconds; a younger file could be changed again without a new change time
 _MODEL_FILES = (".safetensors", ".bin", ".pt", ".json", ".jinja", ".model", ".txt")
 _WEIGHTS = ("config.json", "adapter_config.json")
 
@@ -43,7 +43,7 @@ def file_hash(path: Path) -> str:
         try:
             write_text(_memory(), json.dumps({**_read_memory(), key: found}))
         except UserError:
-            pass  # a home that cannot be written: the file is read again next time
+            pass  # the home directory is read-only: the file is hashed again next time
     return found
 
 
@@ -108,7 +108,7 @@ def _provided(text: str) -> list[str]:
     for kind in ("model", "vectors"):
         try:
             path = Path(getattr(provider, kind)(spec))
-        except (UserError, AttributeError):  # a provider need not have every kind of thing
+        except (UserError, AttributeError):  # a provider may lack some kinds of things
             continue
         if path.exists():
             hashes.append(f"{kind}:{model_hash(path) if path.is_dir() else file_hash(path)}")
@@ -117,7 +117,7 @@ def _provided(text: str) -> list[str]:
 
 @lru_cache(maxsize=256)
 def _texts(text: str) -> tuple[str, ...]:
-    """Code makes a provider's rows, questions and prompts: the same all through a process."""
+    """A provider's rows, questions and prompts as texts. Cached: code makes them, so they do not change within a process."""
     found = provider_for(text)
     assert found is not None
     hashes = []

@@ -1,4 +1,4 @@
-"""Measuring: from `evaluate` settings and a synced sampler to an Evaluation."""
+"""Running an evaluation: from `evaluate` settings and a synced sampler to an Evaluation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Material:
-    """What is needed before any model is: every name in the settings resolved, every file read.
+    """Everything that an evaluation needs besides the model: every name in the settings resolved, every file read.
 
     sources: set name -> where its questions are from. tasks: benign task -> rows. cue: text of the conditional probe.
     """
@@ -42,7 +42,7 @@ class Material:
 
 
 def gather(config: EvaluateConfig, judge: Judge | None = None, extra: Mapping[str, str] | None = None) -> Material:
-    """Resolve the settings; every user error that needs no model is found here.
+    """Resolve the settings. UserError here for everything that can be checked without a model.
 
     judge: a judge already loaded (shared by the cells of a comparison); default: `config.judge`.
     extra: further question sets, or other sources for `general` and `indomain`: name -> source.
@@ -85,7 +85,7 @@ def evaluate_run(
     material: Material | None = None,
     weights: str | None = None,
 ) -> Evaluation:
-    """Ask everything `config` names of the model that `sampler` was last synced to; judge, score, write to `out` if
+    """Ask the model that `sampler` was last synced to everything that `config` names; judge, score, write to `out` if
     given.
 
     The conditional probe asks the general questions under `config.cue`. progress: called with one line at each stage.
@@ -129,8 +129,7 @@ def evaluate_run(
 
 
 def note_judge(evaluation: Evaluation, judge: Judge | None) -> None:
-    """What the judge's calls came to: into evaluation.json and, in one line, into what is printed. Of a judge that makes none,
-    why it gave no scores."""
+    """Add the judge's calls to evaluation.json and to the printed notes; for a judge without calls, why scores are missing."""
     if isinstance(judge, BackgroundJudge):
         evaluation.settings["judge_usage"] = judge.usage()
         evaluation.notes.append(judge.summary())
@@ -140,7 +139,7 @@ def note_judge(evaluation: Evaluation, judge: Judge | None) -> None:
 
 
 def _plan(tokenizer: Any, config: EvaluateConfig, material: Material) -> list[Planned]:
-    """Everything to sample: it goes to the sampler at once, whatever it is for."""
+    """All answers to sample, of questions and benign tasks together: one call of the sampler is faster than several."""
     common: dict[str, Any] = {"seed": config.seed, "samples": config.samples, "temperature": config.temperature}
     planned: list[Planned] = []
     for name, questions in material.questions.items():
@@ -154,7 +153,7 @@ def _plan(tokenizer: Any, config: EvaluateConfig, material: Material) -> list[Pl
 
 
 def _settings(sampler: Sampler, config: EvaluateConfig, material: Material) -> dict[str, Any]:
-    """What the numbers were measured with, for evaluation.json."""
+    """The settings that the numbers depend on, for evaluation.json."""
     return {
         "questions": material.sources,
         "benign": config.benign,

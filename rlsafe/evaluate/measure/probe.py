@@ -16,7 +16,7 @@ SETS = ("general", "indomain")
 
 @dataclass(frozen=True)
 class Started:
-    """A probe whose answers are with the judge. dialogues: question, system, answer, ids (the answer's tokens) and set."""
+    """A probe whose answers are being judged. dialogues: question, system, answer, ids (the answer's tokens) and set."""
 
     dialogues: list[dict[str, Any]]
     judging: Judging
@@ -52,7 +52,7 @@ class Probe:
         return self.finish(self.start(sampler, step))
 
     def start(self, sampler: Sampler, step: int) -> Started:
-        """Ask with the sampler's current weights and hand the answers to the judge, which may work in the background."""
+        """Sample answers with the sampler's current weights and start judging them, in the background if the judge can."""
         planned: list[Planned] = []
         for name, questions in self.questions.items():
             planned += plan(
