@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from rlsafe.config import DataConfig, RunConfig, UserError, about
 from rlsafe.data import Stream, fit_rows, load_rows, require_answers
@@ -142,44 +143,15 @@ def build_run(
     """
     config = prepared.config
     accelerator = distributed.start(cpu=not torch.cuda.is_available())
-    sharded = distributed.shards(accelerator)
     torch.manual_seed(config.seed)
-    policy = Policy.load(
-        config.model, path=model_path(config), seed=config.seed, device=accelerator.device, in_host_memory=sharded
-    )
-    if accelerator.device.type == "cpu":
-        torch.set_num_threads(training_threads(sum(p.numel() for p in policy.core.parameters())))
-    if not policy.trainable():
-        raise UserError("model: nothing is trainable; set model.lora or leave it null for full fine-tuning")
+    policy = _load_policy(config, accelerator)
     optimizer = distributed.wrap(policy, accelerator, config.optim, log)
-    streams = {}
+    backward, clip = distributed.gradient_functions(policy, accelerator, optimizer)
     for note in prepared.notes:
         log(note)
-    for name, rows in prepared.rows.items():
-        settings = getattr(config.data, name)
-        fitted = fit_rows(rows, policy.tokenizer, settings.max_tokens, settings.too_long)
-        if fitted.dropped:
-            log(f"data.{name}: {fitted.dropped} of {len(rows)} rows are longer than max_tokens and were left out")
-        if fitted.cut:
-            log(f"data.{name}: {fitted.cut} of {len(rows)} answers are cut at max_tokens")
-        if not fitted.rows:
-            raise UserError(f"data.{name}: every row is longer than max_tokens = {settings.max_tokens}")
-        streams[name] = Stream(fitted.rows, config.seed, name)
+    streams = _streams(prepared, policy, log)
     stack = DefenseStack(prepared.defenses)
-    paths = {step.path for step in prepared.plan}
-    sampled = {part.stream for step in prepared.plan for part in step.parts if part.path == "grpo"}
-    steered = any(stack.steers(Where(stream, "grpo", "rollout")) for stream in sampled)
     probe = _probe(config, policy, resources)
-    sampler = SyncedSampler(
-        lambda: resources.sampler(config, policy, steerable=steered, warn=log),
-        policy,
-        streams,
-        seed=config.seed,
-        test=config.sampler.self_test,
-        test_always=config.sampler.kind == "server",
-        max_gap=config.sampler.max_gap,
-    )
-    backward, clip = distributed.gradient_functions(policy, accelerator, optimizer)
     run = Components(
         config=config,
         plan=prepared.plan,
@@ -191,36 +163,94 @@ def build_run(
         stack=stack,
         streams=streams,
         rewards=prepared.rewards,
-        sampler=sampler,
+        sampler=_sampler(prepared, policy, stack, streams, resources, log),
         make_judge=lambda: resources.judge(config),
         probe=probe,
         direction=projection.direction(config, policy) if probe else None,
         tracker=Tracker(out, write=accelerator.is_main_process, **tracking),
-        effects=EffectLog(stack, paths, config.track.check_after, log),
+        effects=EffectLog(stack, {step.path for step in prepared.plan}, config.track.check_after, log),
         log=log,
         look_ahead=ahead.look_ahead if config.grpo.max_staleness else None,
     )
     state = RunState(config.batch.micro_tokens)
     if run.look_ahead:
-        sampler.wait_first = partial(ahead.settle, run, state)
-    context = SetupContext(
-        config=config,
-        policy=policy,
+        run.sampler.wait_first = partial(ahead.settle, run, state)
+    _set_up_defenses(run)
+    return run, state
+
+
+def _load_policy(config: RunConfig, accelerator: Accelerator) -> Policy:
+    policy = Policy.load(
+        config.model,
+        path=model_path(config),
         seed=config.seed,
-        cache=Path.home() / ".cache" / "rlsafe",
-        rows=lambda name: streams[name].rows,
-        sampler=sampler.current,
-        judge=run.make_judge,
-        log=log,
+        device=accelerator.device,
+        in_host_memory=distributed.shards(accelerator),
     )
-    for defense in stack:
+    if accelerator.device.type == "cpu":
+        torch.set_num_threads(training_threads(sum(p.numel() for p in policy.core.parameters())))
+    if not policy.trainable():
+        raise UserError("model: nothing is trainable; set model.lora or leave it null for full fine-tuning")
+    return policy
+
+
+def _streams(prepared: Prepared, policy: Policy, log: Callable[[str], None]) -> dict[str, Stream]:
+    """The rows that fit, by stream; `log` is told how many do not."""
+    streams = {}
+    for name, rows in prepared.rows.items():
+        settings = getattr(prepared.config.data, name)
+        fitted = fit_rows(rows, policy.tokenizer, settings.max_tokens, settings.too_long)
+        if fitted.dropped:
+            log(f"data.{name}: {fitted.dropped} of {len(rows)} rows are longer than max_tokens and were left out")
+        if fitted.cut:
+            log(f"data.{name}: {fitted.cut} of {len(rows)} answers are cut at max_tokens")
+        if not fitted.rows:
+            raise UserError(f"data.{name}: every row is longer than max_tokens = {settings.max_tokens}")
+        streams[name] = Stream(fitted.rows, prepared.config.seed, name)
+    return streams
+
+
+def _sampler(
+    prepared: Prepared,
+    policy: Policy,
+    stack: DefenseStack,
+    streams: dict[str, Stream],
+    resources: Resources,
+    log: Callable[[str], None],
+) -> SyncedSampler:
+    config = prepared.config
+    sampled = {part.stream for step in prepared.plan for part in step.parts if part.path == "grpo"}
+    steered = any(stack.steers(Where(stream, "grpo", "rollout")) for stream in sampled)
+    return SyncedSampler(
+        lambda: resources.sampler(config, policy, steerable=steered, warn=log),
+        policy,
+        streams,
+        seed=config.seed,
+        test=config.sampler.self_test,
+        test_always=config.sampler.kind == "server",
+        max_gap=config.sampler.max_gap,
+    )
+
+
+def _set_up_defenses(run: Components) -> None:
+    """Each defense's `setup`, then the references that it names: a wrong one fails before the first step."""
+    context = SetupContext(
+        config=run.config,
+        policy=run.policy,
+        seed=run.config.seed,
+        cache=Path.home() / ".cache" / "rlsafe",
+        rows=lambda name: run.streams[name].rows,
+        sampler=run.sampler.current,
+        judge=run.make_judge,
+        log=run.log,
+    )
+    for defense in run.stack:
         with about(f"defense {defense.name!r}"):
             defense.setup(context)
-    stack.check_references(len(prepared.plan), paths)
-    for reference in stack.references():
-        if reference not in ("grpo_start",) and not reference.startswith("step:"):
-            policy.check_reference(reference)
-    return run, state
+    run.stack.check_references(len(run.plan), {step.path for step in run.plan})
+    for reference in run.stack.references():
+        if reference != "grpo_start" and not reference.startswith("step:"):
+            run.policy.check_reference(reference)
 
 
 def training_threads(parameters: int) -> int:
