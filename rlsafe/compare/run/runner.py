@@ -116,13 +116,14 @@ def compare(
 
     failed = {cell.id: results.failed[cell.id] for cell in cells if cell.id in results.failed}
     trained = [cell for cell in cells if cell.kind != "untrained"]
-    if trained and all(directory.record(cell.id).get("users") for cell in trained):  # nothing but the user's mistake
+    # When every training failed by a UserError, the input is wrong
+    if trained and all(directory.record(cell.id).get("users") for cell in trained):
         raise UserError(f"{trained[0].label}: {failed[trained[0].id]}")
     return Comparison(directory.out, draw(results, tables), tables, failed)
 
 
 def run_cell(cell: Cell, directory: Directory, resources: Resources, progress: Progress | None = None) -> None:
-    """Train and evaluate one cell and record how it ended; one bad cell must not cost the others. Raises Interrupted.
+    """Train and evaluate one cell and record how it ended. An error is recorded, not raised, except Interrupted.
 
     Training that was interrupted goes on from its checkpoint; a run that was trained but not evaluated is only
     evaluated.
@@ -171,7 +172,7 @@ def _reason(error: Exception) -> str:
 def _scored(
     selections: Iterable[Selection], todo: Sequence[Cell], directory: Directory, progress: Progress
 ) -> list[Cell]:
-    """Make the scores of safe rows; gives the cells that can run. Only those that need scores fail with them."""
+    """Make the scores of safe rows; gives the cells that can run. If scores cannot be made, only the cells that need them fail."""
     place, broken = directory.out / SELECTIONS, {}
     for selection in selections:
         try:
@@ -194,7 +195,7 @@ def _scored(
 
 
 def _startable(wave: Sequence[Cell], directory: Directory, progress: Progress) -> list[Cell]:
-    """The cells whose source, if they have one, is finished; the others fail."""
+    """The cells that can start: without a source cell, or with a finished one. The others are recorded as failed."""
     fit = []
     for cell in wave:
         if cell.source and directory.record(cell.source).get("status") != "done":
@@ -210,8 +211,8 @@ def _fail(cell: Cell, reason: str, directory: Directory, progress: Progress) -> 
 
 
 def check(cells: Sequence[Cell]) -> None:
-    """Find what is wrong with any cell's data, rewards, questions or judge before the first one runs (seeds do not
-    matter)."""
+    """UserError for anything wrong with a cell's data, rewards, questions or judge, before the first one runs. Cells that
+    differ only in their seed are checked once."""
     from rlsafe.engine.run.components import Resources, prepare
     from rlsafe.engine.run.contact import contact
 
@@ -249,7 +250,7 @@ def suitable_jobs(todo: Sequence[Cell]) -> int:
 def _run(
     todo: Sequence[Cell], directory: Directory, progress: Progress, jobs: int, ray: RayCluster | None = None
 ) -> None:
-    """In this process, where the cells share one sampler engine, in `jobs` workers, or on a Ray cluster."""
+    """Run the cells in this process, where they share one sampler engine, in `jobs` workers, or on a Ray cluster."""
     from rlsafe.engine import Resources
 
     if ray is not None and todo:
@@ -288,7 +289,7 @@ def _command(
     relapse: int | None,
     ray: RayCluster | None = None,
 ) -> str:
-    """The command line that does the same again."""
+    """The command line of this call, to repeat it."""
     words = ["rlsafe", "compare", str(config_path), *overrides]
     for option, values in (("--defenses", defenses), ("--paths", paths), ("--seeds", seeds)):
         if values:
