@@ -80,6 +80,7 @@ class Builder:
         forced: dict[str, Any],
         what: str,
     ) -> RunConfig:
+        """The merged and checked RunConfig of a cell (`what`). UserError names the line of a wrong key."""
         tree: dict[str, Any] = {}
         marks: Marks = {}
         for prefix, layer in layers:
@@ -174,6 +175,7 @@ class Arms:
         )
 
     def benign(self, path: str, label: str, entries: Entries, seed: int, task: str, swept: Swept) -> Cell:
+        """The cell of a defense trained on a benign task. UserError when the task has no test set."""
         benign = self.config.benign
         assert benign is not None
         layers = [
@@ -222,7 +224,10 @@ class Arms:
         return Cell(name, kind, self.model, path, label, seed, data, task, run, selections, source, *by)
 
     def selection(self, pool: StreamConfig | None) -> Selection:
-        """The helper runs of this model, without those that train on the narrow data of some path, and the rows they score."""
+        """The helper runs of this model, without those that train on the narrow data of some path, and the rows they score.
+
+        UserError without a `selection` section.
+        """
         settings, where = self.config.selection, self.config._source
         if settings is None:
             raise UserError(

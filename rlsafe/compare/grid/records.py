@@ -110,6 +110,7 @@ class Directory:
         write_json(self.out / _PLAN, plan)
 
     def plan(self) -> dict[str, Any]:
+        """The content of comparison.json. UserError when there is none."""
         found = read_json(self.out / _PLAN)
         if found is None:
             raise UserError(

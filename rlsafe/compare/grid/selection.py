@@ -52,7 +52,10 @@ class Selection:
 def assemble(
     settings: SelectionConfig, base: RunConfig, targets: Iterable[str], pool: StreamConfig, where: str
 ) -> Selection:
-    """The selection that `settings` ask for: `base` trained on each source but those in `targets`, without evaluation."""
+    """The selection that `settings` ask for: `base` trained on each source but those in `targets`, without evaluation.
+
+    UserError when no helper is left.
+    """
     left_out = tuple(label for label, source in settings.adapters.items() if source in targets)
     track = base.track.model_copy(update={"every": 0})
     helpers = {}
