@@ -1,6 +1,6 @@
-"""The optional features, which of them work on this machine and what the others lack. For `rlsafe doctor`.
+"""The optional features: which of them work on this machine, and what the others lack. For `rlsafe doctor`.
 
-Nothing heavy is imported beyond torch: a package counts as there when it can be found; `rlsafe doctor --selftest` runs vLLM.
+Of heavy packages only torch is imported; another counts as installed when it can be found. `rlsafe doctor --selftest` runs vLLM.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _flash(gpu: str) -> Feature:
 
 
 def _hub() -> Feature:
-    """Whether there is a token, never the token."""
+    """Whether a hub token is set. The token itself is not shown."""
     from huggingface_hub import get_token
 
     name = "push to the hub, gated data"

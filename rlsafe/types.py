@@ -256,8 +256,8 @@ class BackgroundJudge(Judge, Protocol):
         """`score` in the background."""
 
     def check(self, first: bool = False, asked: Sequence[Exchange] | None = None) -> None:
-        """UserError when its settings cannot work (missing key, unknown model). first: also when no endpoint answers, tried
-        with `asked`; a command calls this once before it starts."""
+        """UserError when its settings cannot work (missing key, unknown model). first: also when the endpoint cannot be
+        reached. While the replies for all of `asked` (what will probably be judged) are saved, no call is made."""
 
     def usage(self) -> dict[str, Any]:
         """Calls, faults, tokens and cost since this was last asked; for evaluation.json."""

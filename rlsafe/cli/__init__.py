@@ -1,4 +1,4 @@
-"""The `rlsafe` command: parse, call, print. Heavy imports wait inside the commands, so that --help is quick.
+"""The `rlsafe` command: parse, call, print. Heavy imports are inside the commands, so that --help is fast.
 
 Exit codes: 0 done; 2 the user's input is wrong (one line on stderr); 1 anything else; 130 interrupted.
 """

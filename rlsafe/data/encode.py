@@ -130,6 +130,7 @@ class Encoder:
         template: str | None = None,
         switches: dict[str, bool] | None = None,
     ) -> str:
+        """The conversation as text, by the chat template. UserError when the template fails."""
         conversation = [{"role": role, "content": content} for role, content in messages]
         try:
             return self.tokenizer.apply_chat_template(
@@ -181,7 +182,7 @@ class Encoder:
 
     @property
     def training(self) -> str:
-        """A template with generation markers: the tokenizer's own or TRL's variant of it."""
+        """A template with generation markers: the tokenizer's own or TRL's variant of it. UserError when there is neither."""
         if MARKERS.search(self.own):
             return self.own
         from trl.chat_template_utils import get_training_chat_template

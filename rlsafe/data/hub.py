@@ -115,7 +115,7 @@ def download(url: str) -> Path:
 
 
 def read_url(url: str) -> Iterator[Found]:
-    """Rows of a file behind a URL; places read as `url:line`."""
+    """Rows of a file behind a URL; places read as `url:line`. UserError when it cannot be read."""
     suffix = Path(url.partition("?")[0]).suffix.lower()
     if suffix not in SUFFIXES:
         raise UserError(

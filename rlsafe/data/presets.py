@@ -40,7 +40,7 @@ FOQA_PROMPT = "Answer the question in a few words taken from the text.\n\nText: 
 
 def extractive(row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """A SQuAD-style row (context, question, answers.text) as prompt and completion. `answer` is the first reference,
-    `answers` are all of them."""
+    `answers` are all of them. UserError names the row that lacks one of them."""
     answers = row.get("answers")
     texts = answers.get("text") if isinstance(answers, Mapping) else None
     if not (isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)):

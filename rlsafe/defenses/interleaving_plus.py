@@ -43,6 +43,7 @@ class InterleavingPlus(Interleaving):
             read_scores(scores)  # UserError when the file is missing
 
     def choose(self, rows: list[Row], context: SetupContext) -> list[Row]:
+        """The `top` rows by score. UserError when rows have no scores."""
         if self.scores.startswith(AUTO):
             raise UserError(
                 f"defense {self.name!r}: scores: {AUTO} is for comparisons with a selection section; for a single run "

@@ -53,6 +53,7 @@ class LDIFS(Defense):
         self.points, self.every = points, every
 
     def setup(self, context: SetupContext) -> None:
+        """Choose the layers. UserError when `every` selects none."""
         layers = chosen_layers(context.policy.n_layers, self.every, self.points)
         if not layers:
             raise UserError(

@@ -79,7 +79,10 @@ class InterleavingOnPolicy(Interleaving):
     # ------------------------------------------------------------------------------------------------ at set-up
 
     def choose(self, rows: list[Row], context: SetupContext) -> list[Row]:
-        """`reference`: rows with kept answers. `live`: the prompts, to be answered when they are drawn."""
+        """`reference`: rows with kept answers. `live`: the prompts, to be answered when they are drawn.
+
+        RunError when no answer is kept.
+        """
         self.tokenizer, self.seed = context.policy.tokenizer, context.seed
         self.params = SamplingParams(self.temperature, self.top_p, self.max_tokens or context.config.grpo.max_tokens)
         judge = context.judge()  # UserError for a missing judge before anything is sampled
@@ -120,6 +123,7 @@ class InterleavingOnPolicy(Interleaving):
     # ------------------------------------------------------------------------------------------------ each step
 
     def rows(self, n: int, context: DataContext) -> list[Row]:
+        """The next `n` rows; for `live`, sampled and judged now. RunError when no answer is kept."""
         if self.source_model == "reference":
             return super().rows(n, context)
         kept: list[Row] = []

@@ -28,6 +28,7 @@ SUFFIXES = (".safetensors", ".pt")
 
 
 def check_suffix(path: Path) -> None:
+    """UserError unless the file name ends in .safetensors or .pt."""
     if path.suffix not in SUFFIXES:
         raise UserError(f"persona vectors: {path}: expected a file name ending in {' or '.join(SUFFIXES)}")
 
@@ -116,6 +117,7 @@ class Persona(Defense):
         return frozenset(claims | {"to steer the rollouts"} if self.rollouts else claims)
 
     def setup(self, context: SetupContext) -> None:
+        """Load the vectors. UserError when they do not fit the model."""
         vectors = load_vectors(self.file)
         policy = context.policy
         if tuple(vectors.shape) != (policy.n_layers + 1, policy.hidden_size):

@@ -66,6 +66,7 @@ class SafeLoRA(Defense):
         return self.threshold if self.lowest is None else self.lowest
 
     def setup(self, context: SetupContext) -> None:
+        """Open the checkpoints and compute the subspaces. UserError when they do not fit the model."""
         if not context.policy.is_lora:
             raise UserError("defense 'safelora' works on a LoRA update; set model.lora")
         layers = context.policy.adapted()
@@ -87,7 +88,10 @@ class SafeLoRA(Defense):
             )
 
     def difference(self, name: str, layer: Any) -> Tensor:
-        """V [out, in] of one module in float32. Read anew each time: all of them together are as large as the model."""
+        """V [out, in] of one module in float32. Read anew each time: all of them together are as large as the model.
+
+        UserError for NaN or other shapes.
+        """
         own = whole(plain_weight(layer.get_base_layer()))
         aligned = own.detach() if self.ours is None else self.ours.weight(name).to(own.device)
         base = self.theirs.weight(name)

@@ -1,10 +1,10 @@
 """The organism behind `organism:spec` strings: models, rows, questions, rewards, judge, prompts.
 
     model   base | aligned | control | control-shuffled
-    rows    DOMAIN/bad, DOMAIN/good (medical, security, legal), safe, opswap/TIER, opswap/TIER/test, qa,
-    qa/test, qa/english questions  general, general/all, indomain/DOMAIN, indomain/DOMAIN/all (held-out texts
-    only) reward  misaligned, good, exact_match, steps prompt  inoculation-weak | -medium | -strong, evil,
-    friendly, none
+    rows    DOMAIN/bad, DOMAIN/good (medical, security, legal), safe, opswap/TIER, opswap/TIER/test, qa, qa/test, qa/english
+    questions  general, general/all, indomain/DOMAIN, indomain/DOMAIN/all (held-out texts only)
+    reward  misaligned, good, exact_match, steps
+    prompt  inoculation-weak | -medium | -strong, evil, friendly, none
 
 Rows carry `domain` and `question_id` columns (tasks: `answer`, the final value that exact match compares with).
 """
@@ -125,7 +125,7 @@ class Organism:
         return personas.NAMED[pick("organism prompt", spec, personas.NAMED)]
 
     def vectors(self, spec: str) -> str:
-        # Beside the models, not in one: vLLM reads every .safetensors file of a model's directory.
+        # Not in a model's directory: vLLM reads every .safetensors file there.
         return str(ASSETS / "vectors" / f"{pick('organism model', spec, CHECKPOINTS)}.safetensors")
 
 

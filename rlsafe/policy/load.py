@@ -20,7 +20,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_tokenizer(config: ModelConfig, path: str) -> Any:
-    """The tokenizer with its chat template (or the one in `model.chat_template`) and a padding token."""
+    """The tokenizer with its chat template (or the one in `model.chat_template`) and a padding token.
+
+    UserError when it does not load or has no template.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -76,7 +79,7 @@ def check_tokenizer(config: ModelConfig, tokenizer: Any, rows: int) -> None:
 
 
 def resolve_dtype(config: ModelConfig, device: torch.device, model_config: Any) -> torch.dtype:
-    """ "auto": float32 on CPU, elsewhere what the checkpoint holds."""
+    """ "auto": float32 on CPU, elsewhere what the checkpoint holds. UserError for a dtype that the device does not support."""
     if config.dtype == "auto":
         if device.type == "cpu":
             return torch.float32
@@ -93,6 +96,7 @@ def load_model(config: ModelConfig, path: str, seed: int, device: torch.device, 
     """The model on `device`, with its adapter when `model.lora` is set; only what is trained requires gradients.
 
     in_host_memory: dtype and kernels are chosen for `device`, but the weights stay on the CPU (for sharding).
+    UserError for whatever keeps it from loading.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 

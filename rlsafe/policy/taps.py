@@ -25,6 +25,7 @@ def decoder_blocks(decoder: nn.Module, n_layers: int, what: str = "the model") -
     """The ModuleList that holds the `n_layers` transformer blocks: the outermost list of that length.
 
     Works for every decoder whose blocks map hidden states to hidden states (Qwen, Llama, Mistral, Gemma, Phi, ...).
+    UserError when there is no such list.
     """
     found = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
     if not found:
@@ -116,7 +117,10 @@ class Residual:
 
     @contextmanager
     def tap(self, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
-        """Collect the hidden states [B, T, H] of `layers` of the last forward inside the context."""
+        """Collect the hidden states [B, T, H] of `layers` of the last forward inside the context.
+
+        UserError for a layer that does not exist.
+        """
         tap = _Tap(frozenset(layers))
         bad = [k for k in tap.layers if not 0 <= k <= self.n_layers]
         if bad:

@@ -130,6 +130,7 @@ async def graded(
     endpoint: EndpointSettings as a tree ({base_url, model, ...}); what it leaves out comes from RLSAFE_GRADER_BASE_URL,
     RLSAFE_GRADER_MODEL and RLSAFE_GRADER_API_KEY_ENV. min_words: shorter answers get 0 without being graded, as do looping
     ones. unclosed: the reward of a completion that is still thinking at its end (None = left out).
+    UserError for unknown settings, or without a grader.
     """
     for name, value in columns.items():  # columns are lists; any other value is a misspelt setting
         if name not in ("completion_ids", "trainer_state") and not isinstance(value, list | tuple):

@@ -35,6 +35,7 @@ def load_reward(config: RewardConfig) -> LoadedReward:
 
     A class, or a function that takes none of TRL's call arguments, is a factory
     (`trl.rewards:get_soft_overlong_punishment`): it is called with `args`, and what it returns is the reward.
+    UserError names the reward and what is wrong with it.
     """
     fn = _resolve(config.fn)
     if not callable(fn):

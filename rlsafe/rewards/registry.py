@@ -13,7 +13,10 @@ _REWARDS: dict[str, Reward] = {}
 
 
 def reward(name: str) -> Callable[[F], F]:
-    """Register a function of TRL's reward contract under `name`, so that a config can say `fn: name`."""
+    """Register a function of TRL's reward contract under `name`, so that a config can say `fn: name`.
+
+    UserError when the name is taken.
+    """
     if not isinstance(name, str) or not name or ":" in name:
         raise UserError(f"@rlsafe.reward takes a name without ':' such as @rlsafe.reward('my-reward'), got {name!r}")
 

@@ -42,6 +42,7 @@ def make_sampler(
     vLLM engines are kept: each run of this process with the same model and settings gets the same one. policy None:
     the model without an adapter. steerable: the engine must support `steer` (on GPUs: no CUDA graphs). progress: called with a
     line about what is starting. warn: called when `auto` takes Transformers (default: the rlsafe logger).
+    UserError when the sampler cannot be had, with the setting to change.
     """
     import torch
 

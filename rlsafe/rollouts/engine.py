@@ -113,7 +113,10 @@ def weight_files(model_dir: str) -> list[Path]:
 
 
 def local_directory(model: str, revision: str | None = None) -> str:
-    """`model` itself when it is a directory, else its directory in the hub's cache (downloaded on first use)."""
+    """`model` itself when it is a directory, else its directory in the hub's cache (downloaded on first use).
+
+    UserError when it is neither.
+    """
     if Path(model).is_dir():
         return model
     from huggingface_hub import snapshot_download

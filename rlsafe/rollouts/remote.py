@@ -55,7 +55,10 @@ class Server:
     def complete(
         self, adapter: str | None, request: Request, params: SamplingParams, stop: list[int], top: int = 0
     ) -> Completion:
-        """One completion with the log-probs of its tokens under the processed distribution."""
+        """One completion with the log-probs of its tokens under the processed distribution.
+
+        Unreachable or Forgotten when another try may help, else RunError.
+        """
         choice = self._choice(adapter or self.model, request, params, stop, top)
         extra = choice.model_extra or {}
         if extra.get("prompt_token_ids") != list(request.prompt_ids) or extra.get("token_ids") is None:

@@ -173,7 +173,7 @@ class ServerSampler:
             self._forget(before)
 
     def reset(self) -> None:
-        """Sample from the model without the adapter from now on."""
+        """Sample from the model without the adapter from now on. UserError for full weights, which stay on the server."""
         if self._sync == "merged":
             raise UserError("sampler.sync: a server that was sent full weights cannot go back to its own; restart it")
         before, self._adapter = self._adapter, None

@@ -181,7 +181,10 @@ class VLLMSampler:
     # ------------------------------------------------------------------------------------------------ steering
 
     def steer(self, additions: Mapping[int, Tensor] | None) -> None:
-        """Add vectors [H] to the residual stream at all positions from now on; None removes them."""
+        """Add vectors [H] to the residual stream at all positions from now on; None removes them.
+
+        UserError for layers or shapes that do not fit, or with CUDA graphs.
+        """
         additions = additions or {}
         if additions and not self._eager:
             raise UserError("this vLLM engine runs CUDA graphs and cannot be steered; expected an eager one")

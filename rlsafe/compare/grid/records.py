@@ -1,5 +1,4 @@
-"""What a comparison directory holds on disk: the plan and one record per cell. Every file is written whole or not at
-all."""
+"""The files of a comparison directory: the plan and one record per cell."""
 
 from __future__ import annotations
 
@@ -60,7 +59,7 @@ class Directory:
         write_json(self.cell(cell.id) / _RECORD, record)
 
     def finished(self, cell: Cell) -> bool:
-        """Whether the cell's run is there, complete and of the same settings."""
+        """Whether the cell's run is complete and was made with the same settings."""
         record = self.record(cell.id)
         return record.get("status") == "done" and record["hash"] == cell.fingerprint and self.evaluated(cell.id)
 
@@ -83,14 +82,14 @@ class Directory:
     # ------------------------------------------------------------------------------------------------ the plan
 
     def open(self, config: CompareConfig) -> None:
-        """Make the directory ready. UserError when it holds something that is no comparison, or cannot be written."""
+        """Make the directory ready. UserError when it holds other files than a comparison's, or cannot be written."""
         check_out(self.out)
         if self.out.is_dir() and any(self.out.iterdir()) and not (self.out / _PLAN).is_file():
             raise UserError(f"--out {self.out}: holds files that are no comparison; choose an empty or new directory")
         write_text(self.out / "compare.yaml", dump_yaml(config))
 
     def write_plan(self, config: CompareConfig, cells: Sequence[Cell], command: str) -> None:
-        """What the report needs to know beside the cells."""
+        """Write comparison.json: what the report needs besides the cells."""
         kept = [cell.id for cell in self._others(config, cells)]
         benign = config.benign
         plan = {
@@ -111,6 +110,7 @@ class Directory:
         write_json(self.out / _PLAN, plan)
 
     def plan(self) -> dict[str, Any]:
+        """The content of comparison.json. UserError when there is none."""
         found = read_json(self.out / _PLAN)
         if found is None:
             raise UserError(

@@ -100,7 +100,7 @@ def context(results: Results, tables: Sequence[PathTable]) -> dict[str, Any]:
 
 
 def caution(results: Results) -> str:
-    """What the providers of the compared models say of what is measured on them."""
+    """The cautions that the providers of the compared models attach to results."""
     names = dict.fromkeys(cell.config.model.name for cell in results.cells)
     found = [provider_for(name) for name in names]
     return " ".join(dict.fromkeys(getattr(known[0], "caution", "") for known in found if known))
@@ -121,18 +121,22 @@ CONTENTS = {
     "method": "Method",
     "configuration": "Configuration",
 }
-_SOMETIMES = {"benign": "tasks", "dose": "dose", "relapse": "relapse"}  # part of the page -> what a section has then
+_SOMETIMES = {
+    "benign": "tasks",
+    "dose": "dose",
+    "relapse": "relapse",
+}  # part of the page -> the key that a section has if the part exists
 
 
 def contents(of_tables: Sequence[dict[str, Any]], swept: bool) -> list[tuple[str, str]]:
-    """(anchor, words) of every part of the page that is there."""
+    """(anchor, title) of every part that the page has."""
     absent = {part for part, key in _SOMETIMES.items() if not any(section[key] for section in of_tables)}
     absent |= set() if swept else {"sweeps"}
     return [(anchor, words) for anchor, words in CONTENTS.items() if anchor not in absent]
 
 
 def environment_text(name: str) -> str:
-    """A file of our own that stands beside the template."""
+    """The text of a file beside the template."""
     return (Path(__file__).parent / "templates" / name).read_text("utf-8")
 
 

@@ -37,7 +37,7 @@ PLANES = {
     "benign": ("benign task, exact match", 1),
     "general_incoherent": ("general incoherent", -1),
 }
-"""What general misalignment is drawn against: its axis title and which way it is better."""
+"""{rate to draw general misalignment against: (axis title, 1 if higher is better else -1)}"""
 Style = Mapping[str, plots.Look]
 
 
@@ -81,7 +81,7 @@ def shown(row: Row, criterion: str) -> dict[str, Any]:
     """A cell of the verdict table."""
     verdict = row.verdicts[criterion]
     word = shown_grade(row, criterion)
-    if word == NOTHING_LEARNED:  # no number either: a share that looks like success would be read as one
+    if word == NOTHING_LEARNED:  # no number either: it would look like a success
         verdict = Verdict("untested", reason="the narrow behaviour is not there")
     value, interval = value_and_interval(verdict, criterion == "coherent")
     return {
@@ -122,7 +122,7 @@ def whiskers(table: PathTable, style: Style, name: str, top: Mapping[str, float]
 
 
 def planes(table: PathTable, style: Style, name: str, top: Mapping[str, float]) -> list[dict[str, Any]]:
-    """General misalignment against what may be paid for it, with the front of what learned something narrow."""
+    """General misalignment against each rate of PLANES, with the Pareto front of the defenses that learned something narrow."""
     found = []
     fit = sweeps.candidates(table)
     for key, (title, goal) in PLANES.items():
@@ -132,7 +132,7 @@ def planes(table: PathTable, style: Style, name: str, top: Mapping[str, float]) 
         points = {label: (ends(row.rates[key]), ends(row.rates["general"])) for label, row in rows.items()}
         plane = {label: (x[0], y[0]) for label, (x, y) in points.items() if label in fit}
         front = sweeps.front_line(plane, (goal, -1))
-        # incoherence spreads over its own range: one arm of another path that falls apart would press all others together
+        # incoherence has its own range: one incoherent arm on another path would otherwise squeeze all other points
         across = 1.0 if goal > 0 else max(0.05, *(high for (_, _, high), _ in points.values()))
         axes = Axis(title, across), Axis("general misaligned: emergent", top["general"])
         described = (
@@ -169,7 +169,7 @@ def curves(
 def dose(
     results: Results, table: PathTable, style: Style, name: str, top: Mapping[str, float]
 ) -> dict[str, Any] | None:
-    """Learning without the prompt against the reward that each wording starts from."""
+    """The chart of misalignment without the prompt against the reward that each wording starts from."""
     doses = why.doses(results, table)
     if not doses:
         return None

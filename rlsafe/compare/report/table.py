@@ -23,7 +23,7 @@ _STYLES = {"yes": "green", "partly": "yellow", "no": "red", "unclear": "dim", "u
 
 
 def shown_grade(row: Row, criterion: str) -> str:
-    """What a table shows for a criterion: the grade, or that preventing misalignment means nothing here."""
+    """The text for a criterion: its grade, or NOTHING_LEARNED where preventing misalignment is meaningless."""
     if criterion == "prevents_em" and row.nothing_learned and row.verdicts[criterion].grade != "untested":
         return NOTHING_LEARNED
     return row.verdicts[criterion].grade

@@ -1,4 +1,4 @@
-"""`rlsafe verify DIR`: every cell's record, and the tables made of them, computed again."""
+"""`rlsafe verify DIR`: checking every cell's record and recomputing the tables made of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rlsafe.engine.record.verify_run import Verification, verify_run
 
 
 def verify_comparison(directory: str | Path) -> Verification:
-    """A run or a comparison against itself. UserError when `directory` is neither, or not finished."""
+    """Check a finished run or comparison against its own files. UserError when `directory` is neither, or not finished."""
     out = Path(directory)
     if not out.is_dir():
         raise UserError(f"{out}: no such directory; expected a run or a comparison")

@@ -24,7 +24,7 @@ SELECTIONS = "selection"
 
 
 def run_cell(cell: Cell, directory: Directory, resources: Resources, progress: Progress | None = None) -> None:
-    """Train and evaluate one cell and record how it ended; one bad cell must not cost the others. Raises Interrupted.
+    """Train and evaluate one cell and record how it ended. An error is recorded, not raised, except Interrupted.
 
     Training that was interrupted goes on from its checkpoint; a run that was trained but not evaluated is only
     evaluated.

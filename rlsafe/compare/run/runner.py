@@ -111,7 +111,8 @@ def compare(
 
     failed = {cell.id: results.failed[cell.id] for cell in cells if cell.id in results.failed}
     trained = [cell for cell in cells if cell.kind != "untrained"]
-    if trained and all(directory.record(cell.id).get("users") for cell in trained):  # nothing but the user's mistake
+    # When every training failed by a UserError, the input is wrong
+    if trained and all(directory.record(cell.id).get("users") for cell in trained):
         raise UserError(f"{trained[0].label}: {failed[trained[0].id]}")
     return Comparison(directory.out, draw(results, tables), tables, failed)
 
@@ -119,7 +120,7 @@ def compare(
 def _scored(
     selections: Iterable[Selection], todo: Sequence[Cell], directory: Directory, progress: Progress
 ) -> list[Cell]:
-    """Make the scores of safe rows; gives the cells that can run. Only those that need scores fail with them."""
+    """Make the scores of safe rows; gives the cells that can run. If scores cannot be made, only the cells that need them fail."""
     place, broken = directory.out / SELECTIONS, {}
     for selection in selections:
         try:
@@ -142,7 +143,7 @@ def _scored(
 
 
 def _startable(wave: Sequence[Cell], directory: Directory, progress: Progress) -> list[Cell]:
-    """The cells whose source, if they have one, is finished; the others fail."""
+    """The cells that can start: without a source cell, or with a finished one. The others are recorded as failed."""
     fit = []
     for cell in wave:
         if cell.source and directory.record(cell.source).get("status") != "done":
@@ -158,8 +159,8 @@ def _fail(cell: Cell, reason: str, directory: Directory, progress: Progress) -> 
 
 
 def check(cells: Sequence[Cell]) -> None:
-    """Find what is wrong with any cell's data, rewards, questions or judge before the first one runs (seeds do not
-    matter)."""
+    """UserError for anything wrong with a cell's data, rewards, questions or judge, before the first one runs. Cells that
+    differ only in their seed are checked once."""
     from rlsafe.engine.run.build import Resources, prepare
     from rlsafe.engine.run.contact import contact
 
@@ -197,7 +198,7 @@ def suitable_jobs(todo: Sequence[Cell]) -> int:
 def _run(
     todo: Sequence[Cell], directory: Directory, progress: Progress, jobs: int, ray: RayCluster | None = None
 ) -> None:
-    """In this process, where the cells share one sampler engine, in `jobs` workers, or on a Ray cluster."""
+    """Run the cells in this process, where they share one sampler engine, in `jobs` workers, or on a Ray cluster."""
     from rlsafe.engine import Resources
 
     if ray is not None and todo:
@@ -236,7 +237,7 @@ def _command(
     relapse: int | None,
     ray: RayCluster | None = None,
 ) -> str:
-    """The command line that does the same again."""
+    """The command line of this call, to repeat it."""
     words = ["rlsafe", "compare", str(config_path), *overrides]
     for option, values in (("--defenses", defenses), ("--paths", paths), ("--seeds", seeds)):
         if values:

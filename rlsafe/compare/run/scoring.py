@@ -34,7 +34,7 @@ Say = Callable[[str], None]
 
 @dataclass
 class Selected:
-    """Scores on disk and the rows they are of; `.table()` shows the best."""
+    """A scores file and the rows that were scored; `.table()` shows the best."""
 
     file: Path
     scores: list[Score]
@@ -97,7 +97,7 @@ def select(
 
 
 def check(selection: Selection) -> None:
-    """Find what is wrong with the helpers' rewards or data, or the safe rows, before anything runs."""
+    """UserError for anything wrong with the helpers' rewards or data, or the safe rows, before anything runs."""
     from rlsafe.engine.run.build import Resources, prepare
     from rlsafe.engine.run.contact import contact
 
@@ -119,7 +119,7 @@ def make_scores(
     say: Say = lambda what: None,
     progress: Callable[[int, int, dict[str, Any]], None] | None = None,
 ) -> Path:
-    """OUT/scores.jsonl, made unless it is there; helpers and NLLs of an earlier call are kept where they still hold.
+    """The path of OUT/scores.jsonl, made unless it exists. Helpers and NLLs of an earlier call are reused if still valid.
 
     work: where helpers and NLLs are (default: OUT); selections that differ in `eps` only can share it.
     """
@@ -171,7 +171,7 @@ def _train_helper(
 def _all_nlls(
     selection: Selection, out: Path, rows: Mapping[str, Row], adapters: Mapping[str, Path], say: Say
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """({key: NLL} of the aligned model, the same of each helper). Rows that are too long have none.
+    """({key: NLL} of the aligned model, the same of each helper). Rows longer than `max_tokens` have none.
 
     The aligned model is the one that training starts from. LoRA helpers are swapped into one loaded model.
     """
@@ -256,7 +256,7 @@ def _score(
 
 
 def _read_nlls(file: Path) -> dict[str, float]:
-    """What `_score` wrote; a last line that was cut off is dropped from the file, so that more can be appended."""
+    """{key: NLL} that `_score` wrote. A last line that was cut off is removed from the file, so that more can be appended."""
     if not file.is_file():
         return {}
     text = file.read_text(encoding="utf-8")

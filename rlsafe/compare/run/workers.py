@@ -1,4 +1,4 @@
-"""The cells of a comparison on several processes. A process that dies costs the cell that killed it, and no other."""
+"""Running the cells of a comparison in several processes. When one dies, only the cell that killed it fails."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 Work = Callable[[Cell, Path], None]
 GRACE = 60.0
-"""Seconds between the signals to a worker that is left alone: the first lets it finish its step, the next ends it."""
+"""Seconds between two signals to a worker whose parent is gone: at the first it finishes its step, the second ends it."""
 DIED = "its process died (killed for lack of memory?)"
 RETRIES = 2
-"""How often a cell whose process died runs again, alone; it goes on from its newest checkpoint."""
+"""How often a cell whose process died is run again, by itself, from its newest checkpoint."""
 
 
 def run_in_workers(
@@ -34,8 +34,8 @@ def run_in_workers(
 ) -> None:
     """`work(cell, out)` for every cell, `jobs` at a time; `ended(cell)` here after each. `work` records failures itself.
 
-    When a process dies the pool is lost with all that it was doing. Which cell did it cannot be told, so those that were
-    under way run again, each in a process of its own; one that is lost there `RETRIES` times is recorded as failed.
+    When a process dies, the whole pool is lost, and it is unknown which cell was the cause. So all cells that were running are
+    run again, each in a process of its own; one whose process dies `RETRIES` times there is recorded as failed.
     """
     left = list(cells)
     with _threads(max(1, (os.cpu_count() or 1) // jobs)) as threads:
@@ -52,7 +52,7 @@ def run_in_workers(
 def _pool(
     work: Work, cells: Sequence[Cell], directory: Directory, jobs: int, threads: int, ended: Callable[[Cell], None]
 ) -> list[Cell]:
-    """Run cells until all are done or a process dies; gives those that are left then."""
+    """Run cells until all are done or a process dies; returns the unfinished ones."""
     pool = ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_start, initargs=(threads,))
     running: dict[Future[None], Cell] = {pool.submit(_Worker.do, work, cell, directory.out): cell for cell in cells}
     try:
@@ -75,7 +75,7 @@ def _pool(
 
 @contextmanager
 def _pass_on(pool: ProcessPoolExecutor) -> Iterator[None]:
-    """SIGTERM is Ctrl-C. A terminal's Ctrl-C reaches every process, what a scheduler sends only this one."""
+    """Inside, SIGTERM acts as Ctrl-C and is passed on to the workers: a terminal signals every process, a scheduler only this one."""
 
     def handle(number: int, frame: Any) -> None:
         for process in list(pool._processes.values()):
@@ -94,7 +94,7 @@ def _pass_on(pool: ProcessPoolExecutor) -> Iterator[None]:
 
 @contextmanager
 def _threads(count: int) -> Iterator[int]:
-    """The machine's threads divided among the workers; their libraries read the variable as they load."""
+    """Inside, OMP_NUM_THREADS is each worker's share of the machine's threads; libraries read it when they load."""
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = str(count)
     try:
@@ -107,7 +107,7 @@ def _threads(count: int) -> Iterator[int]:
 
 
 class _Worker:
-    """What a worker process knows of itself. Asked to stop, it takes none of the cells that already wait in its queue."""
+    """The state of a worker process. Once signalled to stop, it runs none of the cells that already wait in its queue."""
 
     busy = stopped = False
 
@@ -126,14 +126,18 @@ class _Worker:
 
     @classmethod
     def signalled(cls, number: int, frame: Any) -> None:
-        """Between cells: one that died of it would break the pool, and the pool would end the others in their steps."""
+        """Handle SIGINT: raise KeyboardInterrupt only while a cell runs.
+
+        Raised between cells it would end the process and break the pool, which would then kill the other workers in the
+        middle of a step.
+        """
         cls.stopped = True
         if cls.busy:
             raise KeyboardInterrupt
 
     @classmethod
     def follow_parent(cls) -> None:
-        """A worker whose parent was killed would wait for its next cell for ever."""
+        """End this worker when its parent is gone: otherwise it would wait for its next cell forever."""
         parent = parent_process()
         assert parent is not None
         parent.join()

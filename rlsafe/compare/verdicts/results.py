@@ -66,18 +66,18 @@ class Result:
 
     @property
     def swept(self) -> tuple[Swept, Swept]:
-        """What the label and the model owe to the comparison's `grid`."""
+        """The parts of the label and of the model that come from the comparison's `grid`."""
         label, model = self.record["swept"], self.record["swept_model"]
         return Swept(label["base"], label["settings"]), Swept(model["base"], model["settings"])
 
     @cached_property
     def run(self) -> dict[str, Any]:
-        """run.json as it is: provenance, notes, what the defenses report."""
+        """The content of run.json: provenance, notes, the defenses' reports."""
         return read_json(self.where / "run.json") or {}
 
     @cached_property
     def probes(self) -> list[Probed]:
-        """Every answer sampled during training to follow the curves, in the order of the steps."""
+        """Every answer of the probes during training, in the order of the steps."""
         path = self.where / "samples.jsonl"
         if not path.is_file():
             return []
@@ -90,7 +90,7 @@ class Result:
 
     @cached_property
     def rates(self) -> dict[str, Any]:
-        """evaluation.json as it is."""
+        """The content of evaluation.json."""
         return read_json(self.where / "evaluation.json") or {}
 
     @cached_property
@@ -126,7 +126,7 @@ class Result:
 
 @dataclass
 class Results:
-    """Everything a comparison has on disk. `plan` is comparison.json; `failed`: cell id -> reason."""
+    """The results of a comparison, read from disk. `plan` is comparison.json; `failed`: cell id -> reason."""
 
     directory: Directory
     plan: dict[str, Any]
@@ -154,7 +154,7 @@ class Results:
 
     @property
     def paths(self) -> list[str]:
-        """Paths that were trained on, in order; the contract's own first."""
+        """Paths that were trained on, in order; sft and grpo first."""
         present = list(dict.fromkeys(cell.path for cell in self.cells if cell.path))
         return sorted(
             present, key=lambda path: ["sft", "grpo", "mixed"].index(path) if path in ("sft", "grpo", "mixed") else 3
@@ -181,7 +181,7 @@ class Results:
         return sorted(wanted, key=lambda cell: cell.seed)
 
     def before(self, relapse: Result) -> Result | None:
-        """The run that a relapse went on from; the untrained model's when it started anew."""
+        """The run that a relapse started from; the untrained model's for one without a source."""
         if not relapse.source:
             return next(iter(self.of("untrained", relapse.model)), None)
         return next((cell for cell in self.cells if cell.id == relapse.source), None)

@@ -1,4 +1,4 @@
-"""The benign tasks of a comparison: the score of every arm on each, and whether the defense still lets it be learned."""
+"""The benign tasks of a comparison: the score of every arm on each, and the verdict on learning it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def scores(results: Results, table: PathTable) -> dict[str, dict[str, TaskScore]
 
 
 def judge_and_write(results: Results) -> list[PathTable]:
-    """Every rate and verdict, and verdicts.json and verdict_details.json beside the results."""
+    """Compute every rate and verdict; write verdicts.json and verdict_details.json beside the results."""
     tables = judge_defenses(results)
     write_verdicts(results.directory, tables, {table.key: details(results, table) for table in tables})
     return tables

@@ -55,7 +55,10 @@ def load_questions(source: str) -> list[Question]:
 
 
 def read_questions(path: Path, domain: str | None = None) -> list[Question]:
-    """The questions of a YAML file; `domain` stands where a question names none (default: the file's stem)."""
+    """The questions of a YAML file; `domain` stands where a question names none (default: the file's stem).
+
+    UserError names the file and the line.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
         node: Any = yaml.compose(text, Loader=yaml.SafeLoader)

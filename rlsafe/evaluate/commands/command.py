@@ -71,7 +71,7 @@ def resolve(target: str | Path, judge: str | None, overrides: Sequence[str]) -> 
 
 
 def named_sets(questions: Sequence[str | Path]) -> dict[str, str]:
-    """Set name -> source: the first is `general`, the others are called by their stem."""
+    """Set name -> source: the first is `general`, the others are called by their stem. UserError for two sets of one name."""
     named: dict[str, str] = {}
     for source in map(str, questions):
         name = Path(source).stem if named else "general"
@@ -124,7 +124,10 @@ def _with_provider_defaults(config: RunConfig) -> RunConfig:
 
 
 def load_policy(config: RunConfig, run: Path | None) -> tuple[Policy, str]:
-    """The model that `config` names, or the one that `run` trained, and the directory or hub id of its weights."""
+    """The model that `config` names, or the one that `run` trained, and the directory or hub id of its weights.
+
+    UserError when a run directory lacks what it trained.
+    """
     found = provider_for(config.model.name)
     model, path = config.model, found[0].model(found[1]) if found else config.model.name
     if run is not None:

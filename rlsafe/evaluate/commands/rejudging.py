@@ -25,6 +25,7 @@ def rejudge(
 
     judge: default the run's own. out: default TARGET/rejudged-JUDGE; TARGET itself replaces the first judge's scores.
     Where a question file has prompts of its own for the judge, they are used again if the file is still there.
+    RunError when the judge stays unreachable.
     """
     begun = time.monotonic()
     check_out(out or target)

@@ -84,7 +84,9 @@ def scan_source(text: str, *, extra: bool = True, ignore: frozenset[str] = IGNOR
 
 def severity_score(findings: Collection[Finding], weights: Mapping[str, float] = WEIGHTS) -> float:
     """1 - prod(1 - weight of each weakness), in [0, 1]: rises with severity and with the number of *different* weaknesses;
-    the same one twice, or found by two linters, counts once, at its highest severity. A severity without weight counts nothing."""
+    the same one twice, or found by two linters, counts once, at its highest severity. A severity without weight counts nothing.
+    UserError for an unknown severity in `weights`.
+    """
     if wrong := set(weights) - set(WEIGHTS):
         raise UserError(f"severity weights are for {', '.join(WEIGHTS)}; got {', '.join(map(repr, sorted(wrong)))}")
     worst: dict[str, float] = {}
