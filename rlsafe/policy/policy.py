@@ -48,6 +48,7 @@ class Policy:
         self.core = PolicyModule(model, f"model.name: {config.name}")
         self.module: nn.Module = self.core
         self._sharded = False
+        self._device: torch.device | None = None  # where the shards are gathered: offloaded, they rest elsewhere
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._references = References(self.core, self._parameters, starts_from_adapter=config.adapter is not None)
 
@@ -85,7 +86,8 @@ class Policy:
 
     @property
     def device(self) -> torch.device:
-        return self.core.output.weight.device
+        """Where forwards run, and batches belong."""
+        return self._device or self.core.output.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -236,7 +238,7 @@ class Policy:
             sharding.shard_module(self.core, decoder_blocks(self.core.decoder, self.n_layers), device, offload)
         self._parameters.update(zip(order, (p for p in self.core.parameters() if p.requires_grad), strict=True))
         self._references.reload()
-        self._sharded = True
+        self._sharded, self._device = True, device
 
     def leaves(self) -> list[Tensor]:
         """The tensors to differentiate by: the trained parameters as this rank's forwards see them."""

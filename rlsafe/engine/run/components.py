@@ -16,6 +16,7 @@ from rlsafe.defenses import Defense, DefenseStack, SetupContext
 from rlsafe.defenses import build as build_defenses
 from rlsafe.engine.plan.schedule import Step, make_plan
 from rlsafe.engine.record.tracking import Tracker
+from rlsafe.engine.run.layout import check_layout
 from rlsafe.engine.train import ahead, distributed, projection
 from rlsafe.engine.train.effects import EffectLog
 from rlsafe.engine.train.loop import Loop
@@ -138,6 +139,7 @@ def build_loop(
     config = prepared.config
     accelerator = distributed.start(cpu=not torch.cuda.is_available())
     sharded = distributed.shards(accelerator)
+    check_layout(prepared, accelerator)
     torch.manual_seed(config.seed)
     policy = Policy.load(
         config.model, path=model_path(config), seed=config.seed, device=accelerator.device, in_host_memory=sharded
