@@ -1,6 +1,5 @@
 """The dry run's memory estimate against what PyTorch really allocates and keeps."""
 
-import sys
 import os
 import subprocess
 import sys

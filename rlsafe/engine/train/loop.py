@@ -26,7 +26,7 @@ from rlsafe.engine.train.ahead import Ahead, completed, look_ahead, settle
 from rlsafe.engine.train.distributed import anywhere, backward, clip, union
 from rlsafe.engine.train.effects import EffectLog
 from rlsafe.engine.train.faults import update
-from rlsafe.engine.train.loss import Micro, NotFinite, StepLoss, engine_needs, separate_gap
+from rlsafe.engine.train.loss import Micro, NotFinite, StepLoss, engine_needs, score_before, separate_gap
 from rlsafe.engine.train.micro import dummy, even_out, global_counts, reduce_sums
 from rlsafe.engine.train.probing import start_probe
 from rlsafe.engine.train.projection import Direction
@@ -212,10 +212,10 @@ class Loop:
             for micro in micros:
                 if old:
                     with self.stack.activations(self.policy, train_at):
-                        micro.batch.old_logp = self.policy.score(micro.batch, self.config.grpo.temperature)
+                        score_before(self.policy, micro, self.config.grpo)
                 if not micro.same_context:
                     with self.stack.activations(self.policy, rollout_at):
-                        gap, tokens = separate_gap(self.policy, micro.batch, self.config.grpo.temperature)
+                        gap, tokens = separate_gap(self.policy, micro.batch, self.config.grpo)
                     apart.update({"gap": gap, "tokens": tokens})  # type: ignore[arg-type]
             for _ in range(most - forwards):
                 self.policy.score(dummy(self.policy, micros).batch)
@@ -301,9 +301,9 @@ class Loop:
 
     def _check_gap(self, step: Step, gap: float) -> None:
         """Trainer and sampler saw the same context and the same distribution: they must agree, or the rollouts are not the
-        policy's. (Truncation by top_p makes the two differ by design.)"""
+        policy's."""
         limit = gap_limit(self.policy, self.config.sampler.max_gap)
-        if self.config.sampler.self_test and self.config.grpo.top_p == 1.0 and gap > limit:
+        if self.config.sampler.self_test and gap > limit:
             raise RunError(
                 f"step {step.index}: sampler and trainer disagree by {gap:.3g} nats a token (limit {limit:.3g}): the rollouts "
                 "are not the policy's. Did the model's files change? sampler.max_gap sets the limit"
