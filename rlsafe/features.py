@@ -35,7 +35,7 @@ def features() -> list[Feature]:
         *_needs("rollouts without vLLM (sampler.kind=transformers)", "transformers"),
         Feature("GPU", gpu, "" if gpu else _no_gpu(torch.version.cuda)),
         _bfloat16(torch, gpu),
-        *_quantized(gpu),
+        *_quantized(),
         Feature("SDPA attention", f"torch {torch.__version__}"),
         _flash(gpu),
         Feature("several processes (DDP, FSDP2)", "torch.distributed", "" if torch.distributed.is_available() else
@@ -80,13 +80,12 @@ def _bfloat16(torch, gpu: str) -> Feature:  # type: ignore[no-untyped-def]
     return Feature("bfloat16", "on this CPU" + ("" if native else ", emulated: float32 is faster"))
 
 
-def _quantized(gpu: str) -> list[Feature]:
+def _quantized() -> list[Feature]:
     found = package("bitsandbytes")
     fix = "" if found else "pip install bitsandbytes"
-    moments = ", ".join(part for part in (fix, "" if gpu else "a GPU") if part)
     return [
         Feature("4/8-bit base (model.quantization)", found, fix),
-        Feature("8-bit moments (optim.kind=adamw_8bit)", found, f"{moments}; adamw is used" if moments else ""),
+        Feature("8-bit moments (optim.kind=adamw_8bit)", found, f"{fix}; adamw is used" if fix else ""),
     ]
 
 

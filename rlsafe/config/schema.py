@@ -82,7 +82,7 @@ class GrpoConfig(Settings):
 
 class OptimConfig(Settings):
     kind: Literal["adamw", "adamw_8bit"] = Field(
-        "adamw", description="adamw_8bit: moments in 8 bits (bitsandbytes, GPUs); elsewhere adamw with a note"
+        "adamw", description="adamw_8bit: moments in 8 bits (bitsandbytes); where that is missing, adamw with a note"
     )
     lr: Annotated[float, Field(gt=0)] = Field(1e-4, description="peak learning rate")
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(

@@ -22,12 +22,13 @@ HeadReference = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class Outputs(NamedTuple):
-    """One wrapped forward. logp [N], kls: one [N] per reference, entropy [N], hidden {layer: [B, T, H]}."""
+    """One wrapped forward. logp [N], kls: one [N] per reference, entropy [N], hidden {layer: [B, T, H]}, log_mass [N]."""
 
     logp: Tensor
     kls: list[Tensor]
     entropy: Tensor | None
     hidden: dict[int, Tensor]
+    log_mass: Tensor | None = None
 
 
 class PolicyModule(nn.Module):
@@ -74,12 +75,12 @@ class PolicyModule(nn.Module):
 
     def apply_head(
         self, hidden: Tensor, targets: Tensor, references: Sequence[HeadReference] = (), temperature: float = 1.0,
-        with_entropy: bool = False,
+        with_entropy: bool = False, top_p: float = 1.0,
     ) -> HeadOutput:  # fmt: skip
         """Log-probs [N] of the targets given the states [N, H] that predict them, and the KLs to the references."""
         return head(
             hidden, self.output.weight, targets, references, temperature=temperature, bias=self.output.bias,
-            softcap=self.softcap, logit_scale=self.logit_scale, with_entropy=with_entropy,
+            softcap=self.softcap, logit_scale=self.logit_scale, with_entropy=with_entropy, top_p=top_p,
         )  # fmt: skip
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -115,14 +116,14 @@ class PolicyModule(nn.Module):
 
     def outputs(
         self, ids: Tensor, positions: Tensor, targets: Tensor, references: Sequence[HeadReference] = (),
-        temperature: float = 1.0, layers: Sequence[int] = (), with_entropy: bool = False,
+        temperature: float = 1.0, layers: Sequence[int] = (), with_entropy: bool = False, top_p: float = 1.0,
     ) -> Outputs:  # fmt: skip
         """ids [B, T]; positions [N] index the flattened [B * T] states that predict targets [N]."""
         with self.residual.tap(layers) as tapped:
             last = self.hidden_states(ids)
         states = last.flatten(0, 1).index_select(0, positions)
-        out = self.apply_head(states, targets, references, temperature, with_entropy)
-        return Outputs(out.logp, out.kls, out.entropy, dict(tapped))
+        out = self.apply_head(states, targets, references, temperature, with_entropy, top_p)
+        return Outputs(out.logp, out.kls, out.entropy, dict(tapped), out.log_mass)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from rlsafe.types import Batch, Need
@@ -79,9 +80,24 @@ class Frozen:
 @dataclass
 class Forwarded:
     """The policy's results on one micro-batch: logp [B, T], kl {reference: [B, T]} and hidden {k: [B, T, H]} with
-    gradients, entropy [B, T] without; in nats. All but hidden are 0 at tokens where they were not wanted."""
+    gradients, entropy [B, T] and log_mass [B, T] (of the nucleus, with top_p < 1) without; in
+    nats. All but hidden are 0 at tokens where they were not wanted."""
 
     logp: Tensor
     kl: dict[str, Tensor]
     hidden: dict[int, Tensor]
     entropy: Tensor | None
+    log_mass: Tensor | None = None
+
+
+def scatter(values: Tensor, positions: Tensor, shape: torch.Size) -> Tensor:
+    """values [N] of the predicting states at flat `positions` -> [B, T]: each at its target, one to the right."""
+    out = values.new_zeros(shape.numel())
+    return out.index_put((positions + 1,), values).view(shape)
+
+
+def predicting(mask: Tensor) -> Tensor:
+    """Flat indices [N] into B * T of the states that predict the masked targets [B, T]; index 0 is never a target."""
+    mask = mask.bool().clone()
+    mask[:, 0] = False
+    return mask.flatten().nonzero().squeeze(1) - 1

@@ -16,24 +16,11 @@ from rlsafe.policy import sharding
 from rlsafe.policy.adapters import adapter_layers, merged
 from rlsafe.policy.load import check_tokenizer, load_model, load_tokenizer, no_progress_bar
 from rlsafe.policy.module import PolicyModule, verify_head
-from rlsafe.policy.plan import Forwarded, ForwardPlan, Frozen
+from rlsafe.policy.plan import Forwarded, ForwardPlan, Frozen, predicting, scatter
 from rlsafe.policy.quantize import is_quantized
 from rlsafe.policy.references import References
 from rlsafe.policy.taps import Addition, Handle, decoder_blocks
 from rlsafe.types import Batch
-
-
-def scatter(values: Tensor, positions: Tensor, shape: torch.Size) -> Tensor:
-    """values [N] of the predicting states at flat `positions` -> [B, T]: each at its target, one to the right."""
-    out = values.new_zeros(shape.numel())
-    return out.index_put((positions + 1,), values).view(shape)
-
-
-def predicting(mask: Tensor) -> Tensor:
-    """Flat indices [N] into B * T of the states that predict the masked targets [B, T]; index 0 is never a target."""
-    mask = mask.bool().clone()
-    mask[:, 0] = False
-    return mask.flatten().nonzero().squeeze(1) - 1
 
 
 class Policy:
@@ -48,6 +35,7 @@ class Policy:
         self.core = PolicyModule(model, f"model.name: {config.name}")
         self.module: nn.Module = self.core
         self._sharded = False
+        self._device: torch.device | None = None  # where the shards are gathered: offloaded, they rest elsewhere
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._references = References(self.core, self._parameters, starts_from_adapter=config.adapter is not None)
 
@@ -85,7 +73,8 @@ class Policy:
 
     @property
     def device(self) -> torch.device:
-        return self.core.output.weight.device
+        """Where forwards run, and batches belong."""
+        return self._device or self.core.output.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -131,7 +120,7 @@ class Policy:
             with self._references.active(name), self.hooks_off(), self._evaluating():
                 with self.core.residual.tap(layers) as tapped:
                     wants_logp = bool(same & set(plan.ref_logprobs))
-                    last, logp = self._inside(self._read, batch, temperature, wants_logp)
+                    last, logp, _ = self._inside(self._read, batch, temperature, wants_logp)
             needs_last = bool(same & set(plan.references))
             weight, bias = self._references.head(name)
             out |= dict.fromkeys(same, Frozen(last if needs_last else None, weight, bias, dict(tapped), logp))
@@ -144,10 +133,11 @@ class Policy:
         frozen: Mapping[str, Frozen],
         temperature: float = 1.0,
         entropy: bool = True,
+        top_p: float = 1.0,
     ) -> Forwarded:
         """The policy's forward with gradient: log-probs of the targets, KL to each reference, hidden states.
 
-        temperature divides the logits of the policy and of the references alike.
+        temperature divides the logits of the policy and of the references alike. top_p: below 1, the nucleus's mass as well.
         """
         mask = batch.loss_mask.bool()
         wanted = plan.positions(batch) if plan.references else mask
@@ -160,7 +150,7 @@ class Policy:
         self.core.residual.batch = batch
         targets = batch.ids.flatten()[positions + 1]
         out = self.module(
-            self.core.outputs, batch.ids, positions, targets, references, temperature, plan.layers, entropy
+            self.core.outputs, batch.ids, positions, targets, references, temperature, plan.layers, entropy, top_p
         )
         if self._sharded:
             out = sharding.joined(self.core, out)
@@ -171,35 +161,43 @@ class Policy:
             logp = logp * mask
             ent = None if ent is None else ent * mask
         kl = {name: scatter(k, positions, shape) for name, k in zip(plan.references, out.kls, strict=True)}
-        return Forwarded(logp, kl, out.hidden, ent)
+        mass = None if out.log_mass is None else scatter(out.log_mass, positions, shape)
+        return Forwarded(logp, kl, out.hidden, ent, mass)
 
-    @torch.no_grad()
     def score(self, batch: Batch, temperature: float = 1.0, reference: str | None = None) -> Tensor:
         """Log-probs [B, T] of the loss_mask targets, 0 elsewhere; with the policy's activation hooks, without dropout.
 
         reference: score with a frozen reference instead (its activation hooks off).
         """
+        return self.score_nucleus(batch, temperature, 1.0, reference)[0]
+
+    @torch.no_grad()
+    def score_nucleus(
+        self, batch: Batch, temperature: float, top_p: float, reference: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`score`, and the log-mass [B, T] of the nucleus that a sampler with `top_p` drew the targets from; 0 with top_p 1."""
         self.core.residual.batch = batch
-        with self._evaluating():
-            if reference is None:
-                return self._inside(self._read, batch, temperature, True)[1]
-            with self._references.active(reference), self.hooks_off():
-                return self._inside(self._read, batch, temperature, True)[1]
+        frozen = nullcontext() if reference is None else self._references.active(reference)
+        with self._evaluating(), frozen, nullcontext() if reference is None else self.hooks_off():
+            _, logp, mass = self._inside(self._read, batch, temperature, True, top_p)
+        return logp, torch.zeros_like(logp) if mass is None else mass
 
     def _inside(self, run: Callable[..., Any], *arguments: Any) -> Any:
         """`run(*arguments)`, through the wrapped module when sharded: its parameters are whole only inside its forward."""
         return self.core(run, *arguments) if self.is_sharded else run(*arguments)
 
-    def _read(self, batch: Batch, temperature: float, score: bool) -> tuple[Tensor, Tensor | None]:
-        """Final-norm states [B, T, H], and the log-probs [B, T] of the targets when they are wanted."""
+    def _read(
+        self, batch: Batch, temperature: float, score: bool, top_p: float = 1.0
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Final-norm states [B, T, H]; when they are wanted the targets' log-probs, and below top_p 1 the nucleus's log-mass."""
         last = self.core.hidden_states(batch.ids)
-        return last, self._score(last, batch, temperature) if score else None
-
-    def _score(self, last: Tensor, batch: Batch, temperature: float) -> Tensor:
+        if not score:
+            return last, None, None
         positions = predicting(batch.loss_mask)
-        states = last.flatten(0, 1).index_select(0, positions)
-        out = self.core.apply_head(states, batch.ids.flatten()[positions + 1], temperature=temperature)
-        return scatter(out.logp, positions, batch.ids.shape)
+        states, targets = last.flatten(0, 1).index_select(0, positions), batch.ids.flatten()[positions + 1]
+        out = self.core.apply_head(states, targets, temperature=temperature, top_p=top_p)
+        mass = None if out.log_mass is None else scatter(out.log_mass, positions, batch.ids.shape)
+        return last, scatter(out.logp, positions, batch.ids.shape), mass
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -235,7 +233,7 @@ class Policy:
             sharding.shard_module(self.core, decoder_blocks(self.core.decoder, self.n_layers), device, offload)
         self._parameters.update(zip(order, (p for p in self.core.parameters() if p.requires_grad), strict=True))
         self._references.reload()
-        self._sharded = True
+        self._sharded, self._device = True, device
 
     def leaves(self) -> list[Tensor]:
         """The tensors to take gradients of, each in its own shape: the trained parameters, or under FSDP2 the gathered copies."""

@@ -81,9 +81,16 @@ def prepare_quantized(model: Any, dtype: torch.dtype) -> None:
 
 def plain_weight(module: nn.Module) -> Tensor:
     """The weight [out, in] of a linear layer: the parameter itself, or a dequantised copy."""
-    from peft.utils.integrations import dequantize_module_weight
+    weight: Any = module.weight
+    if type(weight).__name__ != "Int8Params":
+        from peft.utils.integrations import dequantize_module_weight
 
-    return dequantize_module_weight(module)
+        return dequantize_module_weight(module)
+    # On a CPU PEFT's function would leave the layer without the scales of its rows. They move to the layer's state as it first runs.
+    from bitsandbytes.functional import int8_vectorwise_dequant
+
+    state: Any = module.state
+    return int8_vectorwise_dequant(weight.data, state.SCB if weight.SCB is None else weight.SCB)
 
 
 def is_quantized(module: nn.Module) -> bool:

@@ -62,15 +62,24 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor if gather is None else gather()
 
 
-def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor of `parameter`'s own shape, equal on every rank, sharded as `parameter` is, on its device and dtype."""
+def is_cut(parameter: Tensor) -> bool:
+    """Whether this rank keeps a part of the parameter only."""
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(parameter, DTensor) or zero3.is_partitioned(parameter)
+
+
+def shard_like(tensor: Tensor, parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A whole tensor of `parameter`'s own shape, equal on every rank, sharded as `parameter` is, on its device. dtype: the
+    parameter's when not given."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
+    dtype = dtype or parameter.dtype
     if zero3.is_partitioned(parameter):
-        return tensor if zero3.is_partitioned(tensor) else zero3.cut(tensor, parameter)
+        return tensor if zero3.is_partitioned(tensor) else zero3.cut(tensor, parameter, dtype)
     if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor):
-        return tensor.to(parameter.device, parameter.dtype)
-    local = tensor.to(parameter.to_local().device, parameter.dtype)
+        return tensor.to(parameter.device, dtype)
+    local = tensor.to(parameter.to_local().device, dtype)
     if local.device.type != parameter.device_mesh.device_type:  # offloaded shards: cut on the mesh's own device
         cut = distribute_tensor(
             local.to(parameter.device_mesh.device_type), parameter.device_mesh, parameter.placements

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from rlsafe.config import ModelConfig, RunConfig
 from rlsafe.losses.head import CHUNK_LOGITS, MIN_CHUNK
@@ -65,7 +66,7 @@ def memory(
     trained = shape.adapter if model.lora is not None else shape.parameters
     trained_size = 4 if model.lora is not None else size
     moments = 2 * trained * trained_size
-    if config.optim.kind == "adamw_8bit" and cuda:
+    if config.optim.kind == "adamw_8bit" and (cuda or find_spec("bitsandbytes")):
         moments = 2 * trained
     tokens = largest_micro_batch(config, longest or {})
     return Memory(

@@ -18,6 +18,7 @@ from rlsafe.defenses import Defense, DefenseStack, SetupContext
 from rlsafe.defenses import build as build_defenses
 from rlsafe.engine.plan.schedule import Step, make_plan
 from rlsafe.engine.record.tracking import Tracker
+from rlsafe.engine.run.layout import check_layout
 from rlsafe.engine.train import ahead, distributed, projection
 from rlsafe.engine.train.effects import EffectLog
 from rlsafe.engine.train.state import Components, RunState
@@ -143,6 +144,7 @@ def build_run(
     """
     config = prepared.config
     accelerator = distributed.start(cpu=not torch.cuda.is_available())
+    check_layout(prepared, accelerator)
     torch.manual_seed(config.seed)
     policy = _load_policy(config, accelerator)
     optimizer = distributed.wrap(policy, accelerator, config.optim, log)

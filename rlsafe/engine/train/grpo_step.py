@@ -22,7 +22,7 @@ from rlsafe.config import RunConfig
 from rlsafe.data import Rollout, Thought, encode_prompt, pad_id, read_completion, rollout_batches, split_prompt
 from rlsafe.data.thinking import decode_with_tags
 from rlsafe.engine.plan.schedule import PlannedPart, Step
-from rlsafe.engine.train.loss import Micro, separate_gap
+from rlsafe.engine.train.loss import Micro, score_before, separate_gap
 from rlsafe.engine.train.micro import dummy, reduce_sums
 from rlsafe.engine.train.sft_step import supervised
 from rlsafe.engine.train.state import Components, RunState
@@ -214,16 +214,15 @@ def score_again(run: Components, part: PlannedPart, micros: Sequence[Micro], ref
     if not most and not run.several:
         return {}
     train_at, rollout_at = (Where(part.stream, "grpo", phase) for phase in ("train", "rollout"))
-    temperature = run.config.grpo.temperature
     apart: Counter[str] = Counter()
     with run.policy.at(reference) if reference else nullcontext():
         for micro in micros:
             if old:
                 with run.stack.activations(run.policy, train_at):
-                    micro.batch.old_logp = run.policy.score(micro.batch, temperature)
+                    score_before(run.policy, micro, run.config.grpo)
             if not micro.same_context:
                 with run.stack.activations(run.policy, rollout_at):
-                    gap, tokens = separate_gap(run.policy, micro.batch, temperature)
+                    gap, tokens = separate_gap(run.policy, micro.batch, run.config.grpo)
                 apart.update({"gap": gap, "tokens": tokens})  # type: ignore[arg-type]
         for _ in range(most - forwards):
             run.policy.score(dummy(run.policy, micros).batch)

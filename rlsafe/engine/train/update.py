@@ -113,8 +113,7 @@ def _metrics(run: Components, step: Step, micros: Sequence[Micro], loss: StepLos
     gap, gap_tokens = total.pop("gap_sum", 0.0), total.pop("gap_tokens", 0.0)
     if gap_tokens:
         metrics["sampler_gap"] = gap / gap_tokens
-        if run.config.grpo.top_p == 1.0:  # truncation makes the two distributions differ by design
-            run.sampler.check_gap(step.index, gap / gap_tokens)
+        run.sampler.check_gap(step.index, gap / gap_tokens)
     grpo_tokens = loss.counts.get("grpo_tokens", 0.0)
     for name in ("entropy", "k3"):
         if (value := total.pop(f"{name}_sum", None)) is not None and grpo_tokens:
