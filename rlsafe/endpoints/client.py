@@ -19,6 +19,7 @@ from typing import Any
 
 from rlsafe.endpoints import background
 from rlsafe.endpoints.cache import Cache, key_of
+from rlsafe.endpoints.discovery import served_names
 from rlsafe.endpoints.limits import Limits, backoff, estimate_tokens, retry_after
 from rlsafe.endpoints.replies import ChatRequest, Failure, Reply, Result, parse_reply
 from rlsafe.endpoints.settings import EndpointSettings
@@ -89,10 +90,16 @@ class Endpoint:
         self.ready()
         return None if self._proven else background.start(self._contact(request)).result()
 
-    def saved(self, request: ChatRequest) -> bool:
-        """Whether the reply is on disk, so that nobody needs to be asked."""
+    def saved(self, request: ChatRequest) -> Reply | None:
+        """The reply if it is on disk, so that nobody needs to be asked."""
         body = self.body(request)
-        return not _drawn(body, request) and bool(self._cache and self._cache.get(key_of(self.settings.base_url, body)))
+        if self._cache is None or _drawn(body, request):
+            return None
+        return self._cache.get(key_of(self.settings.base_url, body))
+
+    def served(self) -> list[str]:
+        """The names of the models that the endpoint says it serves; none where it does not say."""
+        return background.start(served_names(self._client)).result() if self._client else []
 
     def summary(self) -> str:
         return self.totals.line(f"{self.settings.model} at {self.settings.base_url}")
@@ -118,6 +125,7 @@ class Endpoint:
             **({"seed": request.seed} if request.seed is not None else {}),
             **({"stop": list(request.stop)} if request.stop else {}),
             **({"response_format": dict(request.response_format)} if request.response_format else {}),
+            **({"continue_final_message": True, "add_generation_prompt": False} if request.continues else {}),
             **settings.extra_body,
         }
 
@@ -260,7 +268,9 @@ class Endpoint:
         ):
             return Failure(
                 "wrong_model",
-                self._clean(f"asked for {self.settings.model!r}, {result.model!r} replied (see any_model)"),
+                self._clean(
+                    f"asked for {self.settings.model!r}, {result.model!r} replied (an alias? any_model: true accepts it)"
+                ),
             )
         return result
 
