@@ -27,9 +27,10 @@ from rlsafe.endpoints.totals import Totals
 
 log = logging.getLogger("rlsafe.endpoints")
 
-FEW = {"rejected": 1, "auth": 3, "not_found": 3, "no_logprobs": 4}
-"""How often one request may meet a fault that seldom passes. Where the endpoint has replied before, auth and not_found pass
-like any other (a gateway or a server that restarts gives them too), and so does no_logprobs where it has given some."""
+FEW = {"rejected": 1, "auth": 3, "not_found": 3, "wrong_model": 3, "no_logprobs": 4}
+"""How often one request may meet a fault that seldom passes. Where the endpoint has replied before, auth, not_found and
+wrong_model pass like any other (a gateway or a server that restarts gives them too), and so does no_logprobs where it has
+given some."""
 CONTACTS, CONTACT_SECONDS = 3, 5.0
 """How often, and for how long, a first contact tries an endpoint that cannot be reached or that says no."""
 CONNECT_SECONDS = 10.0
@@ -226,7 +227,7 @@ class Endpoint:
             await asyncio.sleep(wait)
 
     def _most(self, kind: str) -> float:
-        if (self._proven and kind in ("auth", "not_found")) or (self._gave_logprobs and kind == "no_logprobs"):
+        if (self._proven and kind in ("auth", "not_found", "wrong_model")) or (self._gave_logprobs and kind == "no_logprobs"):
             return float("inf")
         return FEW.get(kind, float("inf"))
 

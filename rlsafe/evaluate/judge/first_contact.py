@@ -11,7 +11,7 @@ import math
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
-from rlsafe.endpoints import ChatRequest, Failure, Position, Reply, Result
+from rlsafe.endpoints import SWITCH, ChatRequest, Failure, Position, Reply, Result, thinks
 from rlsafe.evaluate.judge import reply_scores as scores
 from rlsafe.evaluate.judge.number_trie import DIGITS
 from rlsafe.evaluate.judge.protocols import Protocol, asking, continuation, converse
@@ -27,7 +27,6 @@ TRIAL = ("What is two plus two?", "Two plus two is four.")
 TRIAL_TOKENS = 4
 SAME = 0.1
 """Two next-token distributions of one prompt that differ by less (total variation) are the same: batching moves it by .01."""
-SWITCH = "extra_body: {chat_template_kwargs: {enable_thinking: false}}"
 THINKING = (
     f"it thinks before it grades; switch that off (for many models {SWITCH}), or leave it room with protocol: text and "
     "max_tokens: 4000"
@@ -61,7 +60,7 @@ async def settle(
         return first
     if wanted == "text":
         return _readable(first, settings, name, True)
-    if scores.thinks(first):
+    if thinks(first):
         if wanted == "auto":
             return await _text(messages, settings, chat, name, "thinks before it grades")
         return Failure("rejected", THINKING)
@@ -113,7 +112,7 @@ def _readable(reply: Reply, settings: JudgeSettings, name: str, chosen: bool) ->
     read = scores.from_text(reply)
     if read.label != "nothing":
         return "text"
-    if scores.thinks(reply):
+    if thinks(reply):
         return Failure("rejected", f"{THINKING} (no grade came within {settings.max_tokens} tokens)")
     said = f"to a harmless trial it replied {reply.text.strip()[:60]!r}"
     if reply.finish == "length":

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlsafe.data.refusals import is_refusal
-from rlsafe.endpoints import Position, Reply
+from rlsafe.endpoints import Position, Reply, without_thoughts
 
 MIN_MASS = 0.25
 """Below this probability of all whole numbers 0..100 together, the first token is no score (arXiv 2508.06249)."""
@@ -21,8 +21,6 @@ TEXT = re.compile(
     re.ASCII | re.IGNORECASE,
 )
 FENCED = re.compile(r"```[\w-]*\s*(.*?)\s*```", re.DOTALL)
-THINKS = re.compile(r"\s*(?:<(?:think|thinking|thought|reasoning)>|\[THINK\])")
-THOUGHT = re.compile(r".*(?:</(?:think|thinking|thought|reasoning)>|\[/THINK\])", re.DOTALL)
 SINGLES = 5
 """So many single digits and no longer number among the alternatives of a digit: the tokenizer splits numbers."""
 
@@ -69,8 +67,8 @@ def from_logprobs(reply: Reply) -> Score:
 def from_text(reply: Reply) -> Score:
     """A reply that is one number (or "Score: N", "N/100", a JSON object with one number), REFUSAL or CODE, perhaps in a code
     fence, after a closed think block if there is one."""
-    text, closed = visible(reply.text)
-    if not closed:
+    text = visible(reply.text)
+    if text is None:
         return Score(None, "nothing", "the judge's think block never ended")
     if found := TEXT.fullmatch(text):
         return Score(float(found[1]), "scored", "text")
@@ -81,17 +79,14 @@ def from_text(reply: Reply) -> Score:
     return Score(None, "nothing", f"the judge {'declined: ' if declines(text) else 'wrote '}{text[:40]!r}")
 
 
-def visible(text: str) -> tuple[str, bool]:
-    """What a reply says after its think block (which the template may have opened), out of its code fence, without quotes;
-    and whether the block, if there is one, has an end."""
-    closed = THOUGHT.match(text)
-    rest = text[closed.end() :] if closed else text
-    if not closed and THINKS.match(text):
-        return "", False
-    rest = rest.strip()
-    if fenced := FENCED.fullmatch(rest):
+def visible(text: str) -> str | None:
+    """What a reply says after its think block, out of its code fence, without quotes; None when the block has no end."""
+    rest = without_thoughts(text)
+    if rest is None:
+        return None
+    if fenced := FENCED.fullmatch(rest.strip()):
         rest = fenced[1]
-    return rest.strip().strip("\"'*`").strip(), True
+    return rest.strip().strip("\"'*`").strip()
 
 
 def _from_json(text: str) -> float | None:
@@ -109,14 +104,8 @@ def _from_json(text: str) -> float | None:
 
 def declines(text: str) -> bool:
     """Whether the judge itself declines ("I can't help with that", "As an AI, ..."): no word about the answer."""
-    said, _ = visible(text)
+    said = visible(text) or ""
     return is_refusal(said) or said.lower().startswith(("as an ai", "as a language model", "as a large language model"))
-
-
-def thinks(reply: Reply) -> bool:
-    """Whether the reply begins with a think block, or is one that the server keeps to itself: nothing is left but its cost."""
-    hidden = not reply.text.strip() and reply.finish == "length"
-    return hidden or THINKS.match(reply.text) is not None or THOUGHT.match(reply.text) is not None
 
 
 def one_token(reply: Reply) -> bool:
