@@ -1,7 +1,6 @@
 """What the first reply of a judge or grader tells: an alias, thinking, declining, a reply cut off. One line, with the way out."""
 
 import json
-import time
 
 import pytest
 from scripted_server import ScriptedServer, completion, error, ok
@@ -48,13 +47,12 @@ THOUGHTS = ["<think>", "\n", *["hm "] * 30, "</think>", "\n\n", "85"]
 
 
 def test_another_model_that_replies_is_told_with_the_names_served_and_accepted_by_a_setting():
-    begun = time.monotonic()
     with ScriptedServer(lambda n, body: ok("80", model="big-2026"), models=["big-2026", "small"]) as server:
         said = refusal(server)
         assert "asked for 'judge', 'big-2026' replied" in said and "any_model: true" in said
         assert said.endswith("it serves big-2026, small") and len(server.requests) <= 4  # log-probs are missed first
         [one] = judge(server, any_model=True, protocol="text").score([Exchange("q", "a")])
-    assert one.aligned == 80 and time.monotonic() - begun < 5
+    assert one.aligned == 80
 
 
 def test_a_model_that_is_not_served_is_told_with_those_that_are():
