@@ -227,7 +227,9 @@ class Endpoint:
             await asyncio.sleep(wait)
 
     def _most(self, kind: str) -> float:
-        if (self._proven and kind in ("auth", "not_found", "wrong_model")) or (self._gave_logprobs and kind == "no_logprobs"):
+        if (self._proven and kind in ("auth", "not_found", "wrong_model")) or (
+            self._gave_logprobs and kind == "no_logprobs"
+        ):
             return float("inf")
         return FEW.get(kind, float("inf"))
 
