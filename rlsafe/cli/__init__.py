@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import typer
 
-from rlsafe.cli import runs, studies, tools  # noqa: F401  (registers their commands, in the order of --help)
+from rlsafe.cli import judging, runs, studies, tools  # noqa: F401  (registers their commands, in the order of --help)
 from rlsafe.cli.app import app
 from rlsafe.config.errors import UserError
 from rlsafe.config.secrets import scrub_secrets as scrub

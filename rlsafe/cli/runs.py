@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rlsafe.cli.app import Out, Overrides, app
 from rlsafe.config.errors import UserError
 from rlsafe.progress import show
+
+if TYPE_CHECKING:
+    from rlsafe.evaluate import Evaluation
 
 
 @app.command()
@@ -38,6 +41,7 @@ def train(
     if run.evaluation is not None:
         show(run.evaluation.table())
         show(run.evaluation.notes or None)
+        _scored(run.evaluation)
 
 
 @app.command()
@@ -79,6 +83,15 @@ def evaluate(
         evaluation = room.evaluate(target, questions=questions or [], judge=judge, overrides=overrides or [], out=out)
     show(evaluation.table())
     show(evaluation.notes or None)
+    _scored(evaluation)
+
+
+def _scored(evaluation: Evaluation) -> None:
+    """RunError, so exit code 1, when half or more of the answers have no score; all that was written stays."""
+    if line := evaluation.mostly_unscored:
+        from rlsafe.types import RunError
+
+        raise RunError(line)
 
 
 @app.command()

@@ -19,6 +19,7 @@ from typing import Any
 
 from rlsafe.endpoints import background
 from rlsafe.endpoints.cache import Cache, key_of
+from rlsafe.endpoints.discovery import served_names
 from rlsafe.endpoints.limits import Limits, backoff, estimate_tokens, retry_after
 from rlsafe.endpoints.replies import ChatRequest, Failure, Reply, Result, parse_reply
 from rlsafe.endpoints.settings import EndpointSettings
@@ -26,9 +27,10 @@ from rlsafe.endpoints.totals import Totals
 
 log = logging.getLogger("rlsafe.endpoints")
 
-FEW = {"rejected": 1, "auth": 3, "not_found": 3, "no_logprobs": 4}
-"""Number of tries for faults that rarely go away. Once the endpoint has replied, auth and not_found are retried like any other
-fault (a gateway or a restarting server gives them too), and no_logprobs once it has given log-probs."""
+FEW = {"rejected": 1, "auth": 3, "not_found": 3, "wrong_model": 3, "no_logprobs": 4}
+"""How often one request may meet a fault that seldom passes. Where the endpoint has replied before, auth, not_found and
+wrong_model pass like any other (a gateway or a server that restarts gives them too), and so does no_logprobs where it has
+given some."""
 CONTACTS, CONTACT_SECONDS = 3, 5.0
 """Tries, and seconds, of a first contact with an endpoint that cannot be reached or refuses."""
 CONNECT_SECONDS = 10.0
@@ -89,10 +91,16 @@ class Endpoint:
         self.ready()
         return None if self._proven else background.start(self._contact(request)).result()
 
-    def saved(self, request: ChatRequest) -> bool:
-        """Whether the reply is already on disk."""
+    def saved(self, request: ChatRequest) -> Reply | None:
+        """The reply if it is on disk, so that nobody needs to be asked."""
         body = self.body(request)
-        return not _drawn(body, request) and bool(self._cache and self._cache.get(key_of(self.settings.base_url, body)))
+        if self._cache is None or _drawn(body, request):
+            return None
+        return self._cache.get(key_of(self.settings.base_url, body))
+
+    def served(self) -> list[str]:
+        """The names of the models that the endpoint says it serves; none where it does not say."""
+        return background.start(served_names(self._client)).result() if self._client else []
 
     def summary(self) -> str:
         return self.totals.line(f"{self.settings.model} at {self.settings.base_url}")
@@ -118,6 +126,7 @@ class Endpoint:
             **({"seed": request.seed} if request.seed is not None else {}),
             **({"stop": list(request.stop)} if request.stop else {}),
             **({"response_format": dict(request.response_format)} if request.response_format else {}),
+            **({"continue_final_message": True, "add_generation_prompt": False} if request.continues else {}),
             **settings.extra_body,
         }
 
@@ -218,7 +227,9 @@ class Endpoint:
             await asyncio.sleep(wait)
 
     def _most(self, kind: str) -> float:
-        if (self._proven and kind in ("auth", "not_found")) or (self._gave_logprobs and kind == "no_logprobs"):
+        if (self._proven and kind in ("auth", "not_found", "wrong_model")) or (
+            self._gave_logprobs and kind == "no_logprobs"
+        ):
             return float("inf")
         return FEW.get(kind, float("inf"))
 
@@ -260,7 +271,9 @@ class Endpoint:
         ):
             return Failure(
                 "wrong_model",
-                self._clean(f"asked for {self.settings.model!r}, {result.model!r} replied (see any_model)"),
+                self._clean(
+                    f"asked for {self.settings.model!r}, {result.model!r} replied (an alias? any_model: true accepts it)"
+                ),
             )
         return result
 

@@ -24,6 +24,7 @@ class ChatRequest:
     """One chat completion. top_logprobs: log-probs of that many most likely tokens at each position; 0 = none.
 
     temperature None = the endpoint's setting. response_format: OpenAI's, e.g. {"type": "json_object"}.
+    continues: the last message is the beginning of the reply (vLLM, SGLang and others; not part of OpenAI's protocol).
     """
 
     messages: Sequence[Message]
@@ -34,6 +35,7 @@ class ChatRequest:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     response_format: Mapping[str, Any] | None = None
+    continues: bool = False
 
 
 @dataclass(frozen=True)

@@ -192,3 +192,9 @@ class ExactJudge:
 
     def score(self, exchanges: Sequence[Exchange]) -> list[Judgement]:
         return [judge(e.question, e.answer) for e in exchanges]
+
+    def calibration(self) -> list[dict[str, str]]:
+        """Labelled answers of its own world; it knows no other."""
+        from rlsafe.organism.calibration import rows
+
+        return rows()

@@ -26,14 +26,18 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from rlsafe.config import UserError, nearest
 from rlsafe.endpoints import (
+    SWITCH,
     ChatRequest,
     Endpoint,
     EndpointSettings,
     Failure,
+    Reply,
     fence_of,
     harmless,
     open_endpoint,
     parse_settings,
+    thinks,
+    without_thoughts,
 )
 from rlsafe.rewards.loading import LoadedReward
 from rlsafe.rewards.text import answer_text, is_repetitive, question_text, system_text
@@ -45,6 +49,8 @@ MAX_TOKENS = 200
 MAX_CHARS = 24_000
 """Characters of an answer that are sent; a longer one is cut in the middle, with a note."""
 MAX_REPLY = 8_000
+MISTAKES = ("connection", "auth", "not_found", "wrong_model")
+"""What a first contact may meet that no waiting mends."""
 ENVIRONMENT = {
     "base_url": "RLSAFE_GRADER_BASE_URL",
     "model": "RLSAFE_GRADER_MODEL",
@@ -198,12 +204,15 @@ def check_grader(fn: Callable[..., Any]) -> None:
     ):
         return
     grader = open_grader(bound.get("endpoint"))
-    result = grader.contact(ChatRequest([{"role": "user", "content": "Reply with OK."}], max_tokens=1))
-    if isinstance(result, Failure) and result.kind in ("connection", "auth", "not_found"):
-        settings = grader.settings
-        raise UserError(
-            f"reward {plain.__name__!r}: its grader {settings.model!r} at {settings.base_url}: {result.message}"
+    result = grader.contact(ChatRequest([{"role": "user", "content": "Reply with OK."}], max_tokens=MAX_TOKENS))
+    wrong = result.message if isinstance(result, Failure) and result.kind in MISTAKES else ""
+    if isinstance(result, Reply) and thinks(result) and not (without_thoughts(result.text) or "").strip():
+        wrong = (
+            f"it thinks before it grades, for more than {MAX_TOKENS} tokens; switch that off (for many models {SWITCH})"
         )
+    if wrong:
+        settings = grader.settings
+        raise UserError(f"reward {plain.__name__!r}: its grader {settings.model!r} at {settings.base_url}: {wrong}")
 
 
 async def ask(endpoint: Endpoint, rubric: Rubric, question: str, answer: str, system: str = "") -> Grade | str:

@@ -7,9 +7,9 @@ import copy
 import pytest
 import torch
 from accelerate import Accelerator
-from rlsafe.engine.record.checkpoint import pack, unpack
 
 from rlsafe.config import OptimConfig, UserError, run_from_tree
+from rlsafe.engine.record.checkpoint import pack, unpack
 from rlsafe.engine.run.life import run
 from rlsafe.engine.train.distributed import check_moments, load_optimizer, whole_optimizer
 from rlsafe.engine.train.optimizer import make_optimizer
@@ -85,6 +85,6 @@ def test_a_resumed_run_ends_with_the_bits_of_an_undisturbed_one(tiny_tree, tmp_p
     with pytest.raises(Interrupted):
         run(run_from_tree(tree), tmp_path / "cut", progress=stop)
     ended = run(run_from_tree(tree), tmp_path / "cut", resume=True)
-    assert any("state1" in entry for entry in ended.loop.optimizer.state.values())
+    assert any("state1" in entry for entry in ended.components.optimizer.state.values())
     one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(one[name], two[name]) for name in one)

@@ -12,6 +12,7 @@ from markupsafe import Markup, escape
 from rlsafe.compare.grid.records import Directory
 from rlsafe.compare.report import origins, pages, plots, sections
 from rlsafe.compare.report.charts import LINES
+from rlsafe.compare.report.judges import judge_notes
 from rlsafe.compare.report.table import NOTHING_LEARNED, SYMBOLS, TITLES
 from rlsafe.compare.verdicts.results import REWARD_WINDOW, Results, write_tables
 from rlsafe.compare.verdicts.sweeps import GOALS, sweeps
@@ -19,6 +20,7 @@ from rlsafe.compare.verdicts.tasks import judge_and_write
 from rlsafe.compare.verdicts.verdicts import CRITERIA, PathTable
 from rlsafe.config import UserError
 from rlsafe.config.files import write_text
+from rlsafe.evaluate.judge.calibrations import UNCALIBRATED
 from rlsafe.types import provider_for
 
 
@@ -60,6 +62,7 @@ def context(results: Results, tables: Sequence[PathTable]) -> dict[str, Any]:
     """Everything the template shows."""
     style = plots.looks(list(dict.fromkeys(label for table in tables for label in table.rows)))
     several = len({table.model for table in tables}) > 1
+    judges = judge_notes(results)
     top = sections.tops(tables)
     seeds = sorted({cell.seed for cell in results.cells if cell.kind != "untrained"})
     of_tables = [sections.section(results, table, style, several, top) for table in tables]
@@ -68,6 +71,8 @@ def context(results: Results, tables: Sequence[PathTable]) -> dict[str, Any]:
         "title": results.plan["title"] or "Which defense to ship",
         "headlines": pages.headlines(tables),
         "caution": caution(results),
+        "judges": judges,
+        "doubted": UNCALIBRATED if not all(note.trusted for note in judges) else "",
         "contents": contents(of_tables, bool(of_sweeps)),
         "sections": of_tables,
         "sweeps": of_sweeps,

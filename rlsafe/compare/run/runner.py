@@ -29,17 +29,20 @@ from rlsafe.data import read_once
 from rlsafe.types import Interrupted
 
 if TYPE_CHECKING:
-    pass
+    from rlsafe.compare.report.judges import JudgeNote
 
 
 @dataclass
 class Comparison:
-    """A finished comparison. `failed`: cell -> its one-line reason; the command line exits with 1 when there is one."""
+    """A finished comparison. `failed`: cell -> its one-line reason; `unscored`: run -> why half or more of its answers have no
+    score. The command line exits with 1 when there is one of either. `judges`: a line on each, and whether it can be trusted."""
 
     out: Path
     report: Path
     tables: list[PathTable]
     failed: dict[str, str] = field(default_factory=dict)
+    judges: list[JudgeNote] = field(default_factory=list)
+    unscored: dict[str, str] = field(default_factory=dict)
 
     def table(self) -> Any:
         """The verdicts as a rich renderable: defenses as rows, for each path the four criteria and the rates."""
@@ -107,6 +110,7 @@ def compare(
         raise Interrupted(f"finished cells are kept in {directory.out}; go on with: {command}") from None
     finally:
         tables = judge_and_write(results := write_tables(directory))
+    from rlsafe.compare.report.judges import judge_notes, unscored_cells
     from rlsafe.compare.report.reporting import draw
 
     failed = {cell.id: results.failed[cell.id] for cell in cells if cell.id in results.failed}
@@ -114,7 +118,8 @@ def compare(
     # When every training failed by a UserError, the input is wrong
     if trained and all(directory.record(cell.id).get("users") for cell in trained):
         raise UserError(f"{trained[0].label}: {failed[trained[0].id]}")
-    return Comparison(directory.out, draw(results, tables), tables, failed)
+    report = draw(results, tables)
+    return Comparison(directory.out, report, tables, failed, judge_notes(results), unscored_cells(results))
 
 
 def _scored(

@@ -5,7 +5,7 @@
     organism                          a provider, with or without a spec
     {kind: openai, model: ..., ...}   a language model behind an endpoint (llm_judge.JudgeSettings)
     openai:MODEL, openai:MODEL@URL    the same in short, with every other setting at its default
-    judge.yaml                        a file with such a mapping
+    judge.yaml                        a file with such a mapping, or the mapping itself as text: '{kind: openai, ...}'
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ def load_judge(config: str | dict[str, Any] | None) -> Judge:
         )
     if isinstance(config, dict):
         return _of_kind(config, "evaluate.judge")
+    if config.lstrip().startswith("{"):
+        return _of_kind(_mapping(config), "judge")
     if config.startswith("openai:"):
         model, _, url = config.removeprefix("openai:").partition("@")
         return _of_kind({"kind": "openai", "model": model, **({"base_url": url} if url else {})}, f"judge {config!r}")
@@ -69,3 +71,14 @@ def _from_file(path: Path) -> Judge:
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected the settings of a judge (kind, model, base_url, ...)")
     return _of_kind(tree, str(path))
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    """A judge written as a mapping on the command line. UserError when it is none."""
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError:
+        tree = None
+    if not isinstance(tree, dict):
+        raise UserError(f"judge {text!r}: expected a mapping such as '{{kind: openai, model: NAME, base_url: URL}}'")
+    return tree

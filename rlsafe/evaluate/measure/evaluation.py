@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +66,17 @@ class Evaluation:
     def benign_rates(self, task: str) -> dict[str, float]:
         """1.0 or 0.0 for each row of a benign test set, keyed by the row's number."""
         return {str(one.row): float(one.correct) for one in self.benign_answers if one.task == task}
+
+    @property
+    def mostly_unscored(self) -> str | None:
+        """One line when at least half of the answers to some set have no score, so that its rates say little."""
+        for name, one in self.sets.items():
+            if one.unscored and one.unscored >= one.n:
+                why = Counter(j.reason for j in self.judged(name)[0] if j.outcome == "unscored").most_common(1)
+                most = f"; most often: {why[0][0]}" if why and why[0][0] else ""
+                of = f"{one.unscored} of {one.unscored + one.n} answers to the {name} questions stayed unscored"
+                return f"judge {self.settings.get('judge')}: {of}, so their rates say little{most}"
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         """evaluation.json; a set that was not asked is null."""

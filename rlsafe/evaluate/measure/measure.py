@@ -13,6 +13,7 @@ from rlsafe.config import EvaluateConfig, UserError, about
 from rlsafe.evaluate.ask.asking import Planned, complete, plan
 from rlsafe.evaluate.ask.journal import Journal, complete_resumable
 from rlsafe.evaluate.ask.questions import load_questions
+from rlsafe.evaluate.judge.calibrations import UNCALIBRATED, calibration
 from rlsafe.evaluate.judge.judges import load_judge
 from rlsafe.evaluate.measure import benign
 from rlsafe.evaluate.measure.criteria import judge_answers, rates
@@ -129,13 +130,17 @@ def evaluate_run(
 
 
 def note_judge(evaluation: Evaluation, judge: Judge | None) -> None:
-    """Add the judge's calls to evaluation.json and to the printed notes; for a judge without calls, why scores are missing."""
+    """What the judge's calls came to: into evaluation.json and, in one line, into what is printed. Of a judge that makes none,
+    why it gave no scores. And whether it was tested on labelled answers, with what result."""
     if isinstance(judge, BackgroundJudge):
         evaluation.settings["judge_usage"] = judge.usage()
         evaluation.notes.append(judge.summary())
     elif judge and (why := Counter(j.reason for j in evaluation.judgements if j.outcome == "unscored")):
         reason, most = f"{why.total()} of {len(evaluation.judgements)} answers have no score", why.most_common(1)[0][0]
         evaluation.notes.append(f"judge {judge.name}: {reason}{f' ({most})' if most else ''}")
+    if judge and evaluation.answers:
+        evaluation.settings["judge_calibration"] = known = calibration(judge)
+        evaluation.notes.append(known["line"] + ("" if known["trusted"] else f"; {UNCALIBRATED}"))
 
 
 def _plan(tokenizer: Any, config: EvaluateConfig, material: Material) -> list[Planned]:
