@@ -39,7 +39,8 @@ def train(
         return
     show(run.summary())
     if run.evaluation is not None:
-        show(run.evaluation.table())
+        for table in run.evaluation.tables():
+            show(table)
         show(run.evaluation.notes or None)
         _scored(run.evaluation)
 
@@ -81,7 +82,8 @@ def evaluate(
         evaluation = room.rejudge(target, judge, overrides or [], out)
     else:
         evaluation = room.evaluate(target, questions=questions or [], judge=judge, overrides=overrides or [], out=out)
-    show(evaluation.table())
+    for table in evaluation.tables():
+        show(table)
     show(evaluation.notes or None)
     _scored(evaluation)
 

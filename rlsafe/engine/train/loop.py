@@ -75,7 +75,8 @@ def _probe(run: Components, state: RunState, step: Step) -> tuple[Late, dict[str
     probe = run.probe
     assert probe is not None
     config = with_budget(run.config, state.micro_tokens)
-    started, metrics = start_probe(probe, run.policy, run.sampler.current(), config, step.index, run.direction)
+    sampler = run.sampler.current() if probe.asks else None
+    started, metrics = start_probe(probe, run.policy, sampler, config, step.index, run.direction)
 
     def finish() -> dict[str, Any]:
         judged, dialogues = probe.finish(started)

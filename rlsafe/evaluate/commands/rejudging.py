@@ -34,6 +34,7 @@ def rejudge(
     if isinstance(chosen, BackgroundJudge):
         chosen.check(first=True, asked=as_exchanges(answers))
     after = Evaluation(benign=before.benign, benign_answers=before.benign_answers, answers=answers, notes=notes)
+    after.pairs, after.fluency = before.pairs, before.fluency  # of the model and its answers, whoever judges
     after.judgements = judge_answers(answers, chosen)
     first = before.settings.get("judge")
     after.settings = {**before.settings, "judge": chosen.name, "rejudged_from": first}

@@ -5,19 +5,22 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rlsafe.config import EvaluateConfig, UserError, about
-from rlsafe.evaluate.ask.asking import Planned, complete, plan
+from rlsafe.evaluate.ask.asking import Answer, Planned, complete, plan
 from rlsafe.evaluate.ask.journal import Journal, complete_resumable
+from rlsafe.evaluate.ask.pairs import Pair
 from rlsafe.evaluate.ask.questions import load_questions
 from rlsafe.evaluate.judge.calibrations import UNCALIBRATED, calibration
 from rlsafe.evaluate.judge.judges import load_judge
 from rlsafe.evaluate.measure import benign
 from rlsafe.evaluate.measure.criteria import judge_answers, rates
 from rlsafe.evaluate.measure.evaluation import Evaluation
+from rlsafe.evaluate.measure.fluency import fluency
+from rlsafe.evaluate.measure.likelihood import PairProbe, Reader, load_pair_sets
 from rlsafe.types import BackgroundJudge, Judge, Question, Row, RunError, Sampler, provider_for
 
 BENIGN_TEMPERATURE = 1.0
@@ -33,6 +36,7 @@ class Material:
     """Everything that an evaluation needs besides the model: every name in the settings resolved, every file read.
 
     sources: set name -> where its questions are from. tasks: benign task -> rows. cue: text of the conditional probe.
+    pairs: set name -> pairs of the likelihood probe.
     """
 
     questions: dict[str, list[Question]]
@@ -40,6 +44,12 @@ class Material:
     tasks: dict[str, list[Row]]
     judge: Judge | None
     cue: str | None
+    pairs: dict[str, list[Pair]] = field(default_factory=dict)
+
+    @property
+    def asks(self) -> bool:
+        """Whether anything is to be sampled."""
+        return bool(self.questions or self.tasks)
 
 
 def gather(config: EvaluateConfig, judge: Judge | None = None, extra: Mapping[str, str] | None = None) -> Material:
@@ -50,8 +60,10 @@ def gather(config: EvaluateConfig, judge: Judge | None = None, extra: Mapping[st
     """
     named = {"general": config.general, "indomain": config.indomain, **(extra or {})}
     sources = {name: source for name, source in named.items() if source}
-    if not sources and not config.benign:
-        raise UserError("nothing to evaluate: set evaluate.general or evaluate.benign, or give --questions")
+    if not sources and not config.benign and not config.likelihood.sources:
+        raise UserError(
+            "nothing to evaluate: set evaluate.general, evaluate.benign or evaluate.likelihood.general, or give --questions"
+        )
     questions = {}
     for name, source in sources.items():
         with about("--questions" if extra and name in extra else f"evaluate.{name}"):
@@ -67,7 +79,7 @@ def gather(config: EvaluateConfig, judge: Judge | None = None, extra: Mapping[st
             tasks[name] = benign.load_task(source, config.benign_limit, config.seed)
     with about("evaluate.cue"):
         cue = cue_text(config.cue) if config.cue else None
-    return Material(questions, sources, tasks, judge, cue)
+    return Material(questions, sources, tasks, judge, cue, load_pair_sets(config))
 
 
 def cue_text(cue: str) -> str:
@@ -77,7 +89,7 @@ def cue_text(cue: str) -> str:
 
 
 def evaluate_run(
-    sampler: Sampler,
+    sampler: Sampler | None,
     tokenizer: Any,
     config: EvaluateConfig,
     out: Path | str | None = None,
@@ -85,13 +97,16 @@ def evaluate_run(
     progress: Progress | None = None,
     material: Material | None = None,
     weights: str | None = None,
+    reader: Reader | None = None,
 ) -> Evaluation:
     """Ask the model that `sampler` was last synced to everything that `config` names; judge, score, write to `out` if
     given.
 
     The conditional probe asks the general questions under `config.cue`. progress: called with one line at each stage.
     material: what `gather` gave, when it was called before. weights: `journal.identity` of the model; with it (and
-    `out`) an interrupted evaluation goes on by question. Raises UserError when nothing is to be measured.
+    `out`) an interrupted evaluation goes on by question. reader: reads likelihoods off the evaluated and the untrained model;
+    without one there is neither a likelihood probe nor fluency. sampler: None when nothing is to be sampled. Raises UserError
+    when nothing is to be measured.
     """
     begun = time.monotonic()
     say = progress or (lambda line: None)
@@ -99,9 +114,13 @@ def evaluate_run(
     if isinstance(material.judge, BackgroundJudge):
         material.judge.check()
     planned = _plan(tokenizer, config, material)
-    say(f"sampling {len(planned)} answers")
     journal: Journal | None = None
-    if out is not None and weights is not None:
+    answers: list[Answer] = []
+    if planned:
+        say(f"sampling {len(planned)} answers")
+    if not planned or sampler is None:
+        pass
+    elif out is not None and weights is not None:
         directory = Path(out)
         answers, journal = complete_resumable(sampler, tokenizer, planned, config.max_tokens, directory, weights, say)
     else:
@@ -117,6 +136,14 @@ def evaluate_run(
         evaluation.judgements = judge_answers(evaluation.answers, material.judge)
     for name in dict.fromkeys(answer.set for answer in evaluation.answers):
         evaluation.sets[name] = rates(*evaluation.judged(name))
+    if reader is not None:
+        if material.pairs:
+            say(f"reading {sum(map(len, material.pairs.values()))} pairs")
+            evaluation.pairs = PairProbe(material.pairs, reader).scores()
+        if config.fluency and evaluation.answers:
+            evaluation.fluency = fluency(evaluation.answers, reader)
+    elif material.pairs:
+        evaluation.notes.append("likelihoods were not read: one process alone cannot; rlsafe evaluate RUN reads them")
     evaluation.seconds = time.monotonic() - begun
     note_judge(evaluation, material.judge)
     if out is not None:
@@ -157,14 +184,15 @@ def _plan(tokenizer: Any, config: EvaluateConfig, material: Material) -> list[Pl
     return planned
 
 
-def _settings(sampler: Sampler, config: EvaluateConfig, material: Material) -> dict[str, Any]:
-    """The settings that the numbers depend on, for evaluation.json."""
+def _settings(sampler: Sampler | None, config: EvaluateConfig, material: Material) -> dict[str, Any]:
+    """What the numbers were measured with, for evaluation.json."""
     return {
         "questions": material.sources,
         "benign": config.benign,
+        "pairs": config.likelihood.sources,
         "cue": material.cue,
         "judge": material.judge.name if material.judge else None,
-        "sampler": sampler.name,
+        "sampler": sampler.name if sampler else None,
         "samples": config.samples,
         "temperature": config.temperature,
         "max_tokens": config.max_tokens,
