@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsafe.config import RunConfig, UserError, apply_override, check_out, load_run, nearest, run_from_tree
+from rlsafe.config.gguf import gguf_file, is_gguf
 from rlsafe.evaluate.ask.journal import identity
 from rlsafe.evaluate.commands.rejudging import expected
 from rlsafe.evaluate.measure.evaluation import OTHER_KEYS, Evaluation
@@ -82,8 +83,11 @@ def named_sets(questions: Sequence[str | Path]) -> dict[str, str]:
 def run_directory(target: str | Path) -> Path | None:
     """The target as a run directory; None when it is a model. UserError when it is a directory of neither kind."""
     path = Path(target)
+    if is_gguf(str(target)):
+        gguf_file(str(target))
+        return None
     if path.is_file():
-        raise UserError(f"{path}: is a file; expected a run directory, a model directory or a hub id")
+        raise UserError(f"{path}: is a file; expected a run directory, a model directory, a GGUF file or a hub id")
     if not path.is_dir():
         parent = path.parent
         if path.is_absolute() or str(target).startswith((".", "~")) or (parent != Path(".") and parent.is_dir()):
@@ -123,8 +127,9 @@ def _with_provider_defaults(config: RunConfig) -> RunConfig:
 
 def load_policy(config: RunConfig, run: Path | None) -> tuple[Policy, str]:
     """The model that `config` names, or the one that `run` trained, and the directory or hub id of its weights."""
-    found = provider_for(config.model.name)
-    model, path = config.model, found[0].model(found[1]) if found else config.model.name
+    from rlsafe.policy.source import model_source
+
+    model, path = config.model, model_source(config.model)
     if run is not None:
         saved = run / ("model" if model.lora is None else "adapter")
         if not saved.is_dir():

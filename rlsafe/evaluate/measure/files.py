@@ -4,18 +4,16 @@ renamed.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlsafe.config import UserError
+from rlsafe.config.files import write_atomically as write_atomically
 from rlsafe.evaluate.ask.asking import Answer
 from rlsafe.evaluate.measure.benign import BenignAnswer
 from rlsafe.types import Judgement
@@ -39,26 +37,6 @@ ANSWER_COLUMNS = (
 LATER_COLUMNS = ("think",)
 """Columns that files written before they existed may lack."""
 BENIGN_COLUMNS = ("task", "row", "question", "answer", "expected", "correct")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write UTF-8 text under a temporary name in the same directory, then rename: the file is whole or absent.
-
-    Raises UserError when the directory cannot be written.
-    """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with open(handle, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
