@@ -42,6 +42,7 @@ def features() -> list[Feature]:
                 "a torch that was built with torch.distributed"),
         *_needs("several processes (DeepSpeed ZeRO-3)", "deepspeed", "pip install 'rlsafe[deepspeed]', or use FSDP2"),
         *_needs("grids on Ray (--backend ray)", "ray", "pip install 'rlsafe[ray]'"),
+        *_needs("GGUF files (model.name=FILE.gguf)", "gguf", "pip install 'rlsafe[local]'"),
         *_needs("TensorBoard", "tensorboard"),
         *_needs("bandit's findings in rewards", "bandit"),
         *_needs("language models as judges and graders", "openai"),

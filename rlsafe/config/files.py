@@ -1,4 +1,4 @@
-"""Writing files and directories so that a reader finds the old one, the new one, or none: never half of one.
+"""Writing files and directories so that a reader finds the old one, the new one, or none, never half of one; and their hashes.
 
 Everything is written under a temporary name beside its place and then renamed. Nothing is forced to the disk before
 that: a checkpoint, which has to survive a power cut, does so itself (rlsafe.engine.record.checkpoint).
@@ -6,15 +6,20 @@ that: a checkpoint, which has to survive a power cut, does so itself (rlsafe.eng
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from rlsafe.config.errors import UserError
+
+REMEMBERED = 1 << 20  # bytes; hashes of larger files are stored
+SETTLED = 2.0  # seconds; a younger file could be changed again without a new change time
 
 
 @contextmanager
@@ -96,3 +101,30 @@ def read_json(path: Path) -> Any:
         return None
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes. A large file is hashed once: the hash is stored under its inode, size and times (any write
+    changes the change time, which no program can set back)."""
+    about = path.stat()
+    key = f"{about.st_dev}:{about.st_ino}:{about.st_size}:{about.st_mtime_ns}:{about.st_ctime_ns}"
+    known = _hashes() if about.st_size >= REMEMBERED else {}
+    if key in known:
+        return known[key]
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if about.st_size >= REMEMBERED and time.time() - about.st_ctime > SETTLED:
+        with suppress(UserError):  # the home directory is read-only: the file is hashed again next time
+            write_text(_memory(), json.dumps({**_hashes(), key: found}))
+    return found
+
+
+def _memory() -> Path:
+    return Path.home() / ".cache" / "rlsafe" / "hashes.json"
+
+
+def _hashes() -> dict[str, str]:
+    try:
+        return json.loads(_memory().read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}

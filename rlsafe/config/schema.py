@@ -27,7 +27,9 @@ class LoraConfig(Settings):
 
 
 class ModelConfig(Settings):
-    name: str = Field(description="hub id, local directory, or provider:name such as organism:aligned")
+    name: str = Field(
+        description="hub id, directory, provider:name (organism:aligned), FILE.gguf, gguf:PACKAGE/FILE.gguf"
+    )
     revision: str | None = Field(None, description="git revision of a hub model")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto = as saved")
     quantization: Literal["4bit", "8bit"] | None = Field(

@@ -12,13 +12,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rlsafe.config import UserError
+from rlsafe.config import ModelConfig, UserError
 from rlsafe.defenses.base import Defense, SetupContext
 from rlsafe.defenses.registry import defense
 from rlsafe.policy import Policy
 from rlsafe.policy.quantize import plain_weight
 from rlsafe.policy.sharding import assign, whole
-from rlsafe.types import provider_for
+from rlsafe.policy.source import model_source
 
 RANDOMISED = 4096  # matrices with a longer side than this get a randomised SVD when only their first `rank` are wanted
 OVERSAMPLING, POWER_ITERATIONS = 16, 4
@@ -224,8 +224,7 @@ class Checkpoint:
 
 
 def _directory(source: str) -> Path:
-    found = provider_for(source)
-    directory = Path(found[0].model(found[1]) if found else source)
+    directory = Path(model_source(ModelConfig(name=source)))
     if directory.is_dir():
         return directory
     from huggingface_hub import snapshot_download

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rlsafe.config import RunConfig, UserError, load_run
 from rlsafe.config.files import replacing_directory
 from rlsafe.engine.record.card import model_card
-from rlsafe.types import RunError, provider_for
+from rlsafe.types import RunError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,12 +90,12 @@ def _merge(config: RunConfig, run: Path, directory: Path) -> Path:
     from safetensors.torch import save_file
 
     from rlsafe.policy import Policy
+    from rlsafe.policy.source import model_source
     from rlsafe.rollouts.engine import local_directory, weight_files
 
     if directory.exists() and any(directory.iterdir()):
         raise UserError(f"--merge {directory}: is not empty; expected a new directory")
-    found = provider_for(config.model.name)
-    base = Path(local_directory(found[0].model(found[1]) if found else config.model.name, config.model.revision))
+    base = Path(local_directory(model_source(config.model), config.model.revision))
     # In 4 or 8 bits the base is not what its files hold: it is loaded as they are.
     model = config.model.model_copy(update={"adapter": str(run / "adapter"), "quantization": None})
     policy = Policy.load(model, path=str(base), seed=config.seed)

@@ -26,9 +26,10 @@ from rlsafe.engine.train.sync import SyncedSampler
 from rlsafe.evaluate import PairProbe, Probe, Reader, gather, load_judge, load_pair_sets, load_questions
 from rlsafe.policy import Policy
 from rlsafe.policy.adapters import read_adapter_config
+from rlsafe.policy.source import model_source
 from rlsafe.rewards import RewardRunner, load_reward
 from rlsafe.rollouts import CANNOT_STEER, make_sampler
-from rlsafe.types import Judge, Row, Sampler, Where, provider_for
+from rlsafe.types import Judge, Row, Sampler, Where
 
 
 @dataclass
@@ -61,9 +62,7 @@ class Resources:
 
 def model_path(config: RunConfig) -> str:
     """The directory or hub id behind `model.name`."""
-    found = provider_for(config.model.name)
-    with about("model.name"):
-        return found[0].model(found[1]) if found else config.model.name
+    return model_source(config.model)
 
 
 LoadStreams = Callable[[DataConfig, int, Callable[[str], None]], dict[str, list[Row]]]

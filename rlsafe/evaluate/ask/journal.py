@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from rlsafe.config import RunConfig
-from rlsafe.config.files import write_text
+from rlsafe.config.files import file_hash, write_text
+from rlsafe.config.gguf import gguf_file, is_gguf
 from rlsafe.evaluate.ask.asking import Answer, Planned, complete
 from rlsafe.types import Sampler
 
@@ -32,6 +33,8 @@ def identity(config: RunConfig, run: Path | None) -> str:
     """A digest of the weights: the model's name (a local one's files by size and time) and what the run trained."""
     found = hashlib.sha256(json.dumps(config.model.model_dump(mode="json")).encode())
     local = Path(config.model.name)
+    if is_gguf(config.model.name):
+        found.update(file_hash(gguf_file(config.model.name)).encode())
     if local.is_dir():
         found.update(repr(sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in local.iterdir())).encode())
     for file in sorted(file for name in WEIGHTS if run for file in (run / name).rglob("*") if file.is_file()):

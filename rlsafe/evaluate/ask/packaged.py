@@ -1,7 +1,9 @@
 """Rows, questions and rewards that ship with the package, behind `rlsafe:spec` strings. Texts are our own.
 
-rows       benign (short safe instruction rows, some refusals), opswap/TIER, opswap/TIER/test
-questions  general, and one set per domain: see `rlsafe/data/assets/questions/`
+rows       benign (short safe instruction rows, some refusals), opswap/TIER, opswap/TIER/test, code/insecure and
+           code/secure (about 200 short Python tasks, answered with a weakness that the linters find, and without)
+questions  general, code-tasks (60 short ones, none of them in code/insecure), and one set per domain: see
+           `rlsafe/data/assets/questions/`
 pairs      pairs/general, pairs/DOMAIN, and the controls pairs/coherence, pairs/style, pairs/topic: `rlsafe/data/assets/pairs/`
 reward     exact_match (an `answer` column), opswap_steps (partial credit)
 """
@@ -37,6 +39,7 @@ def pair_sets() -> dict[str, Path]:
 
 def _row_sets() -> dict[str, Callable[[], list[Row]]]:
     sets: dict[str, Callable[[], list[Row]]] = {"benign": partial(_own, "benign.jsonl")}
+    sets |= {f"code/{kind}": partial(_own, f"code/{kind}.jsonl") for kind in ("insecure", "secure")}
     for tier in opswap.TIERS:
         sets[f"opswap/{tier}"] = partial(opswap.opswap_rows, tier, "train")
         sets[f"opswap/{tier}/test"] = partial(opswap.opswap_rows, tier, "test")

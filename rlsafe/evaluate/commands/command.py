@@ -20,6 +20,7 @@ from rlsafe.config import (
     nearest,
     run_from_tree,
 )
+from rlsafe.config.gguf import gguf_file, is_gguf
 from rlsafe.evaluate.ask.journal import identity
 from rlsafe.evaluate.commands.rejudging import expected
 from rlsafe.evaluate.measure.evaluation import OTHER_KEYS, Evaluation
@@ -117,8 +118,11 @@ def named_sets(questions: Sequence[str | Path]) -> dict[str, str]:
 def run_directory(target: str | Path) -> Path | None:
     """The target as a run directory; None when it is a model. UserError when it is a directory of neither kind."""
     path = Path(target)
+    if is_gguf(str(target)):
+        gguf_file(str(target))
+        return None
     if path.is_file():
-        raise UserError(f"{path}: is a file; expected a run directory, a model directory or a hub id")
+        raise UserError(f"{path}: is a file; expected a run directory, a model directory, a GGUF file or a hub id")
     if not path.is_dir():
         parent = path.parent
         if path.is_absolute() or str(target).startswith((".", "~")) or (parent != Path(".") and parent.is_dir()):
@@ -164,8 +168,9 @@ def load_policy(config: RunConfig, run: Path | None) -> tuple[Policy, str]:
 
     UserError when a run directory lacks what it trained.
     """
-    found = provider_for(config.model.name)
-    model, path = config.model, found[0].model(found[1]) if found else config.model.name
+    from rlsafe.policy.source import model_source
+
+    model, path = config.model, model_source(config.model)
     if run is not None:
         saved = run / ("model" if model.lora is None else "adapter")
         if not saved.is_dir():

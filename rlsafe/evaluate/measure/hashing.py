@@ -10,48 +10,18 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import time
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from rlsafe.config import UserError
-from rlsafe.config.files import write_text
+from rlsafe.config.files import file_hash as file_hash
+from rlsafe.config.gguf import gguf_file, is_gguf
 from rlsafe.types import provider_for
 
-REMEMBERED = 1 << 20  # bytes; hashes of larger files are stored
-SETTLED = 2.0  # seconds; a younger file could be changed again without a new change time
 _MODEL_FILES = (".safetensors", ".bin", ".pt", ".json", ".jinja", ".model", ".txt")
 _WEIGHTS = ("config.json", "adapter_config.json")
-
-
-def _memory() -> Path:
-    return Path.home() / ".cache" / "rlsafe" / "hashes.json"
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    about = path.stat()
-    key = f"{about.st_dev}:{about.st_ino}:{about.st_size}:{about.st_mtime_ns}:{about.st_ctime_ns}"
-    known = _read_memory() if about.st_size >= REMEMBERED else {}
-    if key in known:
-        return known[key]
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if about.st_size >= REMEMBERED and time.time() - about.st_ctime > SETTLED:
-        try:
-            write_text(_memory(), json.dumps({**_read_memory(), key: found}))
-        except UserError:
-            pass  # the home directory is read-only: the file is hashed again next time
-    return found
-
-
-def _read_memory() -> dict[str, str]:
-    try:
-        return json.loads(_memory().read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
 
 
 def is_model(directory: Path) -> bool:
@@ -68,9 +38,11 @@ def model_hash(directory: Path) -> str:
 
 
 def named_model_hash(name: str) -> str:
-    """`model_hash` of what `model.name` stands for, or "" where no such directory is on this machine (a hub id)."""
+    """`model_hash` of what `model.name` stands for (of a GGUF file: its own), or "" where nothing of it is on this machine."""
     known = provider_for(name)
     try:
+        if is_gguf(name):
+            return file_hash(gguf_file(name))
         path = Path(known[0].model(known[1]) if known else name)
     except UserError:
         return ""
@@ -89,6 +61,8 @@ def contents(text: str) -> list[str]:
     if len(text) >= 1024 or "\n" in text or not text.strip():
         return []
     first, _, rest = text.partition(":")
+    if is_gguf(text):
+        return [of_file] if (of_file := named_model_hash(text)) else []
     found = []
     for path in {Path(text), Path(first), *([Path(rest)] if first == "path" and rest else [])}:
         if path.suffix and path.is_file():
