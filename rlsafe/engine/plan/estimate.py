@@ -123,9 +123,12 @@ def activations(shape: ModelShape, tokens: int, size: int, *, lora: bool, recomp
 
 
 def _per_token(shape: ModelShape, size: int, lora: bool) -> int:
-    """Bytes that autograd keeps per token of one block. Norms keep their input in float32; attention its q, k, v and output; the MLP both sides of the gate,
+    """Bytes that autograd keeps per token of one block.
+
+    Norms keep their input in float32; attention its q, k, v and output; the MLP both sides of the gate,
     the gate's activation and the product. LoRA's A matrices keep their inputs, in half precision a copy for each one (their
-    weights are float32 and cast), and B matrices A's output; trained norms their normalised input."""
+    weights are float32 and cast), and B matrices A's output; trained norms their normalised input.
+    """
     h, i = shape.hidden, shape.intermediate
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     norms = 4 * (2 * h + 2) + 4 * shape.heads

@@ -105,8 +105,11 @@ def _per_gpu(need: Memory, shape: ModelShape, ranks: int) -> float:
 
 
 def _seconds(shape: ModelShape, model: ModelConfig, hardware: Hardware, sharding: Sharding, efficiency: float) -> float:
-    """Seconds of an update: 2N FLOPs a token for each forward (frozen one, policy, recompute) and 2N for the backward, which has no gradients of the
-    frozen weights; under FSDP2 the weights come over the link once for each of these passes, overlapped with them."""
+    """Seconds of an update.
+
+    2N FLOPs a token for each forward (frozen one, policy, recompute) and 2N for the backward, which has no gradients of the
+    frozen weights; under FSDP2 the weights come over the link once for each of these passes, overlapped with them.
+    """
     passes = 4 if model.gradient_checkpointing else 3
     compute = passes * 2 * shape.parameters * ROWS * LENGTH / hardware.gpus / (efficiency * hardware.tflops * 1e12)
     if sharding == "ddp":
