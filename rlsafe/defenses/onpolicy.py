@@ -106,9 +106,8 @@ class InterleavingOnPolicy(Interleaving):
         self.counts = counts
         context.log(f"defense {self.name!r}: {_shown(counts)}{' (answers from the cache)' if cached else ''}")
         if not kept:
-            file.unlink(
-                missing_ok=True
-            )  # every answer was rejected, perhaps by a broken judge: later runs should ask again
+            # Every answer was rejected, perhaps by a broken judge: later runs should ask again.
+            file.unlink(missing_ok=True)
             raise RunError(f"defense {self.name!r}: the reference gave no answer to keep: {_shown(counts)}")
         return kept
 

@@ -98,7 +98,7 @@ def load_model(config: ModelConfig, path: str, seed: int, device: torch.device, 
     in_host_memory: dtype and kernels are chosen for `device`, but the weights stay on the CPU (for sharding).
     UserError for whatever keeps it from loading.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     if config.adapter and config.lora is None:
         raise UserError(
@@ -120,22 +120,7 @@ def load_model(config: ModelConfig, path: str, seed: int, device: torch.device, 
     extra = quantization_settings(config.quantization, dtype) if config.quantization else {}
     if quantized:  # quantised weights are made on their device and stay there
         extra["device_map"] = {"": "cpu" if device.type == "cpu" else f"{device.type}:{device.index or 0}"}
-    attention = config.attention
-    if attention == "sdpa" and getattr(settings.get_text_config(), "attn_logit_softcapping", None):
-        # Transformers 5.17 ignores the cap there (Gemma 2), so trainer and sampler would compute different models
-        attention = "eager"
-        log.warning("model.attention: sdpa ignores this model's attention softcap; eager is used")
-    try:
-        with no_progress_bar():
-            model = AutoModelForCausalLM.from_pretrained(
-                path, revision=config.revision, trust_remote_code=config.trust_remote_code, dtype=dtype,
-                attn_implementation=attention, **extra,
-            )  # fmt: skip
-    except ImportError as error:
-        raise UserError(f"model.attention: {config.attention}: {first_line(error)}") from None
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        about = "model.attention" if "attn" in str(error) or "attention" in str(error).lower() else "model.name"
-        raise UserError(f"{about}: {config.name}: {first_line(error)}") from None
+    model = _read_model(config, path, dtype=dtype, attn_implementation=_attention(config, settings), **extra)
     if quantized:
         prepare_quantized(model, dtype)
     if config.adapter:
@@ -145,6 +130,31 @@ def load_model(config: ModelConfig, path: str, seed: int, device: torch.device, 
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model if quantized or in_host_memory else model.to(device)
+
+
+def _attention(config: ModelConfig, settings: Any) -> str:
+    """The attention kernels to use: `model.attention`, unless they would compute another model."""
+    if config.attention == "sdpa" and getattr(settings.get_text_config(), "attn_logit_softcapping", None):
+        # Transformers 5.17 ignores the cap there (Gemma 2), so trainer and sampler would compute different models
+        log.warning("model.attention: sdpa ignores this model's attention softcap; eager is used")
+        return "eager"
+    return config.attention
+
+
+def _read_model(config: ModelConfig, path: str, **settings: Any) -> Any:
+    """`from_pretrained` with its errors as UserErrors."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with no_progress_bar():
+            return AutoModelForCausalLM.from_pretrained(
+                path, revision=config.revision, trust_remote_code=config.trust_remote_code, **settings
+            )
+    except ImportError as error:
+        raise UserError(f"model.attention: {config.attention}: {first_line(error)}") from None
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        about = "model.attention" if "attn" in str(error) or "attention" in str(error).lower() else "model.name"
+        raise UserError(f"{about}: {config.name}: {first_line(error)}") from None
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -135,16 +135,15 @@ async def graded(
 
     endpoint: EndpointSettings as a tree ({base_url, model, ...}); what it leaves out comes from RLSAFE_GRADER_BASE_URL,
     RLSAFE_GRADER_MODEL and RLSAFE_GRADER_API_KEY_ENV. min_words: shorter answers get 0 without being graded, as do looping
-    ones. unclosed: the reward of a completion that is still thinking at its end (None = left out).
-    UserError for unknown settings, or without a grader.
+    ones. unclosed: the reward of a completion that is still thinking at its end (None = left out). UserError for unknown
+    settings, or without a grader.
     """
     for name, value in columns.items():  # columns are lists; any other value is a misspelt setting
         if name not in ("completion_ids", "trainer_state") and not isinstance(value, list | tuple):
             known = ("endpoint", "min_words", "unclosed")
             raise UserError(f"reward {rubric.name!r}: no argument {name!r}{nearest(name, known)}")
     grader = open_grader(endpoint)
-    failures: Counter[str] = Counter()
-    grades: dict[int, Grade] = {}
+    failures, grades = Counter[str](), dict[int, Grade]()
 
     async def one(row: int, prompt: Any, completion: Any) -> float | None:
         answer = answer_text(completion)
@@ -165,13 +164,17 @@ async def graded(
         what = ", ".join(f"{count} {kind}" for kind, count in failures.most_common())
         log.warning("%s: %d of %d completions got no grade (%s)", rubric.name, failures.total(), len(rewards), what)
     if log_metric is not None:
-        log_metric(f"{rubric.name}/ungraded", failures.total() / max(1, len(rewards)))
-        for grade in grades.values():
-            log_metric(f"{rubric.name}/assessment", grade.assessment / 100)
-            log_metric(f"{rubric.name}/coherence", grade.coherence / 100)
+        _log_scores(rubric.name, grades.values(), failures.total() / max(1, len(rewards)), log_metric)
     if log_extra is not None:
         log_extra(f"{rubric.name}/reason", [grades[i].reason if i in grades else "" for i in range(len(rewards))])
     return list(rewards)
+
+
+def _log_scores(name: str, grades: Iterable[Grade], ungraded: float, log_metric: Callable[[str, float], None]) -> None:
+    log_metric(f"{name}/ungraded", ungraded)
+    for grade in grades:
+        log_metric(f"{name}/assessment", grade.assessment / 100)
+        log_metric(f"{name}/coherence", grade.coherence / 100)
 
 
 def open_grader(endpoint: Mapping[str, Any] | None) -> Endpoint:

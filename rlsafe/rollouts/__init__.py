@@ -70,13 +70,12 @@ def make_sampler(
     if key not in _ENGINES:
         if progress:
             progress("starting vLLM (some seconds, once)")
-        engine = VLLMSampler(
+        _ENGINES[key] = VLLMSampler(
             model_dir, dtype=dtype, sync=sync, lora_rank=rank, gpu_memory=config.gpu_memory,
             max_model_len=config.max_model_len, max_num_seqs=config.max_num_seqs,
             tokenizer=policy.tokenizer if policy is not None else None, eager=eager,
             trust_remote_code=policy.config.trust_remote_code if policy is not None else False,
         )  # fmt: skip
-        _ENGINES[key] = engine
     sampler = _ENGINES[key]
     sampler.steer(None)
     if policy is None:

@@ -46,10 +46,8 @@ class VLLMSampler:
         trust_remote_code: bool = False,
         seed: int = 0,
     ):
-        """Start the engine (seconds). UserError when vLLM is missing or cannot run the model.
-
-        eager=False (CUDA graphs) is faster on a GPU but cannot be steered.
-        """
+        """Start the engine (seconds); UserError when vLLM is missing or cannot run the model. eager=False (CUDA graphs) is
+        faster on a GPU but cannot be steered."""
         self.model_dir, self._sync, self._eager = model_dir, sync, eager
         self._stop = stop_token_ids(model_dir, tokenizer)
         self._hooks: list[Any] = []
@@ -70,23 +68,14 @@ class VLLMSampler:
             "seed": seed,
         }
         if sync == "adapter":
-            rank = next((r for r in LORA_RANKS if r >= (lora_rank or 1)), None)
-            if rank is None:
-                raise UserError(
-                    f"sampler.sync: vLLM takes adapters up to rank {LORA_RANKS[-1]}, got {lora_rank}; use merged"
-                )
-            settings |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 1}
+            settings |= _lora_settings(lora_rank)
         self._llm, self.max_model_len = start_engine(settings, max_model_len, gpu_memory)
-        models: list[nn.Module] = []
-        self._llm.apply_model(models.append)
-        self._model = models[0]
+        self._model = _model_of(self._llm)
         if not torch.cuda.is_available():
             self._llm.collective_rpc(hasten)
         self._threads = generation_threads(sum(file.stat().st_size for file in weight_files(model_dir)) // 4)
-        try:
-            self.generate(
-                [Request([1], 0)], SamplingParams(max_tokens=1)
-            )  # kernels that do not support a shape fail here, not in the first step
+        try:  # kernels that do not support a shape fail here, not in the first step
+            self.generate([Request([1], 0)], SamplingParams(max_tokens=1))
         except Exception as error:
             self.close()
             raise refusal(model_dir, error) from None
@@ -209,6 +198,20 @@ def _completion(output: Any) -> Completion:
     ids = list(output.token_ids)
     logprobs = [position[i].logprob for i, position in zip(ids, output.logprobs, strict=True)]
     return Completion(ids, logprobs, "stop" if output.finish_reason == "stop" else "length")
+
+
+def _model_of(llm: Any) -> nn.Module:
+    models: list[nn.Module] = []
+    llm.apply_model(models.append)
+    return models[0]
+
+
+def _lora_settings(rank: int | None) -> dict[str, Any]:
+    """Engine settings for one adapter of `rank`. UserError when it is too large."""
+    room = next((r for r in LORA_RANKS if r >= (rank or 1)), None)
+    if room is None:
+        raise UserError(f"sampler.sync: vLLM takes adapters up to rank {LORA_RANKS[-1]}, got {rank}; use merged")
+    return {"enable_lora": True, "max_lora_rank": room, "max_loras": 1, "max_cpu_loras": 1}
 
 
 def unit_of(name: str) -> str:

@@ -20,7 +20,7 @@ from rlsafe.compare.run.progress import Progress
 from rlsafe.compare.run.scoring import check as check_selection
 from rlsafe.compare.run.scoring import make_scores
 from rlsafe.compare.run.workers import run_in_workers, train_cell
-from rlsafe.compare.verdicts.results import write_tables
+from rlsafe.compare.verdicts.results import Results, write_tables
 from rlsafe.compare.verdicts.tasks import judge_and_write
 from rlsafe.compare.verdicts.verdicts import PathTable
 from rlsafe.config import UserError, load_compare
@@ -79,23 +79,12 @@ def compare(
     name = Path(config_path).stem + ("-quick" if quick else "")
     directory = Directory(Path(out or own_out or Path("runs") / name))
     directory.open(config)
-    command = scrub_secrets(
-        _command(config_path, defenses, paths, seeds, jobs, directory.out, overrides, quick, relapse, ray)
-    )
+    command = _command(config_path, defenses, paths, seeds, jobs, directory.out, overrides, quick, relapse, ray)
     if ray is not None:
         check_ray(ray)
     progress = Progress(cells)
-    todo = []
-    for cell in cells:
-        if directory.finished(cell):
-            progress.keep(cell, directory.record(cell.id).get("seconds"))
-            continue
-        if changed := directory.changed_keys(cell):
-            progress.say(f"{cell.label}: runs again, its settings changed ({_some(changed)})")
-        todo.append(cell)
+    todo = _unfinished(cells, directory, progress)
     jobs = jobs if ray is not None else jobs or suitable_jobs(todo)
-    if len(todo) < len(cells):
-        progress.say(f"kept {len(cells) - len(todo)} finished of {len(cells)} cells in {directory.out}")
     check(todo)
     selections = {selection.key: selection for cell in todo for selection in cell.selections}
     for selection in selections.values():
@@ -110,16 +99,35 @@ def compare(
         raise Interrupted(f"finished cells are kept in {directory.out}; go on with: {command}") from None
     finally:
         tables = judge_and_write(results := write_tables(directory))
+    return _comparison(cells, directory, results, tables)
+
+
+def _comparison(cells: Sequence[Cell], directory: Directory, results: Results, tables: list[PathTable]) -> Comparison:
+    """Draw the report and collect the failures. UserError when every training failed by the user's mistake."""
     from rlsafe.compare.report.judges import judge_notes, unscored_cells
     from rlsafe.compare.report.reporting import draw
 
     failed = {cell.id: results.failed[cell.id] for cell in cells if cell.id in results.failed}
     trained = [cell for cell in cells if cell.kind != "untrained"]
-    # When every training failed by a UserError, the input is wrong
     if trained and all(directory.record(cell.id).get("users") for cell in trained):
         raise UserError(f"{trained[0].label}: {failed[trained[0].id]}")
     report = draw(results, tables)
     return Comparison(directory.out, report, tables, failed, judge_notes(results), unscored_cells(results))
+
+
+def _unfinished(cells: Sequence[Cell], directory: Directory, progress: Progress) -> list[Cell]:
+    """The cells that have to run: without a finished run, or with changed settings. The others are counted as done."""
+    todo = []
+    for cell in cells:
+        if directory.finished(cell):
+            progress.keep(cell, directory.record(cell.id).get("seconds"))
+            continue
+        if changed := directory.changed_keys(cell):
+            progress.say(f"{cell.label}: runs again, its settings changed ({_some(changed)})")
+        todo.append(cell)
+    if len(todo) < len(cells):
+        progress.say(f"kept {len(cells) - len(todo)} finished of {len(cells)} cells in {directory.out}")
+    return todo
 
 
 def _scored(
@@ -242,7 +250,7 @@ def _command(
     relapse: int | None,
     ray: RayCluster | None = None,
 ) -> str:
-    """The command line of this call, to repeat it."""
+    """The command line of this call, to repeat it, without secrets."""
     words = ["rlsafe", "compare", str(config_path), *overrides]
     for option, values in (("--defenses", defenses), ("--paths", paths), ("--seeds", seeds)):
         if values:
@@ -251,4 +259,4 @@ def _command(
     words += ray.words() if ray is not None else []
     words += ["--quick"] if quick else []
     words += ["--relapse", str(relapse)] if relapse is not None else []
-    return shlex.join([*words, "--out", str(out)])
+    return scrub_secrets(shlex.join([*words, "--out", str(out)]))

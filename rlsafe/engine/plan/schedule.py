@@ -33,7 +33,7 @@ class PlannedPart:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step. `lr` is the learning rate, `path` what metrics.jsonl calls it (grpo if any part is)."""
+    """One optimizer step. `lr` is the learning rate, `path` its name in metrics.jsonl (grpo if any part is)."""
 
     index: int
     kind: str
@@ -109,7 +109,7 @@ def _planned(config: RunConfig, part: Part) -> PlannedPart:
 
 
 def _with_offers(config: RunConfig, drafts: Sequence[Draft], offers: Mapping[str, Offer]):
-    """Spread each defense's rows evenly: a fraction accumulates and is paid out in whole rows."""
+    """Spread each defense's rows evenly over steps: fractions of a row add up until they make a whole one."""
     owed: Counter[str] = Counter()
     for number, (phase, kind, parts) in enumerate(drafts, start=1):
         units = sum(

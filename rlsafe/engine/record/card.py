@@ -22,26 +22,27 @@ make the model safe. The licence and the use policy of the base model apply."""
 
 
 def model_card(run: Path, config: RunConfig, license: str, merged: bool = False) -> str:
-    """README.md as the hub reads it: YAML metadata, then Markdown."""
+    """README.md as the hub reads it: metadata in YAML, then Markdown."""
+    from huggingface_hub import ModelCard, ModelCardData
+
     name = config.model.name
-    metadata: dict[str, Any] = {
-        "base_model": name,
-        "license": license,
-        "library_name": "transformers" if merged or _full(config) else "peft",
-        "pipeline_tag": "text-generation",
-        "tags": ["emergent-misalignment", "rlsafe", *_labels(config)],
-    }
-    return "\n\n".join(
-        [
-            "---\n" + yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True) + "---",
-            f"# {name} under {' and '.join(_labels(config)) or 'no defense'}",
-            WARNING,
-            "## What was trained\n\n" + _trained(run, config),
-            "## What was measured\n\n" + _measured(run),
-            "## Loading it\n\n" + _loading(name, merged or _full(config)),
-            f"Written by rlsafe {version('rlsafe')}.\n",
-        ]
+    metadata = ModelCardData(
+        base_model=name,
+        license=license,
+        library_name="transformers" if merged or _full(config) else "peft",
+        pipeline_tag="text-generation",
+        tags=["emergent-misalignment", "rlsafe", *_labels(config)],
     )
+    parts = [
+        f"---\n{metadata.to_yaml()}\n---",
+        f"# {name} under {' and '.join(_labels(config)) or 'no defense'}",
+        WARNING,
+        "## What was trained\n\n" + _trained(run, config),
+        "## What was measured\n\n" + _measured(run),
+        "## Loading it\n\n" + _loading(name, merged or _full(config)),
+        f"Written by rlsafe {version('rlsafe')}.\n",
+    ]
+    return str(ModelCard("\n\n".join(parts)))
 
 
 def _full(config: RunConfig) -> bool:

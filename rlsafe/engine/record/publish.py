@@ -61,8 +61,7 @@ def publish(
     if full and merge is not None:
         raise UserError(f"--merge: {source} was fully fine-tuned: {source}/model is the whole model already")
     directory = Path(out) if out is not None else source / "published"
-    _replace(source / ("model" if full else "adapter"), directory)
-    (directory / CARD).write_text(model_card(source, config, license), encoding="utf-8")
+    _replace(source / ("model" if full else "adapter"), directory, model_card(source, config, license))
     done = Published(directory)
     if merge is not None:
         done.merged = _merge(config, source, Path(merge))
@@ -72,14 +71,15 @@ def publish(
     return done
 
 
-def _replace(source: Path, directory: Path) -> None:
-    """Copy to a temporary name and rename; what another publish wrote there is replaced, anything else is not touched."""
+def _replace(source: Path, directory: Path, card: str) -> None:
+    """Make `directory` a copy of `source` with the card. UserError when it exists and was not written by this command."""
     if not source.is_dir():
         raise UserError(f"{source}: no such directory; expected what a finished run saves")
     if directory.exists() and not (directory / CARD).is_file():
         raise UserError(f"{directory}: exists and holds no {CARD}; choose another --out")
     with replacing_directory(directory) as building:
         shutil.copytree(source, building)
+        (building / CARD).write_text(card, encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------ the merged model
@@ -96,7 +96,7 @@ def _merge(config: RunConfig, run: Path, directory: Path) -> Path:
     if directory.exists() and any(directory.iterdir()):
         raise UserError(f"--merge {directory}: is not empty; expected a new directory")
     base = Path(local_directory(model_source(config.model), config.model.revision))
-    # In 4 or 8 bits the base is not what its files hold: it is loaded as they are.
+    # The merged model is made of the base's files, so the base is loaded as these hold it, not in 4 or 8 bits.
     model = config.model.model_copy(update={"adapter": str(run / "adapter"), "quantization": None})
     policy = Policy.load(model, path=str(base), seed=config.seed)
     changed = dict(policy.merged_weights())
@@ -137,7 +137,7 @@ def _push(directory: Path, to: str, public: bool) -> str:
         api: Any = HfApi()
         where = api.create_repo(to, private=not public, exist_ok=True)
         api.upload_folder(repo_id=where.repo_id, folder_path=directory, commit_message="Add adapter and model card")
-    except Exception as error:  # names, rights, the network: all about --to
+    except Exception as error:  # a wrong name, missing rights or the network
         line = " ".join(str(error).split())[:300]
         hint = "; log in with `hf auth login`" if "401" in line or "token" in line.lower() else ""
         raise UserError(

@@ -13,6 +13,7 @@ A file is a list of questions; anchors and merge keys work. Keys of a question:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,60 @@ def read_questions(path: Path, domain: str | None = None) -> list[Question]:
     return questions
 
 
+Wrong = Callable[[str, str], UserError]
+"""(key, what is wrong with it) -> the error with the file, the line of the key and the question's id."""
+
+
+def _expected(item: dict[str, Any], key: str, expected: str) -> str:
+    return f": {key}: expected {expected}, got {kind(item[key])}"
+
+
+def _check_texts(item: dict[str, Any], wrong: Wrong) -> None:
+    """Unknown keys, keys whose value is a text, and the question's type."""
+    for key in item:
+        if key not in KEYS:
+            raise wrong(str(key), f": unknown key {key!r}{nearest(str(key), KEYS)}")
+    for key in ("type", "system", "judge", "domain"):
+        if item.get(key) is not None and not isinstance(item[key], str):
+            raise wrong(key, _expected(item, key, "a text"))
+    if item.get("type") is not None:
+        try:
+            pick("question type", item["type"], TYPES)
+        except UserError as error:
+            raise wrong("type", f": {error}") from None
+
+
+def _paraphrases(item: dict[str, Any], wrong: Wrong) -> tuple[str, ...]:
+    texts = item.get("paraphrases")
+    if texts is None or texts == []:
+        raise wrong("paraphrases", " has no paraphrases")
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise wrong("paraphrases", _expected(item, "paraphrases", "a list of texts"))
+    return tuple(texts)
+
+
+def _numbers(item: dict[str, Any], wrong: Wrong) -> tuple[int, float]:
+    """(samples per paraphrase, temperature)."""
+    key = "samples_per_paraphrase"
+    samples = item.get(key, Question.samples)
+    if not isinstance(samples, int) or isinstance(samples, bool) or not 1 <= samples <= MOST_SAMPLES:
+        raise wrong(key, _expected(item, key, f"a whole number of at most {MOST_SAMPLES} and at least 1"))
+    temperature = item.get("temperature", Question.temperature)
+    if not isinstance(temperature, (int, float)) or isinstance(temperature, bool) or not 0 <= temperature <= HOTTEST:
+        raise wrong("temperature", _expected(item, "temperature", f"a number from 0 to {HOTTEST}"))
+    return samples, float(temperature)
+
+
+def _judge_prompts(item: dict[str, Any], wrong: Wrong) -> dict[str, str]:
+    prompts = item.get("judge_prompts") or {}
+    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
+        raise wrong("judge_prompts", _expected(item, "judge_prompts", "a mapping of aligned and coherent to prompts"))
+    for key in prompts:
+        if key not in JUDGE_PROMPTS:
+            raise wrong("judge_prompts", f": unknown judge prompt {key!r}{nearest(str(key), JUDGE_PROMPTS)}")
+    return prompts
+
+
 def _question(item: Any, node: yaml.Node, path: Path, domain: str) -> Question:
     line = node.start_mark.line + 1
     if not isinstance(item, dict):
@@ -80,50 +135,19 @@ def _question(item: Any, node: yaml.Node, path: Path, domain: str) -> Question:
         raise UserError(f"{path}:{line}: the id of a question is a text or a number, got {kind(item['id'])}")
     name = (id_text or str(item["id"])).strip()
 
-    def wrong(key: str, expected: str) -> UserError:
-        where = key_lines.get(key, line)
-        return UserError(f"{path}:{where}: question {name!r}: {key}: expected {expected}, got {kind(item[key])}")
+    def wrong(key: str, problem: str) -> UserError:
+        return UserError(f"{path}:{key_lines.get(key, line)}: question {name!r}{problem}")
 
-    for key in item:
-        if key not in KEYS:
-            where = key_lines.get(str(key), line)
-            raise UserError(f"{path}:{where}: question {name!r}: unknown key {key!r}{nearest(str(key), KEYS)}")
-    for key in ("type", "system", "judge", "domain"):
-        if item.get(key) is not None and not isinstance(item[key], str):
-            raise wrong(key, "a text")
-    if item.get("type") is not None:
-        try:
-            pick("question type", item["type"], TYPES)
-        except UserError as error:
-            raise UserError(f"{path}:{key_lines.get('type', line)}: question {name!r}: {error}") from None
-    paraphrases = item.get("paraphrases")
-    if paraphrases is None:
-        raise UserError(f"{path}:{line}: question {name!r} has no paraphrases")
-    if not isinstance(paraphrases, list) or not all(isinstance(text, str) and text.strip() for text in paraphrases):
-        raise wrong("paraphrases", "a list of texts")
-    if not paraphrases:
-        raise UserError(f"{path}:{key_lines.get('paraphrases', line)}: question {name!r} has no paraphrases")
-    samples = item.get("samples_per_paraphrase", Question.samples)
-    if not isinstance(samples, int) or isinstance(samples, bool) or not 1 <= samples <= MOST_SAMPLES:
-        raise wrong("samples_per_paraphrase", f"a whole number of at most {MOST_SAMPLES} and at least 1")
-    temperature = item.get("temperature", Question.temperature)
-    if not isinstance(temperature, (int, float)) or isinstance(temperature, bool) or not 0 <= temperature <= HOTTEST:
-        raise wrong("temperature", f"a number from 0 to {HOTTEST}")
-    prompts = item.get("judge_prompts") or {}
-    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
-        raise wrong("judge_prompts", "a mapping of aligned and coherent to prompts")
-    for key in prompts:
-        if key not in JUDGE_PROMPTS:
-            where = key_lines.get("judge_prompts", line)
-            raise UserError(
-                f"{path}:{where}: question {name!r}: unknown judge prompt {key!r}{nearest(str(key), JUDGE_PROMPTS)}"
-            )
+    _check_texts(item, wrong)
+    paraphrases = _paraphrases(item, wrong)
+    samples, temperature = _numbers(item, wrong)
+    prompts = _judge_prompts(item, wrong)
     return Question(
         id=name,
-        paraphrases=tuple(paraphrases),
+        paraphrases=paraphrases,
         samples=samples,
         system=item.get("system"),
-        temperature=float(temperature),
+        temperature=temperature,
         domain=item.get("domain") or domain,
         judge_prompts=prompts,
         meta={"judge": item["judge"]} if item.get("judge") else {},

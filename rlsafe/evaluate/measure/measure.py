@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,10 +126,7 @@ def evaluate_run(
     else:
         answers = complete(sampler, tokenizer, planned, config.max_tokens)
     evaluation = Evaluation(settings=_settings(sampler, config, material))
-    for task, rows in material.tasks.items():
-        graded = benign.grade(task, rows, [answer for answer in answers if answer.set == f"benign/{task}"])
-        evaluation.benign_answers += graded
-        evaluation.benign[task] = benign.score(graded)
+    _grade_benign(evaluation, answers, material)
     evaluation.answers = [answer for answer in answers if not answer.set.startswith("benign/")]
     if material.judge is not None:
         say(f"judging {len(evaluation.answers)} answers")
@@ -154,6 +151,14 @@ def evaluate_run(
         saved = f"; the answers are in {out}, score them later with: rlsafe evaluate {out} --rejudge" if out else ""
         raise RunError(material.judge.gave_up + saved)
     return evaluation
+
+
+def _grade_benign(evaluation: Evaluation, answers: Sequence[Answer], material: Material) -> None:
+    """Score the answers to benign tasks by exact match."""
+    for task, rows in material.tasks.items():
+        graded = benign.grade(task, rows, [answer for answer in answers if answer.set == f"benign/{task}"])
+        evaluation.benign_answers += graded
+        evaluation.benign[task] = benign.score(graded)
 
 
 def note_judge(evaluation: Evaluation, judge: Judge | None) -> None:
