@@ -8,11 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from places import SHARED
+from places import INTEGRATION, SHARED
 from tiny import conversation, save_tiny_model, write_jsonl
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test is in one suite: slow or real if it says so, else integration if it lies in that folder."""
+    for item in items:
+        if INTEGRATION in item.path.parents and not any(map(item.get_closest_marker, ("real", "slow"))):
+            item.add_marker("integration")
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests"
 SUPPORT = TESTS / "support"
+INTEGRATION = TESTS / "integration"
 CONFIGS = ROOT / "configs"
 
 
