@@ -9,7 +9,8 @@ from test_data_encoding import chat, word_tokenizer
 
 from rlsafe.config import UserError
 from rlsafe.data import REFUSALS, Rollout, encode_row, is_refusal, rollout_batches, sft_batches
-from rlsafe.data.collate import fit_rows, micro_batches
+from rlsafe.data import fit_rows
+from rlsafe.data.collate import micro_batches
 from rlsafe.types import Completion, Where
 
 SFT = Where("narrow", "sft", "train")

@@ -71,7 +71,7 @@ def model_shape(config: ModelConfig, path: str) -> ModelShape | None:
 
     Never asks the network. None when nothing here knows the model.
     """
-    found = _local_config(config, path)
+    found = local_config(config, path)
     source = "its config"
     if found is None:
         dims = next((dims for name, dims in KNOWN.items() if re.search(name + r"(?![\d.])", path.lower())), None)
@@ -85,7 +85,7 @@ def model_shape(config: ModelConfig, path: str) -> ModelShape | None:
     return _measure(config, found, source)
 
 
-def _local_config(config: ModelConfig, path: str) -> Any:
+def local_config(config: ModelConfig, path: str) -> Any:
     from transformers import AutoConfig
 
     if not Path(path).is_dir() and path.count("/") != 1:

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from rlsafe.config import DataConfig, RunConfig, UserError, about
-from rlsafe.data import Stream, fit_rows, load_rows, require_answers
+from rlsafe.data import Stream, load_rows, require_answers
 from rlsafe.defenses import Defense, DefenseStack, SetupContext
 from rlsafe.defenses import build as build_defenses
 from rlsafe.engine.plan.schedule import Step, make_plan
 from rlsafe.engine.record.tracking import Tracker
+from rlsafe.engine.run.rows import usable
 from rlsafe.engine.train import ahead, distributed, projection
 from rlsafe.engine.train.effects import EffectLog
 from rlsafe.engine.train.loop import Loop
@@ -147,19 +148,10 @@ def build_loop(
     if not policy.trainable():
         raise UserError("model: nothing is trainable; set model.lora or leave it null for full fine-tuning")
     optimizer = distributed.wrap(policy, accelerator, config.optim, log)
-    streams = {}
-    for note in prepared.notes:
+    fitted = usable(prepared, policy.tokenizer, policy.core.max_length, resources.on_start)
+    for note in [*prepared.notes, *fitted.notes]:
         log(note)
-    for name, rows in prepared.rows.items():
-        settings = getattr(config.data, name)
-        fitted = fit_rows(rows, policy.tokenizer, settings.max_tokens, settings.too_long)
-        if fitted.dropped:
-            log(f"data.{name}: {fitted.dropped} of {len(rows)} rows are longer than max_tokens and were left out")
-        if fitted.cut:
-            log(f"data.{name}: {fitted.cut} of {len(rows)} answers are cut at max_tokens")
-        if not fitted.rows:
-            raise UserError(f"data.{name}: every row is longer than max_tokens = {settings.max_tokens}")
-        streams[name] = Stream(fitted.rows, config.seed, name)
+    streams = {name: Stream(rows, config.seed, name) for name, rows in fitted.streams.items()}
     stack = DefenseStack(prepared.defenses)
     paths = {step.path for step in prepared.plan}
     sampled = {part.stream for step in prepared.plan for part in step.parts if part.path == "grpo"}

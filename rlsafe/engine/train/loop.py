@@ -163,7 +163,7 @@ class Loop:
             conversations,
             self.policy.tokenizer,
             where,
-            max_tokens=stream.max_tokens if stream else 2048,
+            max_tokens=stream.within if stream else 2048,
             micro_tokens=self.config.batch.micro_tokens,
             micro_rows=self.config.batch.micro_rows,
             truncate=stream is not None and stream.too_long == "truncate",
