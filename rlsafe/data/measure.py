@@ -206,7 +206,7 @@ class Ruler:
             found = self._rendered(talk)
             sizes.append(found if isinstance(found, Size) else None)
             texts += [found] if isinstance(found, str) else []
-        batch = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        batch = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
         lengths = iter(map(len, batch))
         out = []
         for talk, size in zip(talks, sizes, strict=True):

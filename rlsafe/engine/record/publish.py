@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlsafe.config import RunConfig, UserError, load_run
 from rlsafe.engine.record.card import model_card
+from rlsafe.policy.adapters import read_adapter_config
 from rlsafe.types import RunError, provider_for
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ def publish(
     if full and merge is not None:
         raise UserError(f"--merge: {source} was fully fine-tuned: {source}/model is the whole model already")
     directory = Path(out) if out is not None else source / "published"
+    if not full and (source / "adapter").is_dir():
+        read_adapter_config(str(source / "adapter"), "publish")
     _replace(source / ("model" if full else "adapter"), directory)
     (directory / CARD).write_text(model_card(source, config, license), encoding="utf-8")
     done = Published(directory)

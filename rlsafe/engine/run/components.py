@@ -104,19 +104,20 @@ def prepare(config: RunConfig, load: LoadStreams | None = None) -> Prepared:
     with about("rewards"):  # those of a run without GRPO steps, too: they may be misspelt
         loaded = [load_reward(reward) for reward in config.rewards]
     rewards = None
+    _check_adapter(config.model.adapter, uses_grpo)
     if uses_grpo:
-        _no_dropout(config.model.adapter)
         rewards = RewardRunner(loaded, config.grpo.on_error)
     if config.evaluate.wanted:
         gather(config.evaluate)
     return Prepared(config, plan, defenses, rows, rewards, notes)
 
 
-def _no_dropout(adapter: str | None) -> None:
-    """UserError when the adapter to go on with drops out: see `RunConfig`, which checks that of a new one."""
+def _check_adapter(adapter: str | None, uses_grpo: bool) -> None:
+    """UserError when the adapter to go on with is more than LoRA, or drops out on GRPO: see `RunConfig`, which checks a new one."""
     if not adapter or not Path(adapter, "adapter_config.json").is_file():
         return  # loading says why; in a dry run it may be an adapter that another cell will leave
-    if dropout := read_adapter_config(adapter, "model.adapter").lora_dropout:
+    dropout = read_adapter_config(adapter, "model.adapter").lora_dropout
+    if dropout and uses_grpo:
         raise UserError(
             f"model.adapter: {adapter}: lora_dropout in its adapter_config.json is {dropout}; must be 0 when the schedule has "
             "GRPO steps"
