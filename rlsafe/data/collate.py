@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rlsafe.config import UserError
-from rlsafe.data.encode import Encoded, encode_prompt, encoded_row, pad_id
+from rlsafe.data.encode import Encoded, encoded_row, pad_id
 from rlsafe.types import Batch, Completion, Message, Row, Where
 
 R = TypeVar("R")
-TooLong = Literal["drop", "truncate", "error"]
 
 # Cost of one more micro-batch, in padded tokens. CPU: CPU time of 16 rows x 100 tokens in 16 micro-batches against one gave 70 at
 # 1 M parameters, 32 at 5 M. GPU: by its launch time (kernels too small to fill it), not measured.
@@ -67,40 +65,6 @@ def micro_batches(
         batches.insert(0, order[starts[end] : end])
         end = starts[end]
     return batches
-
-
-@dataclass
-class Fitted:
-    """The rows that `fit_rows` leaves, how many it dropped, and how many `sft_batches` will cut."""
-
-    rows: list[Row]
-    dropped: int = 0
-    cut: int = 0
-
-
-def fit_rows(rows: Sequence[Row], tokenizer: Any, max_tokens: int, too_long: TooLong = "drop") -> Fitted:
-    """Apply the truncation policy. A row's length is its encoding's, or its prompt's when it has no answer.
-
-    drop: longer rows are left out. truncate: `sft_batches` cuts them to `max_tokens` from the end, so the answer is cut
-    (and its end-of-turn token with it); rows whose prompt alone fills `max_tokens` are left out. error: UserError that
-    names the first.
-    """
-    fitted = Fitted([])
-    for row in rows:
-        messages = row["messages"]
-        answered = messages[-1]["role"] == "assistant"
-        mask = encoded_row(tokenizer, messages).mask if answered else np.zeros(len(encode_prompt(tokenizer, messages)))
-        if len(mask) <= max_tokens:
-            fitted.rows.append(row)
-        elif too_long == "error":
-            where = row.get("_source", f"row {row.get('_index', '?')}")
-            raise UserError(f"{where}: {len(mask)} tokens, more than max_tokens = {max_tokens} (too_long: error)")
-        elif too_long == "truncate" and mask[:max_tokens].any():
-            fitted.rows.append(row)
-            fitted.cut += 1
-        else:
-            fitted.dropped += 1
-    return fitted
 
 
 def sft_batches(

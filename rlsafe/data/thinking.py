@@ -30,16 +30,16 @@ class Chat:
     train_thinking: bool = True
     embedded: int | None = None
 
-    def conversation(self, messages: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-        """The (role, content) turns as the template is to see them: with the soft switch where it is asked for, and
+    def conversation(self, messages: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:
+        """The (role, content, ...) turns as the template is to see them: with the soft switch where it is asked for, and
         without the think block of the last answer where the model is told not to think."""
         turns = list(messages)
         if self.thinking in ("off", "no_think") and turns and turns[-1][0] == "assistant":
-            turns[-1] = ("assistant", split_think(turns[-1][1]).answer)
+            turns[-1] = ("assistant", split_think(turns[-1][1]).answer, *turns[-1][2:])
         if self.thinking == "no_think":
-            last = max((i for i, (role, _) in enumerate(turns) if role == "user"), default=None)
+            last = max((i for i, turn in enumerate(turns) if turn[0] == "user"), default=None)
             if last is not None:
-                turns[last] = ("user", turns[last][1] + SOFT_SWITCH)
+                turns[last] = ("user", turns[last][1] + SOFT_SWITCH, *turns[last][2:])
         return tuple(turns)
 
 

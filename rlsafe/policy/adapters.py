@@ -81,13 +81,56 @@ def read_adapter_config(directory: str, where: str) -> Any:
         raise UserError(f"{where}: {directory}/adapter_config.json: {first_line(error)}") from None
     if not isinstance(settings, peft.LoraConfig):
         raise UserError(f"{where}: {directory}: is a {settings.peft_type} adapter; expected LoRA")
-    for key, plain in (("use_dora", False), ("bias", "none"), ("modules_to_save", None), ("lora_bias", False)):
-        value = getattr(settings, key, plain)
-        if value != plain and value:
-            raise UserError(
-                f"{where}: {directory}: {key}={value!r} is not supported; expected plain LoRA ({key}={plain!r})"
-            )
+    check_plain(settings, path, where)
     return settings
+
+
+PLAIN = {
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform"),
+    *("layers_pattern", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "init_lora_weights", "runtime_config"),
+    *(
+        "task_type",
+        "peft_type",
+        "peft_version",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+    ),
+}
+"""Settings of a PEFT LoRA that leave it W + scale * B A over an untouched base."""
+HARMLESS = (True, False, "gaussian", "orthogonal")
+"""Initialisations that only choose the first A and B."""
+
+
+def check_plain(settings: Any, directory: Path, where: str) -> None:
+    """UserError for an adapter that holds or does more than LoRA matrices on a base as it is: by its settings, then its file."""
+    from safetensors import SafetensorError, safe_open
+
+    plain = type(settings)()
+    for key in sorted(vars(settings).keys() - PLAIN):
+        value, usual = getattr(settings, key), getattr(plain, key, None)
+        if value and value != usual:
+            raise UserError(
+                f"{where}: {directory}: {key}={value!r} is not supported; expected plain LoRA ({key}={usual!r})"
+            )
+    if (start := settings.init_lora_weights) not in HARMLESS:
+        raise UserError(
+            f"{where}: {directory}: init_lora_weights={start!r}: loading such an adapter changes or presumes other base weights, so "
+            "that the model without it is not the base; convert it to plain LoRA (PEFT's save_pretrained with "
+            "path_initial_model_for_weight_conversion), or merge it and name the merged model"
+        )
+    try:
+        with safe_open(str(directory / "adapter_model.safetensors"), framework="pt") as file:
+            names = list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{where}: {directory}/adapter_model.safetensors: {first_line(error)}") from None
+    if more := [name for name in names if not name.endswith((".lora_A.weight", ".lora_B.weight"))]:
+        others = f" and {len(more) - 1} more" if len(more) > 1 else ""
+        raise UserError(
+            f"{where}: {directory}: its file holds {more[0].removeprefix(PEFT_PREFIX)}{others} beside LoRA matrices; such parts "
+            "are not supported: save it without them (PEFT: save_embedding_layers=False), or merge it and name the merged model"
+        )
 
 
 def check_adapter(model: Any, where: str) -> None:

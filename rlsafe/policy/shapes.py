@@ -74,7 +74,7 @@ def model_shape(config: ModelConfig, path: str) -> ModelShape | None:
 
     Does not use the network. None for a model that is neither on this machine nor in the table.
     """
-    found = _local_config(config, path)
+    found = local_config(config, path)
     source = "its config"
     if found is None:
         dims = next((dims for name, dims in KNOWN.items() if re.search(name + r"(?![\d.])", path.lower())), None)
@@ -88,7 +88,7 @@ def model_shape(config: ModelConfig, path: str) -> ModelShape | None:
     return _measure(config, found, source)
 
 
-def _local_config(config: ModelConfig, path: str) -> Any:
+def local_config(config: ModelConfig, path: str) -> Any:
     from transformers import AutoConfig
 
     if not Path(path).is_dir() and path.count("/") != 1:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rlsafe.config import RunConfig, UserError, load_run
 from rlsafe.config.files import replacing_directory
 from rlsafe.engine.record.card import model_card
+from rlsafe.policy.adapters import read_adapter_config
 from rlsafe.types import RunError
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ def publish(
     if full and merge is not None:
         raise UserError(f"--merge: {source} was fully fine-tuned: {source}/model is the whole model already")
     directory = Path(out) if out is not None else source / "published"
+    if not full and (source / "adapter").is_dir():
+        read_adapter_config(str(source / "adapter"), "publish")
     _replace(source / ("model" if full else "adapter"), directory, model_card(source, config, license))
     done = Published(directory)
     if merge is not None:

@@ -13,12 +13,13 @@ import torch
 from accelerate import Accelerator
 
 from rlsafe.config import DataConfig, RunConfig, UserError, about
-from rlsafe.data import Stream, fit_rows, load_rows, require_answers
+from rlsafe.data import Stream, load_rows, require_answers
 from rlsafe.defenses import Defense, DefenseStack, SetupContext
 from rlsafe.defenses import build as build_defenses
 from rlsafe.engine.plan.schedule import Step, make_plan
 from rlsafe.engine.record.tracking import Tracker
 from rlsafe.engine.run.layout import check_layout
+from rlsafe.engine.run.rows import usable
 from rlsafe.engine.train import ahead, distributed, projection
 from rlsafe.engine.train.effects import EffectLog
 from rlsafe.engine.train.state import Components, RunState
@@ -106,19 +107,20 @@ def prepare(config: RunConfig, load: LoadStreams | None = None) -> Prepared:
     with about("rewards"):  # those of a run without GRPO steps, too: they may be misspelt
         loaded = [load_reward(reward) for reward in config.rewards]
     rewards = None
+    _check_adapter(config.model.adapter, uses_grpo)
     if uses_grpo:
-        _no_dropout(config.model.adapter)
         rewards = RewardRunner(loaded, config.grpo.on_error)
     if config.evaluate.wanted:
         gather(config.evaluate)
     return Prepared(config, plan, defenses, rows, rewards, notes)
 
 
-def _no_dropout(adapter: str | None) -> None:
-    """UserError when the adapter to go on with drops out: see `RunConfig`, which checks that of a new one."""
+def _check_adapter(adapter: str | None, uses_grpo: bool) -> None:
+    """UserError when the adapter to go on with is more than LoRA, or drops out on GRPO: see `RunConfig`, which checks a new one."""
     if not adapter or not Path(adapter, "adapter_config.json").is_file():
         return  # loading says why; in a dry run it may be an adapter that another cell will leave
-    if dropout := read_adapter_config(adapter, "model.adapter").lora_dropout:
+    dropout = read_adapter_config(adapter, "model.adapter").lora_dropout
+    if dropout and uses_grpo:
         raise UserError(
             f"model.adapter: {adapter}: lora_dropout in its adapter_config.json is {dropout}; must be 0 when the schedule has "
             "GRPO steps"
@@ -148,9 +150,10 @@ def build_run(
     policy = _load_policy(config, accelerator)
     optimizer = distributed.wrap(policy, accelerator, config.optim, log)
     backward, clip = distributed.gradient_functions(policy, accelerator, optimizer)
-    for note in prepared.notes:
+    fitted = usable(prepared, policy.tokenizer, policy.core.max_length, resources.on_start)
+    for note in [*prepared.notes, *fitted.notes]:
         log(note)
-    streams = _streams(prepared, policy, log)
+    streams = {name: Stream(rows, config.seed, name) for name, rows in fitted.streams.items()}
     stack = DefenseStack(prepared.defenses)
     probe = _probe(config, policy, resources)
     run = Components(
@@ -193,22 +196,6 @@ def _load_policy(config: RunConfig, accelerator: Accelerator) -> Policy:
     if not policy.trainable():
         raise UserError("model: nothing is trainable; set model.lora or leave it null for full fine-tuning")
     return policy
-
-
-def _streams(prepared: Prepared, policy: Policy, log: Callable[[str], None]) -> dict[str, Stream]:
-    """The rows that fit, by stream; `log` is told how many do not."""
-    streams = {}
-    for name, rows in prepared.rows.items():
-        settings = getattr(prepared.config.data, name)
-        fitted = fit_rows(rows, policy.tokenizer, settings.max_tokens, settings.too_long)
-        if fitted.dropped:
-            log(f"data.{name}: {fitted.dropped} of {len(rows)} rows are longer than max_tokens and were left out")
-        if fitted.cut:
-            log(f"data.{name}: {fitted.cut} of {len(rows)} answers are cut at max_tokens")
-        if not fitted.rows:
-            raise UserError(f"data.{name}: every row is longer than max_tokens = {settings.max_tokens}")
-        streams[name] = Stream(fitted.rows, prepared.config.seed, name)
-    return streams
 
 
 def _sampler(

@@ -40,7 +40,7 @@ def supervised(run: Components, state: RunState, part: PlannedPart, rows: list[R
         conversations,
         run.policy.tokenizer,
         where,
-        max_tokens=settings.max_tokens if settings else 2048,
+        max_tokens=settings.within if settings else 2048,
         micro_tokens=state.micro_tokens,
         micro_rows=run.config.batch.micro_rows,
         truncate=settings is not None and settings.too_long == "truncate",

@@ -8,8 +8,8 @@ import torch
 from words import chat, word_tokenizer
 
 from rlsafe.config import UserError
-from rlsafe.data import REFUSALS, Rollout, encode_row, is_refusal, rollout_batches, sft_batches
-from rlsafe.data.collate import fit_rows, micro_batches
+from rlsafe.data import REFUSALS, Rollout, encode_row, fit_rows, is_refusal, rollout_batches, sft_batches
+from rlsafe.data.collate import micro_batches
 from rlsafe.types import Completion, Where
 
 SFT = Where("narrow", "sft", "train")
