@@ -106,7 +106,7 @@ class Loop:
 
     def sampler(self) -> Sampler:
         """The sampler, holding the policy's current weights; the first two syncs are self-tested, those to a server all."""
-        if self._sampler is None:
+        if self._sampler is None or getattr(self._sampler, "closed", False):  # a GPU holds one engine: another run's
             self._sampler = self.make_sampler()
         if self.dirty:
             settle(self)
