@@ -187,8 +187,8 @@ def tools_of(row: Mapping[str, Any], where: str) -> list[Any] | None:
     """The functions that a row offers: OpenAI's list, or its JSON text."""
     tools = row.get("tools")
     tools = parsed(tools, where, "tools") if isinstance(tools, str) and tools.strip() else tools
-    if hasattr(tools, "tolist"):
-        tools = tools.tolist()
+    if (as_list := getattr(tools, "tolist", None)) is not None:  # an array of pandas or pyarrow
+        tools = as_list()
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):

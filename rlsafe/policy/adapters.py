@@ -64,6 +64,22 @@ def load_adapter(model: Any, directory: str) -> Any:
     return wrapped
 
 
+def save_model(model: Any, directory: Path, name: str, state: Mapping[str, Tensor] | None) -> None:
+    """PEFT's files over the base model `name`, the same bytes from any process; without an adapter the whole model's.
+    state: tensors to write in place of the model's own."""
+    directory.mkdir(parents=True, exist_ok=True)
+    lora = hasattr(model, "peft_config")
+    other: dict[str, Any] = {"save_embedding_layers": False} if lora else {}
+    model.save_pretrained(str(directory), **other, **({} if state is None else {"state_dict": dict(state)}))
+    (directory / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    if lora:
+        file = directory / "adapter_config.json"
+        settings = json.loads(file.read_text(encoding="utf-8")) | {"base_model_name_or_path": name}
+        if isinstance(targets := settings["target_modules"], list):  # a set of PEFT's, in an order of this process
+            settings["target_modules"] = sorted(targets)
+        file.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
+
+
 def read_adapter_config(directory: str, where: str) -> Any:
     """The PEFT settings of an adapter directory; UserError unless it is one that can be merged as W + scale * B A."""
     import peft
@@ -179,13 +195,13 @@ def merged(model: Any) -> Iterator[tuple[str, Tensor]]:
     """
     layers = adapter_layers(model)
     half = model.get_base_model().get_output_embeddings().weight.dtype
-    for name, layer in layers.items():
-        linear = layer.get_base_layer()
-        weight = whole(plain_weight(linear))
-        delta = _delta(layer).float()
-        yield f"{name}.weight", (weight.float() + delta).to(half if is_quantized(linear) else weight.dtype)
-    for name, module in model.get_base_model().named_modules():
-        if is_quantized(module) and name.removesuffix(".base_layer") not in layers:
+    for name, module in model.get_base_model().named_modules():  # in its order: a sampler loads a block's part at once
+        if (layer := layers.get(name)) is not None:
+            linear = layer.get_base_layer()
+            weight = whole(plain_weight(linear))
+            delta = _delta(layer).float()
+            yield f"{name}.weight", (weight.float() + delta).to(half if is_quantized(linear) else weight.dtype)
+        elif is_quantized(module) and name.removesuffix(".base_layer") not in layers:
             yield f"{name}.weight", plain_weight(module).to(half)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -13,11 +12,11 @@ from torch import Tensor, nn
 
 from rlsafe.config import ModelConfig, UserError
 from rlsafe.policy import sharding
-from rlsafe.policy.adapters import adapter_layers, merged
+from rlsafe.policy.adapters import adapter_layers, merged, save_model
 from rlsafe.policy.load import check_tokenizer, load_model, load_tokenizer, no_progress_bar
 from rlsafe.policy.module import PolicyModule, verify_head
 from rlsafe.policy.plan import Forwarded, ForwardPlan, Frozen, predicting, scatter
-from rlsafe.policy.quantize import is_quantized
+from rlsafe.policy.quantize import quantized_as
 from rlsafe.policy.references import References
 from rlsafe.policy.taps import Addition, Handle, decoder_blocks
 from rlsafe.types import Batch
@@ -91,9 +90,13 @@ class Policy:
         return hasattr(self.core.model, "peft_config")
 
     @property
+    def quantized_as(self) -> Literal["4bit", "8bit"] | None:
+        """In how many bits the frozen base is stored; None when it is not packed."""
+        return next((bits for module in self.core.modules() if (bits := quantized_as(module))), None)
+
+    @property
     def is_quantized(self) -> bool:
-        """Whether the frozen base is stored in 4 or 8 bits."""
-        return any(is_quantized(module) for module in self.core.modules())
+        return self.quantized_as is not None
 
     @property
     def saved_as(self) -> Literal["adapter", "model"]:
@@ -295,32 +298,21 @@ class Policy:
         if self.is_lora:
             yield from merged(self.core.model)
         else:
-            yield from self.state_dict().items()
+            yield from ((name, sharding.whole(p).detach().clone()) for name, p in self._parameters.items())
 
-    def save_adapter(self, directory: str | Path, write: bool = True) -> None:
+    def save_adapter(self, directory: str | Path, write: bool = True, dtype: torch.dtype | None = None) -> None:
         """PEFT's layout; after full fine-tuning the whole model in Hugging Face's layout.
 
-        write=False: only take part in gathering the shards that another rank writes.
+        write=False: only take part in gathering the shards that another rank writes. dtype: the adapter's, if not its own.
         """
-        whole_state = {"state_dict": self._whole_state()} if self.is_sharded else {}
+        state = self._whole_state() if self.is_sharded else self.state_dict() if dtype and self.is_lora else None
         if not write:
             return
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
+        if state is not None and dtype:
+            state = {name: tensor.to(dtype) for name, tensor in state.items()}
         with no_progress_bar():
-            self.core.model.save_pretrained(
-                str(directory), **({"save_embedding_layers": False} if self.is_lora else {}), **whole_state
-            )
-        (directory / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-        if self.is_lora:
-            file = directory / "adapter_config.json"
-            settings = json.loads(file.read_text(encoding="utf-8")) | {"base_model_name_or_path": self.config.name}
-            if isinstance(
-                targets := settings["target_modules"], list
-            ):  # PEFT holds a set, whose order differs between processes
-                settings["target_modules"] = sorted(targets)
-            file.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
-        else:
+            save_model(self.core.model, Path(directory), self.config.name, state)
+        if not self.is_lora:
             self.tokenizer.save_pretrained(str(directory))
 
     def state_dict(self) -> dict[str, Tensor]:

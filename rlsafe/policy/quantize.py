@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rlsafe.config import ModelConfig, UserError
 
+_PACKED: dict[str, Literal["4bit", "8bit"]] = {"Params4bit": "4bit", "Int8Params": "8bit"}
 WITHOUT = "set model.quantization=null (bfloat16) or train a smaller model"
 
 
@@ -93,6 +94,10 @@ def plain_weight(module: nn.Module) -> Tensor:
     return int8_vectorwise_dequant(weight.data, state.SCB if weight.SCB is None else weight.SCB)
 
 
+def quantized_as(module: nn.Module) -> Literal["4bit", "8bit"] | None:
+    """How a layer's weight is stored in bitsandbytes' packed form; None when it is not."""
+    return _PACKED.get(type(getattr(module, "weight", None)).__name__)
+
+
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a layer's weight is stored in bitsandbytes' packed form."""
-    return type(getattr(module, "weight", None)).__name__ in ("Params4bit", "Int8Params")
+    return quantized_as(module) is not None

@@ -30,16 +30,23 @@ class CannotRun(UserError):
     a setting would fix (memory, lengths)."""
 
 
-def refusal(model: str, error: BaseException) -> UserError:
-    """Any error of vLLM with `model` as one line. A CannotRun unless a setting would fix it."""
+def refusal(model: str, error: BaseException, gpu_memory: float | None = None) -> UserError:
+    """The one line for whatever kept vLLM from running `model`. gpu_memory: its share of the GPU."""
     reason = first_line(error)
     if longer := re.search(
         r"max_model_len \((\d+)\) is greater than the derived max_model_len \(\w+=(\d+)", str(error)
     ):
         return UserError(f"sampler.max_model_len: {longer[1]} is more than the {longer[2]} tokens that {model} takes")
+    short = isinstance(error, torch.OutOfMemoryError) or "memory" in reason.lower()
+    if short and gpu_memory is not None and torch.cuda.is_available():
+        free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
+        return UserError(
+            f"sampler.gpu_memory: {gpu_memory:g} of this GPU is not enough for {model}, or not free ({free:.1f} of {total:.1f} GiB "
+            f"are): {reason.rstrip('.')}; raise it (less is left to train with), lower it where others hold the memory, or lower "
+            "sampler.max_model_len"
+        )
     line = f"sampler.kind: vLLM cannot run {model}: {reason}{USE_TRANSFORMERS}"
-    settings = ("memory", "max_model_len", "max_num_batched_tokens")
-    mendable = isinstance(error, torch.OutOfMemoryError) or any(name in reason.lower() for name in settings)
+    mendable = short or any(name in reason.lower() for name in ("max_model_len", "max_num_batched_tokens"))
     return UserError(line) if mendable else CannotRun(line)
 
 
@@ -66,8 +73,10 @@ def start_engine(settings: dict[str, Any], max_model_len: int | None, gpu_memory
             else:
                 machine = _cpu_settings(config, length, settings["max_num_seqs"])
             return vllm.LLM(max_model_len=length, **settings, **machine), length
-    except Exception as error:  # vLLM raises many kinds of errors for a model that it cannot run
-        raise refusal(model, error) from None
+    except Exception as error:  # whatever vLLM dislikes about the model, it says so in many ways
+        said = refusal(model, error, gpu_memory)
+        error.__traceback__ = None  # its frames hold the half of an engine, on the GPU
+        raise said from None
     finally:
         torch.set_num_threads = set_threads  # vLLM replaces it on CPU, and lowers the count
         torch.set_num_threads(threads)

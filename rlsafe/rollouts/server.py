@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from rlsafe.config import UserError
+from rlsafe.rollouts import ranks
 from rlsafe.rollouts.remote import START, Forgotten, Server, Unreachable
 from rlsafe.rollouts.sampling import check_lengths, stop_token_ids
 from rlsafe.types import Completion, PolicyWeights, Request, RunError, SamplingParams
@@ -65,7 +66,8 @@ class ServerSampler:
         """
         if sync == "merged" and not torch.cuda.is_available():
             raise UserError(
-                "sampler.sync: full weights reach a server through NCCL, which needs a GPU; use LoRA (adapter)"
+                "sampler.sync: merged: full weights reach a server through NCCL, which needs a GPU; use LoRA over an unquantised "
+                "base (adapter)"
             )
         if adapter_dir is not None and not Path(adapter_dir).is_dir():
             raise UserError(f"sampler.adapter_dir: {adapter_dir}: no such directory")
@@ -198,19 +200,26 @@ class ServerSampler:
         adapter.files.cleanup()
 
     def _push(self, policy: PolicyWeights) -> None:
-        """Send the merged tensors one at a time; vLLM loads them between the start and the finish of an update."""
-        if not self._clients:
+        """Freshly merged tensors, one at a time; vLLM reloads between the start and the finish of an update. Of several processes
+        the first one sends; the others make the tensors with it, which gathers shards."""
+        first = ranks.world() == 1 or torch.distributed.get_rank() == 0
+        if first and not self._clients:
             from trl.generation.vllm_client import VLLMClient
 
             for number, server in enumerate(self._servers):
                 client = VLLMClient(base_url=server.url, group_port=GROUP_PORT + number)
                 client.init_communicator(torch.cuda.current_device())
                 self._clients.append(client)
-        for client in self._clients:
-            with client.weight_update():
+        for number in range(len(self._servers)):
+            client = self._clients[number] if first else None
+            with client.weight_update() if client else nullcontext():
                 for name, tensor in policy.merged_weights():
-                    client.update_named_param(name, tensor)
-            client.reset_prefix_cache()
+                    if client:
+                        client.update_named_param(name, tensor)
+            if client:
+                client.reset_prefix_cache()
+        if ranks.world() > 1:
+            torch.distributed.barrier()
 
     def steer(self, additions: Mapping[int, Tensor] | None) -> None:
         """UserError for any vectors [H]: the residual stream of another process cannot be changed. None does nothing."""

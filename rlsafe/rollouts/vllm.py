@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from rlsafe.config import UserError
 from rlsafe.policy.taps import check_vector, decoder_blocks
+from rlsafe.rollouts import ranks
 from rlsafe.rollouts.engine import generation_threads, refusal, start_engine, weight_files
 from rlsafe.rollouts.noise import hasten
 from rlsafe.rollouts.sampling import check_lengths, stop_token_ids
@@ -46,9 +48,11 @@ class VLLMSampler:
         trust_remote_code: bool = False,
         seed: int = 0,
     ):
-        """Start the engine (seconds); UserError when vLLM is missing or cannot run the model. eager=False (CUDA graphs) is
-        faster on a GPU but cannot be steered."""
-        self.model_dir, self._sync, self._eager = model_dir, sync, eager
+        """Start the engine (seconds). UserError when vLLM is missing or cannot run the model.
+
+        eager=False (CUDA graphs) is faster on a GPU but cannot be steered.
+        """
+        self.model_dir, self._sync, self._eager, self.closed = model_dir, sync, eager, False
         self._stop = stop_token_ids(model_dir, tokenizer)
         self._hooks: list[Any] = []
         self._adapter: Any = None
@@ -69,7 +73,14 @@ class VLLMSampler:
         }
         if sync == "adapter":
             settings |= _lora_settings(lora_rank)
-        self._llm, self.max_model_len = start_engine(settings, max_model_len, gpu_memory)
+        ranks.starting()
+        try:
+            self._llm, self.max_model_len = start_engine(settings | ranks.launcher(), max_model_len, gpu_memory)
+        except UserError:
+            with ranks.ending():
+                pass
+            raise
+        ranks.lives(self)
         self._model = _model_of(self._llm)
         if not torch.cuda.is_available():
             self._llm.collective_rpc(hasten)
@@ -77,8 +88,10 @@ class VLLMSampler:
         try:  # kernels that do not support a shape fail here, not in the first step
             self.generate([Request([1], 0)], SamplingParams(max_tokens=1))
         except Exception as error:
+            said = refusal(model_dir, error, gpu_memory)
+            error.__traceback__ = None
             self.close()
-            raise refusal(model_dir, error) from None
+            raise said from None
 
     @contextmanager
     def _own_threads(self) -> Iterator[None]:
@@ -123,34 +136,46 @@ class VLLMSampler:
         if self._sync == "adapter":
             self._swap_adapter(policy)
         else:
-            self._load(dict(policy.merged_weights()))
+            self._load(policy.merged_weights())
         self._drop_caches()
 
     def reset(self) -> None:
         """Load the checkpoint's own weights again."""
         self._adapter = None
         if self._sync == "merged":
-            self._load({})
+            self._load(iter(()))
         self._drop_caches()
 
-    def _load(self, changed: dict[str, Tensor]) -> None:
-        """Load the weights that this policy changes, and the checkpoint's where only the policy before it had changed them."""
-        before, now = self._loaded, {unit_of(name) for name in changed}
-        if not (units := before | now):
+    def _load(self, changed: Iterator[tuple[str, Tensor]]) -> None:
+        """Load what this policy changes, and the base weights of what only the one before it changed. Tensors are made one unit of
+        the model at a time: all of a 32B model's at once would be a second model."""
+        first = next(changed, None)
+        if first is None and not self._loaded:
             return
-        self._loaded = units  # before loading, in case it is interrupted
-        with self._own_threads():
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._weights(changed, units)})
-            if not all(IN_BLOCK.fullmatch(unit) for unit in units):
+        now: set[str] = set()
+        changed = changed if first is None else itertools.chain([first], changed)
+        with self._own_threads(), ExitStack() as files:
+            weights = self._weights(changed, now, _checkpoint(self.model_dir, files))
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            if not all(IN_BLOCK.fullmatch(unit) for unit in self._loaded):
                 _repack_tied_head(self._model)
         self._loaded = now
 
-    def _weights(self, changed: dict[str, Tensor], units: set[str]) -> Iterator[tuple[str, Tensor]]:
-        """All tensors of these units: the changed ones, and the checkpoint's for the rest."""
-        for name, read in _checkpoint(self.model_dir):
-            if unit_of(name) in units:
-                yield name, changed.pop(name) if name in changed else read()
-        yield from changed.items()
+    def _weights(
+        self, changed: Iterator[tuple[str, Tensor]], now: set[str], base: dict[str, dict[str, Callable[[], Tensor]]]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Whole units: those with changed tensors, noted in `now`, then those that are the checkpoint's again."""
+        for unit, tensors in itertools.groupby(changed, key=lambda named: unit_of(named[0])):
+            assert unit not in now, f"{unit} comes twice"
+            now.add(unit)
+            self._loaded = self._loaded | {unit}  # should this be interrupted
+            others = dict(base.get(unit, {}))
+            for name, tensor in tensors:
+                others.pop(name, None)
+                yield name, tensor
+            yield from ((name, read()) for name, read in others.items())
+        for unit in sorted(self._loaded - now):
+            yield from ((name, read()) for name, read in base.get(unit, {}).items())
 
     def _swap_adapter(self, policy: PolicyWeights) -> None:
         from vllm.lora.request import LoRARequest
@@ -188,10 +213,15 @@ class VLLMSampler:
 
     def close(self) -> None:
         """Shut the engine down and free its memory."""
+        if self.closed:
+            return
+        self.closed = True
         for hook in self._hooks:
             hook.remove()
-        self._llm.llm_engine.engine_core.shutdown()
-        del self._llm, self._model
+        with ranks.ending(self):
+            self._llm.llm_engine.engine_core.shutdown()
+            del self._llm, self._model
+            self._hooks = []
 
 
 def _completion(output: Any) -> Completion:
@@ -224,14 +254,16 @@ def unit_of(name: str) -> str:
     return block[0] if block else name.rpartition(".")[0]
 
 
-def _checkpoint(model_dir: str) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """(name, function that reads it) of every tensor; reading all of a large model takes seconds."""
+def _checkpoint(model_dir: str, files: ExitStack) -> dict[str, dict[str, Callable[[], Tensor]]]:
+    """{unit: {tensor's name: how to read it}}, which for a large model takes seconds; `files` keeps them open."""
     from safetensors import safe_open
 
+    units: dict[str, dict[str, Callable[[], Tensor]]] = {}
     for file in weight_files(model_dir):
-        with safe_open(str(file), framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (no mapping)
-                yield name, partial(tensors.get_tensor, name)
+        tensors = files.enter_context(safe_open(str(file), framework="pt"))
+        for name in tensors.keys():  # noqa: SIM118 (no mapping)
+            units.setdefault(unit_of(name), {})[name] = partial(tensors.get_tensor, name)
+    return units
 
 
 def _repack_tied_head(model: nn.Module) -> None:

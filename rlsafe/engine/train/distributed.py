@@ -19,6 +19,7 @@ from rlsafe.engine.train.optimizer import is_8bit, make_optimizer
 from rlsafe.policy import Policy
 from rlsafe.policy.sharding import is_cut, shard_like, whole
 from rlsafe.policy.zero3 import Zero3
+from rlsafe.rollouts import close_all
 
 _RELEASE_SECONDS = 0.25  # the threads wait for microseconds when a processor is free; this is for busy machines
 
@@ -49,12 +50,13 @@ def start(cpu: bool) -> Accelerator:
 
 
 def _leave() -> None:
-    """End the group, and let go of what its threads still hold.
+    """End the group, the vLLM engines that have parts of it first, and let go of what its threads still hold.
 
     gloo's threads outlive the group while anything (FSDP2's mesh) refers to it. One that is about to drop the tensors of the last
     collective needs the interpreter for it, and the process is aborted ("terminate called without an active exception", after all
     work is done) when it asks while the interpreter is being taken down.
     """
+    close_all()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
         time.sleep(_RELEASE_SECONDS)

@@ -48,7 +48,8 @@ class SyncedSampler:
 
     def current(self) -> Sampler:
         """The sampler with the policy's current weights. RunError when its log-probs are not the policy's."""
-        if self._sampler is None:
+        # A GPU holds one colocated engine: another run may have closed this one since.
+        if self._sampler is None or getattr(self._sampler, "closed", False):
             self._sampler = self._make()
         if self.stale:
             if self.wait_first:

@@ -81,7 +81,8 @@ class Likelihood:
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> Likelihood:
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in tree.items()})
+        fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in tree.items()}
+        return cls(**fields)
 
 
 @dataclass
