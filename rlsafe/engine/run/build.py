@@ -104,7 +104,7 @@ def prepare(config: RunConfig, load: LoadStreams | None = None) -> Prepared:
     for name in used & {p.stream for s in plan for p in s.parts if p.path == "sft" and p.defense is None}:
         require_answers(rows[name], getattr(config.data, name).source)
     uses_grpo = any(step.path == "grpo" for step in plan)
-    with about("rewards"):  # those of a run without GRPO steps, too: they may be misspelt
+    with about("rewards"):  # in a run without GRPO steps too, so that a wrong name is found
         loaded = [load_reward(reward) for reward in config.rewards]
     rewards = None
     _check_adapter(config.model.adapter, uses_grpo)
@@ -228,7 +228,7 @@ def _set_up_defenses(run: Components) -> None:
         seed=run.config.seed,
         cache=Path.home() / ".cache" / "rlsafe",
         rows=lambda name: run.streams[name].rows,
-        sampler=run.sampler.current,
+        sampler=run.sampler.synced,
         judge=run.make_judge,
         log=run.log,
     )

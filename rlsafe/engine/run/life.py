@@ -59,7 +59,7 @@ class Run:
         """The sampler, holding the final weights (engines are shared: another run may have used it since, so it syncs again)."""
         assert self.components is not None, "a run read from disk has no sampler in memory"
         self.components.sampler.weights_changed()
-        return self.components.sampler.current()
+        return self.components.sampler.synced()
 
     def summary(self) -> list[str]:
         """What a person wants to read when the run is over."""

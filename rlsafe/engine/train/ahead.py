@@ -69,7 +69,7 @@ def look_ahead(run: Components, state: RunState, now: Step) -> dict[int, Ahead]:
     parts = [(number, part) for number, part in enumerate(following.parts) if part.path == "grpo"]
     if not parts:
         return {}
-    sampler = run.sampler.current()
+    sampler = run.sampler.synced()
     reference = (
         f"rollout:{now.index % 2}"  # two in turn: when this step fails, a resumed run needs the one before again
     )

@@ -140,7 +140,7 @@ def gradient_shares(
 
     When the model is sharded a backward is a collective: every rank runs as many.
     """
-    most = max(gather_object([len(terms)])) if sharded else 0  # asked before any of them begins
+    most = max(gather_object([len(terms)])) if sharded else 0
     shares = effects.gradients(terms, leaves) if terms else {}
     for _ in range(most - len(terms)):
         torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)

@@ -45,13 +45,14 @@ def grpo_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
         if part.path == "sft":  # supervised rows in the same step, such as the safe rows of interleaving
             micros += supervised(run, state, part, run.draw(step, part))
             continue
-        reused, uses_left = state.pending.get(part.stream, ([], 0))
+        place = f"{step.kind}/{number}"
+        reused, uses_left = state.pending.get(place, ([], 0))
         if uses_left:  # grpo.iterations > 1: the same rollouts teach several steps
             micros += reused
-            state.pending[part.stream] = (reused, uses_left - 1)
+            state.pending[place] = (reused, uses_left - 1)
             metrics["rollout_reused"] = 1
             continue
-        began = time.perf_counter()
+        started = time.perf_counter()
         ahead = state.ahead.get(number)
         # 1. Draw the prompts: the same on every rank, of which each keeps its share.
         rows = ahead.rows if ahead else run.draw(step, part)
@@ -67,14 +68,15 @@ def grpo_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
         fresh = batched(run, state, part, asked, completions, values, valid)
         run.tracker.samples(_records(run, step, part, asked, completions, read, scored, values, valid))
         metrics |= _metrics(run, completions, read, stats, scored)
-        metrics["rollout_seconds"] = time.perf_counter() - began
+        metrics["rollout_seconds"] = time.perf_counter() - started
         metrics |= score_again(run, part, fresh, ahead.reference if ahead else None)
         if run.config.grpo.max_staleness:  # optimizer steps since the weights that sampled
             metrics["staleness"] = int(ahead is not None)
         if run.config.grpo.iterations > 1:
-            state.pending[part.stream] = (fresh, run.config.grpo.iterations - 1)
+            state.pending[place] = (fresh, run.config.grpo.iterations - 1)
         micros += fresh
-    # 6. Forward  7. penalties  8. backward  9. clip  10. step.  11. The sampler is synced when it is next asked.
+    # 6. Forward  7. penalties  8. backward  9. clip  10. step: `update.update`, with the losses of `loss.StepLoss`.
+    # 11. The sampler is synced when it is next asked (`sync.SyncedSampler.synced`).
     return metrics | update(run, state, step, micros)
 
 
@@ -110,7 +112,7 @@ def sampling(config: RunConfig) -> SamplingParams:
 def sample(run: Components, part: PlannedPart, requests: Sequence[Request]) -> list[Completion]:
     """Completions by the current weights under the hooks that rollouts have. With no requests too: other ranks may wait for this
     one's shards."""
-    sampler = run.sampler.current()
+    sampler = run.sampler.synced()
     with run.stack.patched(sampler, Where(part.stream, "grpo", "rollout")):
         return sampler.generate(requests, sampling(run.config))
 
@@ -202,14 +204,16 @@ def batched(
 
 
 def score_again(run: Components, part: PlannedPart, micros: Sequence[Micro], reference: str | None) -> dict[str, float]:
-    """The forwards without gradient that some rollouts need before the update: `old_logp` where it is not simply the update's own
-    log-prob, and the sampler's gap where its context differs from the train context.
+    """Forwards without gradient before the update, for rollouts that need them; most do not.
+
+    - Rollouts that several updates use, or that older weights sampled, keep `old_logp` [B, T], the denominator of their ratio.
+    - Where the sampler's context differs from the train context, the sampler's gap is taken in the sampler's context.
 
     reference: the snapshot of the policy that sampled, when that was one step ago.
     """
     old = run.config.grpo.iterations > 1 or reference is not None
     forwards = sum(old + (not micro.same_context) for micro in micros)
-    # Each is a collective when the model is sharded, and every rank runs as many: asked before any of them begins.
+    # In a sharded model every forward is a collective: all ranks must run equally many, so they first agree on the number.
     most = max(gather_object([forwards])) if run.policy.is_sharded else forwards
     if not most and not run.several:
         return {}
@@ -227,7 +231,9 @@ def score_again(run: Components, part: PlannedPart, micros: Sequence[Micro], ref
         for _ in range(most - forwards):
             run.policy.score(dummy(run.policy, micros).batch)
     total = reduce_sums(apart, run.accelerator)
-    return {"sampler_gap": total["gap"] / total["tokens"]} if total.get("tokens") else {}
+    if not total.get("tokens"):
+        return {}
+    return {"sampler_gap": total["gap"] / total["tokens"]}
 
 
 # ------------------------------------------------------------------------------------------------ what is written down
@@ -270,7 +276,7 @@ def _metrics(
     stats: AdvantageStats,
     scored: RewardBatch,
 ) -> dict[str, Any]:
-    """Rewards, lengths and truncation over all ranks."""
+    """Rewards, lengths and truncation over all ranks; single rewards and what they log are this rank's."""
     lengths = [len(completion.ids) for completion in completions]
     total: dict[str, float] = {"n": len(lengths), "tokens": sum(lengths)}
     total |= {"cut": sum(completion.finish == "length" for completion in completions)}

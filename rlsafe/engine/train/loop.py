@@ -75,7 +75,7 @@ def _probe(run: Components, state: RunState, step: Step) -> tuple[Late, dict[str
     probe = run.probe
     assert probe is not None
     config = with_budget(run.config, state.micro_tokens)
-    sampler = run.sampler.current() if probe.asks else None
+    sampler = run.sampler.synced() if probe.asks else None
     started, metrics = start_probe(probe, run.policy, sampler, config, step.index, run.direction)
 
     def finish() -> dict[str, Any]:

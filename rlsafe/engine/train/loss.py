@@ -115,7 +115,7 @@ class StepLoss:
                 self.sums["loss/penalties"] += float(weighted.detach())
                 self.sums[f"defense/{defense.name}/{term}"] += float(total.detach()) / denominator
         loss = torch.stack([term for term in terms.values()]).sum()
-        if self.world == 1:  # ranks find it together, in the norm of the gradient
+        if self.world == 1:  # several ranks find it at the same step in the norm of their common gradient
             _check_finite(batch, terms)
         self.sums[f"loss/{batch.where.path}"] += float(terms[batch.where.path].detach())
         self.sums["loss"] += float(loss.detach())

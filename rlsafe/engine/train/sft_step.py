@@ -26,7 +26,8 @@ def sft_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
         rows = run.draw(step, part)
         # 2. Batch: prompts pass the defenses, conversations become micro-batches with a mask over the answer.
         micros += supervised(run, state, part, rows)
-    # 3. Forward and penalties  4. backward  5. clip  6. step.  The sampler is synced when it is next asked.
+    # 3. Forward and penalties  4. backward  5. clip  6. step: `update.update`, with the losses of `loss.StepLoss`.
+    # The sampler, if the run has one, is synced when it is next asked (`sync.SyncedSampler.synced`).
     return update(run, state, step, micros)
 
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 class Components:
     """Built once by `rlsafe.engine.run.build`; none of its fields is replaced while the run lasts.
 
-    sampler: gives the sampler with the policy's current weights, and alone knows whether it has them.
+    sampler: the sampler; `sampler.synced()` gives it with the policy's current weights.
     direction: a persona vector that sampled answers are projected on. backward(loss) adds a micro-batch's gradient.
     clip: how shards are clipped together (`distributed.gradient_functions`); None when this process has the whole gradient.
     look_ahead: begins the rollouts of the next step (`grpo.max_staleness: 1`); None when rollouts wait for the update.
@@ -69,7 +69,7 @@ class Components:
             return self.streams[part.stream].take(part.rows)
         source = next(defense for defense in self.stack if defense.name == part.defense)
         rng = random.Random(f"{self.config.seed}/{part.defense}/{step.index}")
-        return source.rows(part.rows, DataContext(step.index, rng, self.sampler.current, self.make_judge))
+        return source.rows(part.rows, DataContext(step.index, rng, self.sampler.synced, self.make_judge))
 
     @property
     def several(self) -> bool:
@@ -82,7 +82,7 @@ class RunState:
     """Where a run stands, apart from weights, streams and files. Checkpoints hold it (`rlsafe.engine.run.resume`).
 
     done: optimizer steps finished. micro_tokens: the present budget of a micro-batch, halved when memory ran out.
-    pending: rollouts that further steps use again, with how many: {stream: (micro-batches, uses left)}.
+    pending: rollouts that further steps use again: {part of the schedule: (micro-batches, uses left)}.
     ahead: rollouts begun for the next step, by the number of its part.
     began: the `position` before the present step; None as soon as that step has changed weights.
     skipped: steps left out in a row (optim.on_nan). gave_up: why waiting for the judge ended; the run then saves its state and stops.

@@ -46,7 +46,7 @@ class SyncedSampler:
         """Go on after `tests` self-tests of the run that was interrupted; its sampler is gone."""
         self.tests, self.stale = tests, True
 
-    def current(self) -> Sampler:
+    def synced(self) -> Sampler:
         """The sampler with the policy's current weights. RunError when its log-probs are not the policy's."""
         # A GPU holds one colocated engine: another run may have closed this one since.
         if self._sampler is None or getattr(self._sampler, "closed", False):
@@ -65,7 +65,7 @@ class SyncedSampler:
         """The sampler with the weights of a reference of the policy; the current ones are synced again on next use."""
         self.stale = True
         with self._policy.at(reference):
-            yield self.current()
+            yield self.synced()
         self.stale = True
 
     def check_gap(self, step: int, gap: float) -> None:
@@ -79,8 +79,8 @@ class SyncedSampler:
 
     def _compare(self) -> None:
         assert self._sampler is not None
-        rows = [row for stream in self._streams.values() for row in stream.rows[:4]]
-        asked = [split_prompt(row)[0] for row in rows[:4]] or [[{"role": "user", "content": "Hello"}]]
+        rows = next((stream.rows[:4] for stream in self._streams.values()), [])
+        asked = [split_prompt(row)[0] for row in rows] or [[{"role": "user", "content": "Hello"}]]
         prompts = [encode_prompt(self._policy.tokenizer, messages) for messages in asked]
         when = "at the start" if self.tests == 0 else f"after sync {self.tests}"
         self_test(self._sampler, self._policy, prompts, self._seed, self._max_gap, when)

@@ -71,10 +71,11 @@ def _update(run: Components, state: RunState, step: Step, micros: list[Micro]) -
                 shares |= gradient_shares(run.effects, terms if missing else {}, total, leaves, run.policy.is_sharded)
             # Backward.
             run.backward(total)
+    metrics = _metrics(run, step, micros, loss)
     norm = _step(run, state, step, micros)
     if run.stack.after_step(run.policy, "step"):
         run.sampler.weights_changed()
-    return {"lr": step.lr, "grad_norm": norm} | _metrics(run, step, micros, loss) | shares
+    return {"lr": step.lr, "grad_norm": norm} | metrics | shares
 
 
 @cache
@@ -83,7 +84,8 @@ def _plan(needs: frozenset[Need]) -> ForwardPlan:
 
 
 def _step(run: Components, state: RunState, step: Step, micros: Sequence[Micro]) -> float:
-    """Clip, step, and tell the sampler; gives the norm of the gradient. NotFinite before any weight has changed."""
+    """Clip, step, and tell the sampler that weights changed; gives the norm of the gradient. A norm that is NaN or infinite raises
+    NotFinite, and no weight has changed."""
     for group in run.optimizer.param_groups:
         group["lr"] = step.lr
     parameters: list[torch.Tensor] = list(run.policy.trainable().values())
@@ -104,7 +106,8 @@ def _step(run: Components, state: RunState, step: Step, micros: Sequence[Micro])
 
 
 def _metrics(run: Components, step: Step, micros: Sequence[Micro], loss: StepLoss) -> dict[str, Any]:
-    """What the micro-batches summed up, over all ranks, under the names of the contract."""
+    """What the micro-batches summed up, over all ranks, under the names that metrics.jsonl has. RunError when sampler and trainer
+    disagree: then nothing is learned from these rollouts."""
     sums = Counter(loss.sums)
     sums["tokens"] = sum(micro.batch.tokens for micro in micros if not micro.dummy)
     total: dict[str, float] = reduce_sums(sums, run.accelerator) if run.several else dict(sums)

@@ -321,7 +321,7 @@ def test_live_answers_follow_the_policy_and_the_reference_does_not(tree, tmp_pat
                     p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
         defense.asked, defense.stream.position = 0, 0
         rows = defense.rows(
-            8, SimpleNamespace(step=0, rng=random.Random(0), sampler=parts.sampler.current, judge=parts.make_judge)
+            8, SimpleNamespace(step=0, rng=random.Random(0), sampler=parts.sampler.synced, judge=parts.make_judge)
         )
         texts.add(tuple(row["messages"][-1]["content"] for row in rows))
     assert len(texts) == 2

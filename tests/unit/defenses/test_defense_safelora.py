@@ -273,7 +273,7 @@ def test_the_sampler_follows_the_projected_weights(tiny_tree, tmp_path, path, ba
     finished = run(run_from_tree(tree), tmp_path / "run")
     parts = finished.components
     assert parts.sampler.stale  # projected at the end, after the last rollout
-    sampler = parts.sampler.current()
+    sampler = parts.sampler.synced()
     original = sampler.sync
     sampler.sync = lambda policy: synced.append(policy) or original(policy)
     assert finished.sampler is sampler and len(synced) == 1 and not parts.sampler.stale
