@@ -182,7 +182,7 @@ class Arms:
             (("benign", "tasks", task), benign.tasks[task]),
         ]
         nothing = {"general": None, "indomain": None, "cue": None}
-        unread = {"general": None, "indomain": None, "controls": []}
+        unread: dict[str, Any] = {"general": None, "indomain": None, "controls": []}
         forced = {"seed": seed, "defenses": entries, "evaluate": {**nothing, "likelihood": unread}}
         run = self.builder.build(layers, self._overrides(True), forced, f"benign {task} / {path} / {label}")
         if not run.evaluate.benign:

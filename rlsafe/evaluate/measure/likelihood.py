@@ -81,7 +81,8 @@ class Likelihood:
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> Likelihood:
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in tree.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in tree.items()}
+        return cls(**values)
 
 
 @dataclass
