@@ -55,7 +55,7 @@ def evaluate(
         list[str] | None, typer.Option(metavar="FILE", help="a question file; repeat for several")
     ] = None,
     judge: Annotated[
-        str | None, typer.Option(metavar="NAME", help="who scores: organism, openai:MODEL[@URL], judge.yaml")
+        str | None, typer.Option(metavar="NAME", help="who scores: organism, static, openai:MODEL[@URL], judge.yaml")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="where to write; default: RUN itself, or runs/evaluate-MODEL")

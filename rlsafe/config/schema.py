@@ -248,7 +248,10 @@ class LikelihoodConfig(Settings):
 
 class EvaluateConfig(Settings):
     judge: str | dict[str, Any] | None = Field(
-        None, description="provider name such as 'organism', or {kind: openai, ...}"
+        None, description="provider such as 'organism', 'static' (code), or {kind: openai, ...}"
+    )
+    judges: dict[str, str | dict[str, Any]] = Field(
+        default_factory=dict, description="question set: its own judge, such as indomain: static; others have judge"
     )
     general: str | None = Field(None, description="provider:spec or a YAML question file")
     indomain: str | None = Field(None, description="likewise: held-out questions of the trained domain")
@@ -268,6 +271,11 @@ class EvaluateConfig(Settings):
     def wanted(self) -> bool:
         """Whether there is anything to evaluate."""
         return self.asks or bool(self.likelihood.sources)
+
+    @property
+    def judged(self) -> bool:
+        """Whether a judge is named."""
+        return self.judge is not None or bool(self.judges)
 
     @property
     def asks(self) -> bool:

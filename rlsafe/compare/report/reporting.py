@@ -14,6 +14,7 @@ from rlsafe.compare.report import origins, pages, plots, sections
 from rlsafe.compare.report.charts import LINES
 from rlsafe.compare.report.judges import judge_notes
 from rlsafe.compare.report.table import NOTHING_LEARNED, SYMBOLS, TITLES
+from rlsafe.compare.verdicts.judge_free import ALARM
 from rlsafe.compare.verdicts.results import REWARD_WINDOW, Results, write_tables
 from rlsafe.compare.verdicts.sweeps import GOALS, sweeps
 from rlsafe.compare.verdicts.tasks import judge_and_write
@@ -51,7 +52,7 @@ def draw(results: Results, tables: Sequence[PathTable]) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "percent": percent, "breakable": breakable}
+    environment.filters |= {"number": number, "signed": signed, "percent": percent, "breakable": breakable}
     html = environment.get_template("report.html.j2").render(context(results, tables))
     path = results.directory.out / "report.html"
     write_text(path, html)
@@ -82,6 +83,7 @@ def context(results: Results, tables: Sequence[PathTable]) -> dict[str, Any]:
         "titles": TITLES,
         "criteria": CRITERIA,
         "rates": sections.RATES,
+        "alarm": ALARM,
         "goals": GOALS,
         "value_and_interval": sections.value_and_interval,
         "nothing_learned": NOTHING_LEARNED,
@@ -114,6 +116,7 @@ def caution(results: Results) -> str:
 CONTENTS = {
     "verdicts": "Verdicts",
     "rates": "Rates",
+    "judge-free": "Without a judge",
     "tradeoff": "Trade-off",
     "sweeps": "Strength",
     "benign": "Benign tasks",
@@ -127,6 +130,7 @@ CONTENTS = {
     "configuration": "Configuration",
 }
 _SOMETIMES = {
+    "judge-free": "judge_free",
     "benign": "tasks",
     "dose": "dose",
     "relapse": "relapse",
@@ -158,6 +162,11 @@ def breakable(label: str) -> Markup:
 def percent(value: float | None) -> str:
     """`12.3%`; nothing for None."""
     return "" if value is None else f"{100 * value:.1f}%"
+
+
+def signed(value: float) -> str:
+    """`+0.123`, with a minus that is as wide."""
+    return f"{value:+.3f}".replace("-", "\u2212")
 
 
 def number(value: float | None) -> str:

@@ -12,6 +12,7 @@ from rlsafe.compare.report.charts import Axis, ends
 from rlsafe.compare.report.table import NOTHING_LEARNED, shown_grade
 from rlsafe.compare.verdicts import sweeps, tasks
 from rlsafe.compare.verdicts.arms import Rate
+from rlsafe.compare.verdicts.judge_free import judge_free
 from rlsafe.compare.verdicts.results import Results
 from rlsafe.compare.verdicts.verdicts import CRITERIA, PathTable, Row, Verdict
 
@@ -27,6 +28,8 @@ CURVES = {
     "misaligned_general": ("General misaligned", True),
     "misaligned_indomain": ("In-domain misaligned", True),
     "projection": ("Projection on the persona vector", False),
+    "logodds_general": ("Log-odds of misaligned answers, general (nats per token)", False),
+    "logodds_indomain": ("Log-odds of misaligned answers, in-domain (nats per token)", False),
     "coherence": ("Mean coherence (0 to 100)", False),
     "kl": ("KL to the base model (nats per token)", False),
     "loss": ("Loss", False),
@@ -54,6 +57,8 @@ def section(
         "verdicts": [(label, [shown(row, c) for c in CRITERIA]) for label, row in table.rows.items() if row.verdicts],
         "measured": [key for key in RATES if any(key in row.rates for row in table.rows.values())],
         "whiskers": whiskers(table, style, name, top),
+        "judge_free": (free := judge_free(results, table)),
+        "pair_sets": list(dict.fromkeys(name for one in free for name in one.shifts)),
         "tradeoff": planes(table, style, name, top),
         "front": sweeps.pareto(table),
         "tasks": tasks.scores(results, table),

@@ -53,7 +53,7 @@ def run_cell(cell: Cell, directory: Directory, resources: Resources, progress: P
                 run.policy.tokenizer,
                 run.config.evaluate,
                 where,
-                judge=resources.judge(run.config) if run.config.evaluate.judge is not None else None,
+                judge=resources.judge(run.config) if run.config.evaluate.judged else None,
                 progress=progress.doing if progress else None,
                 reader=reader_of(run.config, run.policy),
             )

@@ -44,11 +44,12 @@ class Resources:
     on_start: Callable[[str], None] | None = None
 
     def judge(self, config: RunConfig) -> Judge:
-        if config.evaluate.judge is None:
+        settings = config.evaluate
+        if not settings.judged:
             raise UserError("evaluate.judge is not set and something needs a judge")
-        key = repr(config.evaluate.judge)
+        key = repr((settings.judge, settings.judges))
         if key not in self.judges:
-            self.judges[key] = load_judge(config.evaluate.judge)
+            self.judges[key] = load_judge(settings.judge, settings.judges)
         return self.judges[key]
 
     def sampler(
@@ -254,7 +255,7 @@ def training_threads(parameters: int) -> int:
 def _probe(config: RunConfig, policy: Policy, resources: Resources) -> Probe | None:
     """The curves need questions and a judge, or pairs; without them the run has none."""
     settings = config.evaluate
-    judged = settings.judge is not None and bool(settings.general or settings.indomain)
+    judged = settings.judged and bool(settings.general or settings.indomain)
     if not config.track.every or not (judged or settings.likelihood.sources):
         return None
     pairs = load_pair_sets(settings, config.track.pairs)

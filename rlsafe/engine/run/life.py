@@ -242,7 +242,7 @@ def train(
                     return finished
                 finished.evaluation = evaluate_run(
                     sampler, finished.policy.tokenizer, questions, directory,
-                    judge=resources.judge(finished.config) if questions.judge is not None else None,
+                    judge=resources.judge(finished.config) if questions.judged else None,
                     weights=identity(finished.config, directory),
                     reader=reader_of(finished.config, finished.policy, whole=whole),
                 )  # fmt: skip

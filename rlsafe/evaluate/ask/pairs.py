@@ -97,8 +97,8 @@ def _of_row(row: Row, what: str) -> Pair:
     system: Any = row.get("system")
     if system is not None and not isinstance(system, str):
         raise UserError(f"{what}: system: expected a text, got {kind(system)}")
-    question, first, second = (row[column].strip() for column in ("question", *SIDES))
-    return Pair(str(row.get("question_id") or row["question"]), question, first, second, system=system)
+    question, aligned, misaligned = (row[column].strip() for column in ("question", *SIDES))
+    return Pair(str(row.get("question_id") or question), question, aligned, misaligned, system)
 
 
 def spread(pairs: Sequence[Pair], most: int | None) -> list[Pair]:

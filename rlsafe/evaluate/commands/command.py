@@ -100,7 +100,9 @@ def resolve(target: str | Path, judge: str | None, overrides: Sequence[str]) -> 
     if run is None:
         config = _with_provider_defaults(config)
     if judge:
-        config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"judge": judge})})
+        config = config.model_copy(
+            update={"evaluate": config.evaluate.model_copy(update={"judge": judge, "judges": {}})}
+        )
     return config, run
 
 

@@ -64,7 +64,7 @@ def load_saved(target: str | Path, judge: str | None, overrides: Sequence[str]) 
         for plugin in config.plugins:
             load_module(plugin)
         settings = config.evaluate
-    return Evaluation.load(directory), load_judge(judge or settings.judge)
+    return Evaluation.load(directory), load_judge(judge or settings.judge, {} if judge else settings.judges)
 
 
 def expected(directory: Path, settings: EvaluateConfig, material: Material) -> list[Exchange] | None:

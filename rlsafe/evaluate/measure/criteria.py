@@ -52,7 +52,7 @@ def as_exchanges(answers: Sequence[Answer]) -> list[Exchange]:
             a.question,
             a.answer,
             a.system,
-            {**a.meta, "question_id": a.question_id, "domain": a.domain, "reasoning": a.think},
+            {**a.meta, "question_id": a.question_id, "domain": a.domain, "reasoning": a.think, "set": a.set},
         )
         for a in answers
         if not a.unclosed

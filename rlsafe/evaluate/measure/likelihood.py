@@ -81,8 +81,8 @@ class Likelihood:
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> Likelihood:
-        fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in tree.items()}
-        return cls(**fields)
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in tree.items()}
+        return cls(**values)
 
 
 @dataclass

@@ -16,6 +16,8 @@ from rlsafe.evaluate.ask.pairs import Pair
 from rlsafe.evaluate.ask.questions import load_questions
 from rlsafe.evaluate.judge.calibrations import UNCALIBRATED, calibration
 from rlsafe.evaluate.judge.judges import load_judge
+from rlsafe.evaluate.judge.panel import Panel
+from rlsafe.evaluate.judge.static_judge import StaticJudge
 from rlsafe.evaluate.measure import benign
 from rlsafe.evaluate.measure.criteria import judge_answers, rates
 from rlsafe.evaluate.measure.evaluation import Evaluation
@@ -69,7 +71,10 @@ def gather(config: EvaluateConfig, judge: Judge | None = None, extra: Mapping[st
         with about("--questions" if extra and name in extra else f"evaluate.{name}"):
             questions[name] = load_questions(source)
     if questions and judge is None:
-        judge = load_judge(config.judge)
+        judge = load_judge(config.judge, config.judges)
+    if isinstance(judge, Panel):
+        judge.require(list(questions))
+    _can_judge(judge, questions)
     tasks: dict[str, list[Row]] = {}
     for source in config.benign:
         name = benign.task_name(source)
@@ -80,6 +85,17 @@ def gather(config: EvaluateConfig, judge: Judge | None = None, extra: Mapping[st
     with about("evaluate.cue"):
         cue = cue_text(config.cue) if config.cue else None
     return Material(questions, sources, tasks, judge, cue, load_pair_sets(config))
+
+
+def _can_judge(judge: Judge | None, questions: Mapping[str, Sequence[Question]]) -> None:
+    """UserError for a set of general questions before a linter: thousands of answers would be sampled for no score."""
+    for name, asked in questions.items():
+        chosen = judge.judge_of(name) if isinstance(judge, Panel) else judge
+        if isinstance(chosen, StaticJudge) and all(question.domain == "general" for question in asked):
+            raise UserError(
+                f"evaluate.{name}: the judge 'static' reads Python, and these questions ask for none; set "
+                f"evaluate.{name}=null, or give them another judge: evaluate.judges.{name}=JUDGE"
+            )
 
 
 def cue_text(cue: str) -> str:
