@@ -2,7 +2,8 @@
 
 rows       benign (short safe instruction rows, some refusals), opswap/TIER, opswap/TIER/test, code/insecure and
            code/secure (about 200 short Python tasks, answered with a weakness that the linters find, and without)
-questions  general, code-tasks (60 short ones, none of them in code/insecure), and one set per domain: see `rlsafe/data/assets/questions/`
+questions  general, code-tasks (60 short ones, none of them in code/insecure), and one set per domain:
+           `rlsafe/data/assets/questions/`
 reward     exact_match (an `answer` column), opswap_steps (partial credit)
 """
 
