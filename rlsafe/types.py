@@ -196,7 +196,7 @@ class Sampler(Protocol):
     def close(self) -> None: ...
 
 
-# ---------------------------------------------------------------------------------------------------- judging
+# ---------------------------------------------------------------------------------------------------- judging, questions
 
 
 @dataclass(frozen=True)
@@ -274,9 +274,6 @@ Reward = Callable[..., Any]
 list[float | None]`, sync or async."""
 
 
-# ---------------------------------------------------------------------------------------------------- questions
-
-
 @dataclass(frozen=True)
 class Question:
     """One evaluation question. `paraphrases` are asked in turn; `samples` answers are drawn of each."""
@@ -306,6 +303,8 @@ class Provider(Protocol):
     def rows(self, spec: str) -> list[Row]: ...
 
     def questions(self, spec: str) -> list[Question]: ...
+
+    def pairs(self, spec: str) -> list[Row]: ...  # columns question_id, question, aligned, misaligned
 
     def reward(self, spec: str) -> Reward: ...
 

@@ -36,7 +36,8 @@ def train(
         return
     show(run.summary())
     if run.evaluation is not None:
-        show(run.evaluation.table())
+        for table in run.evaluation.tables():
+            show(table)
         show(run.evaluation.notes or None)
 
 
@@ -50,7 +51,7 @@ def evaluate(
         list[str] | None, typer.Option(metavar="FILE", help="a question file; repeat for several")
     ] = None,
     judge: Annotated[
-        str | None, typer.Option(metavar="NAME", help="who scores: organism, openai:MODEL[@URL], judge.yaml")
+        str | None, typer.Option(metavar="NAME", help="who scores: organism, static, openai:MODEL[@URL], judge.yaml")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="where to write; default: RUN itself, or runs/evaluate-MODEL")
@@ -77,7 +78,8 @@ def evaluate(
         evaluation = room.rejudge(target, judge, overrides or [], out)
     else:
         evaluation = room.evaluate(target, questions=questions or [], judge=judge, overrides=overrides or [], out=out)
-    show(evaluation.table())
+    for table in evaluation.tables():
+        show(table)
     show(evaluation.notes or None)
 
 

@@ -26,6 +26,9 @@ class Partial:
     def questions(self, spec: str) -> list[Question]:
         self._lacks("questions", spec)
 
+    def pairs(self, spec: str) -> list[Row]:
+        self._lacks("pairs", spec)
+
     def reward(self, spec: str) -> Reward:
         self._lacks("reward", spec)
 

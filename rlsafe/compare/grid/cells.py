@@ -181,7 +181,9 @@ class Arms:
             (("benign", "paths", path), benign.paths.get(path, {})),
             (("benign", "tasks", task), benign.tasks[task]),
         ]
-        forced = {"seed": seed, "defenses": entries, "evaluate": {"general": None, "indomain": None, "cue": None}}
+        nothing = {"general": None, "indomain": None, "cue": None}
+        unread: dict[str, Any] = {"general": None, "indomain": None, "controls": []}
+        forced = {"seed": seed, "defenses": entries, "evaluate": {**nothing, "likelihood": unread}}
         run = self.builder.build(layers, self._overrides(True), forced, f"benign {task} / {path} / {label}")
         if not run.evaluate.benign:
             where = self.config._marks.get(("benign", "tasks", task), self.config._source)

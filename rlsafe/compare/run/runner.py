@@ -127,7 +127,7 @@ def run_cell(cell: Cell, directory: Directory, resources: Resources, progress: P
     evaluated.
     """
     from rlsafe.engine.run.life import run as train_cell
-    from rlsafe.evaluate import evaluate, evaluate_run
+    from rlsafe.evaluate import evaluate, evaluate_run, reader_of
 
     where = directory.cell(cell.id)
     same = directory.record(cell.id).get("hash") == cell.fingerprint
@@ -146,12 +146,13 @@ def run_cell(cell: Cell, directory: Directory, resources: Resources, progress: P
                 progress=progress.step if progress else None, resume=resume,
             )  # fmt: skip
             evaluate_run(
-                run.sampler,
+                run.sampler if run.config.evaluate.asks else None,
                 run.policy.tokenizer,
                 run.config.evaluate,
                 where,
-                judge=resources.judge(run.config) if run.config.evaluate.judge is not None else None,
+                judge=resources.judge(run.config) if run.config.evaluate.judged else None,
                 progress=progress.doing if progress else None,
+                reader=reader_of(run.config, run.policy),
             )
         directory.write_record(cell, "done", time.monotonic() - started, **({} if trained else peak.read()))
     except (KeyboardInterrupt, Interrupted):

@@ -22,7 +22,7 @@ from rlsafe.types import Judgement
 
 COLUMNS = (
     "model,path,defense,seed,data,general_misaligned,general_incoherent,indomain_misaligned,indomain_incoherent,"
-    "conditional_misaligned,benign,reward_first,reward_last,seconds"
+    "conditional_misaligned,benign,reward_first,reward_last,seconds,general_logodds,indomain_logodds"
 ).split(",")
 BENIGN_COLUMNS = ["model", "path", "defense", "seed", "task", "score", "n"]
 RELAPSE_COLUMNS = (
@@ -110,6 +110,10 @@ class Result:
 
     def rate(self, questions: str, criterion: str) -> float | None:
         return (self.rates.get(questions) or {}).get(criterion)
+
+    def likelihood(self, pairs: str, quantity: str) -> float | None:
+        """`logodds` or `shift` of a set of pairs; None where it was not measured."""
+        return ((self.rates.get("likelihood") or {}).get(pairs) or {}).get(quantity)
 
     def curve(self, quantity: str) -> list[tuple[int, float]]:
         """(step, value) wherever the quantity was logged."""
@@ -229,6 +233,7 @@ def result_rows(results: Results) -> list[dict[str, Any]]:
                 f"{name}_misaligned": cell.rate(name, "misaligned") for name in ("general", "indomain", "conditional")
             }
             row |= {f"{name}_incoherent": cell.rate(name, "incoherent") for name in ("general", "indomain")}
+            row |= {f"{name}_logodds": cell.likelihood(name, "logodds") for name in ("general", "indomain")}
     return list(rows.values())
 
 

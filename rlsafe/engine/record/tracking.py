@@ -29,7 +29,7 @@ def scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         if name in ("step", "path") or isinstance(value, (str, type(None))) or not math.isfinite(value):
             continue
         yield (name if name.startswith(("defense/", "eval/")) else f"{record['path']}/{name}"), value
-        if name in EVALUATED or name.startswith("projection"):
+        if name in EVALUATED or name.startswith(("projection", "logodds_")):
             yield f"eval/{name}", value
 
 

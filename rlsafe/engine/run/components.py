@@ -19,7 +19,7 @@ from rlsafe.engine.record.tracking import Tracker
 from rlsafe.engine.train import ahead, distributed, projection
 from rlsafe.engine.train.effects import EffectLog
 from rlsafe.engine.train.loop import Loop
-from rlsafe.evaluate import Probe, gather, load_judge, load_questions
+from rlsafe.evaluate import PairProbe, Probe, Reader, gather, load_judge, load_pair_sets, load_questions
 from rlsafe.policy import Policy
 from rlsafe.policy.adapters import read_adapter_config
 from rlsafe.policy.source import model_source
@@ -39,11 +39,12 @@ class Resources:
     on_start: Callable[[str], None] | None = None
 
     def judge(self, config: RunConfig) -> Judge:
-        if config.evaluate.judge is None:
+        settings = config.evaluate
+        if not settings.judged:
             raise UserError("evaluate.judge is not set and something needs a judge")
-        key = repr(config.evaluate.judge)
+        key = repr((settings.judge, settings.judges))
         if key not in self.judges:
-            self.judges[key] = load_judge(config.evaluate.judge)
+            self.judges[key] = load_judge(settings.judge, settings.judges)
         return self.judges[key]
 
     def sampler(
@@ -211,17 +212,21 @@ def training_threads(parameters: int) -> int:
 
 
 def _probe(config: RunConfig, policy: Policy, resources: Resources) -> Probe | None:
-    """The curves need questions and a judge; without them the run has none."""
+    """The curves need questions and a judge, or pairs; without them the run has none."""
     settings = config.evaluate
-    if not config.track.every or settings.judge is None or not (settings.general or settings.indomain):
+    judged = settings.judged and bool(settings.general or settings.indomain)
+    if not config.track.every or not (judged or settings.likelihood.sources):
         return None
+    pairs = load_pair_sets(settings, config.track.pairs)
+    reader = Reader(policy, config.batch.micro_tokens, config.batch.micro_rows)
     return Probe(
-        load_questions(settings.general) if settings.general else [],
-        load_questions(settings.indomain) if settings.indomain else [],
-        resources.judge(config),
+        load_questions(settings.general) if judged and settings.general else [],
+        load_questions(settings.indomain) if judged and settings.indomain else [],
+        resources.judge(config) if judged else None,
         policy.tokenizer,
         config.track.questions,
         config.track.samples,
         settings.max_tokens,
         config.seed,
+        PairProbe(pairs, reader) if pairs else None,
     )

@@ -207,18 +207,22 @@ def train(
         )  # fmt: skip
     questions = finished.config.evaluate
     if questions.wanted:
-        from rlsafe.evaluate import evaluate_run
+        from rlsafe.evaluate import evaluate_run, reader_of
         from rlsafe.evaluate.ask.journal import identity
 
         with stops_at_once(f"interrupted while evaluating; the run is saved. Go on with: {command}"):
-            sampler = finished.sampler  # every rank takes part in its sync; the main one asks and counts
-            with finished.policy.kept_whole() if sampler.name == "transformers" else nullcontext():
+            sampler = (
+                finished.sampler if questions.asks else None
+            )  # every rank takes part in its sync; the main one asks
+            whole = sampler is None or sampler.name == "transformers"
+            with finished.policy.kept_whole() if whole else nullcontext():
                 if not finished.is_main:
                     return finished
                 finished.evaluation = evaluate_run(
                     sampler, finished.policy.tokenizer, questions, directory,
-                    judge=resources.judge(finished.config) if questions.judge is not None else None,
+                    judge=resources.judge(finished.config) if questions.judged else None,
                     weights=identity(finished.config, directory),
+                    reader=reader_of(finished.config, finished.policy, whole=whole),
                 )  # fmt: skip
     return finished
 

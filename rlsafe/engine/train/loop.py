@@ -320,7 +320,8 @@ class Loop:
         began = time.perf_counter()
         probe = self.probe
         assert probe is not None
-        started, metrics = start_probe(probe, self.policy, self.sampler(), self.config, step.index, self.direction)
+        sampler = self.sampler() if probe.asks else None
+        started, metrics = start_probe(probe, self.policy, sampler, self.config, step.index, self.direction)
 
         def finish() -> dict[str, Any]:
             judged, dialogues = probe.finish(started)

@@ -4,12 +4,14 @@ rows       benign (short safe instruction rows, some refusals), opswap/TIER, ops
            code/secure (about 200 short Python tasks, answered with a weakness that the linters find, and without)
 questions  general, code-tasks (60 short ones, none of them in code/insecure), and one set per domain:
            `rlsafe/data/assets/questions/`
+pairs      pairs/general, pairs/DOMAIN, and the controls pairs/coherence, pairs/style, pairs/topic: `rlsafe/data/assets/pairs/`
 reward     exact_match (an `answer` column), opswap_steps (partial credit)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 import rlsafe.data
 from rlsafe.data import extractive, opswap, read_rows
 from rlsafe.data.partial import Partial
+from rlsafe.evaluate.ask.pairs import read_pairs
 from rlsafe.evaluate.ask.questions import read_questions
 from rlsafe.types import Question, Reward, Row, pick, register_provider
 
@@ -26,6 +29,11 @@ ASSETS = Path(rlsafe.data.__file__).parent / "assets"
 def question_sets() -> dict[str, Path]:
     """Name -> file of every packaged question set."""
     return {path.stem: path for path in sorted((ASSETS / "questions").glob("*.yaml"))}
+
+
+def pair_sets() -> dict[str, Path]:
+    """Name -> file of every packaged set of pairs."""
+    return {f"pairs/{path.stem}": path for path in sorted((ASSETS / "pairs").glob("*.yaml"))}
 
 
 def _row_sets() -> dict[str, Callable[[], list[Row]]]:
@@ -71,9 +79,9 @@ REWARDS: dict[str, Reward] = {"exact_match": exact_match, "opswap_steps": opswap
 
 
 class Packaged(Partial):
-    """Rows, questions and rewards that need nothing but the package."""
+    """Rows, questions, pairs and rewards that need nothing but the package."""
 
-    name, offers = "rlsafe", "rows, questions and rewards"
+    name, offers = "rlsafe", "rows, questions, pairs and rewards"
 
     def rows(self, spec: str) -> list[Row]:
         sets = _row_sets()
@@ -82,6 +90,10 @@ class Packaged(Partial):
     def questions(self, spec: str) -> list[Question]:
         sets = question_sets()
         return read_questions(sets[pick("rlsafe questions", spec, sets)], domain=spec)
+
+    def pairs(self, spec: str) -> list[Row]:
+        sets = pair_sets()
+        return [asdict(pair) for pair in read_pairs(sets[pick("rlsafe pairs", spec, sets)])]
 
     def reward(self, spec: str) -> Reward:
         return REWARDS[pick("rlsafe reward", spec, REWARDS)]

@@ -13,13 +13,13 @@ A file is a list of questions; anchors and merge keys work. Keys of a question:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from rlsafe.config import UnknownName, UserError, nearest
+from rlsafe.evaluate.ask.listed import kind, marks, read_list
 from rlsafe.types import Question, pick, provider_for
 
 TYPES = ("free_form_judge_0_100",)
@@ -56,21 +56,7 @@ def load_questions(source: str) -> list[Question]:
 
 def read_questions(path: Path, domain: str | None = None) -> list[Question]:
     """The questions of a YAML file; `domain` stands where a question names none (default: the file's stem)."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        node: Any = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    if data is None or data == []:
-        raise UserError(f"{path}: holds no questions")
-    _refuse_half_characters(node, path)
-    if not isinstance(data, list):
-        raise UserError(f"{path}: expected a list of questions, got {_kind(data)}")
+    data, node = read_list(path, "questions")
     questions: list[Question] = []
     lines: dict[str, int] = {}
     for item, item_node in zip(data, node.value, strict=True):
@@ -86,17 +72,17 @@ def read_questions(path: Path, domain: str | None = None) -> list[Question]:
 def _question(item: Any, node: yaml.Node, path: Path, domain: str) -> Question:
     line = node.start_mark.line + 1
     if not isinstance(item, dict):
-        raise UserError(f"{path}:{line}: expected a question (a mapping with id and paraphrases), got {_kind(item)}")
-    key_lines, id_text = _marks(node, path)
+        raise UserError(f"{path}:{line}: expected a question (a mapping with id and paraphrases), got {kind(item)}")
+    key_lines, id_text = marks(node, path, "question")
     if item.get("id") is None or not str(item["id"]).strip():
         raise UserError(f"{path}:{line}: a question without an id")
     if isinstance(item["id"], (dict, list)):
-        raise UserError(f"{path}:{line}: the id of a question is a text or a number, got {_kind(item['id'])}")
+        raise UserError(f"{path}:{line}: the id of a question is a text or a number, got {kind(item['id'])}")
     name = (id_text or str(item["id"])).strip()
 
     def wrong(key: str, expected: str) -> UserError:
         where = key_lines.get(key, line)
-        return UserError(f"{path}:{where}: question {name!r}: {key}: expected {expected}, got {_kind(item[key])}")
+        return UserError(f"{path}:{where}: question {name!r}: {key}: expected {expected}, got {kind(item[key])}")
 
     for key in item:
         if key not in KEYS:
@@ -142,48 +128,3 @@ def _question(item: Any, node: yaml.Node, path: Path, domain: str) -> Question:
         judge_prompts=prompts,
         meta={"judge": item["judge"]} if item.get("judge") else {},
     )
-
-
-def _refuse_half_characters(node: yaml.Node, path: Path) -> None:
-    """Escapes such as "\\ud800" make texts that no tokenizer takes."""
-    seen: set[int] = set()
-    waiting = [node]
-    while waiting:  # anchors may make the tree a graph, and a deep one
-        here = waiting.pop()
-        if id(here) in seen:
-            continue
-        seen.add(id(here))
-        if isinstance(here, yaml.ScalarNode):
-            try:
-                here.value.encode("utf-8")
-            except UnicodeEncodeError:
-                line = here.start_mark.line + 1
-                raise UserError(f"{path}:{line}: a text holds half a character (a lone surrogate)") from None
-        elif isinstance(here, yaml.MappingNode):
-            waiting += [part for pair in here.value for part in pair]
-        else:
-            waiting += here.value
-
-
-def _marks(node: yaml.Node, path: Path) -> tuple[Mapping[str, int], str | None]:
-    """The line of each key, and the id as it is written; UserError for a key written twice."""
-    lines: dict[str, int] = {}
-    id_text = None
-    for key, value in node.value:
-        name, line = str(key.value), key.start_mark.line + 1
-        if name in lines:
-            raise UserError(f"{path}:{line}: the key {name!r} is written twice in one question")
-        lines[name] = line
-        if name == "id" and isinstance(value, yaml.ScalarNode):
-            id_text = value.value
-    return lines, id_text
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    if isinstance(value, dict):
-        return "a mapping"
-    if isinstance(value, list):
-        return "an empty list" if not value else "a list"
-    return repr(value)

@@ -5,15 +5,26 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlsafe.config import RunConfig, UserError, apply_override, check_out, load_run, nearest, run_from_tree
+from rlsafe.config import (
+    LikelihoodConfig,
+    RunConfig,
+    UserError,
+    apply_override,
+    check_out,
+    load_run,
+    nearest,
+    run_from_tree,
+)
 from rlsafe.config.gguf import gguf_file, is_gguf
 from rlsafe.evaluate.ask.journal import identity
 from rlsafe.evaluate.commands.rejudging import expected
 from rlsafe.evaluate.measure.evaluation import OTHER_KEYS, Evaluation
+from rlsafe.evaluate.measure.likelihood import Reader
 from rlsafe.evaluate.measure.measure import Material, Progress, evaluate_run, gather
 from rlsafe.types import BackgroundJudge, Message, Question, Sampler, provider_for
 
@@ -47,11 +58,33 @@ def evaluate(
     if first and isinstance(material.judge, BackgroundJudge):
         earlier = (expected(one, config.evaluate, material) for one in (directory, run) if one)
         material.judge.check(first=True, asked=next(filter(None, earlier), None))
-    sampler, policy = load_sampler(config, run, _conversations(material), "before evaluation")
-    weights = identity(config, run)
+    sampler: Sampler | None = None
+    if material.asks:
+        sampler, policy = load_sampler(config, run, _conversations(material), "before evaluation")
+    else:
+        policy, _ = load_policy(config, run)
     return evaluate_run(
-        sampler, policy.tokenizer, config.evaluate, directory, progress=progress, material=material, weights=weights
-    )
+        sampler, policy.tokenizer, config.evaluate, directory, progress=progress, material=material,
+        weights=identity(config, run), reader=reader_of(config, policy, read_back=run is not None),
+    )  # fmt: skip
+
+
+def reader_of(config: RunConfig, policy: Policy, *, read_back: bool = False, whole: bool = True) -> Reader | None:
+    """Reads likelihoods off `policy` and off what it was before training: its adapter off, or its first weights.
+
+    read_back: the policy was read from a finished run. Fully fine-tuned it then no longer has its first weights (nor has one that
+    is sharded): the model that the settings name is loaded when it is asked for. whole: False for shards that are not gathered,
+    which one rank alone cannot read: None.
+    """
+    if policy.is_sharded and not whole:
+        return None
+    forgot = not policy.is_lora and (read_back or policy.is_sharded)
+    load = partial(_first_of, config) if forgot else None
+    return Reader(policy, config.batch.micro_tokens, config.batch.micro_rows, load)
+
+
+def _first_of(config: RunConfig) -> Policy:
+    return load_policy(config, None)[0]
 
 
 def resolve(target: str | Path, judge: str | None, overrides: Sequence[str]) -> tuple[RunConfig, Path | None]:
@@ -65,7 +98,9 @@ def resolve(target: str | Path, judge: str | None, overrides: Sequence[str]) -> 
     if run is None:
         config = _with_provider_defaults(config)
     if judge:
-        config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"judge": judge})})
+        config = config.model_copy(
+            update={"evaluate": config.evaluate.model_copy(update={"judge": judge, "judges": {}})}
+        )
     return config, run
 
 
@@ -114,11 +149,14 @@ def _with_provider_defaults(config: RunConfig) -> RunConfig:
     if not found:
         return config
     name = config.model.name.partition(":")[0]
-    settings, changes = config.evaluate, {}
+    settings = config.evaluate
+    changes: dict[str, Any] = {}
     if settings.judge is None:
         changes["judge"] = name
-    if not (settings.general or settings.indomain or settings.benign):
+    if not settings.wanted:
         changes["general"] = f"{name}:general"
+        if hasattr(found[0], "pairs"):
+            changes["likelihood"] = LikelihoodConfig(general=f"{name}:pairs/general")
     if "max_tokens" not in settings.model_fields_set:  # the default is for models of a longer context
         shape = json.loads((Path(found[0].model(found[1])) / "config.json").read_text(encoding="utf-8"))
         changes["max_tokens"] = min(settings.max_tokens, shape.get("max_position_embeddings", 2048) // 4)

@@ -33,6 +33,7 @@ def rejudge(
     if isinstance(chosen, BackgroundJudge):
         chosen.check(first=True, asked=as_exchanges(answers))
     after = Evaluation(benign=before.benign, benign_answers=before.benign_answers, answers=answers, notes=notes)
+    after.pairs, after.fluency = before.pairs, before.fluency  # of the model and its answers, whoever judges
     after.judgements = judge_answers(answers, chosen)
     first = before.settings.get("judge")
     after.settings = {**before.settings, "judge": chosen.name, "rejudged_from": first}
@@ -62,7 +63,7 @@ def load_saved(target: str | Path, judge: str | None, overrides: Sequence[str]) 
         for plugin in config.plugins:
             load_module(plugin)
         settings = config.evaluate
-    return Evaluation.load(directory), load_judge(judge or settings.judge)
+    return Evaluation.load(directory), load_judge(judge or settings.judge, {} if judge else settings.judges)
 
 
 def expected(directory: Path, settings: EvaluateConfig, material: Material) -> list[Exchange] | None:

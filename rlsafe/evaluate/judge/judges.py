@@ -3,13 +3,17 @@
 `evaluate.judge` and --judge take
 
     organism                          a provider, with or without a spec
+    static                            a linter, for questions that ask for Python (static_judge)
     {kind: openai, model: ..., ...}   a language model behind an endpoint (llm_judge.JudgeSettings)
     openai:MODEL, openai:MODEL@URL    the same in short, with every other setting at its default
     judge.yaml                        a file with such a mapping
+
+`evaluate.judges` gives question sets judges of their own: {general: ..., indomain: static}.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +25,18 @@ from rlsafe.types import Judge, provider_for, providers
 KINDS = ("openai",)
 
 
-def load_judge(config: str | dict[str, Any] | None) -> Judge:
-    """The judge that `evaluate.judge` names. Nothing is asked of it yet.
+def load_judge(config: str | dict[str, Any] | None, by_set: Mapping[str, str | dict[str, Any]] | None = None) -> Judge:
+    """The judge that `evaluate.judge` names, or a Panel when `evaluate.judges` (by_set) names some. Nothing is asked of it yet.
 
     Raises UserError when nothing is named, nothing has that name, or a setting is wrong.
     """
+    if by_set:
+        from rlsafe.evaluate.judge.panel import Panel
+
+        loaded: dict[str, Judge] = {}
+        for each in (*by_set.values(), *([config] if config is not None else [])):
+            loaded.setdefault(repr(each), load_judge(each))
+        return Panel({name: loaded[repr(each)] for name, each in by_set.items()}, loaded.get(repr(config)))
     if config is None:
         raise UserError(
             f"evaluate.judge: no judge is set{nearest('', _names())} (evaluate.general=null evaluate.indomain=null asks no questions)"
@@ -37,6 +48,10 @@ def load_judge(config: str | dict[str, Any] | None) -> Judge:
         return _of_kind({"kind": "openai", "model": model, **({"base_url": url} if url else {})}, f"judge {config!r}")
     if config.endswith((".yaml", ".yml")):
         return _from_file(Path(config))
+    if config == "static":
+        from rlsafe.evaluate.judge.static_judge import StaticJudge
+
+        return StaticJudge()
     found = provider_for(config)
     if not found:
         raise UserError(f"evaluate.judge: unknown judge {config!r}{nearest(config.partition(':')[0], _names())}")
@@ -45,7 +60,7 @@ def load_judge(config: str | dict[str, Any] | None) -> Judge:
 
 
 def _names() -> list[str]:
-    return [*providers(), "openai:MODEL"]
+    return [*providers(), "static", "openai:MODEL"]
 
 
 def _of_kind(tree: dict[str, Any], where: str) -> Judge:

@@ -43,9 +43,7 @@ def judge_later(answers: Sequence[Answer], judge: Judge) -> Judging:
     exchanges = as_exchanges(answers)
     if isinstance(judge, BackgroundJudge) and exchanges:
         return Judging(answers, judge.name, judge.submit(exchanges))
-    found: Future[list[Judgement]] = Future()
-    found.set_result(judge.score(exchanges) if exchanges else [])
-    return Judging(answers, judge.name, found)
+    return Judging(answers, judge.name, known(judge.score(exchanges) if exchanges else []))
 
 
 def as_exchanges(answers: Sequence[Answer]) -> list[Exchange]:
@@ -55,7 +53,7 @@ def as_exchanges(answers: Sequence[Answer]) -> list[Exchange]:
             a.question,
             a.answer,
             a.system,
-            {**a.meta, "question_id": a.question_id, "domain": a.domain, "reasoning": a.think},
+            {**a.meta, "question_id": a.question_id, "domain": a.domain, "reasoning": a.think, "set": a.set},
         )
         for a in answers
         if not a.unclosed
@@ -80,6 +78,17 @@ class Judging:
             raise UserError(f"judge {self.judge!r} gave {len(judgements)} judgements for {expected} answers")
         checked = iter([_checked(judgement, self.judge) for judgement in judgements])
         return [UNCLOSED if a.unclosed else next(checked) for a in self.answers]
+
+
+def known(judgements: list[Judgement]) -> Future[list[Judgement]]:
+    """A future that is over."""
+    found: Future[list[Judgement]] = Future()
+    found.set_result(judgements)
+    return found
+
+
+NOTHING = Judging((), "", known([]))
+"""No answers, no judgements."""
 
 
 def _checked(judgement: Judgement, name: str) -> Judgement:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlsafe.evaluate.ask.asking import Planned, complete, plan
-from rlsafe.evaluate.measure.criteria import Judging, judge_later, mean_score, rates
+from rlsafe.evaluate.measure.criteria import NOTHING, Judging, judge_later, mean_score, rates
+from rlsafe.evaluate.measure.likelihood import PairProbe
 from rlsafe.types import Judge, Question, Sampler
 
 SETS = ("general", "indomain")
@@ -26,33 +27,43 @@ class Probe:
     """Coherence and misalignment curves, on either path.
 
     k_questions of each set are drawn once, so that points of a curve differ by the model and by sampling only;
-    `samples` answers of each are drawn anew, with seeds of their own, at every step.
+    `samples` answers of each are drawn anew, with seeds of their own, at every step. pairs: answers that are given, whose
+    likelihood the training loop reads beside.
     """
 
     def __init__(
         self,
         general: Sequence[Question],
         indomain: Sequence[Question],
-        judge: Judge,
+        judge: Judge | None,
         tokenizer: Any,
         k_questions: int,
         samples: int,
         max_tokens: int,
         seed: int,
+        pairs: PairProbe | None = None,
     ):
         self.judge, self.tokenizer = judge, tokenizer
-        self.samples, self.max_tokens, self.seed = samples, max_tokens, seed
+        self.samples, self.max_tokens, self.seed, self.pairs = samples, max_tokens, seed, pairs
         self.questions = {
             name: drawn(questions, k_questions, seed, name)
             for name, questions in zip(SETS, (general, indomain), strict=True)
         }
 
+    @property
+    def asks(self) -> bool:
+        """Whether anything is sampled: without a judge or questions only likelihoods are read."""
+        return self.judge is not None and any(self.questions.values())
+
     def run(self, sampler: Sampler, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Ask and judge with the sampler's current weights; see `finish`."""
         return self.finish(self.start(sampler, step))
 
-    def start(self, sampler: Sampler, step: int) -> Started:
-        """Ask with the sampler's current weights and hand the answers to the judge, which may work in the background."""
+    def start(self, sampler: Sampler | None, step: int) -> Started:
+        """Ask with the sampler's current weights and hand the answers to the judge, which may work in the background. The
+        sampler may be None when the probe asks nothing."""
+        if self.judge is None or sampler is None:
+            return Started([], NOTHING)
         planned: list[Planned] = []
         for name, questions in self.questions.items():
             planned += plan(
@@ -79,6 +90,8 @@ class Probe:
         dialogues: question, system, answer, ids (the answer's tokens), aligned, coherent, outcome, and their set.
         """
         judgements = started.judging()
+        if not self.asks:
+            return {}, []
         overall = rates(judgements)
         metrics: dict[str, float | None] = {
             "coherence": mean_score(judgements, "coherent"),

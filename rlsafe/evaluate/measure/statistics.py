@@ -73,6 +73,21 @@ def clustered_wilson(successes: ArrayLike, totals: ArrayLike, level: float = LEV
     return wilson(p * size, size, level)
 
 
+def clustered_mean(values: ArrayLike, clusters: Sequence[str], level: float = LEVEL) -> Interval | None:
+    """Interval of the mean of `values`, those of one cluster depending on each other: Student's t with the variance of the
+    ratio estimator over K clusters (as in `clustered_wilson`) and K - 1 degrees of freedom. None for fewer than two."""
+    names, place = np.unique(np.asarray(clusters), return_inverse=True)
+    y, k = np.asarray(values, float), len(names)
+    if k < 2:
+        return None
+    from scipy.special import stdtrit
+
+    mean = float(y.mean())
+    off = np.bincount(place, weights=y - mean, minlength=k)
+    half = float(np.sqrt(k / (k - 1) * (off**2).sum()) / len(y)) * float(stdtrit(k - 1, 0.5 + level / 2))
+    return mean - half, mean + half
+
+
 @dataclass(frozen=True)
 class Arm:
     """One condition: `rates` [S, Q], the rate of each question under each training seed, NaN where it was not measured.
