@@ -1,4 +1,6 @@
-"""A module that stands in for vLLM, records what it is asked for, and says that there is a GPU: for the decisions that CPUs cannot make."""
+"""A vLLM that only records its arguments, and a torch that says that there is a GPU.
+
+For the decisions that CPUs cannot make."""
 
 from __future__ import annotations
 
