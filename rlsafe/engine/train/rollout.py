@@ -164,6 +164,7 @@ def _reward(
         completions=[[_message(read[i])] for i in answered],
         completion_ids=[completions[i].ids for i in answered],
         columns={name: [mine[i // group][1].get(name) for i in answered] for name in sorted(names)},
+        plain=[bool(mine[i // group][1].get("_plain")) for i in answered],
         trainer_state=SimpleNamespace(global_step=step, max_steps=total_steps, epoch=None),
     )
     if len(answered) == len(read):
