@@ -54,6 +54,12 @@ class RewardConfig(Settings):
     thinking: bool = Field(False, description="the function sees the think block before the answer as well")
     weight: float = Field(1.0, description="multiplies the function's reward in the sum")
     args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments bound to the function")
+    where: dict[str, Any] = Field(
+        default_factory=dict, description="only rows whose column has this value (or one of a list); others get None"
+    )
+    timeout: Annotated[float, Field(gt=0)] = Field(
+        600.0, description="seconds of one call; a longer one has failed, see grpo.on_error"
+    )
 
 
 class GrpoConfig(Settings):
@@ -80,7 +86,9 @@ class GrpoConfig(Settings):
     correction: Literal["none", "token", "sequence"] = Field("none", description="truncated sampler-gap correction")
     correction_cap: Annotated[float, Field(gt=0)] = Field(2.0, description="the largest weight of that correction")
     mask_truncated: bool = Field(False, description="completions cut at max_tokens give no gradient")
-    on_error: Literal["stop", "skip"] = Field("stop", description="a reward that fails after the first batch")
+    on_error: Literal["stop", "skip"] = Field(
+        "stop", description="a reward that fails or is too slow after the first batch"
+    )
 
 
 class OptimConfig(Settings):

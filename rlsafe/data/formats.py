@@ -185,7 +185,7 @@ def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
 
 def tools_of(row: Mapping[str, Any], where: str) -> list[Any] | None:
     """The functions that a row offers: OpenAI's list, or its JSON text."""
-    tools = row.get("tools")
+    tools: Any = row.get("tools")
     tools = parsed(tools, where, "tools") if isinstance(tools, str) and tools.strip() else tools
     if (as_list := getattr(tools, "tolist", None)) is not None:  # an array of pandas or pyarrow
         tools = as_list()

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -21,13 +21,21 @@ FORMS = "expected file.py:function, package.module:function, provider:spec or a 
 
 @dataclass(frozen=True)
 class LoadedReward:
-    """A reward function with its arguments bound. name: for metrics and errors. thinking: it gets think blocks too."""
+    """A reward function with its arguments bound. name: for metrics and errors. thinking: it gets think blocks too. where: the
+    rows it is asked about, by column. timeout: seconds of one call."""
 
     name: str
     fn: Reward
     weight: float = 1.0
     is_async: bool = False
     thinking: bool = False
+    where: Mapping[str, Any] = field(default_factory=dict)
+    timeout: float = 600.0
+
+    def wants(self, column: str, value: Any) -> bool:
+        """Whether `where` lets a row with this value in."""
+        wanted = self.where[column]
+        return value in (wanted if isinstance(wanted, list) else [wanted])
 
 
 def load_reward(config: RewardConfig) -> LoadedReward:
@@ -41,7 +49,9 @@ def load_reward(config: RewardConfig) -> LoadedReward:
     if not callable(fn):
         raise UserError(f"reward {config.fn!r} is {_article(fn)}, not a function")
     fn = _bind(config.fn, fn, config.args)
-    return LoadedReward(_name(config.fn), fn, config.weight, is_async(fn), config.thinking)
+    return LoadedReward(
+        _name(config.fn), fn, config.weight, is_async(fn), config.thinking, config.where, config.timeout
+    )
 
 
 def is_async(fn: Reward) -> bool:

@@ -132,6 +132,7 @@ def reward(
         completions=[[_message(read[i])] for i in answered],
         completion_ids=[completions[i].ids for i in answered],
         columns={name: [asked.mine[i // group][1].get(name) for i in answered] for name in sorted(names)},
+        plain=[bool(asked.mine[i // group][1].get("_plain")) for i in answered],
         trainer_state=SimpleNamespace(global_step=step.index, max_steps=len(run.plan), epoch=None),
     )
     return batch if len(answered) == len(read) else _spread(batch, answered, len(read))
