@@ -139,7 +139,7 @@ def build_loop(
     config = prepared.config
     accelerator = distributed.start(cpu=not torch.cuda.is_available())
     sharded = distributed.shards(accelerator)
-    check_layout(prepared, accelerator)
+    check_layout(prepared, model_path(config), accelerator, log)
     torch.manual_seed(config.seed)
     policy = Policy.load(
         config.model, path=model_path(config), seed=config.seed, device=accelerator.device, in_host_memory=sharded

@@ -209,17 +209,19 @@ def train(
     if questions.wanted:
         from rlsafe.evaluate import evaluate_run
         from rlsafe.evaluate.ask.journal import identity
+        from rlsafe.rollouts import ranks
 
         with stops_at_once(f"interrupted while evaluating; the run is saved. Go on with: {command}"):
-            sampler = finished.sampler  # every rank takes part in its sync; the main one asks and counts
+            sampler: Sampler | None = finished.sampler  # every rank takes part in its sync
             with finished.policy.kept_whole() if sampler.name == "transformers" else nullcontext():
-                if not finished.is_main:
-                    return finished
-                finished.evaluation = evaluate_run(
-                    sampler, finished.policy.tokenizer, questions, directory,
-                    judge=resources.judge(finished.config) if questions.judge is not None else None,
-                    weights=identity(finished.config, directory),
-                )  # fmt: skip
+                with ranks.spread(sampler) as sampler:  # the first rank asks, judges and counts; all answer
+                    if sampler is None:
+                        return finished
+                    finished.evaluation = evaluate_run(
+                        sampler, finished.policy.tokenizer, questions, directory,
+                        judge=resources.judge(finished.config) if questions.judge is not None else None,
+                        weights=identity(finished.config, directory),
+                    )  # fmt: skip
     return finished
 
 

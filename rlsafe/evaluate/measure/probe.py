@@ -9,6 +9,7 @@ from typing import Any
 
 from rlsafe.evaluate.ask.asking import Planned, complete, plan
 from rlsafe.evaluate.measure.criteria import Judging, judge_later, mean_score, rates
+from rlsafe.rollouts import ranks
 from rlsafe.types import Judge, Question, Sampler
 
 SETS = ("general", "indomain")
@@ -16,10 +17,12 @@ SETS = ("general", "indomain")
 
 @dataclass(frozen=True)
 class Started:
-    """A probe whose answers are with the judge. dialogues: question, system, answer, ids (the answer's tokens) and set."""
+    """A probe whose answers are with the judge. dialogues: question, system, answer, ids (the answer's tokens) and set.
+    asked: whether this process is the one that has them judged."""
 
     dialogues: list[dict[str, Any]]
     judging: Judging
+    asked: bool = True
 
 
 class Probe:
@@ -52,13 +55,16 @@ class Probe:
         return self.finish(self.start(sampler, step))
 
     def start(self, sampler: Sampler, step: int) -> Started:
-        """Ask with the sampler's current weights and hand the answers to the judge, which may work in the background."""
+        """Ask with the sampler's current weights and hand the answers to the judge, which may work in the background.
+
+        Ranks share the questions, all have all answers, and the first asks the judge.
+        """
         planned: list[Planned] = []
         for name, questions in self.questions.items():
             planned += plan(
                 self.tokenizer, questions, seed=self.seed, samples=self.samples, purpose=f"probe/{name}", step=step
             )
-        answers = complete(sampler, self.tokenizer, planned, self.max_tokens)
+        answers = ranks.shared(planned, lambda mine: complete(sampler, self.tokenizer, mine, self.max_tokens))
         dialogues: list[dict[str, Any]] = [
             {
                 "question": answer.question,
@@ -69,15 +75,18 @@ class Probe:
             }
             for answer in answers
         ]
-        return Started(dialogues, judge_later(answers, self.judge))
+        asked = ranks.is_first()
+        return Started(dialogues, judge_later(answers if asked else [], self.judge), asked)
 
     def finish(self, started: Started) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Wait for the judge.
+        """Wait for the judge; on other ranks than the first there is nothing to wait for, and nothing to tell.
 
         Gives (metrics, dialogues). metrics: coherence (mean, 0..100), misaligned_general, misaligned_indomain,
         incoherent (fractions; the last over both sets) and unscored (a count); what could not be measured is left out.
         dialogues: question, system, answer, ids (the answer's tokens), aligned, coherent, outcome, and their set.
         """
+        if not started.asked:
+            return {}, []
         judgements = started.judging()
         overall = rates(judgements)
         metrics: dict[str, float | None] = {

@@ -1,4 +1,4 @@
-"""A module that stands in for vLLM, records what it is asked for, and says that there is a GPU: for the decisions that CPUs cannot make."""
+"""A module that stands in for vLLM on a machine with a GPU and records what it is asked for."""
 
 from __future__ import annotations
 
