@@ -144,19 +144,28 @@ def head(
     return HeadOutput(logp, kls, entropy, mass)
 
 
+def _widens(a: Tensor) -> bool:
+    """Whether products of half-precision matrices may come out in float32."""
+    return a.is_cuda and a.dtype in HALF
+
+
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b with the result left in float32 where the device can do it: logits should not be rounded to bfloat16."""
-    if a.is_cuda and a.dtype in HALF:
+    if _widens(a):
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a, b)
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b in total's precision, without rounding the product to half precision on the way."""
-    if a.is_cuda and a.dtype in HALF:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+    if _widens(a):
+        try:
+            torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+            return
+        except (RuntimeError, NotImplementedError, TypeError) as error:  # not every build has this kernel
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+    total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 def _log_probs(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job) -> tuple[Tensor, Tensor | float]:

@@ -87,7 +87,11 @@ def resolve_dtype(config: ModelConfig, device: torch.device, model_config: Any) 
     dtype = DTYPES[config.dtype]
     if dtype == torch.float16 and device.type == "cpu":
         raise UserError("model.dtype: float16 does not train on a CPU; expected float32 or bfloat16")
-    if dtype == torch.bfloat16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+    if (
+        dtype == torch.bfloat16
+        and device.type == "cuda"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
         raise UserError("model.dtype: this GPU does not support bfloat16; expected float32 or float16")
     return dtype
 

@@ -10,22 +10,31 @@ import gc
 import os
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from rlsafe.config import UserError
 from rlsafe.rollouts.engine import CannotRun
+from rlsafe.types import Completion, PolicyWeights, Request, Sampler, SamplingParams
 
-T = TypeVar("T")
+A, B, T = TypeVar("A"), TypeVar("B"), TypeVar("T")
+WAIT = timedelta(days=2)
 
 
 def world() -> int:
     """Processes of the run."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this process speaks for all."""
+    return world() == 1 or dist.get_rank() == 0
 
 
 def launcher() -> dict[str, Any]:
@@ -67,6 +76,74 @@ def largest(value: float) -> float:
     everyone: list[Any] = [None] * world()
     dist.all_gather_object(everyone, value)
     return max(everyone, key=lambda one: one if one == one else float("inf"))
+
+
+def shared(items: Sequence[A], work: Callable[[Sequence[A]], Sequence[B]]) -> list[B]:
+    """`work` on this rank's share of the items, if only of none; every rank gets what came of all, in order."""
+    if world() == 1:
+        return list(work(items))
+    everyone: list[Any] = [None] * world()
+    dist.all_gather_object(everyone, list(work(items[dist.get_rank() :: world()])))
+    return [everyone[i % world()][i // world()] for i in range(len(items))]
+
+
+@contextmanager
+def spread(sampler: Sampler) -> Iterator[Sampler | None]:
+    """On the first rank a sampler whose requests all ranks share, each with its own; on the others None, when it is done. Servers are
+    shared already: there the others do not wait."""
+    if world() == 1 or sampler.name == "server":
+        yield sampler if is_first() else None
+        return
+    all_of_us = Spread(sampler)
+    if not is_first():
+        all_of_us.serve()
+        yield None
+        return
+    try:
+        yield all_of_us
+    finally:
+        all_of_us.release()
+
+
+class Spread:
+    """A sampler of the first rank whose requests all ranks share; the others `serve` until it is released.
+
+    They wait in a group of their own, for as long as a judge may take.
+    """
+
+    def __init__(self, sampler: Sampler):
+        self.sampler, self.name = sampler, sampler.name
+        self._group = dist.new_group(backend="gloo", timeout=WAIT)
+
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
+        self._tell((list(requests), params))
+        return self._share(requests, params)
+
+    def serve(self) -> None:
+        """Sample what the first rank is asked for."""
+        while (asked := self._tell(None)) is not None:
+            self._share(*asked)
+
+    def release(self) -> None:
+        """The first rank asks for no more."""
+        self._tell(None)
+
+    def _tell(self, asked: Any) -> Any:
+        box = [asked]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+    def _share(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
+        return shared(requests, lambda mine: self.sampler.generate(mine, params))
+
+    def sync(self, policy: PolicyWeights) -> None:
+        raise RuntimeError("every rank's sampler is synced before it is spread")
+
+    def steer(self, additions: Mapping[int, Tensor] | None) -> None:
+        raise RuntimeError("every rank's sampler is steered before it is spread")
+
+    def close(self) -> None:
+        self.sampler.close()
 
 
 _alive: weakref.WeakSet[Any] = weakref.WeakSet()  # engines of this process

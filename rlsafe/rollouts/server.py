@@ -202,7 +202,7 @@ class ServerSampler:
     def _push(self, policy: PolicyWeights) -> None:
         """Freshly merged tensors, one at a time; vLLM reloads between the start and the finish of an update. Of several processes
         the first one sends; the others make the tensors with it, which gathers shards."""
-        first = ranks.world() == 1 or torch.distributed.get_rank() == 0
+        first = ranks.is_first()
         if first and not self._clients:
             from trl.generation.vllm_client import VLLMClient
 

@@ -1,6 +1,4 @@
-"""A vLLM that only records its arguments, and a torch that says that there is a GPU.
-
-For the decisions that CPUs cannot make."""
+"""A module that stands in for vLLM on a machine with a GPU and records what it is asked for."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from rlsafe.compare.run.one_cell import SELECTIONS, reason, run_cell
 from rlsafe.compare.run.progress import Progress
 from rlsafe.compare.run.scoring import check as check_selection
 from rlsafe.compare.run.scoring import make_scores
-from rlsafe.compare.run.workers import run_in_workers, train_cell
+from rlsafe.compare.run.workers import cards, run_in_workers, train_cell
 from rlsafe.compare.verdicts.results import Results, write_tables
 from rlsafe.compare.verdicts.tasks import judge_and_write
 from rlsafe.compare.verdicts.verdicts import PathTable
@@ -191,14 +191,16 @@ WORKER_MEMORY = 3 << 30  # bytes that a worker with its own sampler engine takes
 
 
 def suitable_jobs(todo: Sequence[Cell]) -> int:
-    """One worker per core for small models on a CPU (their kernels are too short to share cores), as memory allows; else one
-    process, where the cells share one sampler engine."""
+    """One worker per GPU; one per core for small models on a CPU (their kernels are too short to share cores), as memory allows;
+    else one process, where the cells share one sampler engine."""
     import psutil
     import torch
 
     from rlsafe.engine.run.build import model_path
 
-    if torch.cuda.is_available() or not todo:
+    if torch.cuda.is_available():
+        return max(1, min(len(cards()), len(todo)))
+    if not todo:
         return 1
     for directory in {model_path(cell.config) for cell in todo if not cell.source}:
         weights = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))

@@ -53,7 +53,11 @@ def _pool(
     work: Work, cells: Sequence[Cell], directory: Directory, jobs: int, threads: int, ended: Callable[[Cell], None]
 ) -> list[Cell]:
     """Run cells until all are done or a process dies; returns the unfinished ones."""
-    pool = ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_start, initargs=(threads,))
+    context = get_context("spawn")
+    cards = context.SimpleQueue()  # one for each worker that starts
+    for card in placed(jobs):
+        cards.put(card)
+    pool = ProcessPoolExecutor(jobs, context, initializer=_start, initargs=(threads, cards))
     running: dict[Future[None], Cell] = {pool.submit(_Worker.do, work, cell, directory.out): cell for cell in cells}
     try:
         with _pass_on(pool):
@@ -149,7 +153,25 @@ class _Worker:
         os._exit(1)
 
 
-def _start(threads: int) -> None:
+def cards() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [card.strip() for card in named.split(",")] if named else [str(i) for i in range(torch.cuda.device_count())]
+
+
+def placed(jobs: int) -> list[str | None]:
+    """The GPU of each of `jobs` workers: one each, shared evenly when there are fewer; None on a machine without."""
+    found = cards()
+    return [found[i % len(found)] if found else None for i in range(jobs)]
+
+
+def _start(threads: int, cards: Any) -> None:
+    if (card := cards.get()) is not None:  # before CUDA is touched in this process
+        os.environ["CUDA_VISIBLE_DEVICES"] = card
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _Worker.signalled)
     threading.Thread(target=_Worker.follow_parent, daemon=True).start()

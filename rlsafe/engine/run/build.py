@@ -146,7 +146,7 @@ def build_run(
     """
     config = prepared.config
     accelerator = distributed.start(cpu=not torch.cuda.is_available())
-    check_layout(prepared, accelerator)
+    check_layout(prepared, model_path(config), accelerator, log)
     torch.manual_seed(config.seed)
     policy = _load_policy(config, accelerator)
     optimizer = distributed.wrap(policy, accelerator, config.optim, log)

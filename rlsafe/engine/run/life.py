@@ -231,21 +231,22 @@ def train(
     if questions.wanted:
         from rlsafe.evaluate import evaluate_run, reader_of
         from rlsafe.evaluate.ask.journal import identity
+        from rlsafe.rollouts import ranks
 
         with stops_at_once(f"interrupted while evaluating; the run is saved. Go on with: {command}"):
-            sampler = (
-                finished.sampler if questions.asks else None
-            )  # every rank takes part in its sync; the main one asks
+            sampler = finished.sampler if questions.asks else None  # every rank takes part in its sync
             whole = sampler is None or sampler.name == "transformers"
             with finished.policy.kept_whole() if whole else nullcontext():
-                if not finished.is_main:
-                    return finished
-                finished.evaluation = evaluate_run(
-                    sampler, finished.policy.tokenizer, questions, directory,
-                    judge=resources.judge(finished.config) if questions.judged else None,
-                    weights=identity(finished.config, directory),
-                    reader=reader_of(finished.config, finished.policy, whole=whole),
-                )  # fmt: skip
+                # The first rank asks, judges and counts; all of them answer.
+                with ranks.spread(sampler) if sampler else nullcontext() as asking:
+                    if not finished.is_main:
+                        return finished
+                    finished.evaluation = evaluate_run(
+                        asking, finished.policy.tokenizer, questions, directory,
+                        judge=resources.judge(finished.config) if questions.judged else None,
+                        weights=identity(finished.config, directory),
+                        reader=reader_of(finished.config, finished.policy, whole=whole),
+                    )  # fmt: skip
     return finished
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from rlsafe.evaluate.ask.asking import Planned, complete, plan
 from rlsafe.evaluate.measure.criteria import NOTHING, Judging, judge_later, mean_score, rates
 from rlsafe.evaluate.measure.likelihood import PairProbe
+from rlsafe.rollouts import ranks
 from rlsafe.types import Judge, Question, Sampler
 
 SETS = ("general", "indomain")
@@ -17,10 +18,12 @@ SETS = ("general", "indomain")
 
 @dataclass(frozen=True)
 class Started:
-    """A probe whose answers are being judged. dialogues: question, system, answer, ids (the answer's tokens) and set."""
+    """A probe whose answers are being judged. dialogues: question, system, answer, ids (the answer's tokens) and set.
+    asked: whether this process is the one that has them judged."""
 
     dialogues: list[dict[str, Any]]
     judging: Judging
+    asked: bool = True
 
 
 class Probe:
@@ -61,7 +64,9 @@ class Probe:
 
     def start(self, sampler: Sampler | None, step: int) -> Started:
         """Ask with the sampler's current weights and hand the answers to the judge, which may work in the background. The
-        sampler may be None when the probe asks nothing."""
+        sampler may be None when the probe asks nothing. Ranks share the questions, all have all answers, and the first asks
+        the judge.
+        """
         if self.judge is None or sampler is None:
             return Started([], NOTHING)
         planned: list[Planned] = []
@@ -69,7 +74,7 @@ class Probe:
             planned += plan(
                 self.tokenizer, questions, seed=self.seed, samples=self.samples, purpose=f"probe/{name}", step=step
             )
-        answers = complete(sampler, self.tokenizer, planned, self.max_tokens)
+        answers = ranks.shared(planned, lambda mine: complete(sampler, self.tokenizer, mine, self.max_tokens))
         dialogues: list[dict[str, Any]] = [
             {
                 "question": answer.question,
@@ -80,15 +85,18 @@ class Probe:
             }
             for answer in answers
         ]
-        return Started(dialogues, judge_later(answers, self.judge))
+        asked = ranks.is_first()
+        return Started(dialogues, judge_later(answers if asked else [], self.judge), asked)
 
     def finish(self, started: Started) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Wait for the judge.
+        """Wait for the judge; on other ranks than the first there is nothing to wait for, and nothing to tell.
 
         Gives (metrics, dialogues). metrics: coherence (mean, 0..100), misaligned_general, misaligned_indomain,
         incoherent (fractions; the last over both sets) and unscored (a count); what could not be measured is left out.
         dialogues: question, system, answer, ids (the answer's tokens), aligned, coherent, outcome, and their set.
         """
+        if not started.asked:
+            return {}, []
         judgements = started.judging()
         if not self.asks:
             return {}, []
