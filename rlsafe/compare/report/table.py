@@ -34,9 +34,9 @@ def rate_text(rate: Rate | None) -> str:
     return f"{100 * rate.mean:.1f} ({100 * rate.low:.1f} to {100 * rate.high:.1f})" if rate else ""
 
 
-def verdict_table(tables: Sequence[PathTable], failed: int = 0) -> Group:
+def verdict_table(tables: Sequence[PathTable], failed: int = 0, notes: Sequence[str] = ()) -> Group:
     """One table for each (model, path): defenses as rows, the four criteria, then rates in percent with 95%
-    intervals."""
+    intervals; then the notes, one line each."""
     several = len({table.model for table in tables}) > 1
     parts: list[Table | str] = []
     for one in tables:
@@ -63,7 +63,7 @@ def verdict_table(tables: Sequence[PathTable], failed: int = 0) -> Group:
         parts.append("no finished runs to judge")
     if failed:
         parts.append(f"[red]{failed} cell{'s' * (failed != 1)} failed[/]: see the report")
-    return Group(*parts)
+    return Group(*parts, *map(escape, notes))
 
 
 def _styled(row: Row, criterion: str) -> str:

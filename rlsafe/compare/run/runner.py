@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class Comparison:
-    """A finished comparison. `failed`: cell -> its one-line reason; `unscored`: run -> why half or more of its answers have no
-    score. The command line exits with 1 when there is one of either. `judges`: a line on each, and whether it can be trusted."""
+    """A finished comparison. `failed`: cell -> its one-line reason; the command line exits with 1 when there is one. Among them are
+    the `unscored`: runs that finished, but half or more of their answers have no score. `judges`: who judged, and was tested."""
 
     out: Path
     report: Path
@@ -44,11 +44,14 @@ class Comparison:
     judges: list[JudgeNote] = field(default_factory=list)
     unscored: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.failed = {**self.failed, **self.unscored}
+
     def table(self) -> Any:
         """The verdicts as a rich renderable: defenses as rows, for each path the four criteria and the rates."""
         from rlsafe.compare.report.table import verdict_table
 
-        return verdict_table(self.tables, len(self.failed))
+        return verdict_table(self.tables, len(self.failed) - len(self.unscored), [note.shown for note in self.judges])
 
 
 def compare(

@@ -59,7 +59,7 @@ async def settle(
     if isinstance(first, Failure):
         return first
     if wanted == "text":
-        return _readable(first, settings, name, True)
+        return _readable(first, settings, name)
     if thinks(first):
         if wanted == "auto":
             return await _text(messages, settings, chat, name, "thinks before it grades")
@@ -104,11 +104,13 @@ async def _text(
     result = await chat(ChatRequest(messages, max_tokens=settings.max_tokens, temperature=0.0))
     if isinstance(result, Failure):
         return result
-    log.warning("judge %r %s: scores are read from its text", name, why)
-    return _readable(result, settings, name, False)
+    found = _readable(result, settings, name)
+    if not isinstance(found, Failure):
+        log.warning("judge %r %s: scores are read from its text", name, why)
+    return found
 
 
-def _readable(reply: Reply, settings: JudgeSettings, name: str, chosen: bool) -> Protocol | Failure:
+def _readable(reply: Reply, settings: JudgeSettings, name: str) -> Protocol | Failure:
     read = scores.from_text(reply)
     if read.label != "nothing":
         return "text"

@@ -153,14 +153,16 @@ class LLMJudge:
             return
         said = f"evaluate.judge: {self.name!r} at {self.settings.base_url}: {result.message}"
         if result.kind in (*LASTING, "wrong_model"):
-            raise UserError(said + self._served(result))
+            raise UserError(said + self._advice(result))
         if result.kind == "connection":
             if self.settings.on_outage == "continue":
                 raise UserError(f"{said} (start it, or wait for it with on_outage: pause)")
             log.warning("%s; waiting for it once there are answers (on_outage: pause)", said)
 
-    def _served(self, failure: Failure) -> str:
-        """The names that the endpoint serves, where a wrong one may be what failed."""
+    def _advice(self, failure: Failure) -> str:
+        """The names that the endpoint serves, where a wrong one may be what failed; the setting, where one is known to help."""
+        if "max_completion_tokens" in failure.message and self.settings.token_limit == "max_tokens":
+            return "; set token_limit: max_completion_tokens"
         if failure.kind not in ("wrong_model", "not_found"):
             return ""
         names = self.endpoint.served()

@@ -60,6 +60,12 @@ def test_a_model_that_is_not_served_is_told_with_those_that_are():
         assert refusal(server).endswith("The model `judge` does not exist.; it serves small")
 
 
+def test_a_limit_that_goes_by_another_name_is_told():
+    message = "Unsupported parameter: max_tokens is not supported with this model. Use max_completion_tokens instead."
+    with ScriptedServer(lambda n, body: error(400, message)) as server:
+        assert refusal(server).endswith("; set token_limit: max_completion_tokens")
+
+
 @pytest.mark.parametrize("protocol", ["auto", "number", "trie", "letters", "text"])
 def test_a_judge_that_thinks_too_long_is_told_how_to_switch_that_off(protocol):
     with ScriptedServer(spelled(THOUGHTS)) as server:
