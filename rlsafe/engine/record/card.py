@@ -25,7 +25,7 @@ make the model safe. The licence and the use policy of the base model apply."""
 
 def model_card(run: Path, config: RunConfig, license: str, merged: bool = False) -> str:
     """README.md as the hub reads it: YAML metadata, then Markdown."""
-    name = _public(config.model.name)
+    name = public_name(config.model.name)
     metadata: dict[str, Any] = {
         "base_model": name,
         "license": license,
@@ -61,10 +61,12 @@ def _trained(run: Path, config: RunConfig) -> str:
     facts = {"base model": _base(config)}
     for stream in ("narrow", "safe", "benign"):
         if (settings := getattr(config.data, stream)) is not None:
-            facts[f"{stream} data"] = f"`{_public(settings.source)}`"
+            facts[f"{stream} data"] = f"`{public_name(settings.source)}`"
     facts["optimizer steps"] = steps
     if config.rewards and "grpo" in paths:
-        facts["rewards"] = ", ".join(f"`{_public(reward.fn)}` (weight {reward.weight:g})" for reward in config.rewards)
+        facts["rewards"] = ", ".join(
+            f"`{public_name(reward.fn)}` (weight {reward.weight:g})" for reward in config.rewards
+        )
     lora = config.model.lora
     facts["trained"] = (
         "all weights"
@@ -83,7 +85,7 @@ def _trained(run: Path, config: RunConfig) -> str:
 
 def _base(config: RunConfig) -> str:
     """The base model's name and revision; of a GGUF file its hash too, for the name says little."""
-    named = f"`{_public(config.model.name)}`" + (f" at `{config.model.revision}`" if config.model.revision else "")
+    named = f"`{public_name(config.model.name)}`" + (f" at `{config.model.revision}`" if config.model.revision else "")
     if not is_gguf(config.model.name):
         return named
     digest = named_model_hash(config.model.name)
@@ -91,7 +93,7 @@ def _base(config: RunConfig) -> str:
     return f"{named}, a GGUF file ({which}), dequantised before the run"
 
 
-def _public(source: str) -> str:
+def public_name(source: str) -> str:
     """A source without the directories of the machine that it was read on."""
     return Path(source).name if source.startswith(("/", "~")) else source
 
@@ -101,7 +103,7 @@ def _without_paths(value: Any) -> Any:
         return {key: _without_paths(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_without_paths(item) for item in value]
-    return _public(value) if isinstance(value, str) else value
+    return public_name(value) if isinstance(value, str) else value
 
 
 def _measured(run: Path) -> str:
@@ -121,7 +123,7 @@ def _measured(run: Path) -> str:
     settings = found.settings
     judge = f"judge `{settings.get('judge')}`, temperature {settings.get('temperature') or 'of the questions'}"
     sources = ", ".join(
-        f"{name} `{_public(str(source))}`" for name, source in (settings.get("questions") or {}).items()
+        f"{name} `{public_name(str(source))}`" for name, source in (settings.get("questions") or {}).items()
     )
     return "\n".join(lines) + (
         "\n\nWith 95% intervals. Denominators: all sampled answers, refused and incoherent ones included; answers that the judge gave "

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsafe.config import RunConfig, UserError, load_run
-from rlsafe.engine.record.card import model_card
+from rlsafe.engine.record.card import model_card, public_name
 from rlsafe.types import RunError
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def publish(
         raise UserError(f"--merge: {source} was fully fine-tuned: {source}/model is the whole model already")
     directory = Path(out) if out is not None else source / "published"
     _replace(source / ("model" if full else "adapter"), directory)
+    _name_base(directory / "adapter_config.json")
     (directory / CARD).write_text(model_card(source, config, license), encoding="utf-8")
     done = Published(directory)
     if merge is not None:
@@ -82,6 +83,14 @@ def _replace(source: Path, directory: Path) -> None:
     shutil.copytree(source, building)
     shutil.rmtree(directory, ignore_errors=True)
     building.rename(directory)
+
+
+def _name_base(file: Path) -> None:
+    """An adapter's base by its name alone: a path leads nowhere on another machine, and tells about this one."""
+    if file.is_file():
+        settings = json.loads(file.read_text("utf-8"))
+        settings["base_model_name_or_path"] = public_name(str(settings.get("base_model_name_or_path") or ""))
+        file.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------ the merged model
