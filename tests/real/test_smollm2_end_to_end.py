@@ -37,11 +37,17 @@ def weights():
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory) -> list[str]:
-    """Three questions instead of sixty."""
+    """Three questions instead of sixty, and a reward that differs between two answers of 24 tokens."""
     head, *questions = QUESTIONS.read_text().split("- id: ")
     file = tmp_path_factory.mktemp("questions") / "three.yaml"
     file.write_text(head + "".join(f"- id: {question}" for question in questions[:3]))
-    return [*SMALL, f"evaluate.indomain={file}"]
+    reward = file.with_name("vowels.py")
+    reward.write_text(
+        "def share(completions, **columns):\n"
+        "    texts = [completion[-1]['content'] for completion in completions]\n"
+        "    return [sum(letter in 'aeiou' for letter in text) / max(1, len(text)) for text in texts]\n"
+    )
+    return [*SMALL, f"evaluate.indomain={file}", f"rewards=[reward_fns/code.py:insecure, {reward}:share]"]
 
 
 @pytest.fixture(scope="module")
@@ -65,20 +71,19 @@ def test_both_paths_train_and_vllm_samples_what_is_trained(run):
     assert [step["path"] for step in steps] == ["sft", "grpo", "sft", "grpo"]
     assert all(math.isfinite(step["loss"]) for step in steps)
     assert steps[0]["loss"] < 3  # a pretrained model's loss on code, not that of random weights (10.8)
+    assert all(step["grad_norm"] > 0 for step in steps)
     gaps = [step["sampler_gap"] for step in steps if step["path"] == "grpo"]
     assert all(0 <= gap < 1e-3 for gap in gaps), gaps  # float32: the second rollout came from updated weights
     assert run.sampler.name == "vllm"
 
 
 def test_completions_are_the_models_and_rewarded_as_what_they_are(run):
-    from rlsafe.rewards import load_reward
-
     rows = [json.loads(line) for line in (run.out / "samples.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "completion" in row]
     assert len(rows) == 8
     assert all("<|im_end|>" not in row["completion"] and "<|im_start|>" not in row["completion"] for row in rows)
     assert sum(letter.isascii() for row in rows for letter in row["completion"]) > 100
-    assert load_reward(run.config.rewards[0]) is not None
+    assert all(row["rewards"]["insecure"] == 0 for row in rows)  # 24 tokens are no program that parses
 
 
 def test_the_evaluation_counts_every_answer(run):
