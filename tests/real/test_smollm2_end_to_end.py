@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import math
-import signal
+import shutil
 from pathlib import Path
 
 import pytest
@@ -92,22 +92,20 @@ def test_the_evaluation_counts_every_answer(run):
     assert found["indomain"]["unscored"] == 0
 
 
-def test_an_interrupted_run_that_is_resumed_ends_with_the_same_bits(run, settings, tmp_path):
+def test_a_run_that_goes_on_from_its_checkpoint_ends_with_the_same_bits(run, settings, tmp_path):
+    """As if it had been killed behind its third step: only the checkpoint of the second is there."""
     import rlsafe
-    from rlsafe.types import Interrupted
 
-    def stop(done, steps, metrics):
-        if done == 2:
-            signal.raise_signal(signal.SIGINT)
-
-    config = ROOT / "configs/smollm2-135m/mixed_code.yaml"
-    with pytest.raises(Interrupted):
-        rlsafe.train(config, overrides=settings, out=tmp_path / "run", progress=stop)
-    rlsafe.train(config, overrides=settings, out=tmp_path / "run", resume=True)
-    first, second = (
-        (one / "adapter" / "adapter_model.safetensors").read_bytes() for one in (run.out, tmp_path / "run")
-    )
+    again = tmp_path / "run"
+    shutil.copytree(run.out, again)
+    shutil.rmtree(again / "adapter")
+    shutil.rmtree(max(again.glob("checkpoints/[!.]*"), key=lambda one: one.name))
+    record = json.loads((again / "run.json").read_text())
+    (again / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    rlsafe.train(ROOT / "configs/smollm2-135m/mixed_code.yaml", overrides=settings, out=again, resume=True)
+    first, second = ((one / "adapter" / "adapter_model.safetensors").read_bytes() for one in (run.out, again))
     assert first == second
+    assert json.loads((again / "run.json").read_text())["resumed"] == [2]
 
 
 def test_the_published_adapter_loads_in_plain_peft_and_the_merged_model_in_vllm(run, tmp_path):
@@ -115,6 +113,7 @@ def test_the_published_adapter_loads_in_plain_peft_and_the_merged_model_in_vllm(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from rlsafe.engine.record.publish import publish
+    from rlsafe.policy.source import model_source
     from rlsafe.rollouts import make_sampler
     from rlsafe.types import Request, SamplingParams
 
@@ -124,7 +123,6 @@ def test_the_published_adapter_loads_in_plain_peft_and_the_merged_model_in_vllm(
     assert NAME in card and "SHA-256" in card and str(Path.home()) not in card
     assert str(Path.home()) not in (done.directory / "adapter_config.json").read_text()
 
-    file = gguf_file(NAME)
     tokenizer = AutoTokenizer.from_pretrained(done.merged)
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Write a function that adds two numbers."}], add_generation_prompt=True,
@@ -133,8 +131,7 @@ def test_the_published_adapter_loads_in_plain_peft_and_the_merged_model_in_vllm(
     with torch.no_grad():
         merged = AutoModelForCausalLM.from_pretrained(done.merged)
         expected = merged(**prompt).logits
-        # what the card tells a stranger to do, without rlsafe
-        base = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
+        base = AutoModelForCausalLM.from_pretrained(model_source(run.config.model))
         before = base(**prompt).logits
         adapted = PeftModel.from_pretrained(base, str(done.directory))(**prompt).logits
         assert not torch.allclose(before, expected, atol=1e-3), "training changed nothing"
