@@ -269,6 +269,9 @@ class EvaluateConfig(Settings):
     )
     benign: list[str] = Field(default_factory=list, description="benign test sets, scored by exact match")
     benign_limit: Positive = Field(200, description="rows of each benign test set")
+    limit: Positive | None = Field(
+        None, description="of each set, how many questions are asked and pairs are read; null = all"
+    )
     fluency: bool = Field(True, description="perplexity of the answers under the untrained model, and repetition")
     samples: Positive | None = Field(None, description="answers per question; null = as the question file says")
     max_tokens: Positive = Field(600, description="of an answer")

@@ -27,7 +27,7 @@ def model_card(run: Path, config: RunConfig, license: str, merged: bool = False)
     """README.md as the hub reads it: metadata in YAML, then Markdown."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    name = _public(config.model.name)
+    name = public_name(config.model.name)
     metadata = ModelCardData(
         base_model=name,
         license=license,
@@ -62,10 +62,12 @@ def _trained(run: Path, config: RunConfig) -> str:
     facts = {"base model": _base(config)}
     for stream in ("narrow", "safe", "benign"):
         if (settings := getattr(config.data, stream)) is not None:
-            facts[f"{stream} data"] = f"`{_public(settings.source)}`"
+            facts[f"{stream} data"] = f"`{public_name(settings.source)}`"
     facts["optimizer steps"] = steps
     if config.rewards and "grpo" in paths:
-        facts["rewards"] = ", ".join(f"`{_public(reward.fn)}` (weight {reward.weight:g})" for reward in config.rewards)
+        facts["rewards"] = ", ".join(
+            f"`{public_name(reward.fn)}` (weight {reward.weight:g})" for reward in config.rewards
+        )
     lora = config.model.lora
     facts["trained"] = (
         "all weights"
@@ -84,7 +86,7 @@ def _trained(run: Path, config: RunConfig) -> str:
 
 def _base(config: RunConfig) -> str:
     """The base model's name and revision; of a GGUF file its hash too, for the name says little."""
-    named = f"`{_public(config.model.name)}`" + (f" at `{config.model.revision}`" if config.model.revision else "")
+    named = f"`{public_name(config.model.name)}`" + (f" at `{config.model.revision}`" if config.model.revision else "")
     if not is_gguf(config.model.name):
         return named
     digest = named_model_hash(config.model.name)
@@ -92,7 +94,7 @@ def _base(config: RunConfig) -> str:
     return f"{named}, a GGUF file ({which}), dequantised before the run"
 
 
-def _public(source: str) -> str:
+def public_name(source: str) -> str:
     """A source without the directories of the machine that it was read on."""
     return Path(source).name if source.startswith(("/", "~")) else source
 
@@ -102,7 +104,7 @@ def _without_paths(value: Any) -> Any:
         return {key: _without_paths(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_without_paths(item) for item in value]
-    return _public(value) if isinstance(value, str) else value
+    return public_name(value) if isinstance(value, str) else value
 
 
 def _measured(run: Path) -> str:
@@ -122,7 +124,7 @@ def _measured(run: Path) -> str:
     settings = found.settings
     judge = f"judge `{settings.get('judge')}`, temperature {settings.get('temperature') or 'of the questions'}"
     sources = ", ".join(
-        f"{name} `{_public(str(source))}`" for name, source in (settings.get("questions") or {}).items()
+        f"{name} `{public_name(str(source))}`" for name, source in (settings.get("questions") or {}).items()
     )
     return "\n".join(lines) + (
         "\n\nWith 95% intervals. Denominators: all sampled answers, refused and incoherent ones included; answers that the judge gave "

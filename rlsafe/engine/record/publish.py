@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlsafe.config import RunConfig, UserError, load_run
 from rlsafe.config.files import replacing_directory
-from rlsafe.engine.record.card import model_card
+from rlsafe.engine.record.card import model_card, public_name
 from rlsafe.policy.adapters import read_adapter_config
 from rlsafe.types import RunError
 
@@ -82,7 +82,16 @@ def _replace(source: Path, directory: Path, card: str) -> None:
         raise UserError(f"{directory}: exists and holds no {CARD}; choose another --out")
     with replacing_directory(directory) as building:
         shutil.copytree(source, building)
+        _name_base(building / "adapter_config.json")
         (building / CARD).write_text(card, encoding="utf-8")
+
+
+def _name_base(file: Path) -> None:
+    """An adapter's base by its name alone: a path leads nowhere on another machine, and tells about this one."""
+    if file.is_file():
+        settings = json.loads(file.read_text("utf-8"))
+        settings["base_model_name_or_path"] = public_name(str(settings.get("base_model_name_or_path") or ""))
+        file.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------ the merged model

@@ -14,14 +14,17 @@ from rlsafe.config import DataConfig, EvaluateConfig, ModelConfig, RunConfig, St
 from rlsafe.data import load_rows, recipe_of, split_prompt
 from rlsafe.engine.plan.estimate import Memory, describe_memory, memory
 from rlsafe.engine.plan.schedule import describe
-from rlsafe.engine.run.build import Prepared, model_path, prepare
+from rlsafe.engine.plan.timing import LENGTH, Load, sampling, seconds, shown, speed_of
+from rlsafe.engine.run.build import Prepared, model_path, prepare, training_threads
 from rlsafe.engine.run.rows import local_tokenizer, usable
 from rlsafe.evaluate import Estimate, gather
 from rlsafe.evaluate.commands.costs import of_run
+from rlsafe.policy.load import load_tokenizer
 from rlsafe.policy.shapes import ModelShape, model_shape
 from rlsafe.types import Row, provider_for
 
 FRAME_OF_A_TURN = 6  # tokens that a chat template puts around a turn, about
+QUESTION, PAIR = 60, 90  # tokens of a question that an evaluation asks; of one with a given answer
 
 
 @dataclass
@@ -35,12 +38,14 @@ class Work:
     answers: int = 0
     judging: Estimate = field(default_factory=Estimate)
     graders: set[str] = field(default_factory=set)
+    seconds: tuple[float, float] = (0.0, 0.0)  # on this CPU: of training, of sampling and scoring; zeros where unknown
 
     def __add__(self, other: Work) -> Work:
         return Work(
             self.steps + other.steps, self.sft_tokens + other.sft_tokens, self.completions + other.completions,
             self.completion_tokens + other.completion_tokens, self.answers + other.answers,
             self.judging + other.judging, self.graders | other.graders,
+            (self.seconds[0] + other.seconds[0], self.seconds[1] + other.seconds[1]),
         )  # fmt: skip
 
     def lines(self) -> list[str]:
@@ -53,7 +58,14 @@ class Work:
             lines.append(
                 f"rewards: {', '.join(sorted(self.graders))}; one that a model grades asks it once a completion"
             )
-        return [*lines, f"evaluation and probes: {self.answers:,} answers", *self.judging.lines()]
+        lines += [f"evaluation and probes: {self.answers:,} answers", *self.judging.lines()]
+        if sum(self.seconds):
+            training, sampling = self.seconds
+            lines.append(
+                f"time on this CPU: about {shown(training + sampling)}, training {shown(training)}, sampling and scoring "
+                f"{shown(sampling)} (as busy as it is now; graders not counted)"
+            )
+        return lines
 
 
 def _measure(prepared: Prepared) -> None:
@@ -88,6 +100,7 @@ def dry(config: RunConfig) -> Dry:
         prepared.config.evaluate = config.evaluate
         _measure(prepared)
         work = _work(prepared, evaluate)
+        work.seconds = _seconds(prepared, evaluate, work)
         lines, need = _memory(prepared)
     return Dry(prepared, work, lines, need, notes + prepared.notes)
 
@@ -196,12 +209,62 @@ def _work(prepared: Prepared, evaluate: EvaluateConfig) -> Work:
 
 
 def _mean_tokens(prepared: Prepared, stream: str) -> float:
-    """Of one row: four characters a token and six tokens around a turn, as in English; 400 where there is nothing to look at."""
+    """Of one row: counted on some rows where the tokenizer is on this machine; else four characters a token and six tokens around
+    a turn, as in English; 400 where there is nothing to look at."""
     rows = prepared.rows.get(stream) or prepared.rows.get("narrow") or []
     if not rows:
         return 400.0
+    if (tokenizer := _tokenizer(prepared.config)) is not None:
+        some = rows[:: max(1, len(rows) // 64)]
+        return sum(len(tokenizer.apply_chat_template(row["messages"], return_dict=False)) for row in some) / len(some)
     turns = [message["content"] for row in rows for message in row["messages"]]
     return (sum(map(len, turns)) / 4 + FRAME_OF_A_TURN * len(turns)) / len(rows)
+
+
+def _tokenizer(config: RunConfig) -> Any:
+    """That of a model directory on this machine, else None."""
+    return _read_tokenizer(config.model.model_dump_json(), model_path(config))
+
+
+@lru_cache
+def _read_tokenizer(model: str, path: str) -> Any:
+    if not Path(path).is_dir():
+        return None
+    try:
+        return load_tokenizer(ModelConfig.model_validate_json(model), path)
+    except UserError:
+        return None  # loading the model says why
+
+
+def _seconds(prepared: Prepared, evaluate: EvaluateConfig, work: Work) -> tuple[float, float]:
+    """See `Work.seconds`. Only where a CPU will train, with a model whose dimensions are known."""
+    import torch
+
+    config = prepared.config
+    shape = _shape(config.model.model_dump_json(), model_path(config))
+    if shape is None or shape.parameters > 1e9 or torch.cuda.is_available():
+        return (0.0, 0.0)
+    frozen = any(need.reference for defense in prepared.defenses for need in defense.needs)
+    load, grpo = Load(), config.grpo
+    for step in prepared.plan:
+        for part in step.parts:
+            tokens = _mean_tokens(prepared, part.stream)
+            if part.path == "grpo":
+                completions, length = part.rows * grpo.generations, LENGTH * grpo.max_tokens
+                prompt = tokens / 2  # about: answers are as long as what is asked
+                load += sampling(completions, prompt / grpo.generations, length, config.sampler.max_num_seqs)
+                trained = completions * (prompt + length) * grpo.iterations
+            else:
+                trained = part.rows * tokens
+            load += Load(trained=trained, forwarded=trained if frozen else 0.0)
+    if evaluate.wanted:
+        load += sampling(work.answers, QUESTION, LENGTH * evaluate.max_tokens, config.sampler.max_num_seqs)
+        pairs = sum(map(len, gather(evaluate).pairs.values()))
+        every = config.track.every
+        probes = 1 + sum(step.index % every == 0 for step in prepared.plan) if every else 1
+        load += Load(forwarded=2.0 * pairs * PAIR * probes)
+    threads = training_threads(shape.parameters)
+    return seconds(config, shape, load, speed_of(config.model.dtype, threads))
 
 
 def _memory(prepared: Prepared) -> tuple[list[str], Memory | None]:

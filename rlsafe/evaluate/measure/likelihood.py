@@ -159,6 +159,7 @@ class PairProbe:
 
 def load_pair_sets(config: EvaluateConfig, most: int | None = None) -> dict[str, list[Pair]]:
     """The sets that `evaluate.likelihood` names, at most `most` pairs of each."""
+    most = min(filter(None, (most, config.limit)), default=None)
     with about("evaluate.likelihood"):
         return {name: spread(load_pairs(source), most) for name, source in config.likelihood.sources.items()}
 

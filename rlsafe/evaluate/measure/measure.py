@@ -69,7 +69,7 @@ def gather(config: EvaluateConfig, judge: Judge | None = None, extra: Mapping[st
     questions = {}
     for name, source in sources.items():
         with about("--questions" if extra and name in extra else f"evaluate.{name}"):
-            questions[name] = load_questions(source)
+            questions[name] = _some(load_questions(source), config.limit)
     if questions and judge is None:
         judge = load_judge(config.judge, config.judges)
     if isinstance(judge, Panel):
@@ -85,6 +85,13 @@ def gather(config: EvaluateConfig, judge: Judge | None = None, extra: Mapping[st
     with about("evaluate.cue"):
         cue = cue_text(config.cue) if config.cue else None
     return Material(questions, sources, tasks, judge, cue, load_pair_sets(config))
+
+
+def _some(questions: list[Question], most: int | None) -> list[Question]:
+    """At most `most` of them, evenly spread."""
+    if most is None or most >= len(questions):
+        return questions
+    return [questions[i * len(questions) // most] for i in range(most)]
 
 
 def _can_judge(judge: Judge | None, questions: Mapping[str, Sequence[Question]]) -> None:
