@@ -32,6 +32,7 @@ class Memory:
     activations: int
     head: int
     sampler: int
+    merging: int  # while merged weights are made for vLLM, before the activations are there
     tokens: int  # padded tokens of the largest micro-batch
 
     @property
@@ -42,8 +43,7 @@ class Memory:
             + self.gradients
             + self.optimizer
             + self.reference
-            + self.activations
-            + self.head
+            + max(self.activations + self.head, self.merging)
         )
 
 
@@ -80,6 +80,7 @@ def memory(
         ),
         head=head_chunk(shape, tokens, cuda),
         sampler=_sampler(config, shape, size, cuda),
+        merging=_merging(config, shape, size, cuda),
         tokens=tokens,
     )
 
@@ -160,6 +161,20 @@ def _sampler(config: RunConfig, shape: ModelShape, size: int, cuda: bool) -> int
     return shape.parameters * size + max(
         low, 2 * token * length, min(high, token * length * config.sampler.max_num_seqs)
     )
+
+
+def _merging(config: RunConfig, shape: ModelShape, size: int, cuda: bool) -> int:
+    """The tensors of one MLP as they are handed to vLLM, one of them in float32 three times over (base, product, sum). Nothing where an
+    adapter is sent, or nothing is."""
+    adapter = cuda and config.model.lora is not None and size == 2 and config.model.quantization is None
+    if (
+        config.sampler.kind == "transformers"
+        or config.sampler.sync == "adapter"
+        or (adapter and config.sampler.sync == "auto")
+    ):
+        return 0
+    matrix = shape.hidden * shape.intermediate
+    return 3 * matrix * size + 3 * matrix * 4
 
 
 def describe_memory(config: RunConfig, shape: ModelShape, need: Memory, cuda: bool) -> list[str]:
