@@ -212,6 +212,17 @@ def _fit(config: RunConfig, need: Memory) -> str:
     return f"  does not fit one GPU of {GPUS[-1]} GiB: {advice}, checkpointing or smaller batch.micro_tokens"
 
 
+def unfit(config: RunConfig, need: Memory, total: int) -> list[str]:
+    """Warnings about what a GPU of `total` bytes cannot hold by this estimate."""
+    share = config.sampler.gpu_memory if need.sampler else 0.0
+    lines = []
+    if need.sampler > share * total:
+        lines.append(f"sampler.gpu_memory {share:g} of this GPU is {gib(share * total)}: vLLM will not start")
+    if need.training > (1 - share) * total:
+        lines.append(f"{gib((1 - share) * total)} of this GPU are left to train with: expect it to run out of memory")
+    return [f"  warning: {line}" for line in lines]
+
+
 def gib(size: float) -> str:
     """Bytes for people."""
     return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / (1 << 20):.0f} MiB"
