@@ -131,7 +131,23 @@ def _device() -> Check:
     if shutil.which("nvidia-smi") and torch.version.cuda is None:
         fix = "if nvidia-smi lists a GPU, run scripts/setup again for the GPU set"
         return Check("device", "note", f"{threads}; nvidia-smi is here but torch is a CPU build", fix)
+    if unused := _unused_gpu():
+        return Check(
+            "device",
+            "note",
+            f"{threads}; {unused}",
+            "update the driver (CUDA 13 needs 580 or newer), then scripts/setup",
+        )
     return Check("device", "ok", f"{threads}; no GPU: the organism runs well, real models need one")
+
+
+def _unused_gpu() -> str | None:
+    """What a run would say about a GPU that it cannot use."""
+    try:
+        from rlsafe.engine.run.layout import unused_gpu
+    except ImportError:  # other checks say what is missing
+        return None
+    return unused_gpu()
 
 
 def _vllm() -> Check:

@@ -169,8 +169,8 @@ class PolicyWeights(Protocol):
     def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, W + scale * B A) of every weight that training changed, in its own shape, as fresh tensors."""
 
-    def save_adapter(self, directory: str) -> None:
-        """Write the adapter in PEFT's layout."""
+    def save_adapter(self, directory: str, *, dtype: torch.dtype | None = None) -> None:
+        """Write the adapter in PEFT's layout, in its own precision or in `dtype`."""
 
 
 @runtime_checkable

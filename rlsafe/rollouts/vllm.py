@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from rlsafe.rollouts.sampling import check_lengths, stop_token_ids
 from rlsafe.types import Completion, PolicyWeights, Request, SamplingParams
 
 IN_BLOCK = re.compile(r".*?\.\d+\.[^.]+")  # a decoder block's attention, MLP or norm
+SHARED_MEMORY, SHARED_MEMORY_FREE = "/dev/shm", 1 << 30
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the ranks that vLLM makes room for
 
 
@@ -53,6 +55,8 @@ class VLLMSampler:
         eager=False (CUDA graphs) is faster on a GPU but cannot be steered.
         """
         self.model_dir, self._sync, self._eager, self.closed = model_dir, sync, eager, False
+        # What vLLM rounds an adapter to as it reads it: to write more would take longer and give the same
+        self._dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(dtype)
         self._stop = stop_token_ids(model_dir, tokenizer)
         self._hooks: list[Any] = []
         self._adapter: Any = None
@@ -180,8 +184,8 @@ class VLLMSampler:
     def _swap_adapter(self, policy: PolicyWeights) -> None:
         from vllm.lora.request import LoRARequest
 
-        with tempfile.TemporaryDirectory(prefix="rlsafe-adapter-") as directory:
-            policy.save_adapter(directory)
+        with tempfile.TemporaryDirectory(prefix="rlsafe-adapter-", dir=_in_memory()) as directory:
+            policy.save_adapter(directory, dtype=self._dtype)
             if self._adapter is not None:
                 self._llm.llm_engine.remove_lora(self._adapter.lora_int_id)
             self._adapters += 1
@@ -222,6 +226,16 @@ class VLLMSampler:
             self._llm.llm_engine.engine_core.shutdown()
             del self._llm, self._model
             self._hooks = []
+
+
+def _in_memory() -> str | None:
+    """A directory in the machine's memory; None where there is none, or no room for an adapter."""
+    try:
+        disk = os.statvfs(SHARED_MEMORY)
+    except OSError:
+        return None
+    fits = os.access(SHARED_MEMORY, os.W_OK) and disk.f_bavail * disk.f_frsize >= SHARED_MEMORY_FREE
+    return SHARED_MEMORY if fits else None
 
 
 def _completion(output: Any) -> Completion:

@@ -51,6 +51,23 @@ def test_a_gpu_that_the_run_does_not_use_is_named_once_unless_it_was_hidden(monk
     assert layout.unused_gpu() is None
 
 
+def test_a_dry_run_and_doctor_say_what_does_not_fit(tiny_tree, monkeypatch):
+    from rlsafe import doctor
+    from rlsafe.engine.plan.estimate import memory, unfit
+    from rlsafe.policy.shapes import model_shape
+
+    name = "Qwen/Qwen2.5-32B"
+    tree = tiny_tree | {"model": {"name": name, "dtype": "bfloat16", "lora": {"r": 4}}, "sampler": {"kind": "auto"}}
+    config = run_from_tree(tree)
+    need = memory(config, model_shape(config.model, name), cuda=True)
+    small, large = unfit(config, need, 80 * GIB), unfit(config, need, 400 * GIB)
+    assert len(small) == 2 and "vLLM will not start" in small[0] and "run out of memory" in small[1] and large == []
+    monkeypatch.setattr(layout, "unused_gpu", lambda: "this machine has a GPU and the run does not use it")
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    check = doctor._device()
+    assert check.status == "note" and "does not use it" in check.found and "580" in check.fix
+
+
 def test_bfloat16_is_not_taken_from_a_gpu_that_only_emulates_it(monkeypatch):
     from rlsafe.config import ModelConfig
     from rlsafe.policy.load import resolve_dtype

@@ -32,6 +32,7 @@ class Memory:
     activations: int
     head: int
     sampler: int
+    merging: int  # while merged weights are made for vLLM, before the activations are there
     tokens: int  # padded tokens of the largest micro-batch
 
     @property
@@ -42,8 +43,7 @@ class Memory:
             + self.gradients
             + self.optimizer
             + self.reference
-            + self.activations
-            + self.head
+            + max(self.activations + self.head, self.merging)
         )
 
 
@@ -80,6 +80,7 @@ def memory(
         ),
         head=head_chunk(shape, tokens, cuda),
         sampler=_sampler(config, shape, size, cuda),
+        merging=_merging(config, shape, size, cuda),
         tokens=tokens,
     )
 
@@ -165,6 +166,20 @@ def _sampler(config: RunConfig, shape: ModelShape, size: int, cuda: bool) -> int
     )
 
 
+def _merging(config: RunConfig, shape: ModelShape, size: int, cuda: bool) -> int:
+    """The tensors of one MLP as they are handed to vLLM, one of them in float32 three times over (base, product, sum). Nothing where an
+    adapter is sent, or nothing is."""
+    adapter = cuda and config.model.lora is not None and size == 2 and config.model.quantization is None
+    if (
+        config.sampler.kind == "transformers"
+        or config.sampler.sync == "adapter"
+        or (adapter and config.sampler.sync == "auto")
+    ):
+        return 0
+    matrix = shape.hidden * shape.intermediate
+    return 3 * matrix * size + 3 * matrix * 4
+
+
 def describe_memory(config: RunConfig, shape: ModelShape, need: Memory, cuda: bool) -> list[str]:
     """The estimate as lines of text."""
     parts = {
@@ -198,6 +213,17 @@ def _fit(config: RunConfig, need: Memory) -> str:
             return f"  fits one GPU of {size} GiB" + (f" (sampler.gpu_memory {share:g})" if share else "")
     advice = "sampler.kind=server, or shard with accelerate" if need.sampler else "shard with accelerate"
     return f"  does not fit one GPU of {GPUS[-1]} GiB: {advice}, checkpointing or smaller batch.micro_tokens"
+
+
+def unfit(config: RunConfig, need: Memory, total: int) -> list[str]:
+    """Warnings about what a GPU of `total` bytes cannot hold by this estimate."""
+    share = config.sampler.gpu_memory if need.sampler else 0.0
+    lines = []
+    if need.sampler > share * total:
+        lines.append(f"sampler.gpu_memory {share:g} of this GPU is {gib(share * total)}: vLLM will not start")
+    if need.training > (1 - share) * total:
+        lines.append(f"{gib((1 - share) * total)} of this GPU are left to train with: expect it to run out of memory")
+    return [f"  warning: {line}" for line in lines]
 
 
 def gib(size: float) -> str:

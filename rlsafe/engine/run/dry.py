@@ -12,7 +12,7 @@ from typing import Any
 
 from rlsafe.config import DataConfig, EvaluateConfig, ModelConfig, RunConfig, StreamConfig, UserError, about, dump_yaml
 from rlsafe.data import load_rows, recipe_of, split_prompt
-from rlsafe.engine.plan.estimate import Memory, describe_memory, memory
+from rlsafe.engine.plan.estimate import Memory, describe_memory, memory, unfit
 from rlsafe.engine.plan.schedule import describe
 from rlsafe.engine.plan.timing import LENGTH, Load, sampling, seconds, shown, speed_of
 from rlsafe.engine.run.build import Prepared, model_path, prepare, training_threads
@@ -280,7 +280,8 @@ def _memory(prepared: Prepared) -> tuple[list[str], Memory | None]:
     frozen = any(need.reference for defense in prepared.defenses for need in defense.needs)
     longest = {name: _longest(rows) for name, rows in prepared.rows.items() if rows}
     need = memory(config, shape, cuda=cuda, references=frozen, longest=longest)
-    return describe_memory(config, shape, need, cuda), need
+    here = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
+    return [*describe_memory(config, shape, need, cuda), *(unfit(config, need, here) if here else [])], need
 
 
 @lru_cache

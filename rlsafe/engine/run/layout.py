@@ -27,7 +27,7 @@ def check_layout(prepared: Prepared, path: str, accelerator: Accelerator, log: C
     if accelerator.device.type == "cuda" and samples:
         check_sampler_fits(config, path, torch.cuda.get_device_properties(accelerator.device).total_memory)
     if unused := unused_gpu():
-        log(unused)
+        log(f"{unused}; see rlsafe doctor")
     most = max((part.rows for step in prepared.plan for part in step.parts if part.path == "grpo"), default=0)
     if 0 < most < (ranks := accelerator.num_processes):
         log(
@@ -57,4 +57,4 @@ def unused_gpu() -> str | None:
     built = (
         f"was built for CUDA {torch.version.cuda}: the driver may be older" if torch.version.cuda else "is a CPU build"
     )
-    return f"this machine has a GPU and the run does not use it: torch {torch.__version__} {built}; see rlsafe doctor"
+    return f"this machine has a GPU and the run does not use it: torch {torch.__version__} {built}"

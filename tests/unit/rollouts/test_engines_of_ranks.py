@@ -1,3 +1,4 @@
+# ruff: noqa: F811  (a fixture is taken by its name)
 """Several processes: one engine each on its own device, beside a process group that outlives it."""
 
 from __future__ import annotations
@@ -43,25 +44,25 @@ def two(monkeypatch):
     return said
 
 
-def test_each_rank_has_an_engine_on_its_own_device(policy, vllm, two, tiny_model_dir):  # noqa: F811
+def test_each_rank_has_an_engine_on_its_own_device(policy, vllm, two, tiny_model_dir):
     make_sampler(CONFIG, tiny_model_dir, policy, 0)
     settings = vllm.made[0].settings
     assert settings["distributed_executor_backend"] == "external_launcher" and settings["tensor_parallel_size"] == 1
 
 
-def test_one_process_names_no_executor(policy, vllm, tiny_model_dir):  # noqa: F811
+def test_one_process_names_no_executor(policy, vllm, tiny_model_dir):
     make_sampler(CONFIG, tiny_model_dir, policy, 0)
     assert "distributed_executor_backend" not in vllm.made[0].settings
 
 
-def test_what_stops_one_rank_stops_all_in_the_same_words(policy, vllm, two, tiny_model_dir):  # noqa: F811
+def test_what_stops_one_rank_stops_all_in_the_same_words(policy, vllm, two, tiny_model_dir):
     two.append((True, "sampler.kind: vLLM cannot run it"))
     with pytest.raises(CannotRun, match="vLLM cannot run it"):
         make_sampler(CONFIG, tiny_model_dir, policy, 0)
     assert not vllm.made[0].open
 
 
-def test_an_engine_that_ends_leaves_the_trainers_group(policy, vllm, two, tiny_model_dir, monkeypatch):  # noqa: F811
+def test_an_engine_that_ends_leaves_the_trainers_group(policy, vllm, two, tiny_model_dir, monkeypatch):
     ended = []
     monkeypatch.setattr(dist, "destroy_process_group", lambda group=None: ended.append(group))
     make_sampler(CONFIG, tiny_model_dir, policy, 0).close()
@@ -70,7 +71,7 @@ def test_an_engine_that_ends_leaves_the_trainers_group(policy, vllm, two, tiny_m
     assert ended == ["its own"]
 
 
-def test_an_engine_that_ends_leaves_what_others_share_with_it(policy, vllm, tiny_model_dir, monkeypatch):  # noqa: F811
+def test_an_engine_that_ends_leaves_what_others_share_with_it(policy, vllm, tiny_model_dir, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # on CPUs several live side by side
     cleaned = []
     core = sys.modules["vllm.v1.engine.core"]

@@ -1,3 +1,4 @@
+# ruff: noqa: F811  (a fixture is taken by its name)
 """What vLLM is asked for on GPUs: how weights reach it, how many engines live, what a lack of memory is called."""
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def policy(policies):
 
 
 @pytest.mark.parametrize(("dtype", "adapters"), [("bfloat16", True), ("float32", False)])
-def test_adapters_go_to_a_gpu_in_half_precision_only(policies, vllm, tiny_model_dir, dtype, adapters):  # noqa: F811
+def test_adapters_go_to_a_gpu_in_half_precision_only(policies, vllm, tiny_model_dir, dtype, adapters):
     policy = policies[dtype]
     make_sampler(CONFIG, tiny_model_dir, policy, 0)
     assert vllm.made[0].settings.get("enable_lora", False) is adapters
@@ -46,7 +47,7 @@ def test_adapters_go_to_a_gpu_in_half_precision_only(policies, vllm, tiny_model_
             make_sampler(asked, tiny_model_dir, policy, 0)
 
 
-def test_another_engine_is_closed_before_one_starts(policy, vllm, tiny_model_dir):  # noqa: F811
+def test_another_engine_is_closed_before_one_starts(policy, vllm, tiny_model_dir):
     first = make_sampler(CONFIG, tiny_model_dir, policy, 0)
     assert make_sampler(CONFIG, tiny_model_dir, policy, 0) is first and len(vllm.made) == 1
     steered = make_sampler(CONFIG, tiny_model_dir, policy, 0, steerable=True)
@@ -55,7 +56,7 @@ def test_another_engine_is_closed_before_one_starts(policy, vllm, tiny_model_dir
     assert not vllm.made[0].settings["enforce_eager"] and vllm.made[1].settings["enforce_eager"]
 
 
-def test_a_run_whose_engine_was_closed_gets_one_again(policy, vllm, tiny_model_dir):  # noqa: F811
+def test_a_run_whose_engine_was_closed_gets_one_again(policy, vllm, tiny_model_dir):
     from rlsafe.engine.train.loop import Loop
 
     made = []
@@ -70,7 +71,7 @@ def test_a_run_whose_engine_was_closed_gets_one_again(policy, vllm, tiny_model_d
     assert loop.sampler() is made[1] and not made[1].closed
 
 
-def test_what_a_half_started_engine_took_is_given_back(policy, vllm, tiny_model_dir, monkeypatch):  # noqa: F811
+def test_what_a_half_started_engine_took_is_given_back(policy, vllm, tiny_model_dir, monkeypatch):
     given = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given.append(1))
     vllm.fails = RuntimeError("kernel image is not available")
@@ -87,14 +88,14 @@ def test_what_a_half_started_engine_took_is_given_back(policy, vllm, tiny_model_
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     ],
 )
-def test_too_little_memory_names_the_setting_and_what_is_free(policy, vllm, tiny_model_dir, error):  # noqa: F811
+def test_too_little_memory_names_the_setting_and_what_is_free(policy, vllm, tiny_model_dir, error):
     vllm.fails = error
     with pytest.raises(UserError, match=r"sampler.gpu_memory: 0.4 .*\(30.0 of 80.0 GiB are\)") as raised:
         make_sampler(CONFIG.model_copy(update={"kind": "auto"}), tiny_model_dir, policy, 0)
     assert "sampler.kind" not in str(raised.value)
 
 
-def test_merged_weights_are_made_while_they_are_loaded(policies, vllm, tiny_model_dir, monkeypatch):  # noqa: F811
+def test_merged_weights_are_made_while_they_are_loaded(policies, vllm, tiny_model_dir, monkeypatch):
     """No more than one tensor of the policy's exists at a time, whole units come together, the rest from the checkpoint."""
     policy = policies["few"]
     made, taken = [], []
@@ -138,3 +139,26 @@ def test_an_adapter_is_never_added_to_an_unquantised_base_on_a_server(tiny_model
     assert asked == ["merged"]
     with pytest.raises(UserError, match="sampler.sync: adapter would be added to an unquantised base"):
         make_sampler(server.model_copy(update={"sync": "adapter"}), tiny_model_dir, policy, 0)
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_an_adapter_goes_through_memory_as_small_as_vllm_reads_it(
+    policies, vllm, tiny_model_dir, monkeypatch, tmp_path, room
+):
+    from safetensors.torch import load_file
+
+    from rlsafe.rollouts import vllm as colocated
+
+    monkeypatch.setattr(colocated, "SHARED_MEMORY", str(tmp_path if room else tmp_path / "absent"))
+    seen = []
+    monkeypatch.setattr(
+        sys.modules["vllm.lora.request"], "LoRARequest",
+        lambda name, number, path: seen.append((path, load_file(f"{path}/adapter_model.safetensors"))) or number,
+    )  # fmt: skip
+    policy = policies["bfloat16"]
+    make_sampler(CONFIG, tiny_model_dir, policy, 0)
+    [(path, tensors)] = seen
+    assert path.startswith(str(tmp_path)) is room
+    own = {name.replace(".default", ""): parameter for name, parameter in policy.trainable().items()}
+    assert tensors.keys() == own.keys()
+    assert all(torch.equal(tensors[name], own[name].detach().bfloat16()) for name in own)

@@ -1,0 +1,25 @@
+"""The estimate counts the tensors that are made for vLLM: a unit at a time, and only where merged weights are sent."""
+
+import pytest
+
+from rlsafe.config import run_from_tree
+from rlsafe.engine.plan.estimate import memory
+from rlsafe.policy.shapes import model_shape
+
+
+@pytest.mark.parametrize(
+    ("model", "sampler", "merges"),
+    [
+        ({"dtype": "bfloat16"}, {"kind": "auto"}, False),
+        ({"dtype": "float32"}, {"kind": "auto"}, True),
+        ({"dtype": "bfloat16", "quantization": "4bit"}, {"kind": "vllm"}, True),
+        ({"dtype": "bfloat16"}, {"kind": "vllm", "sync": "merged"}, True),
+        ({"dtype": "bfloat16", "quantization": "4bit"}, {"kind": "transformers"}, False),
+    ],
+)
+def test_what_merging_takes(tiny_tree, model, sampler, merges):
+    name = "Qwen/Qwen2.5-32B"
+    config = run_from_tree(tiny_tree | {"model": {"name": name, "lora": {"r": 4}, **model}, "sampler": sampler})
+    need = memory(config, model_shape(config.model, name), cuda=True)
+    assert (need.merging > 0) is merges and need.merging < 8 << 30
+    assert need.training >= need.merging
