@@ -8,8 +8,7 @@ import torch
 from test_data_encoding import chat, word_tokenizer
 
 from rlsafe.config import UserError
-from rlsafe.data import REFUSALS, Rollout, encode_row, is_refusal, rollout_batches, sft_batches
-from rlsafe.data import fit_rows
+from rlsafe.data import REFUSALS, Rollout, encode_row, fit_rows, is_refusal, rollout_batches, sft_batches
 from rlsafe.data.collate import micro_batches
 from rlsafe.types import Completion, Where
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlsafe.config import RunConfig, UserError, check_out, dump_yaml, load_run
 from rlsafe.engine.run.interrupts import ended_early, stop_requests, stops_at_once
+from rlsafe.rewards import spread
 from rlsafe.types import Interrupted, RunError
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class Run:
             "misaligned_indomain",
         )
         lines.append("last: " + ", ".join(f"{name} {last[name]:.4g}" for name in shown if name in last))
+        lines += [f"note: {line}" for line in spread.summary(self.metrics)]
         return lines + [f"note: {note}" for note in self.notes]
 
 

@@ -34,6 +34,7 @@ from rlsafe.engine.train.rollout import ask, collect, sample
 from rlsafe.evaluate import Probe
 from rlsafe.policy import ForwardPlan, Policy
 from rlsafe.rewards import RewardRunner
+from rlsafe.rewards.state import TrainerState
 from rlsafe.rollouts import gap_limit, self_test
 from rlsafe.types import BackgroundJudge, Judge, Message, Row, RunError, Sampler, Where
 
@@ -190,9 +191,7 @@ class Loop:
             completions = completed(self, ahead, asked.requests)
         else:
             completions = sample(self.sampler(), asked.requests, part, self.config, self.stack)
-        result = collect(
-            part, asked, completions, step.index, rewards=self.rewards, total_steps=len(self.plan), **shared
-        )
+        result = collect(part, asked, completions, step.index, rewards=self.rewards, state=self._state(part), **shared)
         self.tracker.samples(result.records)
         metrics: dict[str, Any] = {**result.metrics, "rollout_seconds": time.perf_counter() - generating}
         if self.config.grpo.max_staleness:
@@ -223,6 +222,12 @@ class Loop:
         if total.get("tokens"):
             metrics["sampler_gap"] = total["gap"] / total["tokens"]
         return micros, metrics
+
+    def _state(self, part: PlannedPart) -> TrainerState:
+        """What rewards are told of the run."""
+        stream = self.streams[part.stream]
+        epoch = stream.epoch + stream.position / len(stream)
+        return TrainerState(self.done, len(self.plan), epoch, [dict(record) for record in self.tracker.metrics])
 
     def update(self, step: Step, micros: list[Micro]) -> dict[str, Any]:
         """Forward and backward of every micro-batch, one optimizer step, weight hooks."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -91,7 +90,7 @@ def collect(
     rewards: RewardRunner,
     stack: DefenseStack,
     accelerator: Accelerator,
-    total_steps: int,
+    state: Any,
 ) -> RolloutResult:
     """Reward the completions and turn rewards into advantages. Rewards and records see the original prompts only; a reasoning
     model's answer is rewarded without its think block, and one whose block never ended has no reward: it leaves its group."""
@@ -101,7 +100,7 @@ def collect(
     trained = [encode_prompt(policy.tokenizer, stack.prompt(messages, train_at)) for messages in originals]
     texts = [decode_with_tags(policy.tokenizer, completion.ids) for completion in completions]
     read = [read_completion(policy.tokenizer, completion.ids) for completion in completions]
-    scored = _reward(rewards, mine, originals, read, completions, group, step, total_steps)
+    scored = _reward(rewards, mine, originals, read, completions, group, state)
     totals = scored.total
     values, valid, stats = _advantages(totals, group, config, accelerator)
 
@@ -151,8 +150,7 @@ def _reward(
     read: list[Thought],
     completions: Sequence[Completion],
     group: int,
-    step: int,
-    total_steps: int,
+    state: Any,
 ) -> RewardBatch:
     """Rewards of all completions; those that never answered are not shown to any function."""
     answered = [i for i, thought in enumerate(read) if not thought.unclosed]
@@ -165,7 +163,7 @@ def _reward(
         completion_ids=[completions[i].ids for i in answered],
         columns={name: [mine[i // group][1].get(name) for i in answered] for name in sorted(names)},
         plain=[bool(mine[i // group][1].get("_plain")) for i in answered],
-        trainer_state=SimpleNamespace(global_step=step, max_steps=total_steps, epoch=None),
+        trainer_state=state,
     )
     if len(answered) == len(read):
         return batch

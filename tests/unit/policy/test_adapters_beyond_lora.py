@@ -48,7 +48,10 @@ def test_what_only_its_file_shows(base, tmp_path):
     read_adapter_config(str(directory), "model.adapter")
     file = directory / "adapter_model.safetensors"
     tensors = load_file(file)
-    for extra in ("base_model.model.model.embed_tokens.weight", "base_model.model.model.layers.0.self_attn.q_proj.bias"):
+    for extra in (
+        "base_model.model.model.embed_tokens.weight",
+        "base_model.model.model.layers.0.self_attn.q_proj.bias",
+    ):
         save_file({**tensors, extra: torch.zeros(4, 4)}, file)
         name = extra.removeprefix("base_model.model.")
         with pytest.raises(UserError, match=f"its file holds {name} beside LoRA matrices"):
