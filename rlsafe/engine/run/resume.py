@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 
 from rlsafe.config import RunConfig, UserError
 from rlsafe.engine.run import checkpoint
+from rlsafe.engine.run.records import allowed
 from rlsafe.engine.train.ahead import ahead_state, load_ahead_state
 from rlsafe.engine.train.distributed import load_optimizer, whole_optimizer
 from rlsafe.engine.train.loss import Micro
@@ -77,7 +78,7 @@ def newest(out: Path, config: RunConfig, note: Callable[[str], None]) -> dict[st
         except UserError as error:
             note(f"{error}; skipped")
             continue
-        if changed := changes(state["config"], config.model_dump(mode="json")):
+        if changed := allowed(state, config, changes(state["config"], config.model_dump(mode="json"))):
             raise UserError(
                 f"{path}: the settings are not those of the checkpoint: {'; '.join(changed)}. Resume with the same ones, or start "
                 "over with --overwrite"
