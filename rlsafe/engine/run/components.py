@@ -21,6 +21,7 @@ from rlsafe.engine.train import ahead, distributed, projection
 from rlsafe.engine.train.effects import EffectLog
 from rlsafe.engine.train.loop import Loop
 from rlsafe.evaluate import Probe, gather, load_judge, load_questions
+from rlsafe.evaluate.measure.measure import Material
 from rlsafe.policy import Policy
 from rlsafe.policy.adapters import read_adapter_config
 from rlsafe.rewards import RewardRunner, load_reward
@@ -77,6 +78,7 @@ class Prepared:
     rows: dict[str, list[Row]]
     rewards: RewardRunner | None
     notes: list[str] = field(default_factory=list)  # what was left out of the data
+    material: Material | None = None  # what the evaluation will ask
 
 
 def prepare(config: RunConfig, load: LoadStreams | None = None) -> Prepared:
@@ -107,9 +109,8 @@ def prepare(config: RunConfig, load: LoadStreams | None = None) -> Prepared:
     _check_adapter(config.model.adapter, uses_grpo)
     if uses_grpo:
         rewards = RewardRunner(loaded, config.grpo.on_error)
-    if config.evaluate.wanted:
-        gather(config.evaluate)
-    return Prepared(config, plan, defenses, rows, rewards, notes)
+    material = gather(config.evaluate) if config.evaluate.wanted else None
+    return Prepared(config, plan, defenses, rows, rewards, notes, material)
 
 
 def _check_adapter(adapter: str | None, uses_grpo: bool) -> None:

@@ -100,7 +100,7 @@ def collect(
     trained = [encode_prompt(policy.tokenizer, stack.prompt(messages, train_at)) for messages in originals]
     texts = [decode_with_tags(policy.tokenizer, completion.ids) for completion in completions]
     read = [read_completion(policy.tokenizer, completion.ids) for completion in completions]
-    scored = _reward(rewards, mine, originals, read, completions, group, state)
+    scored = rewarded(rewards, mine, originals, read, completions, group, state)
     totals = scored.total
     values, valid, stats = _advantages(totals, group, config, accelerator)
 
@@ -143,7 +143,7 @@ def collect(
     return RolloutResult(batches, metrics, records)
 
 
-def _reward(
+def rewarded(
     rewards: RewardRunner,
     mine: list[tuple[int, Row]],
     originals: list[list[Message]],
