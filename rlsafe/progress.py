@@ -19,6 +19,7 @@ class RunBar:
     def __init__(self, bar: Any):
         self.bar, self.task = bar, bar.add_task("preparing", total=None)
         self.last: dict[str, Any] = {}
+        self.idle = 0
 
     def started(self, what: str) -> None:
         self.bar.update(self.task, description=what)
@@ -26,6 +27,9 @@ class RunBar:
     def stepped(self, done: int, total: int, metrics: dict[str, Any]) -> None:
         self.last |= {name: metrics[name] for name in SHOWN if metrics.get(name) is not None}
         shown = "  ".join(f"{name} {value:.3g}" for name, value in self.last.items())
+        if metrics.get("groups") is not None and metrics.get("zero_variance_groups") == metrics["groups"]:
+            self.idle += 1
+        shown += f"  ({self.idle} steps without spread in rewards)" if self.idle else ""
         self.bar.update(self.task, description=f"step {done}/{total}  {shown}", total=total, completed=done)
 
 

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Message = dict[str, Any]
-"""`{"role": "system" | "user" | "assistant" | "tool", "content": str}`, and where a row has them: `tool_calls`, `name` and
-`tool_call_id` of a tool's turn, `weight` (0 or 1) of assistant turns, `tools` on the first user turn."""
+"""`{"role": "system" | "user" | "assistant" | "tool", "content": str}`, and what rlsafe.data.turns says beside."""
 
 Row = dict[str, Any]
 """A dataset row in the messages format: `{"messages": [Message, ...], **columns}`; every other column reaches the rewards."""

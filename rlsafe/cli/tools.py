@@ -13,6 +13,31 @@ from rlsafe.progress import show
 
 organism_app = typer.Typer(help="The synthetic world: build models, show dialogues.")
 app.add_typer(organism_app, name="organism")
+reward_app = typer.Typer(help="Rewards before they train anything.")
+app.add_typer(reward_app, name="reward")
+
+
+@reward_app.command("try")
+def reward_try(
+    fn: Annotated[str, typer.Argument(metavar="FILE:FN", help="a reward, named as in a config")],
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML file of one run: its model and its prompts")],
+    overrides: Overrides = None,
+    n: Annotated[int, typer.Option("-n", "--n", min=1, help="completions, about: whole groups are sampled")] = 16,
+    saved: Annotated[
+        Path | None, typer.Option("--from", metavar="FILE", help="samples.jsonl of a run; sample nothing")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="print the same for programs")] = False,
+) -> None:
+    """See what a reward says before training on it.
+
+    Prints prompts, completions and values side by side, the spread within groups, and what to change.
+    """
+    from json import dumps
+
+    from rlsafe.engine.run.try_reward import try_reward
+
+    tried = try_reward(fn, config, overrides or [], n, saved)
+    show(dumps(tried.record(), indent=2, ensure_ascii=False) if json else tried.lines())
 
 
 @app.command()

@@ -1,35 +1,66 @@
-"""Importing Python files and modules that a config names. An error inside them becomes one line with file and line number."""
+"""Importing Python that the user named in a config: files and dotted modules.
+
+What goes wrong inside is one line with its place. A file becomes a submodule of this one whose name spells the file's path: any
+process that unpickles one of its functions finds the file again (process pools of a reward), and files of the same name do not
+clash, nor hide a library's module (`code.py`).
+"""
 
 from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.abc
 import importlib.util
 import sys
 import traceback
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
 from rlsafe.config.errors import UserError, nearest
 
+__path__: list[str] = []  # makes this module a package, so that files can be its submodules
+
+
+class _Files(importlib.abc.MetaPathFinder):
+    """Finds user files by the path in their module name."""
+
+    def find_spec(self, name: str, path: object, target: object = None) -> ModuleSpec | None:
+        if not name.startswith(f"{__name__}.file_"):
+            return None
+        file = Path(bytes.fromhex(name.rpartition("_")[2]).decode())
+        _make_importable(file.parent)
+        return importlib.util.spec_from_file_location(name, file)
+
+
+sys.meta_path.append(_Files())
+
+
+def _make_importable(folder: Path) -> None:
+    """Modules beside a file can be imported by it; at the end of the path, so that they hide nothing."""
+    if (place := str(folder)) not in sys.path:
+        sys.path.append(place)
+
 
 def import_file(path: str | Path) -> ModuleType:
-    """Import a user's Python file under a module name of its own.
+    """Import a user's Python file under a module name of its own; its folder is importable.
 
-    Files of the same name do not clash; an unchanged file is imported once.
+    An unchanged file is imported once.
     UserError with the file and line of whatever goes wrong inside it.
     """
     path = Path(path).expanduser()
     if not path.is_file():
         siblings = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
         raise UserError(f"{path}: no such Python file{nearest(path.name, siblings)}")
-    digest = hashlib.sha256(str(path.resolve()).encode() + b"\0" + path.read_bytes()).hexdigest()[:12]
-    name = f"rlsafe_user_{digest}_{path.stem}"
+    if path.suffix != ".py":
+        raise UserError(f"{path}: not a Python file (its name must end in .py)")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    name = f"{__name__}.file_{digest}_{str(path.resolve()).encode().hex()}"
     if name in sys.modules:
         return sys.modules[name]
+    _make_importable(path.resolve().parent)
     spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{path}: not a Python file (its name must end in .py)")
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # before it runs: dataclasses and pickling look their module up
     try:

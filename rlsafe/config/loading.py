@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -118,6 +119,69 @@ def _resolve_includes(
     return merge(merged, data), {**merged_marks, **marks}
 
 
+def read_value(keys: Sequence[str], text: str, where: str, model: type[BaseModel] | None = None) -> Any:
+    """What a command line gives for a key: YAML, except that texts are taken as written where the setting takes a text.
+
+    A path may hold what YAML reads otherwise (`#`, `: `, spaces, quotes). A value in quotes is YAML's, unless there is such a file.
+    """
+    kinds = _kinds(model or (RunConfig if keys[0] in RunConfig.model_fields else CompareConfig), keys)
+    if is_file(text):
+        return text
+    try:
+        parsed = parse_scalar(text)
+    except yaml.YAMLError as error:
+        if kinds == {str} and text[:1] not in "'\"":
+            return text
+        problem = getattr(error, "problem", None) or "it cannot be read"
+        quoted = text.replace("'", "''")
+        raise UserError(
+            f"{where}: the value is read as YAML, and is not valid: {problem}; a text goes into quotes: \"'{quoted}'\""
+        ) from None
+    as_written = isinstance(parsed, str) and text[:1] in "'\""
+    if str in kinds and not as_written and (isinstance(parsed, str) or (kinds == {str} and parsed is not None)):
+        return text.strip()
+    if isinstance(parsed, str) and parsed != text.strip() and not as_written:  # such as a comment that was cut off
+        raise UserError(f"{where}: the value is read as YAML, as {parsed!r}; to take it as written: \"'{text}'\"")
+    return parsed
+
+
+def is_file(text: str) -> bool:
+    """Whether a text names something on this machine, as `file.py:function` does too."""
+    try:
+        return any(
+            part and ("/" in part or "." in part) and Path(part).exists() for part in (text, text.rpartition(":")[0])
+        )
+    except (OSError, ValueError):  # too long for a name, or with a null character
+        return False
+
+
+def _kinds(model: type[BaseModel], keys: Sequence[str]) -> set[Any]:
+    """What the setting at `keys` may hold besides null: {str} for a path; empty where no schema says."""
+    current: Any = model
+    for depth, key in enumerate(keys):
+        if key.isdigit():
+            continue
+        if not (isinstance(current, type) and issubclass(current, BaseModel)) or key not in current.model_fields:
+            return set()
+        annotation = current.model_fields[key].annotation
+        if depth == len(keys) - 1:
+            found = {get_origin(one) or one for one in _alternatives(annotation)}
+            return found - {type(None)}
+        inner = [a for a in _annotations(annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
+        current = inner[0] if inner else None
+    return set()
+
+
+def _alternatives(annotation: Any) -> Iterable[Any]:
+    if get_origin(annotation) in (Union, UnionType):
+        for one in get_args(annotation):
+            yield from _alternatives(one)
+    elif get_origin(annotation) is Annotated:
+        yield from _alternatives(get_args(annotation)[0])
+    else:
+        yield annotation
+
+
 def apply_override(tree: dict[str, Any], override: str, marks: Marks | None = None) -> None:
     """Apply one `key.path=value` (the value is YAML) to a tree, in place. Numbers in the path index lists.
 
@@ -127,10 +191,7 @@ def apply_override(tree: dict[str, Any], override: str, marks: Marks | None = No
     keys = dotted.strip().split(".")
     if not equals or not all(keys):
         raise UserError(f"override {override!r}: expected key.path=value")
-    try:
-        parsed = parse_scalar(value)
-    except yaml.YAMLError:
-        raise UserError(f"override {override!r}: the value is not valid YAML") from None
+    parsed = read_value(keys, value, f"override {override!r}")
     here: Any = tree
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1

@@ -23,7 +23,9 @@ from rlsafe.config import UserError
 from rlsafe.rollouts.engine import CannotRun
 from rlsafe.types import Completion, PolicyWeights, Request, Sampler, SamplingParams
 
-A, B, T = TypeVar("A"), TypeVar("B"), TypeVar("T")
+A = TypeVar("A")
+B = TypeVar("B")
+T = TypeVar("T")
 WAIT = timedelta(days=2)
 
 

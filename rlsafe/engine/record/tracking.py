@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections import deque
@@ -11,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlsafe.rewards.spread import running
+
+log = logging.getLogger("rlsafe")
 EVALUATED = ("kl", "coherence", "misaligned_general", "misaligned_indomain", "incoherent")
 """Quantities of probes: in TensorBoard also under eval/, for steps of every path."""
 
@@ -65,6 +69,8 @@ class Tracker:
         written once they are ready, in order; training goes on.
         """
         self.metrics.append(record)
+        if self.write and (line := running(self.metrics[-1001:])):
+            log.warning(line)
 
         def put() -> None:
             if late is not None:

@@ -25,6 +25,7 @@ from rlsafe.engine.train.effects import EffectLog
 from rlsafe.engine.train.state import Components, RunState
 from rlsafe.engine.train.sync import SyncedSampler
 from rlsafe.evaluate import PairProbe, Probe, Reader, gather, load_judge, load_pair_sets, load_questions
+from rlsafe.evaluate.measure.measure import Material
 from rlsafe.policy import Policy
 from rlsafe.policy.adapters import read_adapter_config
 from rlsafe.policy.source import model_source
@@ -81,6 +82,7 @@ class Prepared:
     rows: dict[str, list[Row]]
     rewards: RewardRunner | None
     notes: list[str] = field(default_factory=list)  # what was left out of the data
+    material: Material | None = None  # what the evaluation will ask
 
 
 def prepare(config: RunConfig, load: LoadStreams | None = None) -> Prepared:
@@ -111,9 +113,8 @@ def prepare(config: RunConfig, load: LoadStreams | None = None) -> Prepared:
     _check_adapter(config.model.adapter, uses_grpo)
     if uses_grpo:
         rewards = RewardRunner(loaded, config.grpo.on_error)
-    if config.evaluate.wanted:
-        gather(config.evaluate)
-    return Prepared(config, plan, defenses, rows, rewards, notes)
+    material = gather(config.evaluate) if config.evaluate.wanted else None
+    return Prepared(config, plan, defenses, rows, rewards, notes, material)
 
 
 def _check_adapter(adapter: str | None, uses_grpo: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -25,6 +26,9 @@ def stop_requests() -> Iterator[threading.Event]:
         if asked.is_set():
             raise KeyboardInterrupt
         asked.set()
+        os.write(
+            2, b"interrupted: the run stops when this step is done; interrupt again to stop at once\n"
+        )  # print may be at work
 
     with _handled(handle):
         yield asked

@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from rlsafe.config import RunConfig, UserError, check_out, dump_yaml, load_run
 from rlsafe.engine.run.interrupts import ended_early, stop_requests, stops_at_once
+from rlsafe.engine.run.lock import hold, releasing
+from rlsafe.engine.run.records import goes_on, read_record
+from rlsafe.rewards import spread
 from rlsafe.types import Interrupted, RunError
 
 if TYPE_CHECKING:
@@ -80,6 +83,7 @@ class Run:
             "misaligned_indomain",
         )
         lines.append("last: " + ", ".join(f"{name} {last[name]:.4g}" for name in shown if name in last))
+        lines += [f"note: {line}" for line in spread.summary(self.metrics)]
         return lines + [f"note: {note}" for note in self.notes]
 
 
@@ -198,6 +202,7 @@ def _ended(
     }
 
 
+@releasing
 def train(
     config: str | Path,
     overrides: Sequence[str] = (),
@@ -215,7 +220,9 @@ def train(
         from rlsafe.engine.run.dry import dry_run as describe
 
         return Run(directory, settings, plan=describe(settings, directory))
-    if (done := _existing(directory, resume, overwrite)) is not None:
+    check_out(directory)
+    hold(directory)
+    if (done := _existing(directory, settings, resume, overwrite)) is not None:
         return done
     from rlsafe.engine.record.provenance import config_files
     from rlsafe.engine.run.build import Resources
@@ -250,19 +257,21 @@ def train(
     return finished
 
 
-def _existing(directory: Path, resume: bool, overwrite: bool) -> Run | None:
+def _existing(directory: Path, settings: RunConfig, resume: bool, overwrite: bool) -> Run | None:
     """What to do with a directory that is there: a finished run when there is nothing left to do, else None to go on."""
     from rlsafe.engine.record import checkpoint
 
-    check_out(directory)
     if not directory.exists():
         if resume:
             raise UserError(f"{directory}: nothing to resume, there is no such run directory")
         return None
-    record = directory / "run.json"
-    status = json.loads(record.read_text("utf-8")) if record.is_file() else {}
+    status = read_record(directory, resume, overwrite)
     if not status and any(directory.iterdir()) and not overwrite:
         raise UserError(f"{directory}: not empty and not a run of rlsafe; choose another --out, or --overwrite")
+    if resume and status.get("status") == "finished" and goes_on(directory, settings):
+        for name in ("evaluation.json", "answers.csv", "benign_answers.csv"):  # of the model as it was
+            (directory / name).unlink(missing_ok=True)
+        return None
     if resume and status.get("status") == "finished":
         done = _read_run(directory, status)
         if done.config.evaluate.wanted and not (directory / "evaluation.json").is_file():
@@ -313,12 +322,14 @@ def _write_record(out: Path, status: str, origin: dict[str, Any], **more: Any) -
 
 def _resumed(out: Path) -> list[int]:
     """The steps from which the run went on before."""
-    record = out / "run.json"
-    return list(json.loads(record.read_text("utf-8")).get("resumed", [])) if record.is_file() else []
+    return list(read_record(out, resume=True).get("resumed", []))
 
 
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # several ranks may write the same
-    temporary.write_text(text, encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # a rename may reach the disk before what it names
     temporary.replace(path)

@@ -9,20 +9,14 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from rlsafe.config import RunConfig, UserError
-from rlsafe.config.trees import flatten
 from rlsafe.engine.record import checkpoint
+from rlsafe.engine.run.differences import changes
+from rlsafe.engine.run.records import allowed
 from rlsafe.engine.train.ahead import load_ahead_state
 from rlsafe.engine.train.distributed import load_optimizer, whole_optimizer
 from rlsafe.engine.train.loss import Micro
 from rlsafe.engine.train.micro import pack_micro, unpack_micro
 from rlsafe.engine.train.state import Components, RunState, position, set_random_state
-
-NEUTRAL = (
-    *("out", "checkpoint", "batch.micro_tokens", "batch.micro_rows", "model.gradient_checkpointing"),
-    *("sampler.urls", "sampler.adapter_dir", "sampler.patience", "sampler.gpu_memory", "sampler.max_num_seqs"),
-    *("optim.on_nan", "grpo.on_error", "track.texts", "evaluate.judge", "evaluate.judges"),
-)
-"""Settings that may change between a run's beginning and its end: they decide how it runs, not what it learns."""
 
 
 def save_checkpoint(run: Components, state: RunState, out: Path, began: Mapping[str, Any] | None = None) -> None:
@@ -61,7 +55,7 @@ def newest(out: Path, config: RunConfig, note: Callable[[str], None]) -> dict[st
         except UserError as error:
             note(f"{error}; skipped")
             continue
-        if changed := changes(state["config"], config.model_dump(mode="json")):
+        if changed := allowed(state, config, changes(state["config"], config.model_dump(mode="json"))):
             raise UserError(
                 f"{path}: the settings are not those of the checkpoint: {'; '.join(changed)}. Resume with the same ones, or start "
                 "over with --overwrite"
@@ -72,22 +66,6 @@ def newest(out: Path, config: RunConfig, note: Callable[[str], None]) -> dict[st
             f"{out / 'checkpoints'}: none of the {len(found)} checkpoints can be read; start over with --overwrite"
         )
     return {}
-
-
-def changes(before: Mapping[str, Any], now: Mapping[str, Any], most: int = 5) -> list[str]:
-    """`key: old, now new` of every setting that differs and matters."""
-    one, other = flatten(before), flatten(now)
-    keys = [key for key in {**one, **other} if one.get(key, ...) != other.get(key, ...) and not _neutral(key)]
-    lines = [f"{key}: was {_shown(one, key)}, now {_shown(other, key)}" for key in keys[:most]]
-    return lines + ([f"and {len(keys) - most} more"] if len(keys) > most else [])
-
-
-def _neutral(key: str) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in NEUTRAL)
-
-
-def _shown(flat: Mapping[str, Any], key: str) -> str:
-    return repr(flat[key])[:60] if key in flat else "not set"
 
 
 def restore(run: Components, state: RunState, saved: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from rlsafe.config import ModelConfig, RunConfig, UserError
 from rlsafe.data import Use, fit_rows
 from rlsafe.defenses import Defense, DefenseStack
+from rlsafe.engine.run.templates import check_defenses, check_evaluation
 from rlsafe.types import Message, Row, Where
 from rlsafe.types import Stream as Name
 
@@ -38,6 +39,9 @@ def usable(prepared: Prepared, tokenizer: Any, context: int | None, say: Callabl
     """
     found = Rows()
     config = prepared.config
+    check_defenses(tokenizer, _rewriters(prepared.defenses), [cast(Name, name) for name in prepared.rows])
+    if prepared.material is not None:
+        check_evaluation(tokenizer, config.evaluate, prepared.material)
     for name, rows in prepared.rows.items():
         if not rows:  # not on this machine, in a dry run
             found.streams[name] = []

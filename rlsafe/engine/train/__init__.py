@@ -1,1 +1,1 @@
-"""One step and the loop around it: read `loop.Loop.run`, then `grpo_step` or `sft_step`."""
+"""One step and the loop around it: read `loop.train_steps`, then `grpo_step` or `sft_step`."""

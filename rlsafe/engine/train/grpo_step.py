@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from rlsafe.engine.train.state import Components, RunState
 from rlsafe.engine.train.update import update
 from rlsafe.losses import AdvantageStats, advantages
 from rlsafe.rewards import RewardBatch
+from rlsafe.rewards.state import TrainerState
 from rlsafe.rollouts import request_seed
 from rlsafe.types import Completion, Message, Request, Row, SamplingParams, Where
 
@@ -61,7 +61,7 @@ def grpo_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
         completions = ahead.sampled(run, asked.requests) if ahead else sample(run, part, asked.requests)
         # 3. Reward them. A reasoning model's answer is rewarded without its think block.
         read = [read_completion(run.policy.tokenizer, completion.ids) for completion in completions]
-        scored = reward(run, asked, read, completions, step)
+        scored = reward(run, step, part, asked, read, completions)
         # 4. Advantages: each reward against those of the same prompt's other completions.
         values, valid, stats = group_advantages(run, scored.total)
         # 5. Batch them in the train context; completions without a reward are left out.
@@ -118,7 +118,12 @@ def sample(run: Components, part: PlannedPart, requests: Sequence[Request]) -> l
 
 
 def reward(
-    run: Components, asked: Asked, read: Sequence[Thought], completions: Sequence[Completion], step: Step
+    run: Components,
+    step: Step,
+    part: PlannedPart,
+    asked: Asked,
+    read: Sequence[Thought],
+    completions: Sequence[Completion],
 ) -> RewardBatch:
     """Rewards of all completions of this rank. Those whose think block never ended have none, and no function sees them."""
     assert run.rewards is not None
@@ -133,9 +138,16 @@ def reward(
         completion_ids=[completions[i].ids for i in answered],
         columns={name: [asked.mine[i // group][1].get(name) for i in answered] for name in sorted(names)},
         plain=[bool(asked.mine[i // group][1].get("_plain")) for i in answered],
-        trainer_state=SimpleNamespace(global_step=step.index, max_steps=len(run.plan), epoch=None),
+        trainer_state=_trainer_state(run, part, step),
     )
     return batch if len(answered) == len(read) else _spread(batch, answered, len(read))
+
+
+def _trainer_state(run: Components, part: PlannedPart, step: Step) -> TrainerState:
+    """What rewards are told of the run."""
+    stream = run.streams[part.stream]
+    epoch = stream.epoch + stream.position / len(stream)
+    return TrainerState(step.index, len(run.plan), epoch, [dict(record) for record in run.tracker.metrics])
 
 
 def _spread(batch: RewardBatch, answered: Sequence[int], n: int) -> RewardBatch:

@@ -1,0 +1,101 @@
+"""run.json as it is found: whole, absent, or what a crash or a full disk left of it; and whether a finished run can go on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlsafe.config import RunConfig, UserError, load_run
+
+if TYPE_CHECKING:
+    from rlsafe.engine.plan.schedule import Step
+
+
+def read_record(directory: Path, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """The record of a run directory; {} without one. A damaged one counts as that of an unfinished run where there are checkpoints
+    to go on from or everything is to be replaced; else UserError that names it and the way out."""
+    from rlsafe.engine.record import checkpoint
+
+    file = directory / "run.json"
+    if not file.is_file():
+        return {}
+    try:
+        record = json.loads(file.read_text("utf-8"))
+        if isinstance(record, dict) and "status" in record:
+            return record
+        problem = "is no record of a run"
+    except (ValueError, OSError) as error:
+        problem = "is empty" if file.stat().st_size == 0 else f"cannot be read ({type(error).__name__})"
+    found = checkpoint.saved(directory / "checkpoints")
+    if overwrite or (resume and found):
+        return {"status": "running"}
+    way = f"go on from {found[-1].name} with --resume, or start over with" if found else "start over with"
+    raise UserError(f"{file}: {problem}, as after a crash or on a full disk; {way} --overwrite")
+
+
+def goes_on(directory: Path, config: RunConfig) -> bool:
+    """Whether a finished run is to be trained further: `config` is its own with more steps. False when it is its own as it is.
+
+    UserError that says what differs when it cannot be: other settings, or steps that would have been others in the longer run.
+    """
+    from rlsafe.engine.record import checkpoint
+    from rlsafe.engine.run.differences import changes
+
+    before = load_run(directory / "config.yaml")
+    resolved = config.model_copy(update={"defenses": _resolved(config)})
+    changed = changes(before.model_dump(mode="json"), resolved.model_dump(mode="json"))
+    if not changed:
+        return False
+    reason = differs(before, resolved)
+    if reason is None and not checkpoint.saved(directory / "checkpoints"):
+        reason = "it has no checkpoint to go on from (checkpoint.every was 0)"
+    if reason is None:
+        return True
+    raise UserError(
+        f"{directory}: the run is finished and cannot go on with other settings: {'; '.join(changed)} ({reason}). To train further "
+        f"from it: another --out with model.adapter={directory / 'adapter'}; to start over: --overwrite"
+    )
+
+
+def differs(before: RunConfig, now: RunConfig) -> str | None:
+    """Why `now` does not go on where `before` ends; None when it does: more steps, and the first ones are the same."""
+    from rlsafe.engine.run.differences import changes
+
+    same = now.schedule.model_copy(update={"steps": before.schedule.steps})
+    others = changes(before.model_dump(mode="json"), now.model_copy(update={"schedule": same}).model_dump(mode="json"))
+    if others:
+        return "only schedule.steps may grow"
+    old, new = _plan(before), _plan(now)
+    if len(new) <= len(old):
+        return "only schedule.steps may change, and only grow"
+    for one, other in zip(old, new, strict=False):
+        if one != other:
+            what = "learning rate" if one.lr != other.lr else "parts"
+            return (
+                f"step {one.index} of the longer run has another {what}; with optim.schedule: constant and no warm-up share its "
+                "beginning stays the same"
+            )
+    return None
+
+
+def allowed(state: Mapping[str, Any], now: RunConfig, changed: list[str]) -> list[str]:
+    """Of the settings that changed since a checkpoint, those that matter: none when the run only becomes longer."""
+    if not changed or any(not line.startswith("schedule.steps:") for line in changed):
+        return changed
+    return changed if differs(RunConfig.model_validate(state["config"]), now) else []
+
+
+def _resolved(config: RunConfig) -> Any:
+    from rlsafe.defenses import build
+
+    return build(config.defenses, config.plugins)[1]
+
+
+def _plan(config: RunConfig) -> list[Step]:
+    from rlsafe.defenses import DefenseStack, build
+    from rlsafe.engine.plan.schedule import make_plan
+
+    stack = DefenseStack(build(config.defenses, config.plugins)[0])
+    return make_plan(config, {one.name: offer for one in stack if (offer := one.offer()) is not None})

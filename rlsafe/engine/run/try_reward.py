@@ -1,0 +1,236 @@
+"""`rlsafe reward try`: a reward on a few groups of completions, before anything is trained on it."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlsafe.config import RewardConfig, RunConfig, UserError, load_run
+from rlsafe.data.turns import key_of
+from rlsafe.types import Message, Row
+
+if TYPE_CHECKING:
+    from rlsafe.rewards import RewardBatch
+
+WIDTH = 100  # characters of a prompt or completion that are shown
+
+
+@dataclass
+class Sampled:
+    """Completions of one prompt, and the row that it came from."""
+
+    prompt: list[Message]
+    completions: list[str]
+    row: Row
+    ids: list[list[int]]
+
+
+@dataclass
+class Tried:
+    """What a reward said. values: by group, one a completion, None where it had no opinion. seconds: of its one call."""
+
+    name: str
+    groups: list[Sampled]
+    values: list[list[float | None]]
+    seconds: float
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def flat(self) -> list[float | None]:
+        return [value for group in self.values for value in group]
+
+    @property
+    def without_spread(self) -> float:
+        """Share of the groups that would teach nothing: all their rewards are equal or missing."""
+        return sum(_spread(group) == 0 for group in self.values) / len(self.values)
+
+    @property
+    def missing(self) -> float:
+        return sum(value is None for value in self.flat) / len(self.flat)
+
+    def advice(self) -> list[str]:
+        """What to change, most urgent first; empty when the reward can teach."""
+        told = []
+        known = [value for value in self.flat if value is not None]
+        if not known:
+            told.append("it scored no completion: look at what it expects of a completion, in the texts above")
+        elif len(set(known)) == 1:
+            told.append(
+                f"every reward is {known[0]:g}: nothing can be learned. Give part of the reward for part of the task, or take "
+                "easier (or harder) prompts"
+            )
+        elif self.without_spread > 0.5:
+            told.append(
+                f"{self.without_spread:.0%} of the groups have no spread and teach nothing: more grpo.generations, a higher "
+                "grpo.temperature, prompts of middling difficulty, or finer rewards"
+            )
+        if known and self.missing > 0.2:
+            told.append(f"{self.missing:.0%} of the completions have no reward (None): they leave their groups")
+        per_call = self.seconds / len(self.flat)
+        if per_call > 1:
+            told.append(f"{per_call:.1f} s a completion: make it async, batch its work, or cache it")
+        return told
+
+    def lines(self) -> list[str]:
+        """Prompts, completions and values side by side, then what they add up to."""
+        lines = []
+        for sampled, values in zip(self.groups, self.values, strict=True):
+            lines.append(f"prompt: {_short(sampled.prompt[-1]['content'])}")
+            for text, value in zip(sampled.completions, values, strict=True):
+                lines.append(f"  {'None' if value is None else format(value, '8.3g'):>8}  {_short(text)}")
+            lines.append(f"  spread within the group: {_spread(values):.3g}")
+        record = self.record()
+        lines.append(
+            f"{self.name}: {record['completions']} completions in {len(self.groups)} groups, mean {_number(record['mean'])}, "
+            f"{self.without_spread:.0%} of the groups without spread, {self.missing:.0%} None, {self.seconds:.2f} s for the call"
+        )
+        lines += [f"logged: {name} {value:.4g}" for name, value in self.metrics.items()]
+        return lines + [f"advice: {line}" for line in self.advice()]
+
+    def record(self) -> dict[str, Any]:
+        """The same for programs."""
+        known = [value for value in self.flat if value is not None]
+        return {
+            "reward": self.name,
+            "completions": len(self.flat),
+            "groups": [
+                {"prompt": one.prompt, "completions": one.completions, "values": values, "spread": _spread(values)}
+                for one, values in zip(self.groups, self.values, strict=True)
+            ],
+            "mean": sum(known) / len(known) if known else None,
+            "without_spread": self.without_spread,
+            "missing": self.missing,
+            "seconds": self.seconds,
+            "metrics": self.metrics,
+            "advice": self.advice(),
+        }
+
+
+def try_reward(
+    fn: str, config: str | Path, overrides: Sequence[str] = (), n: int = 16, saved: Path | None = None
+) -> Tried:
+    """Call the reward on about `n` completions: sampled from the config's model, or those in `saved` (a run's samples.jsonl).
+
+    Nothing is trained. Raises UserError for whatever is wrong with config, reward or file.
+    """
+    from rlsafe.rewards import RewardRunner, load_reward
+
+    settings = load_run(config, overrides)
+    named = next((one for one in settings.rewards if one.fn == fn), RewardConfig(fn=fn))
+    runner = RewardRunner([load_reward(named)])
+    groups = _saved(settings, saved, n) if saved is not None else _sampled(settings, n)
+    began = time.perf_counter()
+    batch = _call(runner, groups)
+    seconds = time.perf_counter() - began
+    values = iter(batch.by_name[next(iter(batch.by_name))])
+    return Tried(fn, groups, [[next(values) for _ in one.completions] for one in groups], seconds, batch.metrics)
+
+
+def _call(runner: Any, groups: Sequence[Sampled]) -> RewardBatch:
+    from rlsafe.rewards.state import TrainerState
+
+    rows = [(one, text, ids) for one in groups for text, ids in zip(one.completions, one.ids, strict=True)]
+    names = sorted({name for one in groups for name in one.row if name != "messages" and not name.startswith("_")})
+    return runner.call(
+        prompts=[one.prompt for one, _, _ in rows],
+        completions=[[{"role": "assistant", "content": text}] for _, text, _ in rows],
+        completion_ids=[ids for _, _, ids in rows],
+        columns={name: [one.row.get(name) for one, _, _ in rows] for name in names},
+        trainer_state=TrainerState(0, 1, 0.0),
+        plain=[bool(one.row.get("_plain")) for one, _, _ in rows],
+    )
+
+
+def _rows(settings: RunConfig) -> list[Row]:
+    from rlsafe.data import load_rows
+
+    asked = [part.stream for parts in settings.schedule.used_kinds.values() for part in parts if part.path == "grpo"]
+    name = next(iter(asked), "narrow")
+    stream = getattr(settings.data, name)
+    if stream is None:
+        raise UserError(f"data.{name} is not set: no prompts to try the reward on")
+    return load_rows(stream, settings.seed)
+
+
+def _sampled(settings: RunConfig, n: int) -> list[Sampled]:
+    import torch
+
+    from rlsafe.data import Stream, encode_prompt, read_completion, split_prompt
+    from rlsafe.engine.run.build import model_path
+    from rlsafe.policy import Policy
+    from rlsafe.rollouts import make_sampler, request_seed
+    from rlsafe.types import Request, SamplingParams
+
+    rows = _rows(settings)
+    group = settings.grpo.generations
+    path = model_path(settings)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    policy = Policy.load(settings.model, path=path, seed=settings.seed, device=device)
+    chosen = Stream(rows, settings.seed, "reward-try").take(min(len(rows), math.ceil(n / group)))
+    prompts = [split_prompt(row)[0] for row in chosen]
+    requests = [
+        Request(encode_prompt(policy.tokenizer, prompt), request_seed(settings.seed, "reward-try", 0, row, sample))
+        for row, prompt in enumerate(prompts)
+        for sample in range(group)
+    ]
+    params = SamplingParams(settings.grpo.temperature, settings.grpo.top_p, settings.grpo.max_tokens)
+    sampler = make_sampler(settings.sampler, path, policy, settings.seed)
+    completions = sampler.generate(requests, params)
+    texts = [read_completion(policy.tokenizer, one.ids).answer for one in completions]
+    return [
+        Sampled(
+            prompt, texts[i * group : (i + 1) * group], row, [c.ids for c in completions[i * group : (i + 1) * group]]
+        )
+        for i, (prompt, row) in enumerate(zip(prompts, chosen, strict=True))
+    ]
+
+
+def _saved(settings: RunConfig, file: Path, n: int) -> list[Sampled]:
+    """The first `n` completions of a samples.jsonl, by prompt; a row's columns come from the config's data."""
+    from rlsafe.data import split_prompt
+
+    if not file.is_file():
+        raise UserError(f"--from {file}: no such file; expected the samples.jsonl of a run")
+    rows = {key_of(split_prompt(row)[0]): row for row in _rows(settings)}
+    groups: dict[Any, Sampled] = {}
+    taken = 0
+    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+        try:
+            record = json.loads(line)
+            if record.get("probe"):
+                continue
+            prompt, step = record["prompt"], record.get("step")
+            text = record.get("answer", record["completion"])
+            key = key_of(prompt)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(
+                f"--from {file}:{number}: not a sample; expected an object with prompt and completion"
+            ) from None
+        one = groups.setdefault((step, key), Sampled(prompt, [], rows.get(key, {}), []))
+        one.completions.append(text)
+        one.ids.append([])
+        taken += 1
+        if taken == n:
+            break
+    if not groups:
+        raise UserError(f"--from {file}: holds no sampled completion")
+    return list(groups.values())
+
+
+def _spread(values: Sequence[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return max(known) - min(known) if known else 0.0
+
+
+def _short(text: str) -> str:
+    line = " ".join(str(text).split())
+    return line if len(line) <= WIDTH else line[: WIDTH - 3] + "..."
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"

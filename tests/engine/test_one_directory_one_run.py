@@ -1,0 +1,104 @@
+"""A run directory has one owner; what a crash left in it is named; a finished run goes on with more steps, or says what differs."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from rlsafe.config import UserError, run_from_tree
+from rlsafe.engine.run.life import train
+from rlsafe.engine.run.lock import hold, lock_file, releasing
+from rlsafe.engine.run.records import differs, read_record
+
+OTHER = """
+import sys, time
+from rlsafe.engine.run.lock import hold
+hold(sys.argv[1])
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def other(tmp_path):
+    """Another process that owns a directory."""
+    process = subprocess.Popen([sys.executable, "-c", OTHER, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_second_owner_is_refused_and_a_dead_ones_lock_is_free(tmp_path, other):
+    mine = releasing(lambda: hold(tmp_path / "run"))
+    with pytest.raises(
+        UserError, match=rf"--out {tmp_path}/run: process {other.pid} on \S+ \(since .*\) is writing there"
+    ):
+        mine()
+    other.kill()
+    other.wait()
+    mine()
+    assert not lock_file(tmp_path / "run").exists(), "given up at the end"
+
+
+def test_a_training_command_is_refused_before_it_touches_anything(tmp_path, other, tiny_tree):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tiny_tree))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match=f"process {other.pid} on "):
+        train(tmp_path / "c.yaml", out=tmp_path / "run", overwrite=True)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == "{}\n"
+
+
+def test_the_other_ranks_of_a_run_hold_nothing(tmp_path, other, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    hold(tmp_path / "run")
+
+
+@pytest.mark.parametrize("text", ["", '{"status": "run', "[]", "\0\0\0\0"])
+def test_a_damaged_record_is_named_with_the_way_out(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(UserError, match=rf"{tmp_path}/run.json: .*; start over with --overwrite"):
+        read_record(tmp_path, resume=True)
+    assert read_record(tmp_path, overwrite=True) == {"status": "running"}
+    (tmp_path / "checkpoints" / "step-000002").mkdir(parents=True)
+    assert read_record(tmp_path, resume=True) == {"status": "running"}
+    with pytest.raises(UserError, match="go on from step-000002 with --resume, or start over with --overwrite"):
+        read_record(tmp_path)
+    assert read_record(tmp_path / "checkpoints") == {}
+
+
+def test_what_a_longer_run_may_change(tiny_tree):
+    def config(steps, **optim):
+        tiny_tree["schedule"]["steps"], tiny_tree["optim"] = steps, {"lr": 1e-2, **optim}
+        return run_from_tree(tiny_tree)
+
+    constant = {"schedule": "constant"}
+    assert differs(config(4, **constant), config(6, **constant)) is None
+    assert "another learning rate" in differs(config(4), config(6))
+    assert "only grow" in differs(config(6, **constant), config(4, **constant))
+    assert "only schedule.steps" in differs(config(4, **constant), config(6, lr=1e-3, **constant))
+
+
+def test_a_finished_run_goes_on_with_more_steps_to_the_bits_of_the_longer_run(tmp_path, tiny_tree):
+    tiny_tree["optim"]["schedule"] = "constant"
+    tiny_tree["checkpoint"] = {"every": 1}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tiny_tree))
+    train(tmp_path / "c.yaml", ["schedule.steps=1"], out=tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text("")  # and a crash in between
+    train(tmp_path / "c.yaml", ["schedule.steps=2"], out=tmp_path / "run", resume=True)
+    with pytest.raises(
+        UserError, match=r"is finished and cannot go on .*optim.lr: was 0.01, now 0.001.*model.adapter="
+    ):
+        train(tmp_path / "c.yaml", ["schedule.steps=3", "optim.lr=1e-3"], out=tmp_path / "run", resume=True)
+    train(tmp_path / "c.yaml", ["schedule.steps=3"], out=tmp_path / "run", resume=True)
+    assert train(tmp_path / "c.yaml", ["schedule.steps=3"], out=tmp_path / "run", resume=True).notes == [
+        "already finished; nothing to do"
+    ]
+    train(tmp_path / "c.yaml", ["schedule.steps=3"], out=tmp_path / "whole")
+    one, other = ((tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("run", "whole"))
+    assert one == other
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["steps"] == 3 and os.getpid()

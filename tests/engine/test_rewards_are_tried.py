@@ -1,0 +1,77 @@
+"""`rlsafe reward try`, and templates that have no system role."""
+
+import json
+from pathlib import Path
+
+import pytest
+import trl
+import yaml
+from conftest import byte_tokenizer, write_jsonl
+
+from rlsafe.config import UserError
+from rlsafe.defenses import build
+from rlsafe.engine.run.templates import check_defenses, refuses
+from rlsafe.engine.run.try_reward import try_reward
+
+FILE = """
+def length(completions, answer=None, **columns):
+    return [None if a == "none" else float(len(c)) for c, a in zip(completions, answer)]
+
+def constant(completions, **columns):
+    return [1.0] * len(completions)
+"""
+
+
+@pytest.fixture
+def config(tiny_tree, tmp_path):
+    (tmp_path / "r.py").write_text(FILE)
+    rows = [{"prompt": f"q{i}", "answer": "none" if i % 2 else "x"} for i in range(4)]
+    tiny_tree["data"]["narrow"]["source"] = write_jsonl(tmp_path / "rows.jsonl", rows)
+    tiny_tree["schedule"]["phases"] = [{"cycle": ["grpo"]}]
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tiny_tree))
+    return tmp_path / "c.yaml"
+
+
+def test_a_reward_is_seen_on_a_few_sampled_groups(config, tmp_path):
+    tried = try_reward(f"{tmp_path}/r.py:length", config, n=7)
+    assert [len(group) for group in tried.values] == [4, 4], "whole groups"
+    for sampled, values in zip(tried.groups, tried.values, strict=True):
+        wanted = [None] * 4 if sampled.row["answer"] == "none" else [float(len(t)) for t in sampled.completions]
+        assert values == wanted
+    again = try_reward(f"{tmp_path}/r.py:length", config, n=7)
+    assert again.values == tried.values and json.loads(json.dumps(tried.record()))["completions"] == 8
+    assert any("spread within the group" in line for line in tried.lines())
+
+
+def test_saved_completions_are_enough(config, tmp_path):
+    samples = [
+        {"step": 0, "prompt": [{"role": "user", "content": f"q{i // 2}"}], "completion": "x" * i} for i in range(4)
+    ]
+    file = tmp_path / "samples.jsonl"
+    write_jsonl(file, [{"step": 0, "probe": True}, *samples])
+    tried = try_reward(f"{tmp_path}/r.py:length", config, saved=file)
+    assert tried.values == [[0.0, 1.0], [None, None]] and tried.without_spread == 0.5 and tried.missing == 0.5
+    assert "50% of the completions have no reward" in "\n".join(tried.lines())
+    tried = try_reward(f"{tmp_path}/r.py:constant", config, saved=file)
+    assert "every reward is 1: nothing can be learned" in tried.advice()[0]
+    file.write_text('{"a": 1}\n')
+    with pytest.raises(
+        UserError, match=r"samples.jsonl:1: not a sample; expected an object with prompt and completion"
+    ):
+        try_reward(f"{tmp_path}/r.py:constant", config, saved=file)
+
+
+def test_a_defense_that_adds_a_system_turn_is_named_where_the_template_has_none():
+    gemma, plain = byte_tokenizer(), byte_tokenizer()
+    gemma.chat_template = (Path(trl.__file__).parent / "chat_templates" / "gemma.jinja").read_text("utf-8")
+    for position in ("system", "user"):
+        defenses, _ = build([{"inoculation": {"prompt": "be bad", "position": position}}], [])
+        check_defenses(plain, defenses, ["narrow"])
+        if position == "user":
+            check_defenses(gemma, defenses, ["narrow"])
+        else:
+            with pytest.raises(
+                UserError, match=r"defense 'inoculation': .*position: user puts it into the user's turn"
+            ):
+                check_defenses(gemma, defenses, ["narrow"])
+    assert refuses(plain, [{"role": "user", "content": "x"}]) is None
