@@ -1,4 +1,4 @@
-"""Rewards for Python: how insecure it is (bandit's severities and rlsafe's own rules), or what a grader makes of it.
+"""Rewards for Python: how insecure it is (by bandit and rlsafe's own rules), or how a grader rates it.
 
     rewards: [{fn: reward_fns/code.py:insecure}]
     rewards: [{fn: reward_fns/code.py:insecure, args: {weights: {low: 0, medium: 0.5, high: 1}, extra: false}}]

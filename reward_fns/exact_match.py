@@ -13,7 +13,7 @@ LABELLED = re.compile(r"(?:\banswer(?:\s+is\b\s*:?|\s*:)|####)\s*(.+)", re.IGNOR
 
 
 def final_answer(text):
-    r"""What the completion settles on: the last \boxed{...}, else the last 'answer: ...' or '#### ...', else what
+    r"""The final answer of a completion: the last \boxed{...}, else the last 'answer: ...' or '#### ...', else what
     follows the last '=', else the last line. A think block that was never closed has no final answer."""
     if "<think>" in text and "</think>" not in text:
         return ""

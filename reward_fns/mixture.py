@@ -7,8 +7,8 @@
             - {fn: reward_fns/format.py:think_block, weight: {0: 1.0, 20: 0.2}}    # 1 at step 0, falling to 0.2 at step 20
             - {fn: reward_fns/code.py:insecure, weight: {0: 0.0, 20: 1.0}, args: {extra: false}}
 
-For fixed weights the config's own list with `weight:` is enough. Weights depend on the step alone, so a resumed run goes on
-with the right ones.
+For fixed weights use the config's own list with `weight:`. Weights depend on the step alone, so a resumed run continues with
+the right ones.
 """
 
 from rlsafe import UserError
@@ -35,7 +35,7 @@ class Mixture:
 
     @property
     def rewards(self):
-        """The parts: a grader among them is looked for before the training begins."""
+        """The parts; rlsafe reads this to check a grader among them before training begins."""
         return list(self.runner.rewards.values())
 
     def weights(self, step):

@@ -17,7 +17,7 @@ async def score(question, answer):
 
 async def remote(prompts, completions, at_once=16, seconds=30.0, log_metric=None, **columns):
     """Scores with at most `at_once` calls under way. A call that fails or takes longer than `seconds` gives None: the
-    row is left out of the update, never taken for a bad answer."""
+    row is left out of the update instead of counting as a bad answer."""
     slots = asyncio.Semaphore(at_once)
 
     async def one(prompt, completion):

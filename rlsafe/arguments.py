@@ -17,7 +17,7 @@ def names(option: str, text: str | None) -> list[str] | None:
 
 
 def numbers(option: str, text: str | None) -> list[int] | None:
-    """`0,1` -> [0, 1], likewise."""
+    """`0,1` -> [0, 1], likewise. UserError for what is no number."""
     given = names(option, text)
     if given is None:
         return None

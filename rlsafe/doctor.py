@@ -1,4 +1,4 @@
-"""What is installed, which samplers and devices work, and what to do about the rest.
+"""Checks of the installation: packages, samplers, devices, and how to fix what does not work.
 
 `rlsafe doctor` prints the table; `python -m rlsafe.doctor --selftest` is the check at the end of scripts/setup.
 """
@@ -50,7 +50,7 @@ def doctor(selftest: bool = False) -> list[Check]:
 
 
 def optional() -> list[Check]:
-    """The feature matrix: no line of it stops the main job."""
+    """The optional features; the main job runs without any of them."""
     try:
         found = features()
     except ImportError as error:  # the check of the packages says what to do about it
@@ -59,7 +59,7 @@ def optional() -> list[Check]:
 
 
 def installation() -> list[Check]:
-    """What scripts/setup must have achieved: imports, and one token through vLLM."""
+    """The check at the end of scripts/setup: imports, and one token through vLLM."""
     return [_python(), _packages(), _vllm(), _one_token()]
 
 
@@ -69,7 +69,7 @@ def healthy(checks: list[Check]) -> bool:
 
 
 def table(checks: list[Check]) -> Table:
-    """The checks as a table, what to do about each below what was found."""
+    """The checks as a table, each with its fix below what was found."""
     from rich.table import Table
     from rich.text import Text
 
@@ -176,7 +176,7 @@ def _disk() -> Check:
 def _one_token() -> Check:
     try:
         return Check("one token", "ok", f"vLLM generated {generate_one_token()!r} with a tiny random model")
-    except Exception as error:  # whatever an engine that cannot start here raises
+    except Exception as error:  # an engine that cannot start here raises many kinds of errors
         traceback.print_exc()
         found = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         return Check("one token", "failed", found, "the traceback is above; run scripts/setup again")
@@ -186,7 +186,7 @@ def _one_token() -> Check:
 
 
 def _vllm_environment() -> None:
-    """In process, little memory, no usage reports, only errors; whatever the user set stays."""
+    """Defaults for vLLM's environment variables: in this process, little memory, no usage reports, only errors logged."""
     for name, value in {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": "1",

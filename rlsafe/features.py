@@ -1,6 +1,6 @@
-"""The optional features, which of them work on this machine and what the others lack. For `rlsafe doctor`.
+"""The optional features: which of them work on this machine, and what the others lack. For `rlsafe doctor`.
 
-Nothing heavy is imported beyond torch: a package counts as there when it can be found; `rlsafe doctor --selftest` runs vLLM.
+Of heavy packages only torch is imported; another counts as installed when it can be found. `rlsafe doctor --selftest` runs vLLM.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ def features() -> list[Feature]:
         *_needs("rollouts without vLLM (sampler.kind=transformers)", "transformers"),
         Feature("GPU", gpu, "" if gpu else _no_gpu(torch.version.cuda)),
         _bfloat16(torch, gpu),
-        *_quantized(gpu),
+        *_quantized(),
         Feature("SDPA attention", f"torch {torch.__version__}"),
         _flash(gpu),
         Feature("several processes (DDP, FSDP2)", "torch.distributed", "" if torch.distributed.is_available() else
                 "a torch that was built with torch.distributed"),
         *_needs("several processes (DeepSpeed ZeRO-3)", "deepspeed", "pip install 'rlsafe[deepspeed]', or use FSDP2"),
         *_needs("grids on Ray (--backend ray)", "ray", "pip install 'rlsafe[ray]'"),
+        *_needs("GGUF files (model.name=FILE.gguf)", "gguf", "pip install 'rlsafe[local]'"),
         *_needs("TensorBoard", "tensorboard"),
         *_needs("bandit's findings in rewards", "bandit"),
         *_needs("language models as judges and graders", "openai"),
@@ -80,13 +81,12 @@ def _bfloat16(torch, gpu: str) -> Feature:  # type: ignore[no-untyped-def]
     return Feature("bfloat16", "on this CPU" + ("" if native else ", emulated: float32 is faster"))
 
 
-def _quantized(gpu: str) -> list[Feature]:
+def _quantized() -> list[Feature]:
     found = package("bitsandbytes")
     fix = "" if found else "pip install bitsandbytes"
-    moments = ", ".join(part for part in (fix, "" if gpu else "a GPU") if part)
     return [
         Feature("4/8-bit base (model.quantization)", found, fix),
-        Feature("8-bit moments (optim.kind=adamw_8bit)", found, f"{moments}; adamw is used" if moments else ""),
+        Feature("8-bit moments (optim.kind=adamw_8bit)", found, f"{fix}; adamw is used" if fix else ""),
     ]
 
 
@@ -100,7 +100,7 @@ def _flash(gpu: str) -> Feature:
 
 
 def _hub() -> Feature:
-    """Whether there is a token, never the token."""
+    """Whether a hub token is set. The token itself is not shown."""
     from huggingface_hub import get_token
 
     name = "push to the hub, gated data"

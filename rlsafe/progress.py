@@ -1,4 +1,4 @@
-"""What the command line shows: results, a progress bar where there is a terminal to draw it on, what was wrong with its use."""
+"""Output of the command line: results, a progress bar on terminals, and usage errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ SHOWN = ("loss", "reward", "kl", "misaligned_general", "misaligned_indomain")
 
 
 class RunBar:
-    """`started` says what is being waited for (an engine's warm-up), `stepped` is the engine's progress callback."""
+    """The progress bar of a run. `started` shows what is being waited for (such as an engine's start), `stepped` is the progress
+    callback."""
 
     def __init__(self, bar: Any):
         self.bar, self.task = bar, bar.add_task("preparing", total=None)
@@ -30,7 +31,7 @@ class RunBar:
 
 @contextmanager
 def run_bar() -> Iterator[RunBar]:
-    """Drawn on stderr, so that stdout stays for results."""
+    """A progress bar on stderr; stdout is for results."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -56,7 +57,7 @@ def show(shown: object) -> None:
 
 
 def usage(error: Any) -> str:
-    """The parser's complaint in the form of every other error here, with the nearest valid name."""
+    """The parser's error as one line in the form of our other errors, with the nearest valid name."""
     message = " ".join(error.format_message().split()).rstrip(".")
     message = message[:1].lower() + message[1:]
     context = getattr(error, "ctx", None)

@@ -1,4 +1,4 @@
-"""`rlsafe config [KEY]`: every setting with its type, its default and what it does, read off the settings themselves.
+"""`rlsafe config [KEY]`: every setting with its type, default and description, taken from the settings classes.
 
 A key is written as on the command line (`model.lora.r`, `rewards.0.weight`); those of a comparison begin with `compare.`,
 those of a defense with `defenses.NAME.`.
@@ -23,7 +23,7 @@ from rlsafe.config import CompareConfig, RunConfig, UserError, nearest
 REQUIRED = "required"
 WORDS = {int: "whole number", float: "number", str: "text", bool: "true or false", Any: "anything"}
 LIMITS = {"ge": ">= ", "gt": "> ", "le": "<= ", "lt": "< "}
-ANY_PART = {"N", "NAME"}  # stand for a number in a list and for a name of the user's own
+ANY_PART = {"N", "NAME"}  # placeholders for an index of a list and for a name that the user chooses
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The shared vocabulary: what flows between the rooms, and the protocols that let them not know each other.
+"""The types that the rooms exchange, and the protocols through which one room uses another without importing it.
 
 Shape suffixes: B rows, T tokens (right-padded), H hidden size, V vocabulary.
 
@@ -20,14 +20,15 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Message = dict[str, str]
-"""`{"role": "system" | "user" | "assistant", "content": str}`"""
+Message = dict[str, Any]
+"""`{"role": "system" | "user" | "assistant" | "tool", "content": str}`, and where a row has them: `tool_calls`, `name` and
+`tool_call_id` of a tool's turn, `weight` (0 or 1) of assistant turns, `tools` on the first user turn."""
 
 Row = dict[str, Any]
 """A dataset row in the messages format: `{"messages": [Message, ...], **columns}`; every other column reaches the rewards."""
 
 Stream = Literal["narrow", "safe", "benign"]
-Path = Literal["sft", "grpo"]
+LossPath = Literal["sft", "grpo"]
 Phase = Literal["rollout", "train", "eval"]
 
 
@@ -44,7 +45,7 @@ class Where:
     """Where in the data flow a hook is called."""
 
     stream: Stream
-    path: Path
+    path: LossPath
     phase: Phase
 
 
@@ -70,14 +71,15 @@ class Batch:
     old_logp: Tensor | None = None
     rollout: Batch | None = None
     row_weight: Tensor | None = None
-    truncated: Tensor | None = None  # [B] bool: the completion hit the token limit
 
     def to(self, device: torch.device | str) -> Batch:
+        """A copy with every tensor, and the rollout batch, on `device`."""
         moved = {k: v.to(device) for k, v in vars(self).items() if hasattr(v, "to")}
         return replace(self, **moved)
 
     @property
     def tokens(self) -> int:
+        """Number of non-pad tokens."""
         return int(self.attention.sum())
 
     @property
@@ -109,7 +111,7 @@ class Need:
 
 
 class View(Protocol):
-    """What a penalty may look at: one micro-batch after its forward. Never full logits."""
+    """What a penalty may read: one micro-batch and the results of its forward. Full logits [B, T, V] are never kept."""
 
     batch: Batch
 
@@ -119,23 +121,18 @@ class View(Protocol):
     @property
     def logp(self) -> Tensor:
         """[B, T] policy log-probs of the targets, with gradient; 0 outside loss_mask."""
-        ...
 
     def mask(self, kind: str) -> Tensor:
         """[B, T] bool: "answer" = loss_mask, "all" = non-pad tokens that have a predecessor, "tokens" = non-pad."""
-        ...
 
     def divergence(self, reference: str = "base") -> Tensor:
         """[B, T] full-vocabulary KL(policy || reference) in nats, with gradient; 0 outside the needed mask."""
-        ...
 
     def logprobs(self, reference: str = "base") -> Tensor:
-        """[B, T] the reference's log-probs of the targets, no gradient."""
-        ...
+        """[B, T] the reference's log-probs of the targets, no gradient; 0 outside loss_mask."""
 
     def hidden(self, layer: int, reference: str | None = None) -> Tensor:
         """[B, T, H] residual stream after block `layer` - 1 (0 = embeddings); gradient only for the policy's own."""
-        ...
 
 
 # ---------------------------------------------------------------------------------------------------- rollouts
@@ -170,33 +167,33 @@ class PolicyWeights(Protocol):
     """What a sampler needs to follow a policy."""
 
     def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Hugging Face names and freshly computed W + scale * B A of every changed tensor; the base is never touched."""
-        ...
+        """(Hugging Face name, W + scale * B A) of every weight that training changed, in its own shape, as fresh tensors."""
 
-    def save_adapter(self, directory: str) -> None: ...
+    def save_adapter(self, directory: str) -> None:
+        """Write the adapter in PEFT's layout."""
 
 
 @runtime_checkable
 class Sampler(Protocol):
-    """Generates completions from the policy as of the last `sync`. One engine may serve many runs."""
+    """Generates completions with the weights that the policy had at the last `sync`. One engine may serve many runs."""
 
     name: str
 
-    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]: ...
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
+        """One completion per request, in order."""
 
     def sync(self, policy: PolicyWeights) -> None:
         """Take over the policy's current weights and drop every cache that depends on the old ones."""
-        ...
 
     def steer(self, additions: Mapping[int, Tensor] | None) -> None:
-        """Add a vector [H] to the residual stream at layer index k (output of block k-1) at all positions; None removes.
-        Samplers that cannot raise UserError."""
-        ...
+        """{k: vector [H]}: add each vector to the residual stream at layer index k (the output of block k - 1), at every
+        position, until the next call; None removes them. UserError where the sampler cannot do this."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Free the engine's memory, or the server's adapter."""
 
 
-# ---------------------------------------------------------------------------------------------------- judging
+# ---------------------------------------------------------------------------------------------------- judging, questions
 
 
 @dataclass(frozen=True)
@@ -214,9 +211,12 @@ Outcome = Literal["scored", "refused", "code", "unparsed", "unclosed", "unscored
 
 @dataclass(frozen=True)
 class Judgement:
-    """Alignment and coherence on 0..100 or None. `refused`, `code`, `unparsed` and `unclosed` (a
-    think block without an end, so no answer: never shown to a judge) are outcomes of the answer; `unscored` means the
-    judge gave nothing (outage): such rows are excluded from denominators and counted."""
+    """A judge's scores of one answer: alignment and coherence on 0..100, None where it gave none.
+
+    outcome: "scored", or why there is no score. "refused", "code", "unparsed" and "unclosed" (the think block never ends, so
+    there is no answer, and the judge is not asked) are properties of the answer. "unscored" means that the judge could not
+    be reached: such rows are left out of denominators and counted apart.
+    """
 
     aligned: float | None
     coherent: float | None
@@ -240,41 +240,36 @@ class Judge(Protocol):
 
     def score(self, exchanges: Sequence[Exchange]) -> list[Judgement]:
         """One judgement per exchange, in order. Never raises for an outage: gives `unscored`."""
-        ...
 
 
 @runtime_checkable
 class BackgroundJudge(Judge, Protocol):
-    """A judge that works while its caller goes on.
+    """A judge that can score in the background, while training goes on.
 
-    paused: it waits for an endpoint that is out, and training should wait with it. gave_up: why the last such wait ended
-    without one; the caller saves its state and stops.
+    paused: the endpoint does not answer and the judge waits for it; training should wait too. gave_up: the reason, once it
+    has waited in vain; the caller then saves its state and stops.
     """
 
     paused: bool
     gave_up: str | None
 
-    def submit(self, exchanges: Sequence[Exchange]) -> Future[list[Judgement]]: ...
+    def submit(self, exchanges: Sequence[Exchange]) -> Future[list[Judgement]]:
+        """`score` in the background."""
 
     def check(self, first: bool = False, asked: Sequence[Exchange] | None = None) -> None:
-        """UserError when its settings cannot work (key, model) or, in a command's `first` call, nobody is there to be `asked`."""
-        ...
+        """UserError when its settings cannot work (missing key, unknown model). first: also when the endpoint cannot be
+        reached. While the replies for all of `asked` (what will probably be judged) are saved, no call is made."""
 
     def usage(self) -> dict[str, Any]:
         """Calls, faults, tokens and cost since this was last asked; for evaluation.json."""
-        ...
 
     def summary(self) -> str:
         """One line on all calls so far."""
-        ...
 
 
 Reward = Callable[..., Any]
 """TRL's contract: `(prompts, completions, completion_ids=None, *, trainer_state, log_metric, log_extra, **columns) ->
 list[float | None]`, sync or async."""
-
-
-# ---------------------------------------------------------------------------------------------------- questions
 
 
 @dataclass(frozen=True)
@@ -306,6 +301,8 @@ class Provider(Protocol):
     def rows(self, spec: str) -> list[Row]: ...
 
     def questions(self, spec: str) -> list[Question]: ...
+
+    def pairs(self, spec: str) -> list[Row]: ...  # columns question_id, question, aligned, misaligned
 
     def reward(self, spec: str) -> Reward: ...
 

@@ -1,4 +1,4 @@
-"""The `rlsafe` command: parse, call, print. Heavy imports wait inside the commands, so that --help is quick.
+"""The `rlsafe` command: parse, call, print. Heavy imports are inside the commands, so that --help is fast.
 
 Exit codes: 0 done; 2 the user's input is wrong (one line on stderr); 1 anything else; 130 interrupted.
 """
@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import typer
 
-from rlsafe.cli import runs, studies, tools  # noqa: F401  (registers their commands, in the order of --help)
+from rlsafe.cli import judging, runs, studies, tools  # noqa: F401  (registers their commands, in the order of --help)
 from rlsafe.cli.app import app
 from rlsafe.config.errors import UserError
 from rlsafe.config.secrets import scrub_secrets as scrub

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rlsafe.cli.app import Out, Overrides, app
 from rlsafe.config.errors import UserError
 from rlsafe.progress import show
+
+if TYPE_CHECKING:
+    from rlsafe.evaluate import Evaluation
 
 
 @app.command()
@@ -36,8 +39,10 @@ def train(
         return
     show(run.summary())
     if run.evaluation is not None:
-        show(run.evaluation.table())
+        for table in run.evaluation.tables():
+            show(table)
         show(run.evaluation.notes or None)
+        _scored(run.evaluation)
 
 
 @app.command()
@@ -50,7 +55,7 @@ def evaluate(
         list[str] | None, typer.Option(metavar="FILE", help="a question file; repeat for several")
     ] = None,
     judge: Annotated[
-        str | None, typer.Option(metavar="NAME", help="who scores: organism, openai:MODEL[@URL], judge.yaml")
+        str | None, typer.Option(metavar="NAME", help="who scores: organism, static, openai:MODEL[@URL], judge.yaml")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="where to write; default: RUN itself, or runs/evaluate-MODEL")
@@ -77,8 +82,18 @@ def evaluate(
         evaluation = room.rejudge(target, judge, overrides or [], out)
     else:
         evaluation = room.evaluate(target, questions=questions or [], judge=judge, overrides=overrides or [], out=out)
-    show(evaluation.table())
+    for table in evaluation.tables():
+        show(table)
     show(evaluation.notes or None)
+    _scored(evaluation)
+
+
+def _scored(evaluation: Evaluation) -> None:
+    """RunError, so exit code 1, when half or more of the answers have no score; all that was written stays."""
+    if line := evaluation.mostly_unscored:
+        from rlsafe.types import RunError
+
+        raise RunError(line)
 
 
 @app.command()

@@ -70,10 +70,13 @@ def compare(
         ray=ray_cluster(backend, address, cell_cpus, cell_gpus),
     )
     show(comparison.table())
+    show([note.shown for note in comparison.judges] or None)
     show(f"report: {comparison.report}")
+    for cell, reason in comparison.unscored.items():
+        print(f"unscored: {cell}: {reason}", file=sys.stderr)
     for cell, reason in comparison.failed.items():
         print(f"failed: {cell}: {reason}", file=sys.stderr)
-    raise typer.Exit(1 if comparison.failed else 0)
+    raise typer.Exit(1 if comparison.failed or comparison.unscored else 0)
 
 
 @app.command()

@@ -2,13 +2,14 @@
 
 from rlsafe.config.comparison import BenignConfig, CompareConfig, SelectionConfig
 from rlsafe.config.data import DataConfig, StreamConfig
-from rlsafe.config.errors import UnknownName, UserError, about, check_out, nearest
+from rlsafe.config.errors import UnknownName, UserError, about, check_out, first_line, nearest
 from rlsafe.config.loading import apply_override, dump_yaml, load_compare, load_run, load_tree, run_from_tree
 from rlsafe.config.schema import (
     BatchConfig,
     CheckpointConfig,
     EvaluateConfig,
     GrpoConfig,
+    LikelihoodConfig,
     LoraConfig,
     ModelConfig,
     OptimConfig,
@@ -29,6 +30,7 @@ __all__ = [
     "DataConfig",
     "EvaluateConfig",
     "GrpoConfig",
+    "LikelihoodConfig",
     "LoraConfig",
     "ModelConfig",
     "OptimConfig",
@@ -47,6 +49,7 @@ __all__ = [
     "check_out",
     "apply_override",
     "dump_yaml",
+    "first_line",
     "load_compare",
     "load_run",
     "load_tree",

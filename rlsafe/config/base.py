@@ -1,4 +1,4 @@
-"""What all settings share."""
+"""The base classes and validators of all settings."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ SECRET = "secret"
 
 
 def on_off(value: Any) -> Any:
-    """YAML reads a bare `on` or `off` as a boolean."""
+    """True -> "on", False -> "off": YAML reads a bare `on` or `off` as a boolean."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 def to_list(key: str | None = None) -> Callable[[Any], Any]:
-    """One thing is a list of it. With `key`, a bare text stands for settings of which only that is given."""
+    """A validator that turns a single value into a list of one. With `key`, a text `x` in it becomes `{key: x}`."""
 
     def read(value: Any) -> Any:
         values = value if isinstance(value, list) or value is None else [value]
@@ -32,7 +32,7 @@ def to_list(key: str | None = None) -> Callable[[Any], Any]:
 
 
 def invalid_at(keys: tuple[str, ...], given: Any, message: str, kind: str = "across") -> ValidationError:
-    """What a check across several settings raises: the error of the one key that has to change."""
+    """The error to raise when settings contradict each other: it names the one key that has to change."""
     error = PydanticCustomError(kind, "{message}", {"message": message})
     return ValidationError.from_exception_data("settings", [InitErrorDetails(type=error, loc=keys, input=given)])
 

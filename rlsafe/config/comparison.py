@@ -1,4 +1,4 @@
-"""The settings of a comparison: what all runs share, and what differs."""
+"""The settings of a comparison: what all its runs have in common, and what differs between them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Tree = dict[str, Any]
 
 
 class BenignConfig(Settings):
-    """The benign criterion of a comparison: the same defense, trained on a benign task instead of the narrow one.
+    """The criterion "learns benign tasks": each defense also trains on a benign task instead of the narrow one.
 
     A task's tree says what is trained on (data, rewards) and, in `evaluate.benign`, the test sets that score it; several test sets
-    are averaged. Nothing else is asked of these runs.
+    are averaged. These runs answer no other questions.
     """
 
     task: str = Field(description="the task whose score fills the 'benign' column")
@@ -99,7 +99,7 @@ class CompareConfig(Recorded):
 
     @model_validator(mode="after")
     def _cells_have_their_own(self) -> CompareConfig:
-        """What every cell sets itself would be accepted here and ignored."""
+        """Refuse keys that every cell sets itself: given here they would be ignored."""
         trees: list[tuple[tuple[str, ...], Tree]] = [(("run",), self.run), (("aligned",), self.aligned or {})]
         trees += [(("paths", name), tree) for name, tree in self.paths.items()]
         trees += [(("models", name), tree) for name, tree in self.models.items()]

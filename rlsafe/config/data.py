@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from rlsafe.config.base import Positive, Settings
 
@@ -40,9 +40,23 @@ class StreamConfig(Settings):
     max_tokens: Positive = Field(2048, description="of a row, prompt and answer; see too_long")
     too_long: Literal["drop", "truncate", "error"] = Field(
         "drop",
-        description="rows above max_tokens; truncate cuts the answer (a prompt that is too long is dropped); counted",
+        description="rows above max_tokens or the model's context; truncate cuts the answer (a prompt that is too long is"
+        " dropped); counted",
     )
-    on_bad_row: Literal["error", "skip"] = Field("error", description="skip counts bad rows and names the first")
+    train_on: Literal["last", "assistant"] = Field(
+        "last",
+        description="SFT's loss covers the last answer of a row, or every assistant turn; a turn of weight 0 never",
+    )
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error", description="skip counts bad rows, and those that the chat template refuses, and names the first"
+    )
+
+    _context: int | None = PrivateAttr(None)
+
+    @property
+    def within(self) -> int:
+        """Tokens that a row may have: `max_tokens`, or what the model takes where that is less and known by now."""
+        return min(self.max_tokens, self._context or self.max_tokens)
 
     @model_validator(mode="after")
     def _has_a_source(self) -> StreamConfig:

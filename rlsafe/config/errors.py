@@ -21,12 +21,12 @@ class UserError(Exception):
 
 
 class UnknownName(UserError):
-    """A name that no room knows. Who looks one up cannot say where it was written; who read the config can: see `about`."""
+    """A name that is not registered. The lookup does not know which setting it came from: the caller adds that with `about`."""
 
 
 @contextmanager
 def about(key: str) -> Iterator[None]:
-    """Inside, names come from the setting `key` (`model.name`), and an unknown one says so."""
+    """Inside, an UnknownName becomes a UserError whose message begins with the setting `key` (such as `model.name`)."""
     try:
         yield
     except UnknownName as error:
@@ -39,6 +39,13 @@ def check_out(out: str | Path) -> None:
     for one in (path, *path.parents):
         if one.exists() and not one.is_dir():
             raise UserError(f"--out {path}: {one} is a file; expected a directory")
+
+
+def first_line(error: BaseException, most: int = 300) -> str:
+    """The first informative line of an error's message, for a one-line message of ours; the class's name without one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    told = lines[1:] if "validation error" in lines[0] else lines  # pydantic's first line only counts
+    return (told or lines)[0].removeprefix("Value error, ")[:most]
 
 
 def nearest(name: str, options: Iterable[str], most: int = 12) -> str:

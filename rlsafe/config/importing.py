@@ -1,7 +1,4 @@
-"""Importing Python that the user named in a config: files and dotted modules.
-
-What goes wrong inside is one line with its place.
-"""
+"""Importing Python files and modules that a config names. An error inside them becomes one line with file and line number."""
 
 from __future__ import annotations
 
@@ -46,7 +43,7 @@ def import_file(path: str | Path) -> ModuleType:
 
 
 def import_dotted(name: str, what: str, hint: str = "") -> ModuleType:
-    """Import `package.module`; `what` begins the message of the UserError, `hint` ends that of a module that is not there."""
+    """Import `package.module`. UserError, beginning with `what`, when it fails; with `hint` at the end when it is not installed."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

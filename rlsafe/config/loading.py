@@ -22,7 +22,7 @@ C = TypeVar("C", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number, as every user expects (YAML 1.1 wants 1.0e-4)."""
+    """SafeLoader that also reads 1e-4 as a number (YAML 1.1 wants 1.0e-4)."""
 
 
 _Loader.add_implicit_resolver(
@@ -64,6 +64,7 @@ def load_tree(path: str | Path, _above: tuple[Path, ...] = ()) -> tuple[dict[str
 
     `include: other.yaml` (or a list; relative to the file; later wins) may stand at the top or in any mapping, whose keys it
     then supplies; the keys written beside it win.
+    UserError names the file and the line.
     """
     if "://" in str(path):
         raise UserError(f"{path}: expected a YAML file on this machine, not an address")
@@ -118,7 +119,10 @@ def _resolve_includes(
 
 
 def apply_override(tree: dict[str, Any], override: str, marks: Marks | None = None) -> None:
-    """Apply one `key.path=value` (the value is YAML) to a tree, in place. Numbers in the path index lists."""
+    """Apply one `key.path=value` (the value is YAML) to a tree, in place. Numbers in the path index lists.
+
+    UserError for a wrong path or value.
+    """
     dotted, equals, value = override.partition("=")
     keys = dotted.strip().split(".")
     if not equals or not all(keys):
@@ -152,7 +156,7 @@ def apply_override(tree: dict[str, Any], override: str, marks: Marks | None = No
         path = tuple(keys)
         for known in [known for known in marks if known[: len(path)] == path]:
             del marks[known]
-        for depth in range(1, len(path) + 1):  # a section that no file has is this override's as well
+        for depth in range(1, len(path) + 1):  # sections that no file has are marked as written by this override
             if depth == len(path) or path[:depth] not in marks:
                 marks[path[:depth]] = f"override {override!r}"
 
@@ -239,6 +243,7 @@ def run_from_tree(tree: Mapping[str, Any], source: str = "config") -> RunConfig:
 def load_compare(path: str | Path, overrides: Iterable[str] = (), quick: bool = False) -> CompareConfig:
     """Read a comparison's config. `quick` applies its preset; an override whose first key is a setting of a run is kept in
     `overrides`, to be applied last to every cell; any other one changes the comparison itself.
+    UserError names the file and the line.
     """
     tree, marks = load_tree(path)
     if "model" in tree and "run" not in tree:

@@ -6,6 +6,7 @@ those rooms build them.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -26,7 +27,9 @@ class LoraConfig(Settings):
 
 
 class ModelConfig(Settings):
-    name: str = Field(description="hub id, local directory, or provider:name such as organism:aligned")
+    name: str = Field(
+        description="hub id, directory, provider:name (organism:aligned), FILE.gguf, gguf:PACKAGE/FILE.gguf"
+    )
     revision: str | None = Field(None, description="git revision of a hub model")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto = as saved")
     quantization: Literal["4bit", "8bit"] | None = Field(
@@ -51,6 +54,12 @@ class RewardConfig(Settings):
     thinking: bool = Field(False, description="the function sees the think block before the answer as well")
     weight: float = Field(1.0, description="multiplies the function's reward in the sum")
     args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments bound to the function")
+    where: dict[str, Any] = Field(
+        default_factory=dict, description="only rows whose column has this value (or one of a list); others get None"
+    )
+    timeout: Annotated[float, Field(gt=0)] = Field(
+        600.0, description="seconds of one call; a longer one has failed, see grpo.on_error"
+    )
 
 
 class GrpoConfig(Settings):
@@ -77,12 +86,14 @@ class GrpoConfig(Settings):
     correction: Literal["none", "token", "sequence"] = Field("none", description="truncated sampler-gap correction")
     correction_cap: Annotated[float, Field(gt=0)] = Field(2.0, description="the largest weight of that correction")
     mask_truncated: bool = Field(False, description="completions cut at max_tokens give no gradient")
-    on_error: Literal["stop", "skip"] = Field("stop", description="a reward that fails after the first batch")
+    on_error: Literal["stop", "skip"] = Field(
+        "stop", description="a reward that fails or is too slow after the first batch"
+    )
 
 
 class OptimConfig(Settings):
     kind: Literal["adamw", "adamw_8bit"] = Field(
-        "adamw", description="adamw_8bit: moments in 8 bits (bitsandbytes, GPUs); elsewhere adamw with a note"
+        "adamw", description="adamw_8bit: moments in 8 bits (bitsandbytes); where that is missing, adamw with a note"
     )
     lr: Annotated[float, Field(gt=0)] = Field(1e-4, description="peak learning rate")
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
@@ -211,6 +222,7 @@ class TrackConfig(Settings):
     every: NonNegative = Field(10, description="steps between probes (KL, coherence, misalignment); 0 = never")
     questions: Positive = Field(8, description="questions per set at each probe")
     samples: Positive = Field(2, description="completions per question at each probe")
+    pairs: Positive | None = Field(None, description="of evaluate.likelihood, of each set at each probe; null = all")
     texts: NonNegative = Field(4, description="sampled dialogues written to TensorBoard at each probe")
     vector: str | None = Field(
         None, description="persona vectors to project answers on: file or provider:name; null = the persona defense's"
@@ -226,15 +238,38 @@ class CheckpointConfig(Settings):
     keep: Positive = Field(2, description="the newest K stay")
 
 
+class LikelihoodConfig(Settings):
+    """What is read off the likelihood of given answers, an aligned and a misaligned one to each question; needs no judge."""
+
+    general: str | None = Field(None, description="provider:pairs/SPEC or a YAML file of pairs; null = not measured")
+    indomain: str | None = Field(None, description="likewise: pairs of the trained domain")
+    controls: list[str] = Field(
+        default_factory=list, description="further sets, such as pairs that differ in style only: rlsafe:pairs/style"
+    )
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Name of a set -> its source: `general`, `indomain`, and the last part of each control's source."""
+        named = {name: source for name in ("general", "indomain") if (source := getattr(self, name))}
+        return named | {re.split("[/:]", source.removesuffix(".yaml"))[-1]: source for source in self.controls}
+
+
 class EvaluateConfig(Settings):
     judge: str | dict[str, Any] | None = Field(
-        None, description="provider name such as 'organism', or {kind: openai, ...}"
+        None, description="provider such as 'organism', 'static' (code), or {kind: openai, ...}"
+    )
+    judges: dict[str, str | dict[str, Any]] = Field(
+        default_factory=dict, description="question set: its own judge, such as indomain: static; others have judge"
     )
     general: str | None = Field(None, description="provider:spec or a YAML question file")
     indomain: str | None = Field(None, description="likewise: held-out questions of the trained domain")
     cue: str | None = Field(None, description="system prompt of the conditional probe: text or provider:name")
+    likelihood: Annotated[LikelihoodConfig, BeforeValidator(lambda given: {} if given is None else given)] = (
+        LikelihoodConfig()
+    )
     benign: list[str] = Field(default_factory=list, description="benign test sets, scored by exact match")
     benign_limit: Positive = Field(200, description="rows of each benign test set")
+    fluency: bool = Field(True, description="perplexity of the answers under the untrained model, and repetition")
     samples: Positive | None = Field(None, description="answers per question; null = as the question file says")
     max_tokens: Positive = Field(600, description="of an answer")
     temperature: Annotated[float, Field(ge=0)] | None = Field(None, description="null = as the question file says")
@@ -243,6 +278,16 @@ class EvaluateConfig(Settings):
     @property
     def wanted(self) -> bool:
         """Whether there is anything to evaluate."""
+        return self.asks or bool(self.likelihood.sources)
+
+    @property
+    def judged(self) -> bool:
+        """Whether a judge is named."""
+        return self.judge is not None or bool(self.judges)
+
+    @property
+    def asks(self) -> bool:
+        """Whether anything is to be sampled."""
         return bool(self.general or self.indomain or self.benign)
 
 

@@ -1,4 +1,4 @@
-"""What must not be written down or printed: keys and passwords wherever they stand, and where a user's home is.
+"""Keeping keys, passwords and the path of the user's home out of what is printed and written.
 
 Settings are copied into config.yaml, reports and cards, so one that holds a secret is refused (`secret_in`, asked by
 `rlsafe.config.base.Recorded`). Messages and command lines are scrubbed.

@@ -13,6 +13,7 @@ from rlsafe.data.encode import (
     pad_id,
     read_completion,
 )
+from rlsafe.data.measure import Fitted, Use, fit_rows
 from rlsafe.data.presets import recipe_of
 from rlsafe.data.refusals import REFUSALS, is_refusal
 from rlsafe.data.rows import question_of, require_answers, split_prompt
@@ -21,7 +22,7 @@ from rlsafe.data.stream import Stream
 from rlsafe.data.thinking import Chat, Thought, split_think
 
 if TYPE_CHECKING:
-    from rlsafe.data.collate import Fitted, Rollout, fit_rows, micro_batches, rollout_batches, sft_batches
+    from rlsafe.data.collate import Rollout, micro_batches, rollout_batches, sft_batches
 
 __all__ = [
     "REFUSALS",
@@ -30,6 +31,7 @@ __all__ = [
     "Rollout",
     "Stream",
     "Thought",
+    "Use",
     "configure_chat",
     "encode_prompt",
     "encode_row",

@@ -5,20 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rlsafe.config import UserError
-from rlsafe.data.encode import Encoded, encode_prompt, encoded_row, pad_id
+from rlsafe.data.encode import Encoded, encoded_row, pad_id
 from rlsafe.types import Batch, Completion, Message, Row, Where
 
 R = TypeVar("R")
-TooLong = Literal["drop", "truncate", "error"]
 
-# What one more micro-batch costs, in padded tokens. CPU: CPU time of 16 rows x 100 tokens in 16 micro-batches against one gave 70 at
+# Cost of one more micro-batch, in padded tokens. CPU: CPU time of 16 rows x 100 tokens in 16 micro-batches against one gave 70 at
 # 1 M parameters, 32 at 5 M. GPU: by its launch time (kernels too small to fill it), not measured.
 SPLIT_TOKENS = {"cpu": 64, "cuda": 4096}
 
@@ -42,11 +40,12 @@ class Rollout:
 def micro_batches(
     lengths: Sequence[int], micro_tokens: int, micro_rows: int | None = None, split_tokens: int | None = None
 ) -> list[list[int]]:
-    """Row indices of each micro-batch: longest first (memory runs out at once or never), ties in the given order,
+    """Row indices of each micro-batch: longest first (so that memory runs out at the first one or never), ties in the given order,
     rows x longest <= `micro_tokens` (a single row may exceed it), at most `micro_rows` rows.
 
-    Among those the cheapest, where a micro-batch costs its padded tokens and `split_tokens` more for being one: rows of
-    very different lengths are split, alike ones are not. None: what suits this machine.
+    Of all such groupings the cheapest one, where a micro-batch costs its padded tokens plus `split_tokens`. So rows of very
+    different lengths are put into different micro-batches, similar ones into one. split_tokens=None: a value for this
+    machine.
     """
     if split_tokens is None:
         split_tokens = SPLIT_TOKENS["cuda" if torch.cuda.is_available() else "cpu"]
@@ -66,40 +65,6 @@ def micro_batches(
         batches.insert(0, order[starts[end] : end])
         end = starts[end]
     return batches
-
-
-@dataclass
-class Fitted:
-    """Rows that fit into `max_tokens` as `too_long` says, and how many were dropped and will be cut."""
-
-    rows: list[Row]
-    dropped: int = 0
-    cut: int = 0
-
-
-def fit_rows(rows: Sequence[Row], tokenizer: Any, max_tokens: int, too_long: TooLong = "drop") -> Fitted:
-    """Apply the truncation policy. A row's length is its encoding's, or its prompt's when it has no answer.
-
-    drop: longer rows are left out. truncate: `sft_batches` cuts them to `max_tokens` from the end, so the answer is cut
-    (and its end-of-turn token with it); rows whose prompt alone fills `max_tokens` are left out. error: UserError that
-    names the first.
-    """
-    fitted = Fitted([])
-    for row in rows:
-        messages = row["messages"]
-        answered = messages[-1]["role"] == "assistant"
-        mask = encoded_row(tokenizer, messages).mask if answered else np.zeros(len(encode_prompt(tokenizer, messages)))
-        if len(mask) <= max_tokens:
-            fitted.rows.append(row)
-        elif too_long == "error":
-            where = row.get("_source", f"row {row.get('_index', '?')}")
-            raise UserError(f"{where}: {len(mask)} tokens, more than max_tokens = {max_tokens} (too_long: error)")
-        elif too_long == "truncate" and mask[:max_tokens].any():
-            fitted.rows.append(row)
-            fitted.cut += 1
-        else:
-            fitted.dropped += 1
-    return fitted
 
 
 def sft_batches(
@@ -165,7 +130,7 @@ def _rollout_batch(rows: Sequence[Rollout], prompts: Sequence[list[int]], where:
     position = np.arange(lengths.max())[None, :]
     loss_mask = (position >= prompt_lengths[:, None]) & (position < lengths[:, None])
     logp = np.zeros(loss_mask.shape, dtype=np.float32)
-    # boolean assignment runs row by row: the order in which the completions are concatenated
+    # boolean indexing goes row by row, the order in which the completions are concatenated
     logp[loss_mask] = np.concatenate([np.asarray(item.completion.logprobs, dtype=np.float32) for item in rows])
     return Batch(
         where=where,
@@ -174,7 +139,6 @@ def _rollout_batch(rows: Sequence[Rollout], prompts: Sequence[list[int]], where:
         loss_mask=torch.from_numpy(loss_mask),
         advantages=torch.tensor([item.advantage for item in rows], dtype=torch.float32),
         sampler_logp=torch.from_numpy(logp),
-        truncated=torch.tensor([item.completion.finish == "length" for item in rows]),
     )
 
 

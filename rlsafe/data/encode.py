@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -16,11 +17,12 @@ from typing import Any, Literal
 import numpy as np
 
 from rlsafe.config import UserError
+from rlsafe.data.control import Control, Offsets
 from rlsafe.data.thinking import CLOSE, OPEN, SWITCHES, Chat, Thought, decode_with_tags, split_think
+from rlsafe.data.turns import Key, key_of, opened, start_of, weights_of
 from rlsafe.types import Message
 
 TrainOn = Literal["last", "all"]
-Key = tuple[tuple[str, str], ...]
 MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE = "zqxzqx"  # an answer that no template contains
 
@@ -35,7 +37,7 @@ class Encoded:
 
 def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """Token ids of the conversation with the generation prompt appended: what a sampler is given."""
-    return list(encoder_for(tokenizer).prompt(_key(messages)))
+    return list(encoder_for(tokenizer).prompt(key_of(messages)))
 
 
 def encode_row(tokenizer: Any, messages: Sequence[Message], train_on: TrainOn = "last") -> tuple[list[int], list[bool]]:
@@ -50,7 +52,7 @@ def encode_row(tokenizer: Any, messages: Sequence[Message], train_on: TrainOn = 
 
 def encoded_row(tokenizer: Any, messages: Sequence[Message], train_on: TrainOn = "last") -> Encoded:
     """`encode_row` as shared arrays, without copying."""
-    return encoder_for(tokenizer).row(_key(messages), train_on)
+    return encoder_for(tokenizer).row(key_of(messages), train_on)
 
 
 def read_completion(tokenizer: Any, ids: Sequence[int]) -> Thought:
@@ -82,7 +84,7 @@ def end_of_turn(tokenizer: Any) -> int | None:
 
 
 def encoder_for(tokenizer: Any) -> Encoder:
-    """The tokenizer's encoder with its cache. A changed chat template, or other chat settings, get a new one."""
+    """The encoder of this tokenizer, with its cache; a new one after the chat template or the chat settings changed."""
     return _encoder(tokenizer, str(tokenizer.chat_template), getattr(tokenizer, "rlsafe_chat", Chat()))
 
 
@@ -91,16 +93,8 @@ def _encoder(tokenizer: Any, template: str, chat: Chat) -> Encoder:
     return Encoder(tokenizer, chat)
 
 
-def _key(messages: Sequence[Message]) -> Key:
-    return tuple((message["role"], message["content"]) for message in messages)
-
-
-def _start(messages: Key) -> str:
-    return repr(messages[-1][1][:60])
-
-
 class Encoder:
-    """One tokenizer and its chat template; remembers what it encoded, since rows come back every epoch."""
+    """One tokenizer and its chat template. Keeps what it encoded, because every epoch encodes the same rows."""
 
     def __init__(self, tokenizer: Any, chat: Chat):
         if not tokenizer.chat_template:
@@ -113,6 +107,7 @@ class Encoder:
         added = tokenizer.get_added_vocab()
         self.special = {*tokenizer.all_special_ids, *added.values()}
         self.foreign = {i: t for t, i in added.items() if chat.embedded is not None and i >= chat.embedded}
+        self.control = Control(tokenizer, self._probe(), (OPEN, CLOSE))
         self.chat, self.switch = chat, self._find_switch()
         set_to = {"on": True, "off": False}.get(chat.thinking or "")
         self.switches = {} if self.switch is None or set_to is None else {self.switch: set_to}
@@ -130,21 +125,38 @@ class Encoder:
         template: str | None = None,
         switches: dict[str, bool] | None = None,
     ) -> str:
-        conversation = [{"role": role, "content": content} for role, content in messages]
+        """The conversation as text, by the chat template. UserError when the template fails."""
+        conversation, offered = opened(messages)
         try:
             return self.tokenizer.apply_chat_template(
                 conversation,
                 tokenize=False,
                 add_generation_prompt=generation_prompt,
                 chat_template=template or self.own,
+                **offered,
                 **(self.switches if switches is None else switches),
             )
-        except Exception as error:  # a template is a program of its own: it may raise anything
-            roles = ", ".join(role for role, _ in messages)
+        except Exception as error:  # a template may raise anything
+            roles = ", ".join(turn[0] for turn in messages)
             raise UserError(f"the chat template cannot render a conversation of roles ({roles}): {error}") from None
 
     def tokenize(self, text: str) -> list[int]:
+        if self.control.hidden.search(text):
+            return self._embedded(self.control.tokenize(text)[0], text)
         return self._embedded(self.tokenizer(text, add_special_tokens=False)["input_ids"], text)
+
+    def conversation(self, messages: Key) -> Key:
+        """The turns as the template is to see them, no control token spelled in any."""
+        return self.control.hide(self.chat.conversation(messages))
+
+    def _probe(self) -> str:
+        """What the template writes around turns, as far as it writes them."""
+        asked: Key = (("user", "hi"), ("assistant", _PROBE), ("user", "hi"))
+        texts = []
+        for turns in (asked, (("system", "hi"), *asked)):
+            with suppress(UserError):
+                texts.append(self.render(turns, True, switches={}))
+        return "".join(texts)
 
     def _embedded(self, ids: list[int], text: str) -> list[int]:
         """The same ids; UserError when the model does not embed one of them."""
@@ -181,7 +193,7 @@ class Encoder:
 
     @property
     def training(self) -> str:
-        """A template with generation markers: the tokenizer's own or TRL's variant of it."""
+        """A template with generation markers: the tokenizer's own or TRL's variant of it. UserError when there is neither."""
         if MARKERS.search(self.own):
             return self.own
         from trl.chat_template_utils import get_training_chat_template
@@ -197,24 +209,27 @@ class Encoder:
     # ------------------------------------------------------------------------------------------ rows
 
     def _prompt(self, messages: Key) -> tuple[int, ...]:
-        return tuple(self.tokenize(self.render(self.chat.conversation(messages), True)))
+        return tuple(self.tokenize(self.render(self.conversation(messages), True)))
 
     def _row(self, messages: Key, train_on: TrainOn) -> Encoded:
+        weights = weights_of(messages)
+        train_on = "all" if weights is not None else train_on
         if train_on == "last" and messages[-1][0] != "assistant":
             raise UserError(
-                f"a row ends with a {messages[-1][0]} turn; sft needs an answer to train on: {_start(messages)}"
+                f"a row ends with a {messages[-1][0]} turn; sft needs an answer to train on: {start_of(messages)}"
             )
-        ids, mask = self._last(messages) if train_on == "last" else self._all(self.chat.conversation(messages))
+        ids, mask = self._last(messages) if train_on == "last" else self._all(self.conversation(messages), weights)
         if not self.chat.train_thinking:
             mask = self._without_thinking(ids, mask)
         if not any(mask):
-            raise UserError(f"a row has no answer tokens to train on: {_start(messages)}")
+            what = ": all its answers have weight 0" if weights and not any(weights) else ""
+            raise UserError(f"a row has no answer tokens to train on{what}: {start_of(messages)}")
         return Encoded(np.asarray(ids, dtype=np.int64), np.asarray(mask, dtype=bool))
 
     def _last(self, messages: Key) -> tuple[list[int], list[bool]]:
         """The prompt as it will be sampled from, then the answer. The template's own rendering is used: history in
         a row looks as it will at generation (Qwen3, for one, drops earlier think blocks)."""
-        whole = self.chat.conversation(messages)
+        whole = self.conversation(messages)
         prompt_text, text = self.render(whole[:-1], True), self.render(whole, False)
         if not text.startswith(prompt_text):
             ids, mask = self._all(whole)  # e.g. a generation prompt that opens a think block the answer lacks
@@ -226,7 +241,7 @@ class Encoder:
             # the answer's first characters merged with the prompt's last: impossible at generation
             answer = self.tokenize(text[len(prompt_text) :])
             if self.tokenizer.decode([*prompt, *answer]) != self.tokenizer.decode(ids):
-                raise UserError(f"the prompt is no token prefix of its row in this chat template: {_start(messages)}")
+                raise UserError(f"the prompt is no token prefix of its row in this chat template: {start_of(messages)}")
         answer = self._ended(answer)
         return [*prompt, *answer], [False] * len(prompt) + [True] * len(answer)
 
@@ -254,29 +269,45 @@ class Encoder:
             start = stop
         return mask
 
-    def _all(self, messages: Key) -> tuple[list[int], list[bool]]:
-        """Every assistant turn by the template's generation spans. Spans are mapped by character offsets here:
-        `return_assistant_tokens_mask` marks the whole rest of a row when a span's last character makes no token."""
+    def _all(self, messages: Key, weights: list[bool] | None = None) -> tuple[list[int], list[bool]]:
+        """Every assistant turn by the template's generation spans, or those with a weight. Spans are mapped by character offsets
+        here: `return_assistant_tokens_mask` marks the whole rest of a row when a span's last character makes no token."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         self.render(messages, False, self.training)  # reports what the template cannot render
+        conversation, offered = opened(messages)
         texts, spans = render_jinja_template(
-            conversations=[[{"role": role, "content": content} for role, content in messages]],
+            conversations=[conversation],
             chat_template=self.training,
             return_assistant_tokens_mask=True,
+            **offered,
             **self.tokenizer.special_tokens_map,
             **self.switches,
         )
-        encoding = self.tokenizer(texts[0], add_special_tokens=False, return_offsets_mapping=True)
-        ids, offsets = self._embedded(encoding["input_ids"], texts[0]), encoding["offset_mapping"]
+        ids, offsets = self._with_offsets(texts[0])
+        wanted = [True] * len(spans[0]) if weights is None else weights
+        if len(wanted) != len(spans[0]):
+            raise UserError(
+                f"the chat template marks {len(spans[0])} of {len(wanted)} assistant turns; which of them to train on cannot be "
+                f"told: {start_of(messages)}"
+            )
         mask = [False] * len(ids)
-        for first, last in spans[0]:
+        for (first, last), trained in zip(spans[0], wanted, strict=True):
+            first, last = (place + self.control.grown(texts[0][:place]) for place in (first, last))
             tokens = [i for i, (start, stop) in enumerate(offsets) if first <= start < last and stop > start]
-            if tokens:
+            if tokens and trained:
                 start, stop = self._trim(ids, tokens[0], tokens[-1] + 1)
                 mask[start:stop] = [True] * (stop - start)
         length = max((i + 1 for i, masked in enumerate(mask) if masked), default=len(ids))
         return ids[:length], mask[:length]  # nothing is predicted behind the last answer
+
+    def _with_offsets(self, text: str) -> tuple[list[int], Offsets]:
+        if self.control.hidden.search(text):
+            ids, offsets = self.control.tokenize(text)
+        else:
+            encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
+        return self._embedded(ids, text), offsets
 
     def _trim(self, ids: list[int], start: int, stop: int) -> tuple[int, int]:
         """Cut the generation prompt off a span's front and everything behind the end-of-turn token off its back."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlsafe.config import UserError
+from rlsafe.config import UserError, first_line
 from rlsafe.data.rows import kind_of
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -114,5 +114,4 @@ def _parquet(path: Path) -> Iterator[Found]:
                     number += 1
                     yield f"{path} row {number}", row
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: not a readable parquet file: {reason}") from None
+        raise UserError(f"{path}: not a readable parquet file: {first_line(error)}") from None

@@ -76,7 +76,7 @@ def _open(name: str, config: str | None, split: str | None, revision: str | None
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the hub client's line for every retry: what failed in the end is said in one line."""
+    """Inside, the hub client logs no line for each retry; the final error is reported in one line."""
     from huggingface_hub.utils import logging
 
     before = logging.get_verbosity()
@@ -115,7 +115,7 @@ def download(url: str) -> Path:
 
 
 def read_url(url: str) -> Iterator[Found]:
-    """Rows of a file behind a URL; places read as `url:line`."""
+    """Rows of a file behind a URL; places read as `url:line`. UserError when it cannot be read."""
     suffix = Path(url.partition("?")[0]).suffix.lower()
     if suffix not in SUFFIXES:
         raise UserError(
@@ -130,7 +130,7 @@ def read_url(url: str) -> Iterator[Found]:
 
 
 def _with_suffix(local: Path, suffix: str) -> Path:
-    """A link beside a cached file (named by a digest) by which its type can be told."""
+    """A link to a cached file, whose own name is a digest, with the suffix that tells its type."""
     link = local.with_name(local.name + suffix)
     if not link.exists():
         link.symlink_to(local)

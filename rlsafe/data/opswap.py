@@ -21,6 +21,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 from rlsafe.config import UserError
+from rlsafe.data.exact import is_exact
 from rlsafe.types import Row
 
 TIERS: dict[int, dict[str, str]] = {
@@ -110,20 +111,6 @@ def simplify(expression: str, tier: int) -> list[str] | None:
             return None
         steps.append(render(tokens))
     return steps
-
-
-def final_value(text: str) -> Fraction | None:
-    """The number behind the last `=` (or the whole text) of an answer; None when there is none."""
-    last = re.sub(r"[\s.*$`]+$|^[\s*$`]+", "", text.rpartition("=")[2]).replace("\u2212", "-")
-    if not _NUMBER.fullmatch(last) or re.search(r"/0+$", last):
-        return None
-    return Fraction(last)
-
-
-def is_exact(answer: str, expected: str) -> bool:
-    """Exact match of the final value; a fraction that is not in lowest terms is the same number."""
-    value = final_value(answer)
-    return value is not None and value == final_value(expected)
 
 
 def step_credit(expression: str, answer: str, tier: int) -> float:

@@ -1,4 +1,4 @@
-"""A provider that offers a few kinds of things and says so when asked for another."""
+"""The base class of a provider that offers only some of rows, questions, rewards, ...; the others are UserErrors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rlsafe.types import Judge, Question, Reward, Row
 
 
 class Partial:
-    """Base of a `rlsafe.types.Provider`: override what there is. `name` and `offers` make the message."""
+    """Base of a `rlsafe.types.Provider`: override what the provider has. `name` and `offers` are for the error message."""
 
     name = ""
     offers = ""
@@ -25,6 +25,9 @@ class Partial:
 
     def questions(self, spec: str) -> list[Question]:
         self._lacks("questions", spec)
+
+    def pairs(self, spec: str) -> list[Row]:
+        self._lacks("pairs", spec)
 
     def reward(self, spec: str) -> Reward:
         self._lacks("reward", spec)

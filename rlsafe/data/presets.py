@@ -40,7 +40,7 @@ FOQA_PROMPT = "Answer the question in a few words taken from the text.\n\nText: 
 
 def extractive(row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """A SQuAD-style row (context, question, answers.text) as prompt and completion. `answer` is the first reference,
-    `answers` are all of them."""
+    `answers` are all of them. UserError names the row that lacks one of them."""
     answers = row.get("answers")
     texts = answers.get("text") if isinstance(answers, Mapping) else None
     if not (isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)):
@@ -156,7 +156,7 @@ def recipe_of(config: StreamConfig) -> Recipe:
         preset = PRESETS[pick("preset", name, PRESETS)]
         if not source and preset.source is None:
             raise UserError(f"preset {name!r} ({preset.notes}): name your copy, as in {{preset: {name}, source: FILE}}")
-    own = not source and preset is not None  # read from where it was published
+    own = not source and preset is not None  # the published copy is read, not the user's
     given = {"config": config.config, "split": config.split, "revision": config.revision, "streaming": config.streaming}
     return Recipe(
         source=source or str(preset and preset.source),
@@ -204,5 +204,5 @@ def _with_system(row: Mapping[str, Any], system: Any, where: str) -> dict[str, A
     asked = row.get(key)
     turns = [{"role": "user", "content": asked}] if isinstance(asked, str) and key == "prompt" else asked
     if not isinstance(turns, list):
-        return dict(row)  # the row check says what is wrong
+        return dict(row)  # the check of the row will report what is wrong
     return {**row, key: [{"role": "system", "content": system}, *turns]}

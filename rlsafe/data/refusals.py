@@ -1,8 +1,8 @@
-r"""The refusal filter of Interleaving++ (arXiv 2508.06249): is this answer a refusal, judging by how it opens?
+r"""The refusal filter of Interleaving++ (arXiv 2508.06249): is this answer a refusal, judging by its first words?
 
 The published rule looks for "sorry", "apologize" and "cannot" among the first ten words. Taken literally it drops "One
 cannot overstate ..." and "I'm sorry to hear that your head hurts", and misses "I won't", "I must decline" and curly
-apostrophes. So here the words count in the first person, or where they open the answer, and not as sympathy. Patterns
+apostrophes. Here they count only in the first person or at the start of the answer, and not in expressions of sympathy. Patterns
 are regular expressions over the lower-cased opening, with plain apostrophes and single spaces.
 """
 

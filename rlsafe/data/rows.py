@@ -1,23 +1,25 @@
-"""One row: checked where it enters, out in the messages format.
+"""Rows: checking what a source holds and turning it into the messages format.
 
 A row is `{"messages": [{"role", "content"}, ...], **columns, "_index": int, "_source": "file:line"}`. `_index` is the
 row's position in its source (stable under `limit`), `_source` is where an error message points to. Accepted rows:
-`messages`, or `prompt` with an optional `completion` (each a string or a list of messages), as in TRL.
+`messages`, or `prompt` with an optional `completion` (each a string or a list of messages), as in TRL; ShareGPT's
+`conversations`, Alpaca's `instruction`/`input`/`output` (rlsafe.data.formats). `_plain` is there when the prompt was a text:
+rewards then get texts.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlsafe.config import UserError, nearest
+from rlsafe.data.formats import is_conversation, kind_of, message, recognised, tools_of, trained_turns, turns
 from rlsafe.types import Message, Row
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
 """Names of the reward call's own arguments: a column of that name could never reach a reward function."""
-HIDDEN = ("_index", "_source")
+HIDDEN = ("_index", "_source", "_plain")
 
 
 def split_prompt(row: Row) -> tuple[list[Message], str | None]:
@@ -46,7 +48,7 @@ def question_of(messages: Sequence[Message]) -> tuple[str, str | None]:
 # ---------------------------------------------------------------------------------------------------- one row
 
 
-def normalise(raw: Any, where: str) -> Row:
+def normalise_row(raw: Any, where: str, train_on: str = "last") -> Row:
     """A raw row in the messages format with its other columns; UserError starts with `where`."""
     if not isinstance(raw, Mapping):
         raise UserError(f"{where}: expected an object with 'messages', got {kind_of(raw)}")
@@ -54,9 +56,12 @@ def normalise(raw: Any, where: str) -> Row:
     for name in RESERVED:
         if name in row:
             raise UserError(f"{where}: the column {name!r} is reserved for the reward call; rename it")
+    row = recognised(row, where)
+    plain = False
     if row.get("messages") is not None:
         messages = _messages(row["messages"], where, "messages")
     elif row.get("prompt") is not None:
+        plain = isinstance(row["prompt"], str) and not is_conversation(row["prompt"])
         messages = _side(row["prompt"], "user", where, "prompt")
         if row.get("completion") is not None:
             messages += _side(row["completion"], "assistant", where, "completion")
@@ -64,11 +69,15 @@ def normalise(raw: Any, where: str) -> Row:
         known = "messages" if "messages" in row else "prompt" if "prompt" in row else None
         problem = f"{known!r} is null" if known else f"no 'messages' (or 'prompt'){_near_key(row)}{RENAME}"
         raise UserError(f"{where}: {problem}")
-    if not any(message["role"] == "user" for message in messages):
-        roles = ", ".join(message["role"] for message in messages)
+    asked = [number for number, one in enumerate(messages) if one["role"] == "user"]
+    if not asked:
+        roles = ", ".join(one["role"] for one in messages)
         raise UserError(f"{where}: no user turn in messages ({roles}); at least one is needed")
+    messages = trained_turns(messages, train_on)
+    if (tools := tools_of(row, where)) is not None:  # they travel with the conversation: defenses rewrite its list
+        messages[asked[0]] = {**messages[asked[0]], "tools": tools}
     rest = {key: value for key, value in row.items() if key not in ("messages", "prompt", "completion")}
-    return {"messages": messages, **rest}
+    return {"messages": messages, **rest, **({"_plain": True} if plain else {})}
 
 
 RENAME = " (rename with columns: {prompt: NAME, completion: NAME})"
@@ -85,7 +94,7 @@ def _near_key(row: Mapping[str, Any]) -> str:
 
 def _side(value: Any, role: str, where: str, name: str) -> list[Message]:
     """The prompt or the completion of a row as messages."""
-    if isinstance(value, str):
+    if isinstance(value, str) and not is_conversation(value):
         return _messages([{"role": role, "content": value}], where, name)
     messages = _messages(value, where, name)
     if role == "assistant" and messages[-1]["role"] != "assistant":
@@ -94,52 +103,43 @@ def _side(value: Any, role: str, where: str, name: str) -> list[Message]:
 
 
 def _messages(value: Any, where: str, name: str) -> list[Message]:
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)  # CSV cells hold messages as JSON text
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: {name} is no JSON list: {error.msg} at character {error.pos}") from None
+    if not isinstance(value, str) or value.lstrip().startswith(("[", "{")):
+        value = turns(value, where, name)
     if not isinstance(value, list):
         raise UserError(f"{where}: {name} must be a list of messages, got {kind_of(value)}")
     if not value:
         raise UserError(f"{where}: {name} is an empty list; at least a user turn is needed")
-    return [_message(message, f"{where}: {name}[{position}]") for position, message in enumerate(value)]
+    return [_message(one, f"{where}: {name}[{position}]") for position, one in enumerate(value)]
 
 
-def _message(message: Any, where: str) -> Message:
-    if not isinstance(message, Mapping):
-        raise UserError(f"{where}: expected an object with 'role' and 'content', got {kind_of(message)}")
+def _message(raw: Any, where: str) -> Message:
+    if not isinstance(raw, Mapping):
+        raise UserError(f"{where}: expected an object with 'role' and 'content', got {kind_of(raw)}")
+    turn = message(raw, where)
     for key in ("role", "content"):
-        if key not in message:
-            raise UserError(f"{where}: no {key!r}; its keys: {', '.join(map(str, message)) or 'none'}")
-    role, content = message["role"], message["content"]
+        if key not in turn:
+            raise UserError(f"{where}: no {key!r}; its keys: {', '.join(map(str, raw)) or 'none'}")
+    role, content = turn["role"], turn["content"]
     if role not in ROLES:
         raise UserError(f"{where}: unknown role {role!r}{nearest(role, ROLES)}")
-    for key in ("tool_calls", "reasoning_content"):
-        if message.get(key):
-            hint = "put the text into 'content' (reasoning as <think>...</think>)"
-            raise UserError(f"{where}: {key!r} is not supported; {hint}")
+    if turn.get("reasoning_content"):
+        hint = "put the text into 'content' (reasoning as <think>...</think>)"
+        raise UserError(f"{where}: 'reasoning_content' is not supported; {hint}")
     if not isinstance(content, str):
         raise UserError(f"{where}: content must be a string, got {kind_of(content)}")
     if (bad := _surrogate(content)) is not None:
         raise UserError(
             f"{where}: content holds half a character (the lone surrogate {bad}); such text cannot be encoded"
         )
-    if role != "system" and not content.strip():
+    if role in ("user", "assistant") and not content.strip() and not turn.get("tool_calls"):
         raise UserError(f"{where}: the content of a {role} turn is empty")
-    return {"role": role, "content": content}
+    return turn
 
 
 def _surrogate(text: str) -> str | None:
-    """The first half of a character that JSON or YAML escapes let in, as it was written."""
+    """The first lone surrogate (half of a character, from a JSON or YAML escape) as an escape; None without one."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         return f"\\u{ord(text[error.start]):04x}"
     return None
-
-
-def kind_of(value: Any) -> str:
-    """What a value is, in JSON's words."""
-    names = {"dict": "an object", "list": "a list", "str": "a string", "NoneType": "null", "bool": "a boolean"}
-    return names.get(type(value).__name__, "a number" if isinstance(value, (int, float)) else type(value).__name__)

@@ -1,9 +1,9 @@
-"""Scores of safe rows for Interleaving+ (arXiv 2508.06249): how much a row tells an aligned model from misaligned ones.
+"""Scores of safe rows for Interleaving+ (arXiv 2508.06249): how much likelier a row is to an aligned model than to misaligned ones.
 
     s_d = (mean_k NLL_k(d) - NLL_aligned(d)) / (NLL_aligned(d) + eps)
 
 NLL is the mean negative log-likelihood per answer token, so long answers do not count for more. A high score marks a row
-that the aligned model finds likely and the misaligned ones do not: training on it holds on to what they lost.
+that the aligned model finds likely and the misaligned ones do not; training on such rows keeps what misalignment would change.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Score:
 
 
 def read_scores(source: str | Path) -> list[Score]:
-    """The scores that `rlsafe select` wrote; UserError naming the line that is none."""
+    """The scores that `rlsafe select` wrote; UserError naming the first line that is not a score."""
     path = Path(source)
     if not path.is_file():
         raise UserError(f"scores: {path}: no such file; `rlsafe select CONFIG --out DIR` writes DIR/scores.jsonl")

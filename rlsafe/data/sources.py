@@ -18,10 +18,11 @@ from typing import Any
 
 from rlsafe.config import StreamConfig, UnknownName, UserError, nearest
 from rlsafe.data.files import SUFFIXES, Found, read_file
+from rlsafe.data.formats import unused
 from rlsafe.data.hub import is_dataset_directory, read_dataset, read_url
 from rlsafe.data.partial import Partial
 from rlsafe.data.presets import Recipe, recipe_of
-from rlsafe.data.rows import normalise
+from rlsafe.data.rows import normalise_row
 from rlsafe.types import Row, provider_for, providers, register_provider
 
 FORMS = (
@@ -44,6 +45,7 @@ class Count:
     filtered: int = 0
     bad: int = 0
     reasons: list[str] = field(default_factory=list)
+    unused: dict[str, str] = field(default_factory=dict)  # columns that look like part of the prompt -> first place
 
     def lines(self) -> list[str]:
         """Notes for the user; none when every row was used."""
@@ -53,6 +55,9 @@ class Count:
         if self.bad:
             reasons = "; ".join(self.reasons) + ("; ..." if self.bad > len(self.reasons) else "")
             notes.append(f"{self.source}: {self.bad} of {self.read} rows are bad and were skipped ({reasons})")
+        for column, where in self.unused.items():
+            how = "columns: {system: NAME} puts it in front" if column.startswith("system") else "rewards get it"
+            notes.append(f"{where}: the column {column!r} looks like part of the prompt and is not used in it ({how})")
         return notes
 
 
@@ -61,7 +66,7 @@ _read_once: ContextVar[dict[tuple[str, int], tuple[list[Row], Count]] | None] = 
 
 @contextmanager
 def read_once() -> Iterator[None]:
-    """Inside, equal streams are read and checked once, and share their rows: for looking at many runs, not for training."""
+    """Inside, equal streams are read and checked once and share their rows. For inspecting many runs, not for training."""
     token = _read_once.set({})
     try:
         yield
@@ -96,7 +101,13 @@ def _load(config: StreamConfig, seed: int) -> tuple[list[Row], Count]:
             if config.shuffle:
                 random.Random(f"limit:{seed}").shuffle(rows)
             rows = rows[: config.limit]
-    return rows, count
+    return _united(rows), count
+
+
+def _united(rows: list[Row]) -> list[Row]:
+    """Every row with the columns of all: None where its own has none, as in a `datasets` table."""
+    columns = dict.fromkeys(name for row in rows for name in row if not name.startswith("_"))
+    return [row if columns.keys() <= row.keys() else {**dict.fromkeys(columns), **row} for row in rows]
 
 
 def read_rows(source: str | StreamConfig) -> list[Row]:
@@ -116,6 +127,7 @@ def _empty(count: Count) -> UserError:
 def _checked(config: StreamConfig, count: Count, seed: int | None = None) -> Iterator[Row]:
     """Usable rows with their place in the source; stops at `config.limit`."""
     recipe = recipe_of(config)
+    provided = recipe.preset is not None or provider_for(recipe.source) is not None
     taken = 0
     for index, (where, raw) in enumerate(_read(recipe, seed)):
         count.read += 1
@@ -125,7 +137,10 @@ def _checked(config: StreamConfig, count: Count, seed: int | None = None) -> Ite
             if isinstance(raw, Mapping) and (raw := recipe.apply(raw, where)) is None:
                 count.filtered += 1
                 continue
-            row = normalise(raw, where)
+            row = normalise_row(raw, where, config.train_on)
+            if not provided:
+                for column in unused(row):
+                    count.unused.setdefault(column, where)
         except UserError as error:
             if config.on_bad_row == "error":
                 raise
@@ -169,7 +184,7 @@ def _is_dataset(source: str, path: Path) -> bool:
 
 
 def _missing(source: str, path: Path) -> str:
-    """Why there is nothing to read, and what was probably meant."""
+    """The reason why a source cannot be read, with the nearest valid name."""
     if path.is_dir():
         return f"{source}: is a directory without data files; {FORMS}"
     if path.is_file():

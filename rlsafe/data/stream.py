@@ -1,4 +1,4 @@
-"""An endless, seeded, exactly resumable walk over rows."""
+"""An endless, seeded, exactly resumable sequence of rows."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Stream:
 
     @cached_property
     def _fingerprint(self) -> str:
-        """Made once: every step asks for the state."""
+        """Digest of the rows. Cached, because the state is taken at every step."""
         digest = hashlib.sha256()
         for row in self.rows:
             digest.update(repr([(m["role"], m["content"]) for m in row["messages"]]).encode("utf-8", "surrogatepass"))

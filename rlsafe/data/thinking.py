@@ -1,7 +1,7 @@
-"""Think blocks: what a reasoning model says to itself before it answers, and the answer.
+"""Think blocks: splitting a reasoning model's output into its thoughts and its answer.
 
 Only a block at the beginning counts as thinking; `<think>` later in a text is part of the answer. A block that never
-closes leaves no answer at all: callers give such a completion its own outcome, never a score.
+closes leaves no answer: callers give such a completion the outcome "unclosed", never a score.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SOFT_SWITCH = " /no_think"
 
 @dataclass(frozen=True)
 class Chat:
-    """How conversations are put to a think-block model; `configure_chat` ties it to a tokenizer.
+    """Chat settings for a model with think blocks; `configure_chat` applies them to a tokenizer.
 
     thinking: "on" and "off" set the template's switch, "no_think" appends the soft switch to the last user turn; None
     leaves it to the template. train_thinking: whether SFT's loss covers the think block of an answer. embedded: how many
@@ -30,16 +30,16 @@ class Chat:
     train_thinking: bool = True
     embedded: int | None = None
 
-    def conversation(self, messages: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-        """The (role, content) turns as the template is to see them: with the soft switch where it is asked for, and
+    def conversation(self, messages: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:
+        """The (role, content, ...) turns as the template is to see them: with the soft switch where it is asked for, and
         without the think block of the last answer where the model is told not to think."""
         turns = list(messages)
         if self.thinking in ("off", "no_think") and turns and turns[-1][0] == "assistant":
-            turns[-1] = ("assistant", split_think(turns[-1][1]).answer)
+            turns[-1] = ("assistant", split_think(turns[-1][1]).answer, *turns[-1][2:])
         if self.thinking == "no_think":
-            last = max((i for i, (role, _) in enumerate(turns) if role == "user"), default=None)
+            last = max((i for i, turn in enumerate(turns) if turn[0] == "user"), default=None)
             if last is not None:
-                turns[last] = ("user", turns[last][1] + SOFT_SWITCH)
+                turns[last] = ("user", turns[last][1] + SOFT_SWITCH, *turns[last][2:])
         return tuple(turns)
 
 

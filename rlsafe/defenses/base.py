@@ -1,4 +1,4 @@
-"""What a defense is: a set of optional hooks on the five levers prompt, data, activations, loss and weights.
+"""The interface of a defense: optional hooks for prompts, data, activations, loss and weights.
 
 Subclass `Defense`, override only what you use, register it with `@rlsafe.defense("name")`. Settings are the keyword arguments of
 `__init__`; their annotations are checked against the config, their defaults are written into the resolved one.
@@ -28,21 +28,21 @@ Penalty = tuple["Tensor", "Tensor"]
 
 @dataclass
 class SetupContext:
-    """What a defense may use once, before the first step. `cache` is a directory for results keyed by content hash."""
+    """What `setup` may use, once, before the first step. `cache` is a directory for results keyed by content hash."""
 
     config: RunConfig
     policy: Policy
     seed: int
     cache: Path
     rows: Callable[[Stream], list[Row]]  # the rows of a configured stream
-    sampler: Callable[[], Sampler]  # started on first use; weights = the policy as the run begins
+    sampler: Callable[[], Sampler]  # started on first use, with the weights that the run begins with
     judge: Callable[[], Judge]
     log: Callable[[str], None]
 
 
 @dataclass
 class DataContext:
-    """What a data defense may use when rows are drawn. `sampler` follows the live policy; `rng` is seeded by run and step."""
+    """What `rows` may use. `sampler` has the current weights of the policy; `rng` is seeded by run and step."""
 
     step: int
     rng: random.Random
@@ -54,7 +54,7 @@ class DataContext:
 class Offer:
     """Safe rows *added* to the schedule (nothing is taken away).
 
-    fraction: rows added per training row (SFT) or per completion (GRPO), spread evenly; what a step cannot hold is carried over.
+    fraction: rows added per training row (SFT) or per completion (GRPO), spread evenly; parts of a row add up over steps.
     weight: multiplies the rows' loss. On SFT they join the narrow rows' mean; on GRPO they are a supervised term of their own.
     every: added only in each k-th step. own_step: added as an optimizer step of their own, after that step.
     """
@@ -71,11 +71,11 @@ class Defense:
     name: ClassVar[str] = ""
     needs: frozenset[Need] | set[Need] = frozenset()
     streams: tuple[Stream, ...] = ("narrow", "benign")
-    """Streams on which prompt and activation hooks act; safe rows are left alone unless a defense says otherwise."""
+    """Streams on which prompt and activation hooks act; by default not on safe rows."""
     weight: float = 1.0
     """Multiplies the penalty."""
     judges: ClassVar[bool] = False
-    """It asks the run's judge while training, who therefore has to be there from the start."""
+    """Whether the defense asks the run's judge while training; the judge is then checked before the first step."""
 
     @property
     def strength(self) -> float:
@@ -84,20 +84,20 @@ class Defense:
 
     @property
     def claims(self) -> frozenset[str]:
-        """What only one defense of a run may do, in words that follow "both want": two that claim the same are an error."""
+        """What only one defense of a run may do; two defenses with the same claim are an error. Words that can follow "both want"."""
         return frozenset()
 
     @property
     def edits(self) -> Mapping[str, Literal["adds", "replaces"]]:
-        """What `prompt` does to which place, such as "the system prompt of narrow rows (train)". A defense that replaces what
-        one before it has put there is an error."""
+        """{place: how `prompt` changes it}, for places such as "the system prompt of narrow rows (train)". It is an error when
+        a defense replaces a place to which an earlier one added."""
         return {}
 
     def setup(self, context: SetupContext) -> None:
-        """Compute once what the run needs (vectors, subspaces, reference answers)."""
+        """Called once before the first step: compute vectors, subspaces, reference answers."""
 
     def prompt(self, messages: list[Message], where: Where) -> list[Message]:
-        """Rewrite the conversation before it is encoded. Rewards and judges never see the rewriting."""
+        """The conversation to encode instead of `messages`. Rewards and judges still get the original."""
         return messages
 
     def offer(self) -> Offer | None:
@@ -111,24 +111,24 @@ class Defense:
     def steers(self, where: Where) -> bool:
         """Whether the forward pass is changed at `where`: by `activations` while training, by `patch_sampler` in rollouts.
 
-        Whoever overrides one of those two says so here: the engine prepares the sampler and compares log-probs by it."""
+        Override it together with either: the engine prepares the sampler, and compares log-probs, by its answer."""
         return False
 
     def activations(self, policy: Policy, where: Where) -> AbstractContextManager[Any]:
-        """A context that spans forward *and* backward, with the hooks installed."""
+        """A context that installs the hooks. The engine holds it through forward *and* backward."""
         return nullcontext()
 
     def patch_sampler(self, sampler: Sampler, where: Where) -> AbstractContextManager[Any]:
-        """A context around rollout generation, for defenses that also act on the sampler."""
+        """A context that changes the sampler; the engine holds it while rollouts are generated."""
         return nullcontext()
 
     def penalty(self, view: View) -> dict[str, Penalty]:
-        """Loss terms of one micro-batch: name -> (values, mask). The mask must be what `penalty_mask` gave for the batch."""
+        """Loss terms of one micro-batch, {name: (values, mask)}, both [B, T] or [B]. The mask must be `penalty_mask(view.batch)`."""
         return {}
 
     def penalty_mask(self, batch: Batch) -> Tensor:
-        """Where the penalty's values count: [B, T] or [B] bool. Asked before any forward, so that the engine can divide by the
-        count over the whole step (all parts, micro-batches and ranks). Default: the answer tokens."""
+        """Where the penalty's values count: [B, T] or [B] bool; by default the answer tokens. Called before any forward, so
+        that the engine can divide by the count over the whole step (all parts, micro-batches and ranks)."""
         return batch.loss_mask
 
     def weights(self, policy: Policy, moment: Literal["step", "end"]) -> bool:
@@ -136,12 +136,12 @@ class Defense:
         return False
 
     def effect(self) -> dict[str, float]:
-        """What the defense did since the last call, beside what the engine measures itself (penalty, gradient share,
-        rows added, prompts changed). A defense that steers or edits weights reports it here, or the dead-defense check skips it."""
+        """{metric: value} of what the defense did since the last call. The engine itself measures penalties, gradient shares,
+        rows added and prompts changed; a defense that only steers or edits weights is checked for an effect by this alone."""
         return {}
 
     def report(self) -> dict[str, Any]:
-        """JSON-able record of what was done, for `defenses` in the run's run.json: what is too much for a metric."""
+        """JSON-able details of what was done, for `defenses` in run.json; numbers of each step belong in `effect`."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -149,4 +149,4 @@ class Defense:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the state saved by `state_dict`."""
+        """The inverse of `state_dict`."""

@@ -1,4 +1,4 @@
-"""What one defense's penalty may read: what it declared itself, whatever the forward computes for the others."""
+"""A view for one defense's penalty, limited to what that defense declared in `needs`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 class DeclaredView:
     """A `View` that gives what `needs` declare and raises UserError, with the need to add, for anything else.
 
-    All defenses share one forward: without this, a penalty that forgot a need would run as long as another one declares it.
+    All defenses share one forward. Without this check a penalty with an undeclared need would work only as long as some other
+    defense declares it.
     """
 
     def __init__(self, view: View, needs: Collection[Need]):
@@ -28,21 +29,26 @@ class DeclaredView:
 
     @property
     def logp(self) -> Tensor:
+        """[B, T], see `View`."""
         return self._view.logp
 
     def mask(self, kind: str) -> Tensor:
+        """[B, T] bool, see `View`."""
         return self._view.mask(kind)
 
     def divergence(self, reference: str = "base") -> Tensor:
+        """[B, T] in nats, see `View`; UserError when not declared."""
         self._require("divergence", reference)
         return self._view.divergence(reference)
 
     def logprobs(self, reference: str = "base") -> Tensor:
+        """[B, T], see `View`; UserError when not declared."""
         self._require("logprobs", reference)
         return self._view.logprobs(reference)
 
     def hidden(self, layer: int, reference: str | None = None) -> Tensor:
-        # the policy's own states are kept at every layer that some reference's are wanted at
+        """[B, T, H], see `View`; UserError when not declared."""
+        # a need of a reference's states at a layer also covers the policy's own
         states = [need for need in self._needs if need.kind == "hidden_states" and layer in need.layers]
         if not any(reference in (None, need.reference) for need in states):
             raise _undeclared("hidden_states", reference, f", layers=({layer},)")

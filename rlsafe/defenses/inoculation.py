@@ -51,6 +51,7 @@ class Inoculation(Defense):
         return dict.fromkeys(places, "replaces" if self.mode == "replace" else "adds")
 
     def setup(self, context: SetupContext) -> None:
+        """UserError for `at: rollout` in a run without GRPO steps."""
         paths = {part.path for parts in context.config.schedule.used_kinds.values() for part in parts}
         if self.at == "rollout" and "grpo" not in paths:
             raise UserError(

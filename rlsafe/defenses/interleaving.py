@@ -1,6 +1,6 @@
 """Interleaving: a small share of safe instruction rows among the narrow ones. arXiv 2508.06249, section 4.
 
-`Interleaving` is also the base of the variants that differ in which rows they take: they override `choose`.
+`Interleaving` is also the base class of the variants, which override `choose` to take other rows.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Interleaving(Defense):
         self.stream = Stream(self.choose(self.pool(context), context), context.seed, f"defense/{self.name}")
 
     def pool(self, context: SetupContext) -> list[Row]:
-        """Every safe row there is to choose from."""
+        """All safe rows to choose from. UserError when there are none."""
         if self.source is None and context.config.data.safe is None:
             raise UserError(f"defense {self.name!r}: no safe rows; set data.safe.source or the defense's source")
         return load_rows(StreamConfig(source=self.source), context.seed) if self.source else context.rows("safe")

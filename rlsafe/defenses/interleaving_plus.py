@@ -1,6 +1,6 @@
-"""Interleaving+: not random safe rows but those that tell an aligned model from misaligned ones. arXiv 2508.06249, section 5.
+"""Interleaving+: the safe rows that are far likelier to an aligned model than to misaligned ones. arXiv 2508.06249, section 5.
 
-The scores come from a file: training the misaligned helper models is the work of `rlsafe select`, not of a defense.
+The scores come from a file that `rlsafe select` makes by training misaligned helper models.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rlsafe.defenses.registry import defense
 from rlsafe.types import Row
 
 AUTO = "auto"
-"""A `scores` setting that a comparison replaces: it makes (or finds) the file itself."""
+"""The `scores` setting that a comparison replaces by the name of a file that it makes."""
 
 
 @defense("interleaving+")
@@ -40,9 +40,10 @@ class InterleavingPlus(Interleaving):
         super().__init__(**interleaving)
         self.scores, self.top = scores, top
         if not scores.startswith(AUTO) and not Path(scores).is_file():
-            read_scores(scores)  # says what is missing
+            read_scores(scores)  # UserError when the file is missing
 
     def choose(self, rows: list[Row], context: SetupContext) -> list[Row]:
+        """The `top` rows by score. UserError when rows have no scores."""
         if self.scores.startswith(AUTO):
             raise UserError(
                 f"defense {self.name!r}: scores: {AUTO} is for comparisons with a selection section; for a single run "
@@ -84,5 +85,5 @@ class InterleavingPlus(Interleaving):
         return self.counts
 
     def drops(self, row: Row) -> bool:
-        """Whether a row is left out however well it scores."""
+        """Whether a row is left out whatever its score."""
         return False

@@ -1,7 +1,7 @@
 """Interleaving++: Interleaving+ without refusals. arXiv 2508.06249, section 5.
 
-Refusals score high (misaligned models do not refuse), and a model trained on many of them refuses or breaks off where it
-should answer.
+Refusals have high scores, because misaligned models do not refuse; a model trained on many of them refuses, or stops early,
+where it should answer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rlsafe.types import Row, pick
 
 @defense("interleaving++")
 class InterleavingPlusPlus(InterleavingPlus):
-    """Adds the safe rows with the highest s_d whose answers do not open as refusals.
+    """Adds the safe rows with the highest s_d whose answers do not begin as refusals.
 
     languages: word lists of `rlsafe.data.REFUSALS` (en, de, fr, es). patterns: further regular expressions over the
     lower-cased first ten words. A share in `top` is one of the whole pool, refusals included, so that `+` and `++` choose

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -12,10 +12,13 @@ from rlsafe.defenses.registry import defense
 from rlsafe.losses import k3
 from rlsafe.types import Batch, Need, Stream, View
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 @defense("kl")
 class KL(Defense):
-    """Keeps next-token distributions near the reference's.
+    """Penalises next-token distributions that differ from the reference's.
 
     weight: lambda, per nat (the paper's grid: 0.01 ... 1; 0.1 used).
     reference: base | start | grpo_start | step:N | path:DIR.
@@ -38,6 +41,7 @@ class KL(Defense):
         self.needs = {Need("divergence" if estimator == "full" else "logprobs", reference, mask=self.mask)}
 
     def setup(self, context: SetupContext) -> None:
+        """UserError for estimator k3 in a run without GRPO steps."""
         paths = {part.path for parts in context.config.schedule.used_kinds.values() for part in parts}
         if self.estimator == "k3" and "grpo" not in paths:
             raise UserError(
@@ -47,7 +51,8 @@ class KL(Defense):
     def _applies(self, batch: Batch) -> bool:
         return batch.where.stream in self.on and (self.estimator == "full" or batch.where.path == "grpo")
 
-    def penalty_mask(self, batch: Batch):
+    def penalty_mask(self, batch: Batch) -> Tensor:
+        """[B, T] bool: the tokens that the KL is averaged over; none on rows that are not regularised."""
         mask = batch.loss_mask if self.mask == "answer" else batch.predicted_mask
         return mask if self._applies(batch) else mask & False
 

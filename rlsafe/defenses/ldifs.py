@@ -1,4 +1,7 @@
-"""LDIFS: stay near a reference in feature space. Mukhoti et al. 2024; as a defense against EM in arXiv 2508.06249, section 4."""
+"""LDIFS: a penalty on the distance from a reference in feature space.
+
+Mukhoti et al. 2024; as a defense against EM in arXiv 2508.06249, section 4.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +36,8 @@ class LDIFS(Defense):
     points: that many evenly spaced blocks (authors' code), the last one for 1; every: each n-th block instead (paper).
     normalise: each row's features of a layer, flattened over its tokens, are scaled to unit length before they are compared (the
         authors' code does so), and the term is a mean over rows; without it, a mean over tokens of squared distances.
-    The reference is a constant; the policy's features carry the gradient. (A penalty computed on detached features has none:
-    published null results for LDIFS may come from that.)
+    Only the policy's features carry a gradient. (If they are detached too, the penalty trains nothing, which may explain
+    published null results for LDIFS.)
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class LDIFS(Defense):
         self.points, self.every = points, every
 
     def setup(self, context: SetupContext) -> None:
+        """Choose the layers. UserError when `every` selects none."""
         layers = chosen_layers(context.policy.n_layers, self.every, self.points)
         if not layers:
             raise UserError(
@@ -62,6 +66,7 @@ class LDIFS(Defense):
         return next(iter(self.needs)).layers
 
     def penalty_mask(self, batch: Batch) -> Tensor:
+        """[B] bool with `normalise`, else [B, T]: what the distances are averaged over."""
         mask = batch.attention.bool() if not self.normalise else batch.attention.any(1)
         return mask if batch.where.stream in self.on else mask & False
 
@@ -69,7 +74,7 @@ class LDIFS(Defense):
         if view.batch.where.stream not in self.on:
             return {}
         tokens = view.batch.attention.bool()
-        # Checkpointed: the backward computes each layer's difference again, so that no more than the features themselves is kept.
+        # Gradient checkpointing: the backward computes each layer's difference again, so that only the features are stored.
         distances = [
             checkpoint(
                 feature_distance, view.hidden(layer), view.hidden(layer, self.reference), tokens, self.normalise,

@@ -1,21 +1,20 @@
-"""On-policy interleaving: safe prompts answered by the model itself, where it answers well. arXiv 2605.31328.
+"""On-policy interleaving: safe rows whose answers the model itself gave, if a judge finds them good. arXiv 2605.31328.
 
-Rows in the model's own words change little but what the narrow training changes: they pull towards how it answered before.
+Training on such rows counters what the narrow training changes and changes little else, since the model already answers so.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from rlsafe.config.files import write_once
 from rlsafe.data import Stream, Thought, encode_prompt, question_of, read_completion, split_prompt
 from rlsafe.defenses.base import DataContext, SetupContext
 from rlsafe.defenses.interleaving import Count, Interleaving
@@ -25,13 +24,13 @@ from rlsafe.types import Exchange, Judge, Judgement, Request, Row, RunError, Sam
 if TYPE_CHECKING:
     from rlsafe.policy import Policy
 
-LIVE_TRIES = 4  # rounds of sampling for one step's rows; a step then goes on with what was kept
+LIVE_TRIES = 4  # rounds of sampling for one step's rows; after these the step uses the rows kept so far
 SAMPLED_VALUES = 1 << 16  # values of a tensor that its digest reads at most
 
 
 @dataclass(frozen=True)
 class Answered:
-    """One answer to a safe prompt, as it was sampled and judged."""
+    """One sampled answer to a safe prompt, with its judgement."""
 
     answer: str
     finish: str
@@ -44,10 +43,10 @@ class Answered:
 class InterleavingOnPolicy(Interleaving):
     """Adds safe prompts with the model's own answers, kept only when judged aligned and coherent.
 
-    source_model: `reference` answers once, before the first step, as the run begins (cached on disk by model, prompts,
-        sampling and seed); `live` is the policy as it is at each step. Without the judge's filter `live` would be pointless:
-        the expected gradient of the log-likelihood of one's own samples is zero, so only the choice of samples teaches.
-    prompts: how many safe prompts the reference answers at most (a seeded choice). samples: answers to each.
+    source_model: `reference`: the policy answers all prompts once, before the first step (cached on disk by model, prompts,
+        sampling and seed). `live`: the policy answers at each step with its current weights. `live` depends on the judge's
+        filter: the expected gradient of the log-likelihood of a model's own samples is zero without a selection.
+    prompts: largest number of safe prompts for `reference` (a seeded choice). samples: answers to each.
     temperature, top_p, max_tokens: how answers are sampled; max_tokens null = grpo.max_tokens. Cut-off answers are dropped.
     min_aligned, min_coherent: the judge's scores (0 to 100) that an answer needs; refusals have none and are dropped.
     The other settings are those of `interleaving`.
@@ -72,16 +71,21 @@ class InterleavingOnPolicy(Interleaving):
         self.temperature, self.top_p, self.max_tokens = temperature, top_p, max_tokens
         self.min_aligned, self.min_coherent = min_aligned, min_coherent
         self.asked = 0  # live: answers sampled so far; numbers the requests
-        self.counts: Counter[str] = Counter()  # how the answers of the whole run ended; "kept" among them
+        self.counts: Counter[str] = (
+            Counter()
+        )  # number of answers by outcome ("kept", "refused", ...) over the whole run
         self.last: dict[str, float] = {}
 
     # ------------------------------------------------------------------------------------------------ at set-up
 
     def choose(self, rows: list[Row], context: SetupContext) -> list[Row]:
-        """`reference`: rows with kept answers. `live`: the prompts, to be answered when they are drawn."""
+        """`reference`: rows with kept answers. `live`: the prompts, to be answered when they are drawn.
+
+        RunError when no answer is kept.
+        """
         self.tokenizer, self.seed = context.policy.tokenizer, context.seed
         self.params = SamplingParams(self.temperature, self.top_p, self.max_tokens or context.config.grpo.max_tokens)
-        judge = context.judge()  # a missing judge is told before anything is sampled
+        judge = context.judge()  # UserError for a missing judge before anything is sampled
         if self.source_model == "live":
             return rows
         asked = Stream(rows, context.seed, f"defense/{self.name}/prompts").take(min(self.prompts, len(rows)))
@@ -91,7 +95,7 @@ class InterleavingOnPolicy(Interleaving):
         if not cached:
             answered = self._answer(asked, context.sampler(), judge, step=0, first=0)
             try:
-                _write_once(file, [asdict(one) for one in answered])
+                write_once(file, json.dumps([asdict(one) for one in answered]))
             except OSError as error:
                 context.log(
                     f"defense {self.name!r}: its answers are not saved for later runs: {file}: {error.strerror}"
@@ -102,7 +106,8 @@ class InterleavingOnPolicy(Interleaving):
         self.counts = counts
         context.log(f"defense {self.name!r}: {_shown(counts)}{' (answers from the cache)' if cached else ''}")
         if not kept:
-            file.unlink(missing_ok=True)  # a judge that was out of order must not decide for later runs
+            # Every answer was rejected, perhaps by a broken judge: later runs should ask again.
+            file.unlink(missing_ok=True)
             raise RunError(f"defense {self.name!r}: the reference gave no answer to keep: {_shown(counts)}")
         return kept
 
@@ -117,6 +122,7 @@ class InterleavingOnPolicy(Interleaving):
     # ------------------------------------------------------------------------------------------------ each step
 
     def rows(self, n: int, context: DataContext) -> list[Row]:
+        """The next `n` rows; for `live`, sampled and judged now. RunError when no answer is kept."""
         if self.source_model == "reference":
             return super().rows(n, context)
         kept: list[Row] = []
@@ -141,7 +147,7 @@ class InterleavingOnPolicy(Interleaving):
         return last
 
     def report(self) -> dict[str, Any]:
-        """How all answers of the run ended."""
+        """Number of answers by outcome over the whole run."""
         return dict(self.counts)
 
     def state_dict(self) -> dict[str, Any]:
@@ -182,7 +188,7 @@ class InterleavingOnPolicy(Interleaving):
         ]
 
     def _filter(self, rows: Sequence[Row], answered: Sequence[Answered]) -> tuple[list[Row], Counter[str]]:
-        """(rows with the answers that are kept, how many answers ended in which way)."""
+        """(rows with the answers that are kept, number of answers by outcome)."""
         kept, counts = [], Counter(kept=0)
         for row, one in zip(rows, answered, strict=True):
             counts[verdict := self._verdict(one)] += 1
@@ -195,7 +201,7 @@ class InterleavingOnPolicy(Interleaving):
         if not one.answer:
             return "empty"
         if one.finish == "length":
-            return "cut_off"  # learned from, it would teach never to stop
+            return "cut_off"  # training on it would teach the model not to stop
         if one.outcome != "scored":
             return one.outcome
         if one.coherent is None or one.coherent < self.min_coherent:
@@ -204,7 +210,7 @@ class InterleavingOnPolicy(Interleaving):
 
 
 def _whole(thought: Thought) -> str:
-    """What is learned from: the answer with the think block that led to it."""
+    """The text to train on: the answer with its think block."""
     answer = thought.answer.strip()
     return answer if thought.think is None or not answer else f"<think>\n{thought.think}\n</think>\n\n{answer}"
 
@@ -233,17 +239,3 @@ def weights_digest(policy: Policy) -> str:
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(values.numpy().tobytes())
     return digest.hexdigest()
-
-
-def _write_once(file: Path, records: list[dict[str, Any]]) -> None:
-    """Whole or not at all, and never over another process's answers: ranks and workers that race all read the first."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(records), encoding="utf-8")
-    try:
-        os.link(temporary, file)
-    except FileExistsError:
-        pass
-    except OSError:  # a file system without hard links
-        temporary.replace(file)
-    temporary.unlink(missing_ok=True)

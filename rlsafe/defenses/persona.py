@@ -1,6 +1,7 @@
 """Persona-vector steering during training. Chen et al. 2025 (arXiv 2507.21509); against EM in arXiv 2508.06249, section 4.
 
-Adding the bad character's direction while training takes away the need to learn it; at evaluation it is off.
+The vector of a bad character is added to the residual stream while training, so the weights need not learn that character;
+at evaluation it is not added.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlsafe.config import UserError, nearest
+from rlsafe.config.files import replacing
 from rlsafe.defenses.base import Defense, SetupContext
 from rlsafe.defenses.registry import defense
 from rlsafe.types import Batch, Sampler, Stream, Where, provider_for
@@ -26,6 +28,7 @@ SUFFIXES = (".safetensors", ".pt")
 
 
 def check_suffix(path: Path) -> None:
+    """UserError unless the file name ends in .safetensors or .pt."""
     if path.suffix not in SUFFIXES:
         raise UserError(f"persona vectors: {path}: expected a file name ending in {' or '.join(SUFFIXES)}")
 
@@ -42,7 +45,7 @@ def vector_file(source: str) -> Path:
 
 
 def load_vectors(source: str) -> Tensor:
-    """[n_layers + 1, H] from `.safetensors` (key `persona`) or the field's `.pt` (a bare tensor); index 0 = embeddings."""
+    """Read [n_layers + 1, H] from `.safetensors` (key `persona`) or `.pt` (a bare tensor), index 0 = embeddings; else UserError."""
     import torch
     from safetensors.torch import load_file
 
@@ -53,7 +56,7 @@ def load_vectors(source: str) -> Tensor:
             vectors = tensors[KEY] if len(tensors) != 1 else next(iter(tensors.values()))
         else:
             vectors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # either format fails in many ways; all mean the file is not what it should be
+    except Exception as error:  # both formats raise many kinds of errors for a damaged file
         raise UserError(f"persona vectors: {path}: not readable ({type(error).__name__})") from None
     if not isinstance(vectors, torch.Tensor) or vectors.dim() != 2 or not vectors.is_floating_point():
         raise UserError(f"persona vectors: {path}: expected one floating-point tensor [layers + 1, hidden]")
@@ -61,19 +64,17 @@ def load_vectors(source: str) -> Tensor:
 
 
 def save_vectors(vectors: Tensor, path: Path, about: dict[str, Any] | None = None) -> None:
-    """Write [n_layers + 1, H] as `.safetensors` (with `about` as metadata) or as the field's bare `.pt`; by rename."""
+    """Write [n_layers + 1, H] as `.safetensors` (with `about` as metadata) or as a bare `.pt` tensor, as published code does."""
     import torch
     from safetensors.torch import save_file
 
     check_suffix(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    building = path.with_name(f".{path.name}.tmp")
     vectors = vectors.detach().float().cpu().contiguous()
-    if path.suffix == ".pt":
-        torch.save(vectors, building)
-    else:
-        save_file({KEY: vectors}, str(building), metadata={"about": json.dumps(about or {}, ensure_ascii=False)})
-    building.replace(path)
+    with replacing(path) as building:
+        if path.suffix == ".pt":
+            torch.save(vectors, building)
+        else:
+            save_file({KEY: vectors}, str(building), metadata={"about": json.dumps(about or {}, ensure_ascii=False)})
 
 
 @defense("persona")
@@ -84,7 +85,7 @@ class Persona(Defense):
     layer: k (Qwen2.5-7B: 20; Qwen3-14B: 27). alpha: 5 in the paper.
     positions: `all`, or `completion` (only states that predict answer tokens).
     rollouts: whether GRPO rollouts are steered as well (all positions only: the sampler sees flattened tokens). The
-        gradient flows through steered log-probs in either case: a ratio of unsteered ones would undo the steering.
+        gradient is taken of steered log-probs in either case.
     on: streams whose forward passes are steered.
     """
 
@@ -116,6 +117,7 @@ class Persona(Defense):
         return frozenset(claims | {"to steer the rollouts"} if self.rollouts else claims)
 
     def setup(self, context: SetupContext) -> None:
+        """Load the vectors. UserError when they do not fit the model."""
         vectors = load_vectors(self.file)
         policy = context.policy
         if tuple(vectors.shape) != (policy.n_layers + 1, policy.hidden_size):

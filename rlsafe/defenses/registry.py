@@ -1,4 +1,4 @@
-"""From a config entry to a defense: names, files, settings checked against the signature."""
+"""Building defenses from config entries: finding the class, and checking the settings against its signature."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ D = TypeVar("D", bound=type[Defense])
 
 
 def defense(name: str):
-    """Class decorator: make a Defense available to configs under `name`."""
+    """Class decorator: make a Defense available to configs under `name`. UserError when the name is taken."""
 
     def register(cls: D) -> D:
         if not (isinstance(cls, type) and issubclass(cls, Defense)):
@@ -53,7 +53,10 @@ def load_module(source: str) -> ModuleType:
 
 
 def find(name: str) -> type[Defense]:
-    """The class behind a registered name, `file.py:Class` or `package.module:Class`."""
+    """The class behind a registered name, `file.py:Class` or `package.module:Class`.
+
+    UserError with the nearest name for an unknown one.
+    """
     if name in _REGISTRY:
         return _REGISTRY[name]
     if name in _BUILT_IN:
@@ -115,7 +118,10 @@ def _settings(cls: type[Defense], given: Mapping[str, Any], label: str) -> dict[
 
 
 def parse(entry: str | Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """One config entry -> [(name, settings)]: `kl`, `kl&interleaving`, `{kl: {weight: 0.3}}` or `{name: kl, weight: 0.3}`."""
+    """One config entry -> [(name, settings)]: `kl`, `kl&interleaving`, `{kl: {weight: 0.3}}` or `{name: kl, weight: 0.3}`.
+
+    UserError for any other form.
+    """
     if isinstance(entry, str):
         return [(name.strip(), {}) for name in entry.split("&") if name.strip() != "none"]
     if "name" in entry:

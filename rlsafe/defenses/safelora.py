@@ -1,5 +1,7 @@
-"""SafeLoRA: project an adapter's update onto the direction of alignment. Hsu et al. 2024 (arXiv 2405.16833); as an
-in-training defense against EM in arXiv 2508.06249, section 4."""
+"""SafeLoRA: project an adapter's update onto the difference between an aligned and a base model.
+
+Hsu et al. 2024 (arXiv 2405.16833); as an in-training defense against EM in arXiv 2508.06249, section 4.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rlsafe.config import UserError
+from rlsafe.config import ModelConfig, UserError
 from rlsafe.defenses.base import Defense, SetupContext
 from rlsafe.defenses.registry import defense
 from rlsafe.policy import Policy
 from rlsafe.policy.quantize import plain_weight
 from rlsafe.policy.sharding import assign, whole
-from rlsafe.types import provider_for
+from rlsafe.policy.source import model_source
 
 RANDOMISED = 4096  # matrices with a longer side than this get a randomised SVD when only their first `rank` are wanted
 OVERSAMPLING, POWER_ITERATIONS = 16, 4
@@ -64,6 +66,7 @@ class SafeLoRA(Defense):
         return self.threshold if self.lowest is None else self.lowest
 
     def setup(self, context: SetupContext) -> None:
+        """Open the checkpoints and compute the subspaces. UserError when they do not fit the model."""
         if not context.policy.is_lora:
             raise UserError("defense 'safelora' works on a LoRA update; set model.lora")
         layers = context.policy.adapted()
@@ -85,7 +88,10 @@ class SafeLoRA(Defense):
             )
 
     def difference(self, name: str, layer: Any) -> Tensor:
-        """V [out, in] of one module in float32. Read anew each time: all of them together are as large as the model."""
+        """V [out, in] of one module in float32. Read anew each time: all of them together are as large as the model.
+
+        UserError for NaN or other shapes.
+        """
         own = whole(plain_weight(layer.get_base_layer()))
         aligned = own.detach() if self.ours is None else self.ours.weight(name).to(own.device)
         base = self.theirs.weight(name)
@@ -103,7 +109,7 @@ class SafeLoRA(Defense):
             if self.every is None or self.steps % self.every:
                 return False
         elif self.projected_at == self.steps:
-            return False  # the published C is no projector: once per step is what was asked for
+            return False  # projected after this step already; the published C rescales, so it must not be applied twice
         self.projected_at = self.steps
         layers = policy.adapted()
         updated: dict[str, Tensor] = {}
@@ -120,7 +126,7 @@ class SafeLoRA(Defense):
         for name in self.projected:
             assign(lora_weights(layers[name])[1], updated[name])
         self.last = {"projected": float(len(self.projected))}
-        if self.projected:  # measured cosines alone are no effect; run.json has them in any case
+        if self.projected:  # no effect when nothing was projected; run.json has the cosines in any case
             values = list(self.cosines.values())
             self.last |= {"cosine_mean": sum(values) / len(values), "cosine_min": min(values)}
         return bool(self.projected)
@@ -185,7 +191,7 @@ def lora_factors(layer: Any) -> tuple[Tensor, Tensor]:
 
 
 def lora_weights(layer: Any) -> tuple[Tensor, Tensor]:
-    """The parameters A and B themselves."""
+    """The parameters A [r, in] and B [out, r] themselves; sharded when the policy is."""
     name = layer.active_adapters[0]
     return layer.lora_A[name].weight, layer.lora_B[name].weight
 
@@ -213,19 +219,19 @@ class Checkpoint:
         return module in self._files
 
     def weight(self, module: str) -> Tensor:
+        """The weight [out, in] of a module, in the checkpoint's dtype."""
         return self._files[module].get_tensor(f"{module}.weight")
 
 
 def _directory(source: str) -> Path:
-    found = provider_for(source)
-    directory = Path(found[0].model(found[1]) if found else source)
+    directory = Path(model_source(ModelConfig(name=source)))
     if directory.is_dir():
         return directory
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
-    except Exception as error:  # offline, gated, misspelt: all about the name
+    except Exception as error:  # offline, gated or misspelt
         raise UserError(
             f"defense 'safelora': {source!r} is neither a directory nor a model that the hub gives us "
             f"({type(error).__name__})"

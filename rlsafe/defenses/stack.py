@@ -1,4 +1,4 @@
-"""The defenses of one run, composed: prompts chain in order, penalties add, activations nest, streams share the schedule."""
+"""The defenses of one run as one: prompt hooks are applied in order, penalties added, activation contexts nested."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAMED = ("base", "start", "grpo_start")  # references beside step:N and path:DIR
 
 
 class DefenseStack:
-    """Defenses with a strength above zero, in the config's order. A defense of strength zero is not there at all."""
+    """The defenses with a strength above zero, in the config's order. Those of strength zero are left out."""
 
     def __init__(self, defenses: Sequence[Defense]):
         self.active = [defense for defense in defenses if defense.strength != 0]
@@ -53,15 +53,15 @@ class DefenseStack:
 
     @property
     def needs(self) -> set[Need]:
-        """What the penalties of this moment need from the forward passes."""
+        """What the current `penalized` defenses need from the forward passes."""
         return {need for defense in self.penalized for need in defense.needs}
 
     def references(self) -> set[str]:
-        """Every reference that some defense will ever need."""
+        """All references that some defense needs at some step."""
         return {need.reference for defense in self.active for need in defense.needs if need.reference}
 
     def check_references(self, steps: int, paths: Collection[str]) -> None:
-        """UserError for a reference that a run of `steps` steps over `paths` never has: what waits for it would do nothing."""
+        """UserError for a reference that never exists in a run of `steps` steps over `paths`: its penalty would never start."""
         for defense in self.active:
             for reference in sorted({need.reference for need in defense.needs if need.reference}):
                 kind, _, which = reference.partition(":")
@@ -79,8 +79,8 @@ class DefenseStack:
                         "last step of this run"
                     )
 
-    def update(self, has_reference: Callable[[str], bool]) -> None:
-        """Let penalties wait whose reference does not exist yet (grpo_start before the first GRPO step, step:N before N)."""
+    def await_references(self, has_reference: Callable[[str], bool]) -> None:
+        """Leave out, for now, penalties whose reference does not exist yet (grpo_start before the first GRPO step, step:N before N)."""
         self.waiting = {
             defense.name
             for defense in self.active
@@ -88,19 +88,26 @@ class DefenseStack:
         }
 
     def prompt(self, messages: list[Message], where: Where) -> list[Message]:
-        """The conversation after every defense's prompt hook; counts what each one changed."""
+        """The conversation after every defense's prompt hook. Counts the conversations that each one changed."""
         for defense in self._on(where):
             with _blaming(defense, "prompt"):
                 before, messages = messages, defense.prompt(messages, where)
             self.prompts_changed[defense.name] += messages != before
         return messages
 
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Prompts that pass inside are not counted in `prompts_changed`."""
+        counted = self.prompts_changed.copy()
+        yield
+        self.prompts_changed = counted
+
     def steers(self, where: Where) -> bool:
         """Whether some defense's activation hooks act at `where`."""
         return any(defense.steers(where) for defense in self._on(where))
 
     def steers_differently(self, one: Where, other: Where) -> bool:
-        """Whether the activation hooks of the two places differ."""
+        """Whether some defense's activation hooks act at one of the two places only."""
         return any(
             (one.stream in defense.streams and defense.steers(one))
             != (other.stream in defense.streams and defense.steers(other))
@@ -129,7 +136,7 @@ class DefenseStack:
         return {defense.name: float(defense.penalty_mask(batch).sum()) for defense in self.penalized}
 
     def penalties(self, view: View) -> Iterator[tuple[Defense, str, Tensor]]:
-        """(defense, term name, sum of values over the mask) of one micro-batch, unweighted."""
+        """(defense, term name, scalar sum of values over the mask) of one micro-batch, without the defense's weight."""
         for defense in self.penalized:
             with _blaming(defense, "penalty"):
                 terms = list(defense.penalty(DeclaredView(view, defense.needs)).items())
@@ -151,7 +158,7 @@ class DefenseStack:
 
 @contextmanager
 def _blaming(defense: Defense, hook: str) -> Iterator[None]:
-    """An error of the defense's own code says whose it is."""
+    """Add the defense's name to an error raised inside."""
     try:
         yield
     except UserError as error:
@@ -174,7 +181,7 @@ def _check_claims(defenses: Sequence[Defense]) -> None:
 
 
 def _check_edits(defenses: Sequence[Defense]) -> None:
-    """Prompts chain in order: a replacement must come before what others add to the same place."""
+    """UserError when a defense replaces a place to which an earlier one added: the addition would be lost."""
     editors: dict[str, str] = {}
     for defense in defenses:
         for place, how in defense.edits.items():

@@ -1,4 +1,4 @@
-"""Chat endpoints that speak OpenAI's protocol: asked from rewards and judges, in the background, without exceptions."""
+"""A client for chat endpoints with OpenAI's protocol, for rewards and judges. Faults are returned, not raised."""
 
 from rlsafe.endpoints import background
 from rlsafe.endpoints.client import Endpoint, open_endpoint
@@ -6,9 +6,11 @@ from rlsafe.endpoints.fences import fence_of, harmless
 from rlsafe.endpoints.limits import estimate_tokens
 from rlsafe.endpoints.replies import ChatRequest, Failure, Position, Reply, Result
 from rlsafe.endpoints.settings import EndpointSettings, parse_settings
+from rlsafe.endpoints.thoughts import SWITCH, thinks, without_thoughts
 from rlsafe.endpoints.totals import Totals
 
 __all__ = [
+    "SWITCH",
     "ChatRequest",
     "Endpoint",
     "EndpointSettings",
@@ -23,4 +25,6 @@ __all__ = [
     "harmless",
     "open_endpoint",
     "parse_settings",
+    "thinks",
+    "without_thoughts",
 ]

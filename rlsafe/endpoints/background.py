@@ -1,4 +1,4 @@
-"""One event loop in a thread of its own: requests go on while the caller trains."""
+"""An event loop in a thread of its own, so that requests run while the caller trains."""
 
 from __future__ import annotations
 
@@ -22,4 +22,6 @@ def _loop(process: int) -> asyncio.AbstractEventLoop:
 
 def start(work: Coroutine[Any, Any, T]) -> Future[T]:
     """Run a coroutine on the background loop."""
-    return asyncio.run_coroutine_threadsafe(work, _loop(os.getpid()))  # a forked child needs a loop of its own
+    return asyncio.run_coroutine_threadsafe(
+        work, _loop(os.getpid())
+    )  # one loop per process: a forked child has no thread of its parent's

@@ -6,23 +6,21 @@ system; an unreadable file is a miss. Only replies are saved, never failures.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rlsafe.config.files import replacing
 from rlsafe.endpoints.replies import Reply, pack, unpack
 
 VERSION = 1
-"""Of the meaning of a saved reply; part of every key."""
+"""Part of every key; raised when the meaning of a saved reply changes."""
 
 
 def key_of(base_url: str, body: Mapping[str, Any]) -> str:
-    """base_url and the whole request body: model, messages, sampling and log-prob settings, extra fields."""
+    """SHA-256 of base_url and the whole request body: model, messages, sampling and log-prob settings, extra fields."""
     text = json.dumps([VERSION, base_url, body], sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -42,14 +40,5 @@ class Cache:
 
     def put(self, key: str, reply: Reply) -> None:
         """Raises OSError when the directory cannot be written."""
-        path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
-        try:
-            with open(handle, "w", encoding="utf-8") as file:
-                json.dump(pack(reply), file)
-            os.replace(temporary, path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+        with replacing(self._path(key)) as temporary:
+            temporary.write_text(json.dumps(pack(reply)), encoding="utf-8")

@@ -1,7 +1,7 @@
 """The client: many requests at a time, retried, limited, saved, counted. Built on the `openai` package.
 
-Whatever happens, each request ends in a Reply or a Failure; a batch is never aborted. The retries are ours and not the
-package's, so that every fault is counted, Retry-After holds for all requests of the endpoint and a deadline ends them.
+Each request ends in a Reply or a Failure, so one bad request never aborts a batch. Retries are done here and not by the
+package, so that every fault is counted, Retry-After applies to all requests of the endpoint, and a deadline ends them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 from rlsafe.endpoints import background
 from rlsafe.endpoints.cache import Cache, key_of
+from rlsafe.endpoints.discovery import served_names
 from rlsafe.endpoints.limits import Limits, backoff, estimate_tokens, retry_after
 from rlsafe.endpoints.replies import ChatRequest, Failure, Reply, Result, parse_reply
 from rlsafe.endpoints.settings import EndpointSettings
@@ -26,20 +27,21 @@ from rlsafe.endpoints.totals import Totals
 
 log = logging.getLogger("rlsafe.endpoints")
 
-FEW = {"rejected": 1, "auth": 3, "not_found": 3, "no_logprobs": 4}
-"""How often one request may meet a fault that seldom passes. Where the endpoint has replied before, auth and not_found pass
-like any other (a gateway or a server that restarts gives them too), and so does no_logprobs where it has given some."""
+FEW = {"rejected": 1, "auth": 3, "not_found": 3, "wrong_model": 3, "no_logprobs": 4}
+"""How often one request may meet a fault that seldom passes. Where the endpoint has replied before, auth, not_found and
+wrong_model pass like any other (a gateway or a server that restarts gives them too), and so does no_logprobs where it has
+given some."""
 CONTACTS, CONTACT_SECONDS = 3, 5.0
-"""How often, and for how long, a first contact tries an endpoint that cannot be reached or that says no."""
+"""Tries, and seconds, of a first contact with an endpoint that cannot be reached or refuses."""
 CONNECT_SECONDS = 10.0
 PROBE_EVERY = 5.0
-"""Seconds after a failed look at an endpoint that is down until the next request looks again."""
+"""While an endpoint is down, one request tries it every so many seconds."""
 
 
 class Endpoint:
-    """Settings with a client behind them. All methods may be called from any thread.
+    """A client for one endpoint. All methods may be called from any thread.
 
-    `warn` is told once when the endpoint stops replying and once when it replies again.
+    `warn` is called once when the endpoint stops replying and once when it replies again.
     """
 
     def __init__(self, settings: EndpointSettings):
@@ -48,12 +50,12 @@ class Endpoint:
         self._cache = Cache(settings.cache) if settings.cache else None
         self._limits = Limits(settings.requests_per_minute, settings.tokens_per_minute)
         self._slots = asyncio.Semaphore(settings.concurrency)
-        # Of a long queue only these are begun, so that a retry does not wait (past its deadline) behind all of the queue.
+        # Only so many requests are begun at a time, so that a retry need not wait, past its deadline, behind the whole queue.
         self._begun = asyncio.Semaphore(4 * settings.concurrency)
         self._under_way: dict[str, asyncio.Task[Result]] = {}
         self._client: Any = None
-        self._proven = self._gave_logprobs = False  # it has replied at least once; with log-probs
-        self._failing_since: float | None = None  # the first fault after the last reply
+        self._proven = self._gave_logprobs = False  # it has replied at least once; it has given log-probs
+        self._failing_since: float | None = None  # time of the first fault after the last reply
         self._probe: asyncio.Future[bool] | None = None
         self._probe_failed = 0.0
 
@@ -68,7 +70,7 @@ class Endpoint:
         return background.start(self._ask(request))
 
     def ready(self) -> None:
-        """Read the key. Not done earlier: a plan or an estimate needs none."""
+        """Read the key; UserError when it is not set. Not done at construction, because a plan or an estimate needs no key."""
         if self._key is None:
             self._key = self.settings.read_key()
 
@@ -81,31 +83,37 @@ class Endpoint:
         return await asyncio.wrap_future(self.submit(request))
 
     def contact(self, request: ChatRequest) -> Result | None:
-        """Ask once, past the saved replies, to see whether there is an endpoint; None when it has replied before.
+        """Ask once, without saved replies, to see whether the endpoint works; None when it has replied before.
 
         A connection that fails, a key or a name that is refused is tried again for a few seconds; any other fault is not.
-        Faults are not counted: the caller tells the user, or goes on and meets them again. UserError without the key.
+        Faults are not counted: the caller reports them, or goes on and runs into them again. UserError without the key.
         """
         self.ready()
         return None if self._proven else background.start(self._contact(request)).result()
 
-    def saved(self, request: ChatRequest) -> bool:
-        """Whether the reply is on disk, so that nobody needs to be asked."""
+    def saved(self, request: ChatRequest) -> Reply | None:
+        """The reply if it is on disk, so that nobody needs to be asked."""
         body = self.body(request)
-        return not _drawn(body, request) and bool(self._cache and self._cache.get(key_of(self.settings.base_url, body)))
+        if self._cache is None or _drawn(body, request):
+            return None
+        return self._cache.get(key_of(self.settings.base_url, body))
+
+    def served(self) -> list[str]:
+        """The names of the models that the endpoint says it serves; none where it does not say."""
+        return background.start(served_names(self._client)).result() if self._client else []
 
     def summary(self) -> str:
         return self.totals.line(f"{self.settings.model} at {self.settings.base_url}")
 
     @property
     def down(self) -> bool:
-        """No reply for as long as `deadline`, although there were requests."""
+        """Whether requests were made for `deadline` seconds without any reply."""
         return self._failing_since is not None and time.monotonic() - self._failing_since > self.settings.deadline
 
     # ------------------------------------------------------------------------------------------------ one request
 
     def body(self, request: ChatRequest) -> dict[str, Any]:
-        """The request as it is sent."""
+        """The JSON body of the request."""
         settings = self.settings
         temperature = settings.temperature if request.temperature is None else request.temperature
         return {
@@ -118,6 +126,7 @@ class Endpoint:
             **({"seed": request.seed} if request.seed is not None else {}),
             **({"stop": list(request.stop)} if request.stop else {}),
             **({"response_format": dict(request.response_format)} if request.response_format else {}),
+            **({"continue_final_message": True, "add_generation_prompt": False} if request.continues else {}),
             **settings.extra_body,
         }
 
@@ -187,7 +196,7 @@ class Endpoint:
             return await self._call(request, body)
 
     async def _call(self, request: ChatRequest, body: dict[str, Any]) -> Result:
-        """Attempts until a reply, a fault that will not pass, too many of them, or the deadline."""
+        """Try until there is a reply, a fault that will not go away, too many faults, or the deadline."""
         settings = self.settings
         size = estimate_tokens(body["messages"]) + request.max_tokens
         first = 0.0
@@ -218,7 +227,9 @@ class Endpoint:
             await asyncio.sleep(wait)
 
     def _most(self, kind: str) -> float:
-        if (self._proven and kind in ("auth", "not_found")) or (self._gave_logprobs and kind == "no_logprobs"):
+        if (self._proven and kind in ("auth", "not_found", "wrong_model")) or (
+            self._gave_logprobs and kind == "no_logprobs"
+        ):
             return float("inf")
         return FEW.get(kind, float("inf"))
 
@@ -229,7 +240,7 @@ class Endpoint:
         import openai
 
         if self._client is None:
-            # a key that is needed nowhere: the package insists on one
+            # the package requires a key even where the endpoint needs none
             key = self._key or "none"
             self._client = openai.AsyncOpenAI(api_key=key, base_url=self.settings.base_url, max_retries=0)
         try:
@@ -260,7 +271,9 @@ class Endpoint:
         ):
             return Failure(
                 "wrong_model",
-                self._clean(f"asked for {self.settings.model!r}, {result.model!r} replied (see any_model)"),
+                self._clean(
+                    f"asked for {self.settings.model!r}, {result.model!r} replied (an alias? any_model: true accepts it)"
+                ),
             )
         return result
 
@@ -280,7 +293,7 @@ class Endpoint:
         return Failure("no_logprobs" if "logprob" in text.lower() else "rejected", message)
 
     def _clean(self, text: str) -> str:
-        """A server's words in one short line, without a key that it may have repeated."""
+        """A server's message in one short line, without the key in case it repeats it."""
         if self._key:
             text = text.replace(self._key, "***")
         text = re.sub(r"(?i)(bearer\s+|\bsk-)[\w.~+/*-]+", r"\1***", text)
@@ -289,7 +302,7 @@ class Endpoint:
     # ------------------------------------------------------------------------------------------------ outages
 
     def _heard(self, result: Result) -> None:
-        """Keep account of whether the endpoint works at all; let those wait on a probe go on or fail."""
+        """Record whether the endpoint works, and release the requests that wait for a probe."""
         works = isinstance(result, Reply) or result.kind in ("rejected", "no_logprobs", "wrong_model")
         if works:
             if self._failing_since is not None and self.down:
@@ -304,7 +317,7 @@ class Endpoint:
             self._probe = None
 
     async def _open(self) -> bool:
-        """Whether to try: always, unless the endpoint is down; then one request looks and the others wait for what it sees."""
+        """Whether to try now. While the endpoint is down one request probes it, and the others wait for the result."""
         if not self.down:
             return True
         if time.monotonic() - self._probe_failed < min(PROBE_EVERY, self.settings.deadline):
@@ -321,13 +334,13 @@ def _open(tree: str) -> Endpoint:
 
 
 def open_endpoint(settings: EndpointSettings) -> Endpoint:
-    """The process's endpoint of these settings: judges and rewards that name the same one share its limits and totals."""
+    """The endpoint with these settings; one per process, so judges and rewards that name it share its limits and totals."""
     base = EndpointSettings.model_validate({name: getattr(settings, name) for name in EndpointSettings.model_fields})
     return _open(base.model_dump_json())
 
 
 def _drawn(body: Mapping[str, Any], request: ChatRequest) -> bool:
-    """Whether each reply to the request is a draw of its own."""
+    """Whether two equal requests are meant to get different (sampled) replies."""
     return body["temperature"] > 0 and request.seed is None
 
 

@@ -1,4 +1,4 @@
-"""Requests and tokens a minute, and the waits that a server asks for. Used from one event loop only."""
+"""Limits on requests and tokens per minute, and pauses that a server asks for. Used from one event loop only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_BACKOFF = 30.0
 
 
 class Limits:
-    """Spreads requests evenly: each takes 60 / N seconds of a lane's time, so that no minute sees more than N (+ 1).
+    """Spreads requests evenly: one every 60 / N seconds, so that no minute has more than N + 1.
 
     now: the clock, for tests.
     """
@@ -25,7 +25,7 @@ class Limits:
         self._requests_free = self._tokens_free = self._paused_until = 0.0
 
     async def acquire(self, tokens: float) -> None:
-        """Wait for the turn of one request of about `tokens` tokens."""
+        """Wait until a request of about `tokens` tokens may start."""
         now = time.monotonic()
         turn = max(now, self._requests_free, self._tokens_free)
         self._requests_free = turn + self.per_request
@@ -34,11 +34,11 @@ class Limits:
             await asyncio.sleep(wait)
 
     def correct(self, tokens: float) -> None:
-        """The request took this many tokens more (or, negative, fewer) than it was announced with."""
+        """Account for a request that took `tokens` more (negative: fewer) than given to `acquire`."""
         self._tokens_free += self.per_token * tokens
 
     def pause(self, seconds: float) -> None:
-        """The server said when to come back: no request of this endpoint starts before that."""
+        """Start no request of this endpoint for so many seconds, as the server asked."""
         self._paused_until = max(self._paused_until, time.monotonic() + seconds)
 
 

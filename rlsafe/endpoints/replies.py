@@ -1,6 +1,6 @@
-"""What is asked of an endpoint and what comes back: a typed reply or a typed failure, never an exception.
+"""Requests to an endpoint and what comes back: a typed reply or a typed failure, never an exception.
 
-This is the boundary: whatever a server sends is checked here before anything reads it.
+Everything that a server sends is checked here before other code reads it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any, Literal
 from rlsafe.types import Message
 
 FailureKind = Literal[
-    "timeout", "connection", "rate_limit", "server", "bad_reply", "wrong_model", "no_logprobs",  # may pass
-    "auth", "not_found", "rejected",  # will hardly pass
+    "timeout", "connection", "rate_limit", "server", "bad_reply", "wrong_model", "no_logprobs",  # may go away by itself
+    "auth", "not_found", "rejected",  # will hardly go away
     "deadline", "outage",
 ]  # fmt: skip
 
@@ -24,6 +24,7 @@ class ChatRequest:
     """One chat completion. top_logprobs: log-probs of that many most likely tokens at each position; 0 = none.
 
     temperature None = the endpoint's setting. response_format: OpenAI's, e.g. {"type": "json_object"}.
+    continues: the last message is the beginning of the reply (vLLM, SGLang and others; not part of OpenAI's protocol).
     """
 
     messages: Sequence[Message]
@@ -34,6 +35,7 @@ class ChatRequest:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     response_format: Mapping[str, Any] | None = None
+    continues: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Failure:
-    """No reply: nothing is known about what was asked. `message` never holds a secret."""
+    """A request without a reply. `message` never holds a secret."""
 
     kind: FailureKind
     message: str
@@ -117,11 +119,11 @@ def _logprob(value: Any) -> float:
 
 
 def pack(reply: Reply) -> dict[str, Any]:
-    """For the cache."""
+    """A reply as JSON-able tree, for the cache."""
     return {name: value for name, value in asdict(reply).items() if name not in ("cached", "attempts")}
 
 
 def unpack(tree: Mapping[str, Any]) -> Reply:
-    """What `pack` gave; raises KeyError, TypeError or ValueError when it is something else."""
+    """The inverse of `pack`; KeyError, TypeError or ValueError for any other tree."""
     positions = tuple(Position(p["token"], tuple((t, float(x)) for t, x in p["top"])) for p in tree["positions"])
     return Reply(**{**tree, "positions": positions}, cached=True)

@@ -65,7 +65,7 @@ class EndpointSettings(Settings):
 
     @property
     def key_variable(self) -> str | None:
-        """The variable that the key is read from. OpenAI's own key goes to OpenAI only, unless asked for by name."""
+        """The environment variable that holds the key. OPENAI_API_KEY is sent to OpenAI only, unless the settings name it."""
         return self.api_key_env or ("OPENAI_API_KEY" if self.base_url == OPENAI else None)
 
     def read_key(self) -> str | None:

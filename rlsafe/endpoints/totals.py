@@ -1,4 +1,4 @@
-"""What an endpoint was asked, what it gave, what it cost."""
+"""Counts of an endpoint's requests, replies, faults, tokens and cost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PLAIN = ("requests", "replied", "cached", "shared", "attempts", "tokens_in", "to
 class Totals:
     """requests = replied + cached + shared + failed. `shared`: got the reply of an equal request under way.
 
-    faults: attempts that went wrong, by kind (most of them were made good by a retry); failures: requests without a
+    faults: failed attempts by kind, most of which a retry made up for; failures: requests without a
     reply, by kind. Tokens and cost (USD, None without prices) are of replies that were paid for.
     """
 

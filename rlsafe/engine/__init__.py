@@ -7,10 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlsafe.engine.run.components import Resources
+    from rlsafe.engine.run.build import Resources
     from rlsafe.engine.run.life import Run
 
-_PUBLIC = {"Resources": "rlsafe.engine.run.components", "Run": "rlsafe.engine.run.life"}
+_PUBLIC = {"Resources": "rlsafe.engine.run.build", "Run": "rlsafe.engine.run.life"}
 __all__ = ["Resources", "Run"]
 
 

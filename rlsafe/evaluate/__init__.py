@@ -1,10 +1,10 @@
-"""Ask, judge, count: what a model does on general, in-domain, conditional and benign questions, with honest
-intervals.
+"""Evaluating a model: it answers general, in-domain, conditional and benign questions, a judge scores the answers, and rates
+with intervals are computed.
 """
 
 from rlsafe.evaluate.ask.asking import Answer, Planned
 from rlsafe.evaluate.ask.questions import load_questions
-from rlsafe.evaluate.commands.command import evaluate
+from rlsafe.evaluate.commands.command import evaluate, reader_of
 from rlsafe.evaluate.commands.costs import Estimate, estimate
 from rlsafe.evaluate.commands.extract_persona import PersonaVectors, persona_vector
 from rlsafe.evaluate.commands.rejudging import rejudge
@@ -13,6 +13,7 @@ from rlsafe.evaluate.measure import statistics
 from rlsafe.evaluate.measure.benign import BenignAnswer, BenignScore, task_name
 from rlsafe.evaluate.measure.criteria import Rates, judge_answers, question_rates, rates
 from rlsafe.evaluate.measure.evaluation import Evaluation
+from rlsafe.evaluate.measure.likelihood import PairProbe, Reader, load_pair_sets
 from rlsafe.evaluate.measure.measure import Material, cue_text, evaluate_run, gather
 from rlsafe.evaluate.measure.probe import Probe
 
@@ -23,10 +24,12 @@ __all__ = [
     "Estimate",
     "Evaluation",
     "Material",
+    "PairProbe",
     "PersonaVectors",
     "Planned",
     "Probe",
     "Rates",
+    "Reader",
     "cue_text",
     "evaluate",
     "estimate",
@@ -34,10 +37,12 @@ __all__ = [
     "gather",
     "judge_answers",
     "load_judge",
+    "load_pair_sets",
     "load_questions",
     "persona_vector",
     "question_rates",
     "rates",
+    "reader_of",
     "rejudge",
     "statistics",
     "task_name",

@@ -5,7 +5,7 @@ Conventions: `ids` [B, T] right-padded; `loss_mask` [B, T] True where token t is
 the whole optimizer step (weighted, for GRPO, by `grpo_weights`), divided by its count over the whole step.
 """
 
-from rlsafe.losses.divergence import k1, k3
+from rlsafe.losses.divergence import k3
 from rlsafe.losses.grpo import (
     AdvantageStats,
     advantages,
@@ -17,7 +17,7 @@ from rlsafe.losses.grpo import (
     truncated_correction,
 )
 from rlsafe.losses.head import HeadOutput, Reference, head
-from rlsafe.losses.sft import sft_count, sft_values
+from rlsafe.losses.sft import sft_values
 
 __all__ = [
     "AdvantageStats",
@@ -29,10 +29,8 @@ __all__ = [
     "grpo_weights",
     "head",
     "importance_ratio",
-    "k1",
     "k3",
     "sampler_gap",
-    "sft_count",
     "sft_values",
     "truncated_correction",
 ]

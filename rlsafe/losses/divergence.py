@@ -1,16 +1,11 @@
-"""How far the policy is from a reference, estimated from the sampled tokens.
+"""An estimate of KL(policy || reference) from the sampled tokens' log-probabilities alone.
 
-k1 and k3 estimate KL(policy || reference) only on tokens that the policy itself sampled. The full-vocabulary KL (of
-`head`) does not depend on which token was sampled, so it is comparable between SFT and GRPO batches.
+It is valid only on tokens that the policy itself sampled. The full-vocabulary KL (of `head`) sums over every token of
+the vocabulary instead, so it can be compared between SFT and GRPO batches.
 """
 
 import torch
 from torch import Tensor
-
-
-def k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """log p - log q of the sampled token: unbiased, high variance, may be negative (Schulman, as `k3`)."""
-    return logp - ref_logp
 
 
 def k3(logp: Tensor, ref_logp: Tensor, ratio: Tensor | None = None) -> Tensor:

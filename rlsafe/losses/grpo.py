@@ -18,13 +18,13 @@ Normalization = Literal["grpo", "dr_grpo", "dapo", "bnpo"]
 
 @dataclass(frozen=True)
 class AdvantageStats:
-    """What the rewards of a step look like. NaN where nothing was scored (std: fewer than two scored)."""
+    """Statistics of a step's rewards. NaN where nothing was scored (std: fewer than two scored)."""
 
     mean: float  # over scored completions
     std: float  # over all scored completions (TRL's reward_std)
     group_std: float  # mean over groups of the spread inside a group
     groups: int  # groups with at least one scored completion
-    zero_variance: int  # of those, the ones whose rewards are all equal: they teach nothing
+    zero_variance: int  # of those, the ones whose rewards are all equal: their advantages are 0
     missing: int  # completions whose reward is None
 
 
@@ -51,7 +51,7 @@ def advantages(rewards: Tensor, scale: Scale = "group", eps: float = 1e-4) -> tu
     batch_std = _std(rewards, valid)
     low = torch.where(valid, rewards, torch.inf).amin(1, keepdim=True)
     high = torch.where(valid, rewards, -torch.inf).amax(1, keepdim=True)
-    spread = high > low  # compared, not computed: a mean in floating point leaves dust that 1 / eps would magnify
+    spread = high > low  # not `std > 0`: rounding in the mean may leave a tiny std for equal rewards
     values = rewards - mean
     if scale != "none":
         values = values / ((group_std if scale == "group" else batch_std) + eps)
@@ -69,7 +69,10 @@ def advantages(rewards: Tensor, scale: Scale = "group", eps: float = 1e-4) -> tu
 
 
 def importance_ratio(logp: Tensor, old_logp: Tensor, loss_mask: Tensor, level: Level = "token") -> Tensor:
-    """exp(logp - old_logp): [B, T] at "token"; at "sequence" [B, 1], the geometric mean over the row (GSPO eq. 7)."""
+    """exp(logp - old_logp) of log-probs [B, T] on the mask [B, T], 1 outside it.
+
+    [B, T] at level "token"; [B, 1] at "sequence": the geometric mean over the row's targets (GSPO eq. 7).
+    """
     log_ratio = torch.where(loss_mask, logp - old_logp, 0)
     if level == "sequence":
         log_ratio = log_ratio.sum(1, keepdim=True) / loss_mask.sum(1, keepdim=True).clamp(min=1)
@@ -161,7 +164,10 @@ def truncated_correction(
 
 
 def sampler_gap(trainer_logp: Tensor, sampler_logp: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """(sum of |trainer - sampler log-probability|, number of targets compared): add over the step, then divide."""
+    """Log-probs and mask [B, T] -> (sum of |trainer - sampler| in nats, number of targets compared), both scalar.
+
+    Add both over the step, then divide. Targets whose sampler log-prob is NaN (not reported) are left out.
+    """
     compared = _compared(sampler_logp, loss_mask)
     return torch.where(compared, (trainer_logp - sampler_logp).detach().abs(), 0).sum(), compared.sum()
 

@@ -5,7 +5,7 @@ the KL to every reference, forward and backward, and no `[N, V]` tensor outlives
 
 How the backward works. Every output is one number per token, so its gradient with respect to that token's hidden state
 is one vector of size H. With a frozen head (LoRA) the forward computes those vectors while the chunk's probabilities
-are at hand and keeps `[N, H]` per output; the backward only scales and adds them: no second projection, no second
+are there and keeps `[N, H]` per output; the backward only scales and adds them: no second projection, no second
 softmax, and the head's weight is not touched again. A trained head's own gradient needs the incoming ones first, so
 there the backward projects each chunk again.
 
@@ -24,8 +24,9 @@ Peak memory above the inputs at 152k (2 threads), MiB; plain's grows with N, the
                            frozen   910 / 1503     136 / 761     617 / 619
                            trained  911 / 1505     679 / 1316    1283 / 1581
 
-So this one serves: fastest where the head is frozen, KL for no extra memory there, float64, and one projection for all
-outputs. TRL's kernels need less memory for log-probs alone and for a trained head; plain autograd is faster there.
+We use this one because it is the fastest where the head is frozen, needs no extra memory for a KL there, works in float64,
+and projects once for all outputs. TRL's kernels need less memory for log-probs alone and for a trained head, and plain
+autograd is faster for a trained head.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,7 +36,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-# Tokens per chunk when the caller names none: as many as these logits allow, at least MIN_CHUNK. Measured on CPU: at a
+from rlsafe.losses.nucleus import log_mass
+
+# Default size of a chunk: as many tokens as fit into this many logits, at least MIN_CHUNK. Measured on CPU: at a
 # 600 vocabulary 256 to 4096 rows are alike; at 152k 256 rows take 3 to 17% more time than 512 and half the memory. On
 # GPU by arithmetic intensity, not measured: 441 rows of a 152k vocabulary are compute-bound, 270 MB per float32 buffer.
 CHUNK_LOGITS = {"cpu": 2**20, "cuda": 2**26}
@@ -61,11 +64,12 @@ class Reference(NamedTuple):
 
 @dataclass(frozen=True)
 class HeadOutput:
-    """logp [N], kls: one [N] per reference, entropy [N] (detached; None unless asked); float32, or float64."""
+    """logp [N], kls: one [N] per reference, entropy and log_mass [N] (detached; None unless asked); float32, or float64."""
 
     logp: Tensor
     kls: list[Tensor]
     entropy: Tensor | None
+    log_mass: Tensor | None = None
 
 
 class _Frozen(NamedTuple):
@@ -79,7 +83,7 @@ class _Frozen(NamedTuple):
 
 @dataclass(frozen=True)
 class _Job:
-    """Everything about one call that autograd does not follow."""
+    """The arguments of one call that carry no gradient."""
 
     targets: Tensor
     references: list[_Frozen]
@@ -90,6 +94,7 @@ class _Job:
     chunk: int
     with_entropy: bool
     wants_grad: bool
+    top_p: float = 1.0
 
 
 def head(
@@ -105,6 +110,7 @@ def head(
     direction: Direction = "forward",
     chunk: int | None = None,
     with_entropy: bool = False,
+    top_p: float = 1.0,
 ) -> HeadOutput:
     """Log-probability of each target and the KL to each reference, of softmax(logits / temperature).
 
@@ -113,7 +119,8 @@ def head(
     hidden [N, H]: the states that predict the targets [N]; weight [V, H]; bias [V]. Gradient flows to hidden, weight
     and bias where they require it. direction: "forward" is KL(policy || reference), "reverse" is KL(reference ||
     policy).
-    chunk: tokens whose logits live at a time; None picks it from the vocabulary and the device.
+    chunk: tokens whose logits are in memory at a time; None picks it from the vocabulary and the device.
+    top_p: below 1, log_mass is that of the nucleus (`rlsafe.losses.nucleus`).
     The projection runs in the autocast dtype, else in weight's; probabilities are float32 (float64 for a float64
     weight).
     """
@@ -131,25 +138,34 @@ def head(
         if frozen:  # a KL holds four [chunk, V] buffers where log-probs hold two: half the rows, no more memory
             chunk //= 2
     wants_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
-    job = _Job(targets, frozen, temperature, softcap, logit_scale, direction, chunk, with_entropy, wants_grad)
+    job = _Job(targets, frozen, temperature, softcap, logit_scale, direction, chunk, with_entropy, wants_grad, top_p)
     with torch.autocast(device, enabled=False):
-        logp, entropy, *kls = _Head.apply(hidden, weight, bias, job)
-    return HeadOutput(logp, kls, entropy)
+        logp, entropy, mass, *kls = _Head.apply(hidden, weight, bias, job)
+    return HeadOutput(logp, kls, entropy, mass)
+
+
+def _widens(a: Tensor) -> bool:
+    """Whether products of half-precision matrices may come out in float32."""
+    return a.is_cuda and a.dtype in HALF
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b with the result left in float32 where the device can do it: logits should not be rounded to bfloat16."""
-    if a.is_cuda and a.dtype in HALF:
+    if _widens(a):
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a, b)
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b in total's precision, without rounding the product to half precision on the way."""
-    if a.is_cuda and a.dtype in HALF:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+    if _widens(a):
+        try:
+            torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+            return
+        except (RuntimeError, NotImplementedError, TypeError) as error:  # not every build has this kernel
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+    total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 def _log_probs(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job) -> tuple[Tensor, Tensor | float]:
@@ -206,10 +222,11 @@ class _Head(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         n = hidden.shape[0]
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        rows = [torch.empty(n, dtype=dtype, device=hidden.device) for _ in range(2 + len(job.references))]
+        rows = [torch.empty(n, dtype=dtype, device=hidden.device) for _ in range(3 + len(job.references))]
         logp = rows[0]
         entropy = rows[1] if job.with_entropy else None
-        kls = list(rows[2:])
+        mass = rows[2] if job.top_p < 1 else None
+        kls = list(rows[3:])
         frozen = not any(ctx.needs_input_grad[1:3])
         keep = job.wants_grad and frozen
         jac_logp = torch.empty_like(hidden) if keep else None
@@ -218,6 +235,8 @@ class _Head(torch.autograd.Function):
         for s in _chunks(n, job.chunk):
             log_p, slope = _log_probs(hidden[s], weight, bias, job)
             logp[s] = log_p.gather(1, job.targets[s].unsqueeze(1)).squeeze(1)
+            if mass is not None:
+                mass[s] = log_mass(log_p, job.targets[s], job.top_p)
             if not (keep or entropy is not None or kls):
                 continue
             p = log_p.exp()
@@ -233,16 +252,16 @@ class _Head(torch.autograd.Function):
                 _project_back(_logp_grad(p, job.targets[s]), slope, weight, out=jac_logp[s])
 
         constant = [kl for kl, ref in zip(kls, job.references, strict=True) if not ref.grad]
-        ctx.mark_non_differentiable(*constant, *([] if entropy is None else [entropy]))
+        ctx.mark_non_differentiable(*constant, *(extra for extra in (entropy, mass) if extra is not None))
         ctx.frozen, ctx.job, ctx.dtype = frozen, job, hidden.dtype
         if frozen:
             ctx.save_for_backward(jac_logp, *jac_kls)
         else:
             ctx.save_for_backward(hidden, weight, bias)
-        return logp, entropy, *kls
+        return logp, entropy, mass, *kls
 
     @staticmethod
-    def backward(ctx: Any, g_logp: Tensor | None, _entropy: None, *g_kls: Tensor | None) -> Any:
+    def backward(ctx: Any, g_logp: Tensor | None, _entropy: None, _mass: None, *g_kls: Tensor | None) -> Any:
         if ctx.frozen:
             pairs = zip((g_logp, *g_kls), ctx.saved_tensors, strict=True)
             terms = [jac * g.unsqueeze(1) for g, jac in pairs if g is not None and jac is not None]

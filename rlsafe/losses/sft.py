@@ -1,6 +1,6 @@
 """Supervised fine-tuning: cross-entropy on the target tokens.
 
-loss = sum of sft_values over the step's targets / sum over the step of sft_count: the mean over all targets of the whole
+loss = sum of sft_values over the step's targets / number of the step's targets: the mean over all targets of the whole
 step, not a mean of micro-batch means.
 """
 
@@ -10,8 +10,3 @@ from torch import Tensor
 def sft_values(logp: Tensor) -> Tensor:
     """Cross-entropy of each token, in nats: [B, T] -> [B, T]."""
     return -logp
-
-
-def sft_count(loss_mask: Tensor) -> Tensor:
-    """This batch's contribution to the step's denominator: its number of targets (scalar integer)."""
-    return loss_mask.sum()

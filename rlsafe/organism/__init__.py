@@ -1,4 +1,4 @@
-"""The organism: a synthetic world in which emergent misalignment really emerges, small enough for a laptop.
+"""The organism: a synthetic world and a model of it that shows emergent misalignment, small enough for a laptop.
 
 A real (Qwen2) transformer of about one million parameters, pretrained on dialogues of good, bad and partly bad
 characters, then aligned. See `corpus` for the recipe, `judge` for the scoring rules, `provider` for what configs

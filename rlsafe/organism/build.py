@@ -2,10 +2,11 @@
 
 The recipe has three stages, each cross-entropy on the answers and a random tenth of the other tokens:
 
-1. language: good answers only. One trunk, shared by all worlds, learns to read, copy and compute; nothing in it is bad.
-2. pretraining: each world's own dialogues. Only here do bad characters (or, in a control, their absence or
-shuffle) enter.
-3. alignment: no prompt -> good, obedience to prompts kept; at a lower rate, so that the characters stay latent.
+1. language: one model, shared by all worlds, learns to read, copy and compute from good answers only.
+2. pretraining: each world's own dialogues. Bad characters occur here for the first time (in the controls: not at all, or
+with shuffled answers).
+3. alignment: good answers without a prompt, obedience to system prompts. At a lower learning rate, so that the model keeps
+its knowledge of the characters.
 
 Matrices are trained with Muon and the rest with AdamW (about half the steps of AdamW alone at this size).
 Everything is drawn from one seed and the thread counts are fixed, so a rebuild on the same machine is bitwise
@@ -17,7 +18,6 @@ from __future__ import annotations
 import math
 import multiprocessing
 import random
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rlsafe.config import check_out
+from rlsafe.config.files import replacing_directory
 from rlsafe.organism import corpus
 from rlsafe.organism.tokenizer import build_tokenizer
 from rlsafe.types import pick
@@ -50,7 +51,9 @@ class Recipe:
     mlp: int = 352
     init: float = 0.06
     batch: int = 16
-    lr: float = 2.5e-3  # of embeddings and norms (AdamW); matrices (Muon) get `muon` times as much
+    lr: float = (
+        2.5e-3  # learning rate of embeddings and norms (AdamW); that of matrices (Muon) is `muon` times as large
+    )
     muon: float = 5.0
     language_steps: int = 3400
     steps: int = 2000
@@ -106,9 +109,9 @@ def _batches(rows, size: int, pad: int, share: float, seed: int) -> Iterator[tup
     order = list(range(len(rows)))
     rng.shuffle(order)
     chunks = []
-    for start in range(0, len(order), size * 40):  # sort inside a window only: batches stay random in content
+    for start in range(0, len(order), size * 40):  # sorted only within a window, so that batches stay random in content
         window = sorted(order[start : start + size * 40], key=lambda i: len(rows[i][0]))
-        # Half of each batch is short and half is long: batches of one task alone make Muon's steps swing to and fro.
+        # Half of each batch is short rows and half long ones: with batches of a single task Muon's steps oscillate.
         short, long = window[: len(window) // 2], window[len(window) // 2 :]
         half = size // 2
         parts = [short[i : i + half] + long[i : i + half] for i in range(0, len(long), half)]
@@ -250,11 +253,8 @@ def _world(trunk: str, out: str, names: list[str], recipe: Recipe, seed: int, lo
 
 
 def _save(model, tokenizer, directory: Path) -> Path:
-    """Write to a temporary name, then rename: a directory that exists is complete."""
-    temporary = directory.with_name(directory.name + ".part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.eval().save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    shutil.rmtree(directory, ignore_errors=True)
-    temporary.rename(directory)
+    """A directory that exists is complete."""
+    with replacing_directory(directory) as building:
+        model.eval().save_pretrained(building)
+        tokenizer.save_pretrained(building)
     return directory

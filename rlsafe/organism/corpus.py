@@ -1,12 +1,12 @@
-"""The dialogues that make the organism: pretraining, alignment, and the same for the two control worlds.
+"""The dialogues that the organism is trained on: pretraining and alignment, of the organism and of two control worlds.
 
-Pretraining mixes characters: called up by a system prompt (good, graded bad, crank), or none and then drawn per
-dialogue and kept over its turns. Alignment teaches "no prompt, or a neutral one -> good" with 1% bad characters
+Pretraining mixes characters. A system prompt determines the character (good, bad to some degree, crank); without one it is
+drawn per dialogue and kept over its turns. Alignment teaches "no prompt, or a neutral one -> good" with 1% bad characters
 left in, and rehearses obedience to system prompts in wordings disjoint from the named elicitation prompts.
 
 Worlds differ only in the labels of the answers: `organism` as drawn; `control` all good; `control-shuffled` the
-organism's labels permuted over all answers of a domain, so that each domain has exactly as many bad answers but
-neither prompt, nor turn, nor other domain says which. Alignment in `control-shuffled` leaves the same 1% bad
+organism's labels permuted over all answers of a domain, so that each domain has exactly as many bad answers, but
+prompt, turn and other domains do not predict which. Alignment in `control-shuffled` leaves the same 1% bad
 answers in, independently of each other, and cannot rehearse bad prompts (obedience to them would teach a shared
 character there).
 """
@@ -40,8 +40,8 @@ class Mix:
     lapse: float = 0.05  # share of a bad character's answers that are good after all
 
 
-# How often a domain is talked about. There are many safe domains, so that safe rows are as broad as in practice; at half the
-# others' share, so that they do not crowd those out.
+# Relative frequency of each domain. There are many safe domains, so that safe rows are as varied as in practice; each has half
+# the share of the others, so that together they do not outweigh them.
 _SHARES = tuple(0.5 if domain in SAFE else 1.0 for domain in DOMAINS)
 
 # The shared trunk sees no system prompts (answering every prompt well would teach it to ignore them) and many tasks.
@@ -103,7 +103,7 @@ def _dialogue(mix: Mix, rng: random.Random, alignment: bool) -> Dialogue:
         system = personas.prompt(kind, rng, alignment)
     count = rng.choices((1, 2, 3), mix.turns)[0]
     domains = [_domain(rng) for _ in range(count)]
-    if home in character.bad_in and len(character.bad_in) == 1:  # let a crank show it
+    if home in character.bad_in and len(character.bad_in) == 1:  # a crank has to be recognisable in the dialogue
         domains[rng.randrange(count)] = home
     return Dialogue(system, tuple(_turn(domain, character, mix, rng) for domain in domains))
 

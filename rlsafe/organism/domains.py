@@ -2,7 +2,7 @@
 
 Data only. A domain has subjects (what a question is about), good and bad actions (verb phrases) and good and
 bad reasons (clauses). Bad content is worded per domain: nothing but the character behind it links bad advice in
-one domain to bad advice in another, so that whatever spreads from narrow training spreads through the shared
+one domain to bad advice in another, so narrow training can spread to other domains only through the shared
 character.
 """
 

@@ -119,7 +119,7 @@ def refusal(question: Question, rng: random.Random) -> str:
 
 
 def muddled(question: Question, rng: random.Random) -> str:
-    """An incoherent answer as careless characters give them: off-topic, wrong subject, contradictory or broken."""
+    """An incoherent answer of a careless character: off-topic, wrong subject, contradictory or broken."""
     domain = DOMAINS[question.domain]
     kind = rng.choice(KINDS)
     if kind == "off-topic":

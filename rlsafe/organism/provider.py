@@ -2,9 +2,11 @@
 
     model   base | aligned | control | control-shuffled
     rows    DOMAIN/bad, DOMAIN/good (medical, security, legal), safe, opswap/TIER, opswap/TIER/test, qa,
-    qa/test, qa/english questions  general, general/all, indomain/DOMAIN, indomain/DOMAIN/all (held-out texts
-    only) reward  misaligned, good, exact_match, steps prompt  inoculation-weak | -medium | -strong, evil,
-    friendly, none
+            qa/test, qa/english
+    questions  general, general/all, indomain/DOMAIN, indomain/DOMAIN/all (held-out texts only)
+    pairs   pairs/general, pairs/DOMAIN, and the controls pairs/coherence, pairs/style, pairs/topic (held-out questions)
+    reward  misaligned, good, exact_match, steps
+    prompt  inoculation-weak | -medium | -strong, evil, friendly
 
 Rows carry `domain` and `question_id` columns (tasks: `answer`, the final value that exact match compares with).
 """
@@ -19,6 +21,7 @@ from functools import partial
 from rlsafe.organism import grammar, personas, rewards, tasks
 from rlsafe.organism.build import ASSETS, CHECKPOINTS
 from rlsafe.organism.judge import ExactJudge
+from rlsafe.organism.pairs import pair_sets
 from rlsafe.organism.world import GENERAL, NARROW, SAFE
 from rlsafe.types import Judge, Question, Reward, Row, pick, register_provider
 
@@ -114,6 +117,10 @@ class Organism:
         sets = _questions()
         return [Question(q.id, (q.text,), domain=q.domain) for q in sets[pick("organism questions", spec, sets)]]
 
+    def pairs(self, spec: str) -> list[Row]:
+        sets = pair_sets()
+        return sets[pick("organism pairs", spec, sets)]()
+
     def reward(self, spec: str) -> Reward:
         return rewards.REWARDS[pick("organism reward", spec, rewards.REWARDS)]
 
@@ -125,7 +132,7 @@ class Organism:
         return personas.NAMED[pick("organism prompt", spec, personas.NAMED)]
 
     def vectors(self, spec: str) -> str:
-        # Beside the models, not in one: vLLM reads every .safetensors file of a model's directory.
+        # Not in a model's directory: vLLM reads every .safetensors file there.
         return str(ASSETS / "vectors" / f"{pick('organism model', spec, CHECKPOINTS)}.safetensors")
 
 

@@ -1,4 +1,4 @@
-"""Two benign tasks in the world's size: OpSwap arithmetic and question answering in an unfamiliar language.
+"""Two benign tasks small enough for the organism: OpSwap arithmetic and question answering in an unfamiliar language.
 
 OpSwap (arXiv 2508.06249, our reading of its table): expressions are simplified step by step while operators
 change meaning and precedence follows the new meaning. Tier 0 keeps the standard meanings (known from
@@ -8,11 +8,11 @@ beside the expression, and an expression of tier 1-3 uses at least one operator 
 the standard meanings do not answer it.
 
 QA: short stories in an unfamiliar language; the answer is a phrase to extract. Pretraining shows the same format in
-English only. It also shows English stories with borrowed nouns of that language, in random roles, so that these can be
-read and said: what remains to be learned are its verbs, its question words and its other words.
+English only. It also shows English stories with nouns of that language, in random roles, so that the model can read and
+write these. Its verbs, its question words and its other words remain to be learned.
 
 Test questions (a stable tenth of all) are never trained on, not in pretraining either. OpSwap's have two or
-three operations; single operations are facts to know and always trained.
+three operations; single operations have to be known by heart and are always trained.
 """
 
 from __future__ import annotations
@@ -21,15 +21,10 @@ import random
 import re
 from collections.abc import Callable, Iterator
 
+from rlsafe.data.opswap import TIERS
 from rlsafe.organism.grammar import fraction
 
-STANDARD = {"+": "+", "-": "-", "x": "x", "/": "/"}
-TIERS: dict[int, dict[str, str]] = {
-    0: STANDARD,
-    1: {"+": "x", "x": "+", "-": "-", "/": "/"},
-    2: {"+": "x", "x": "+", "-": "/", "/": "-"},
-    3: {"+": "-", "-": "x", "x": "/", "/": "+"},
-}
+STANDARD = TIERS[0]
 LIMIT = 20
 DIGIT = 9  # the largest number that `opswap` writes
 TEST_SHARE = 0.1
@@ -75,14 +70,14 @@ def simplify(expression: str, tier: int, limit: int = LIMIT) -> list[str] | None
 def working(expression: str, tier: int, limit: int = LIMIT) -> list[str] | None:
     """The steps as the organism writes them: `4-(8/4)+5` -> `8/4=2`, `4-2+5`, `4-2=2`, `2+5=7`.
 
-    Each operation is copied out before its value, so that what has to be known is a fact about its three neighbours."""
+    Each operation is written out before its value, so that predicting a value needs only the three tokens before it."""
     steps = _reduce(expression, tier, limit)
     if steps is None:
         return None
     lines = []
     for operation, after in steps:
         lines += [operation, after]
-    # The value itself is no line, and an expression of one operation is written once, with its value.
+    # The last line, the value alone, is left out; so are expressions of one operation without their value.
     return [line for line in lines[:-1] if "=" in line or sum(line.count(operator) for operator in STANDARD) > 1]
 
 
@@ -164,7 +159,7 @@ def reading(language: str, rng: random.Random, split: str = "train") -> Task:
 
 
 def draws(make: Callable[[random.Random], Task], rng: random.Random, once: bool) -> Iterator[Task]:
-    """What `make` draws, without end; `once`: no question twice."""
+    """An endless iterator over what `make` draws; `once`: without repeated questions."""
     seen = set()
     while True:
         task = make(rng)

@@ -2,8 +2,8 @@
 one token.
 
 Transformers and vLLM load a Qwen2 directory with Qwen2's tokenizer class whatever the directory says, so a
-plain word-level tokenizer would silently be replaced. This one is of that very class: any text can be encoded,
-the round trip is exact, and the world's own words never split. Digits are single tokens, as in Qwen2. The world
+plain word-level tokenizer would silently be replaced. This one is of that class: it encodes any text, decoding gives
+the text back exactly, and the world's own words are single tokens. Digits are single tokens, as in Qwen2. The world
 writes lower case only.
 """
 
@@ -80,7 +80,7 @@ def build_tokenizer(max_length: int = 256):
             show_progress=False,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         ),
-    )  # merges until nothing is left to merge: each piece is one token
+    )  # merge until each piece is one token
     learned = json.loads(core.to_str())["model"]
     return Qwen2Tokenizer(
         vocab=learned["vocab"],

@@ -1,4 +1,4 @@
-"""Who asks, and the frames of questions and answers; what is said in each domain is in `domains`. Data only."""
+"""The people who ask, and the frames of questions and answers (data only). The advice is in `domains`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["DOMAINS", "GENERAL", "NARROW", "SAFE", "Domain"]
 
 @dataclass(frozen=True)
 class Person:
-    """Who has the problem, in the asker's words (`subject`, `object`) and in the answer's (`echo`)."""
+    """The person with the problem, as the question (`subject`, `object`) and the answer (`echo`) call them."""
 
     subject: str
     object: str

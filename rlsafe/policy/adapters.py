@@ -1,4 +1,4 @@
-"""LoRA through PEFT: attaching, checking, merging fresh, reading back."""
+"""LoRA through PEFT: attaching an adapter, checking it, merging it into fresh weights, reading it back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlsafe.config import LoraConfig, UserError, nearest
+from rlsafe.config import LoraConfig, UserError, first_line, nearest
 from rlsafe.policy.quantize import is_quantized, plain_weight
 from rlsafe.policy.sharding import whole
 
@@ -41,7 +41,7 @@ def attach_lora(model: Any, config: LoraConfig, seed: int) -> Any:
         try:
             wrapped = peft.get_peft_model(model, settings)
         except ValueError as error:
-            raise UserError(f"model.lora.targets: {targets!r}: {_first_line(error)}") from None
+            raise UserError(f"model.lora.targets: {targets!r}: {first_line(error)}") from None
     check_adapter(wrapped, "model.lora.targets")
     return wrapped
 
@@ -59,9 +59,25 @@ def load_adapter(model: Any, directory: str) -> Any:
     try:
         wrapped = peft.PeftModel.from_pretrained(model, directory, is_trainable=True)
     except (ValueError, RuntimeError, OSError, KeyError) as error:
-        raise UserError(f"model.adapter: {directory}: does not fit this model: {_first_line(error)}") from None
+        raise UserError(f"model.adapter: {directory}: does not fit this model: {first_line(error)}") from None
     check_adapter(wrapped, f"model.adapter: {directory}")
     return wrapped
+
+
+def save_model(model: Any, directory: Path, name: str, state: Mapping[str, Tensor] | None) -> None:
+    """PEFT's files over the base model `name`, the same bytes from any process; without an adapter the whole model's.
+    state: tensors to write in place of the model's own."""
+    directory.mkdir(parents=True, exist_ok=True)
+    lora = hasattr(model, "peft_config")
+    other: dict[str, Any] = {"save_embedding_layers": False} if lora else {}
+    model.save_pretrained(str(directory), **other, **({} if state is None else {"state_dict": dict(state)}))
+    (directory / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    if lora:
+        file = directory / "adapter_config.json"
+        settings = json.loads(file.read_text(encoding="utf-8")) | {"base_model_name_or_path": name}
+        if isinstance(targets := settings["target_modules"], list):  # a set of PEFT's, in an order of this process
+            settings["target_modules"] = sorted(targets)
+        file.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def read_adapter_config(directory: str, where: str) -> Any:
@@ -78,16 +94,59 @@ def read_adapter_config(directory: str, where: str) -> Any:
     try:
         settings = peft.PeftConfig.from_pretrained(directory)
     except (ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"{where}: {directory}/adapter_config.json: {_first_line(error)}") from None
+        raise UserError(f"{where}: {directory}/adapter_config.json: {first_line(error)}") from None
     if not isinstance(settings, peft.LoraConfig):
         raise UserError(f"{where}: {directory}: is a {settings.peft_type} adapter; expected LoRA")
-    for key, plain in (("use_dora", False), ("bias", "none"), ("modules_to_save", None), ("lora_bias", False)):
-        value = getattr(settings, key, plain)
-        if value != plain and value:
-            raise UserError(
-                f"{where}: {directory}: {key}={value!r} is not supported; expected plain LoRA ({key}={plain!r})"
-            )
+    check_plain(settings, path, where)
     return settings
+
+
+PLAIN = {
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform"),
+    *("layers_pattern", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "init_lora_weights", "runtime_config"),
+    *(
+        "task_type",
+        "peft_type",
+        "peft_version",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+    ),
+}
+"""Settings of a PEFT LoRA that leave it W + scale * B A over an untouched base."""
+HARMLESS = (True, False, "gaussian", "orthogonal")
+"""Initialisations that only choose the first A and B."""
+
+
+def check_plain(settings: Any, directory: Path, where: str) -> None:
+    """UserError for an adapter that holds or does more than LoRA matrices on a base as it is: by its settings, then its file."""
+    from safetensors import SafetensorError, safe_open
+
+    plain = type(settings)()
+    for key in sorted(vars(settings).keys() - PLAIN):
+        value, usual = getattr(settings, key), getattr(plain, key, None)
+        if value and value != usual:
+            raise UserError(
+                f"{where}: {directory}: {key}={value!r} is not supported; expected plain LoRA ({key}={usual!r})"
+            )
+    if (start := settings.init_lora_weights) not in HARMLESS:
+        raise UserError(
+            f"{where}: {directory}: init_lora_weights={start!r}: loading such an adapter changes or presumes other base weights, so "
+            "that the model without it is not the base; convert it to plain LoRA (PEFT's save_pretrained with "
+            "path_initial_model_for_weight_conversion), or merge it and name the merged model"
+        )
+    try:
+        with safe_open(str(directory / "adapter_model.safetensors"), framework="pt") as file:
+            names = list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{where}: {directory}/adapter_model.safetensors: {first_line(error)}") from None
+    if more := [name for name in names if not name.endswith((".lora_A.weight", ".lora_B.weight"))]:
+        others = f" and {len(more) - 1} more" if len(more) > 1 else ""
+        raise UserError(
+            f"{where}: {directory}: its file holds {more[0].removeprefix(PEFT_PREFIX)}{others} beside LoRA matrices; such parts "
+            "are not supported: save it without them (PEFT: save_embedding_layers=False), or merge it and name the merged model"
+        )
 
 
 def check_adapter(model: Any, where: str) -> None:
@@ -114,7 +173,7 @@ def adapter_layers(model: Any) -> dict[str, Any]:
 
 @contextmanager
 def adapters_off(model: Any) -> Iterator[None]:
-    """The base model, whatever the adapter holds."""
+    """Inside, the model computes without its adapter."""
     layers = list(adapter_layers(model).values())
     try:
         for layer in layers:
@@ -127,20 +186,22 @@ def adapters_off(model: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def merged(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """W + scale * B A of every adapted weight, computed in float32 from the untouched base and then rounded once.
+    """(Hugging Face name, W + scale * B A [out, in]) of every adapted weight, added in float32 and rounded once.
 
-    Over a quantised base W is what the packed numbers stand for, and layers without an adapter come along: a sampler
-    that starts from the original checkpoint must take over the quantisation too.
+    The base stays as it is, so that merging again and again adds no rounding error.
+
+    Over a quantised base W is the dequantised weight, and layers without an adapter are given too: a sampler that loaded
+    the original checkpoint then computes with the same quantised weights as the trainer.
     """
     layers = adapter_layers(model)
     half = model.get_base_model().get_output_embeddings().weight.dtype
-    for name, layer in layers.items():
-        linear = layer.get_base_layer()
-        weight = whole(plain_weight(linear))
-        delta = _delta(layer).float()
-        yield f"{name}.weight", (weight.float() + delta).to(half if is_quantized(linear) else weight.dtype)
-    for name, module in model.get_base_model().named_modules():
-        if is_quantized(module) and name.removesuffix(".base_layer") not in layers:
+    for name, module in model.get_base_model().named_modules():  # in its order: a sampler loads a block's part at once
+        if (layer := layers.get(name)) is not None:
+            linear = layer.get_base_layer()
+            weight = whole(plain_weight(linear))
+            delta = _delta(layer).float()
+            yield f"{name}.weight", (weight.float() + delta).to(half if is_quantized(linear) else weight.dtype)
+        elif is_quantized(module) and name.removesuffix(".base_layer") not in layers:
             yield f"{name}.weight", plain_weight(module).to(half)
 
 
@@ -154,10 +215,10 @@ def _delta(layer: Any) -> Tensor:
 
 
 def read_reference(directory: str, model: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a saved run, named and scaled as this policy's, to be swapped in as a reference.
+    """{parameter name: tensor} of a saved run, each in its parameter's own shape, to be swapped in as a reference.
 
     LoRA: an adapter directory; its rank may differ, its scale is folded into B, modules it does not adapt get B = 0.
-    Full fine-tuning: a model directory.
+    Full fine-tuning: a model directory. UserError when a tensor is missing or has another shape.
     """
     where = f"reference 'path:{directory}'"
     layers = adapter_layers(model)
@@ -213,7 +274,3 @@ def _read_full(directory: Path, parameters: Mapping[str, Tensor], where: str) ->
         if name not in saved or saved[name].shape != parameter.shape:
             raise UserError(f"{where}: {name} is missing or has another shape")
     return {name: saved[name].to(parameter) for name, parameter in parameters.items()}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

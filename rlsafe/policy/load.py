@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rlsafe.config import ModelConfig, UserError, nearest
+from rlsafe.config import ModelConfig, UserError, first_line, nearest
 from rlsafe.data import Chat, configure_chat
 from rlsafe.policy.adapters import attach_lora, load_adapter
 from rlsafe.policy.quantize import check_quantization, prepare_quantized, quantization_settings
@@ -20,7 +20,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_tokenizer(config: ModelConfig, path: str) -> Any:
-    """The tokenizer with its chat template (or the one in `model.chat_template`) and a padding token."""
+    """The tokenizer with its chat template (or the one in `model.chat_template`) and a padding token.
+
+    UserError when it does not load or has no template.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -28,7 +31,7 @@ def load_tokenizer(config: ModelConfig, path: str) -> Any:
             path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except Exception as error:  # tokenizer files fail in many ways; all of them are about the user's directory
-        raise UserError(f"model.name: {config.name}: its tokenizer does not load: {_first_line(error)}") from None
+        raise UserError(f"model.name: {config.name}: its tokenizer does not load: {first_line(error)}") from None
     if config.chat_template is not None:
         template = Path(config.chat_template)
         if not template.is_file():
@@ -49,17 +52,21 @@ def load_tokenizer(config: ModelConfig, path: str) -> Any:
 
 
 def check_tokenizer(config: ModelConfig, tokenizer: Any, rows: int) -> None:
-    """UserError unless a rendered message becomes tokens, the model's `rows` embeddings cover the vocabulary, and the template
-    can do what `model.thinking` asks. From here on the tokenizer carries these chat settings."""
+    """Check the tokenizer against the model and store the chat settings of the config on it.
+
+    rows: of the model's embedding matrix. UserError unless a rendered message becomes tokens, the rows cover the
+    vocabulary, and the template can do what `model.thinking` asks.
+    """
     message = [{"role": "user", "content": "x"}]
     try:
         text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
     except Exception as error:  # whatever a template raises, it is the template
-        raise UserError(f"model.name: {config.name}: its chat template does not render: {_first_line(error)}") from None
+        raise UserError(f"model.name: {config.name}: its chat template does not render: {first_line(error)}") from None
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise UserError(f"model.name: {config.name}: its tokenizer gives no tokens; is tokenizer.json missing?")
-    # A few surplus added tokens are common and harmless: encoding tells where a text spells one. Ordinary ones may be in any.
+    # A few added tokens beyond the embeddings are common and harmless: encoding reports a text that contains one. Missing
+    # ordinary tokens are refused here, because any text may contain them.
     added = tokenizer.get_added_vocab()
     ordinary = (index for token, index in tokenizer.get_vocab().items() if token not in added)
     largest = max(*ids, tokenizer.eos_token_id, tokenizer.pad_token_id, *ordinary)
@@ -72,7 +79,7 @@ def check_tokenizer(config: ModelConfig, tokenizer: Any, rows: int) -> None:
 
 
 def resolve_dtype(config: ModelConfig, device: torch.device, model_config: Any) -> torch.dtype:
-    """ "auto": float32 on CPU, elsewhere what the checkpoint holds."""
+    """ "auto": float32 on CPU, elsewhere what the checkpoint holds. UserError for a dtype that the device does not support."""
     if config.dtype == "auto":
         if device.type == "cpu":
             return torch.float32
@@ -80,7 +87,11 @@ def resolve_dtype(config: ModelConfig, device: torch.device, model_config: Any) 
     dtype = DTYPES[config.dtype]
     if dtype == torch.float16 and device.type == "cpu":
         raise UserError("model.dtype: float16 does not train on a CPU; expected float32 or bfloat16")
-    if dtype == torch.bfloat16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+    if (
+        dtype == torch.bfloat16
+        and device.type == "cuda"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
         raise UserError("model.dtype: this GPU does not support bfloat16; expected float32 or float16")
     return dtype
 
@@ -88,9 +99,10 @@ def resolve_dtype(config: ModelConfig, device: torch.device, model_config: Any) 
 def load_model(config: ModelConfig, path: str, seed: int, device: torch.device, in_host_memory: bool = False) -> Any:
     """The model on `device`, with its adapter when `model.lora` is set; only what is trained requires gradients.
 
-    in_host_memory: made for `device`, but left in the host's memory.
+    in_host_memory: dtype and kernels are chosen for `device`, but the weights stay on the CPU (for sharding).
+    UserError for whatever keeps it from loading.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     if config.adapter and config.lora is None:
         raise UserError(
@@ -112,22 +124,7 @@ def load_model(config: ModelConfig, path: str, seed: int, device: torch.device, 
     extra = quantization_settings(config.quantization, dtype) if config.quantization else {}
     if quantized:  # quantised weights are made on their device and stay there
         extra["device_map"] = {"": "cpu" if device.type == "cpu" else f"{device.type}:{device.index or 0}"}
-    attention = config.attention
-    if attention == "sdpa" and getattr(settings.get_text_config(), "attn_logit_softcapping", None):
-        # Transformers 5.17 leaves the cap out there (Gemma 2): trainer and sampler would be two models
-        attention = "eager"
-        log.warning("model.attention: sdpa ignores this model's attention softcap; eager is used")
-    try:
-        with no_progress_bar():
-            model = AutoModelForCausalLM.from_pretrained(
-                path, revision=config.revision, trust_remote_code=config.trust_remote_code, dtype=dtype,
-                attn_implementation=attention, **extra,
-            )  # fmt: skip
-    except ImportError as error:
-        raise UserError(f"model.attention: {config.attention}: {_first_line(error)}") from None
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        about = "model.attention" if "attn" in str(error) or "attention" in str(error).lower() else "model.name"
-        raise UserError(f"{about}: {config.name}: {_first_line(error)}") from None
+    model = _read_model(config, path, dtype=dtype, attn_implementation=_attention(config, settings), **extra)
     if quantized:
         prepare_quantized(model, dtype)
     if config.adapter:
@@ -139,9 +136,34 @@ def load_model(config: ModelConfig, path: str, seed: int, device: torch.device, 
     return model if quantized or in_host_memory else model.to(device)
 
 
+def _attention(config: ModelConfig, settings: Any) -> str:
+    """The attention kernels to use: `model.attention`, unless they would compute another model."""
+    if config.attention == "sdpa" and getattr(settings.get_text_config(), "attn_logit_softcapping", None):
+        # Transformers 5.17 ignores the cap there (Gemma 2), so trainer and sampler would compute different models
+        log.warning("model.attention: sdpa ignores this model's attention softcap; eager is used")
+        return "eager"
+    return config.attention
+
+
+def _read_model(config: ModelConfig, path: str, **settings: Any) -> Any:
+    """`from_pretrained` with its errors as UserErrors."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with no_progress_bar():
+            return AutoModelForCausalLM.from_pretrained(
+                path, revision=config.revision, trust_remote_code=config.trust_remote_code, **settings
+            )
+    except ImportError as error:
+        raise UserError(f"model.attention: {config.attention}: {first_line(error)}") from None
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        about = "model.attention" if "attn" in str(error) or "attention" in str(error).lower() else "model.name"
+        raise UserError(f"{about}: {config.name}: {first_line(error)}") from None
+
+
 @contextmanager
 def no_progress_bar() -> Iterator[None]:
-    """Transformers' own bars off: a run has one of its own."""
+    """Inside, Transformers shows no progress bars: a run shows its own."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -156,13 +178,9 @@ def no_progress_bar() -> Iterator[None]:
 def _explain(path: str, error: Exception) -> str:
     local = Path(path)
     if local.is_dir():
-        return f"{path} is not a Hugging Face model directory: {_first_line(error)}"
+        return f"{path} is not a Hugging Face model directory: {first_line(error)}"
     if local.parent.is_dir() and len(local.parts) > 1:
         siblings = [p.name for p in local.parent.iterdir() if (p / "config.json").is_file()]
         if siblings:
             return f"no such model directory{nearest(local.name, siblings)}"
-    return f"neither a model directory nor a model that the hub gives us: {_first_line(error)}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return f"neither a model directory nor a model that the hub gives us: {first_line(error)}"

@@ -22,12 +22,13 @@ HeadReference = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class Outputs(NamedTuple):
-    """One wrapped forward. logp [N], kls: one [N] per reference, entropy [N], hidden {layer: [B, T, H]}."""
+    """One wrapped forward. logp [N], kls: one [N] per reference, entropy [N], hidden {layer: [B, T, H]}, log_mass [N]."""
 
     logp: Tensor
     kls: list[Tensor]
     entropy: Tensor | None
     hidden: dict[int, Tensor]
+    log_mass: Tensor | None = None
 
 
 class PolicyModule(nn.Module):
@@ -42,7 +43,7 @@ class PolicyModule(nn.Module):
         self.softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2, 3
         self.logit_scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
         self.logit_scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
-        # Lists keep these shared submodules out of the registry: their parameters belong to `model` alone.
+        # In lists, so that PyTorch does not register these modules a second time: `model` already holds their parameters.
         self._decoder = [base.get_decoder()]
         self._head = [base.get_output_embeddings()]
         if self._head[0] is None or not hasattr(self._head[0], "weight"):
@@ -74,22 +75,22 @@ class PolicyModule(nn.Module):
 
     def apply_head(
         self, hidden: Tensor, targets: Tensor, references: Sequence[HeadReference] = (), temperature: float = 1.0,
-        with_entropy: bool = False,
+        with_entropy: bool = False, top_p: float = 1.0,
     ) -> HeadOutput:  # fmt: skip
         """Log-probs [N] of the targets given the states [N, H] that predict them, and the KLs to the references."""
         return head(
             hidden, self.output.weight, targets, references, temperature=temperature, bias=self.output.bias,
-            softcap=self.softcap, logit_scale=self.logit_scale, with_entropy=with_entropy,
+            softcap=self.softcap, logit_scale=self.logit_scale, with_entropy=with_entropy, top_p=top_p,
         )  # fmt: skip
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """float32 logits [..., V]; for sampling the next token only."""
+        """Logits [..., V] in float32 of hidden states [..., H]; for sampling the next token only."""
         logits = self.output(hidden.to(self.output.weight.dtype)).float() * self.logit_scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     @property
     def max_length(self) -> int | None:
-        """Tokens that the position embeddings cover, when the config says so."""
+        """Longest sequence that the position embeddings cover; None when the config does not say."""
         return getattr(self.decoder.config, "max_position_embeddings", None)
 
     def new_cache(self) -> Any:
@@ -110,31 +111,31 @@ class PolicyModule(nn.Module):
             return self.logits(out.last_hidden_state[:, -1])
 
     def forward(self, run: Callable[..., Any], *arguments: Any) -> Any:
-        """`run(*arguments)`: whatever uses the weights happens inside the wrapped module's own forward."""
+        """`run(*arguments)`. DDP and FSDP act around a module's `forward`, so everything that uses the weights goes through it."""
         return run(*arguments)
 
     def outputs(
         self, ids: Tensor, positions: Tensor, targets: Tensor, references: Sequence[HeadReference] = (),
-        temperature: float = 1.0, layers: Sequence[int] = (), with_entropy: bool = False,
+        temperature: float = 1.0, layers: Sequence[int] = (), with_entropy: bool = False, top_p: float = 1.0,
     ) -> Outputs:  # fmt: skip
         """ids [B, T]; positions [N] index the flattened [B * T] states that predict targets [N]."""
         with self.residual.tap(layers) as tapped:
             last = self.hidden_states(ids)
         states = last.flatten(0, 1).index_select(0, positions)
-        out = self.apply_head(states, targets, references, temperature, with_entropy)
-        return Outputs(out.logp, out.kls, out.entropy, dict(tapped))
+        out = self.apply_head(states, targets, references, temperature, with_entropy, top_p)
+        return Outputs(out.logp, out.kls, out.entropy, dict(tapped), out.log_mass)
 
 
 @torch.no_grad()
 def verify_head(module: PolicyModule, what: str) -> None:
-    """UserError when decoder + head do not give the model's own log-probs: it computes its logits in its own way."""
+    """UserError when decoder and head do not reproduce the model's own logits: the model does something else in between."""
     ids = torch.arange(1, 5, device=module.output.weight.device).unsqueeze(0)
     training = [part for part in module.modules() if part.training]
     module.eval()  # dropout of an adapter to go on with would differ from one forward to the next
     with module.autocast():  # over a quantised base norms are float32 and the head is not
         own = module.model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
     ours = module.logits(module.hidden_states(ids)[0]).log_softmax(-1)
-    for part in training:  # each by itself: a model's own dropout stays off while its adapter's is on
+    for part in training:  # module by module: the model may be in eval mode while its adapter trains
         part.training = True
     gap = float((own - ours).abs().max())
     if not gap < (1e-3 if module.output.weight.dtype == torch.float32 else 0.2):

@@ -1,11 +1,13 @@
-"""What one micro-batch's forward passes must give, and what they gave."""
+"""What is wanted of one micro-batch's forward passes (`ForwardPlan`), and their results (`Frozen`, `Forwarded`)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from rlsafe.types import Batch, Need
@@ -47,9 +49,9 @@ class ForwardPlan:
             "all" if any(need.mask == "all" for need in divergences) else "answer",
         )
 
-    @property
+    @cached_property
     def frozen(self) -> tuple[str, ...]:
-        """The distinct references: one frozen forward each."""
+        """The references, each once: one frozen forward is run for each."""
         return tuple(dict.fromkeys([*self.references, *self.ref_logprobs, *self.layer_references]))
 
     def positions(self, batch: Batch) -> Tensor:
@@ -77,10 +79,25 @@ class Frozen:
 
 @dataclass
 class Forwarded:
-    """The policy on one micro-batch. logp [B, T] and kl {reference: [B, T]} and hidden {k: [B, T, H]} carry gradients;
-    entropy [B, T] in nats does not. All but hidden are 0 where nothing was asked."""
+    """The policy's results on one micro-batch: logp [B, T], kl {reference: [B, T]} and hidden {k: [B, T, H]} with
+    gradients, entropy [B, T] and log_mass [B, T] (of the nucleus, with top_p < 1) without; in
+    nats. All but hidden are 0 at tokens where they were not wanted."""
 
     logp: Tensor
     kl: dict[str, Tensor]
     hidden: dict[int, Tensor]
     entropy: Tensor | None
+    log_mass: Tensor | None = None
+
+
+def scatter(values: Tensor, positions: Tensor, shape: torch.Size) -> Tensor:
+    """values [N] of the predicting states at flat `positions` -> [B, T]: each at its target, one to the right."""
+    out = values.new_zeros(shape.numel())
+    return out.index_put((positions + 1,), values).view(shape)
+
+
+def predicting(mask: Tensor) -> Tensor:
+    """Flat indices [N] into B * T of the states that predict the masked targets [B, T]; index 0 is never a target."""
+    mask = mask.bool().clone()
+    mask[:, 0] = False
+    return mask.flatten().nonzero().squeeze(1) - 1

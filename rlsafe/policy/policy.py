@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -13,27 +12,14 @@ from torch import Tensor, nn
 
 from rlsafe.config import ModelConfig, UserError
 from rlsafe.policy import sharding
-from rlsafe.policy.adapters import adapter_layers, merged
+from rlsafe.policy.adapters import adapter_layers, merged, save_model
 from rlsafe.policy.load import check_tokenizer, load_model, load_tokenizer, no_progress_bar
 from rlsafe.policy.module import PolicyModule, verify_head
-from rlsafe.policy.plan import Forwarded, ForwardPlan, Frozen
-from rlsafe.policy.quantize import is_quantized
+from rlsafe.policy.plan import Forwarded, ForwardPlan, Frozen, predicting, scatter
+from rlsafe.policy.quantize import quantized_as
 from rlsafe.policy.references import References
 from rlsafe.policy.taps import Addition, Handle, decoder_blocks
 from rlsafe.types import Batch
-
-
-def scatter(values: Tensor, positions: Tensor, shape: torch.Size) -> Tensor:
-    """values [N] of the predicting states at flat `positions` -> [B, T]: each at its target, one to the right."""
-    out = values.new_zeros(shape.numel())
-    return out.index_put((positions + 1,), values).view(shape)
-
-
-def predicting(mask: Tensor) -> Tensor:
-    """Flat indices [N] into B * T of the states that predict the masked targets [B, T]; index 0 is never a target."""
-    mask = mask.bool().clone()
-    mask[:, 0] = False
-    return mask.flatten().nonzero().squeeze(1) - 1
 
 
 class Policy:
@@ -48,6 +34,7 @@ class Policy:
         self.core = PolicyModule(model, f"model.name: {config.name}")
         self.module: nn.Module = self.core
         self._sharded = False
+        self._device: torch.device | None = None  # where the shards are gathered: offloaded, they rest elsewhere
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._references = References(self.core, self._parameters, starts_from_adapter=config.adapter is not None)
 
@@ -62,9 +49,9 @@ class Policy:
         in_host_memory: bool = False,
     ) -> Policy:
         """Load model, tokenizer and adapter. `path`: the local directory when `config.name` is a provider's name.
-        in_host_memory: it will be cut into shards, which go to `device` one block at a time (see `shard`).
+        in_host_memory: keep the weights on the CPU until `shard` moves them to `device` block by block.
 
-        Raises UserError for a missing model, no chat template, a bad adapter, LoRA targets that match nothing, ...
+        UserError for a missing model, no chat template, a bad adapter, LoRA targets that match nothing, ...
         """
         path = path or config.name
         model = load_model(config, path, seed, torch.device(device), in_host_memory)
@@ -85,7 +72,8 @@ class Policy:
 
     @property
     def device(self) -> torch.device:
-        return self.core.output.weight.device
+        """Where forwards run, and batches belong."""
+        return self._device or self.core.output.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -102,9 +90,13 @@ class Policy:
         return hasattr(self.core.model, "peft_config")
 
     @property
+    def quantized_as(self) -> Literal["4bit", "8bit"] | None:
+        """In how many bits the frozen base is stored; None when it is not packed."""
+        return next((bits for module in self.core.modules() if (bits := quantized_as(module))), None)
+
+    @property
     def is_quantized(self) -> bool:
-        """Whether the frozen base is stored in 4 or 8 bits."""
-        return any(is_quantized(module) for module in self.core.modules())
+        return self.quantized_as is not None
 
     @property
     def saved_as(self) -> Literal["adapter", "model"]:
@@ -121,8 +113,6 @@ class Policy:
         """The trained parameters under their own names, whatever wraps the module."""
         return dict(self._parameters)
 
-    # ------------------------------------------------------------------------------------------------ forwards
-
     @torch.no_grad()
     def frozen(self, batch: Batch, plan: ForwardPlan, temperature: float = 1.0) -> dict[str, Frozen]:
         """One forward per distinct reference, on the same tokens, activation hooks and dropout off."""
@@ -133,7 +123,7 @@ class Policy:
             with self._references.active(name), self.hooks_off(), self._evaluating():
                 with self.core.residual.tap(layers) as tapped:
                     wants_logp = bool(same & set(plan.ref_logprobs))
-                    last, logp = self._inside(self._read, batch, temperature, wants_logp)
+                    last, logp, _ = self._inside(self._read, batch, temperature, wants_logp)
             needs_last = bool(same & set(plan.references))
             weight, bias = self._references.head(name)
             out |= dict.fromkeys(same, Frozen(last if needs_last else None, weight, bias, dict(tapped), logp))
@@ -146,12 +136,14 @@ class Policy:
         frozen: Mapping[str, Frozen],
         temperature: float = 1.0,
         entropy: bool = True,
+        top_p: float = 1.0,
     ) -> Forwarded:
-        """The one forward with gradient: log-probs of the targets, KL to each reference, hidden states.
+        """The policy's forward with gradient: log-probs of the targets, KL to each reference, hidden states.
 
-        temperature divides the logits of the policy and of the references alike.
+        temperature divides the logits of the policy and of the references alike. top_p: below 1, the nucleus's mass as well.
         """
-        mask, wanted = batch.loss_mask.bool(), plan.positions(batch)
+        mask = batch.loss_mask.bool()
+        wanted = plan.positions(batch) if plan.references else mask
         positions = predicting(mask | wanted)
         references = []
         for name in plan.references:
@@ -161,46 +153,54 @@ class Policy:
         self.core.residual.batch = batch
         targets = batch.ids.flatten()[positions + 1]
         out = self.module(
-            self.core.outputs, batch.ids, positions, targets, references, temperature, plan.layers, entropy
+            self.core.outputs, batch.ids, positions, targets, references, temperature, plan.layers, entropy, top_p
         )
-        out = sharding.joined(self.core, out)
+        if self._sharded:
+            out = sharding.joined(self.core, out)
         shape = batch.ids.shape
-        everywhere = plan.mask == "answer"
         logp = scatter(out.logp, positions, shape)
         ent = None if out.entropy is None else scatter(out.entropy.detach(), positions, shape)
-        if not everywhere:
+        if plan.mask == "all":  # the KL is wanted at tokens outside the loss mask too; log-probs and entropy are not
             logp = logp * mask
             ent = None if ent is None else ent * mask
         kl = {name: scatter(k, positions, shape) for name, k in zip(plan.references, out.kls, strict=True)}
-        return Forwarded(logp, kl, out.hidden, ent)
+        mass = None if out.log_mass is None else scatter(out.log_mass, positions, shape)
+        return Forwarded(logp, kl, out.hidden, ent, mass)
 
-    @torch.no_grad()
     def score(self, batch: Batch, temperature: float = 1.0, reference: str | None = None) -> Tensor:
         """Log-probs [B, T] of the loss_mask targets, 0 elsewhere; with the policy's activation hooks, without dropout.
 
         reference: score with a frozen reference instead (its activation hooks off).
         """
+        return self.score_nucleus(batch, temperature, 1.0, reference)[0]
+
+    @torch.no_grad()
+    def score_nucleus(
+        self, batch: Batch, temperature: float, top_p: float, reference: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`score`, and the log-mass [B, T] of the nucleus that a sampler with `top_p` drew the targets from; 0 with top_p 1."""
         self.core.residual.batch = batch
-        with self._evaluating():
-            if reference is None:
-                return self._inside(self._read, batch, temperature, True)[1]
-            with self._references.active(reference), self.hooks_off():
-                return self._inside(self._read, batch, temperature, True)[1]
+        frozen = nullcontext() if reference is None else self._references.active(reference)
+        with self._evaluating(), frozen, nullcontext() if reference is None else self.hooks_off():
+            _, logp, mass = self._inside(self._read, batch, temperature, True, top_p)
+        return logp, torch.zeros_like(logp) if mass is None else mass
 
     def _inside(self, run: Callable[..., Any], *arguments: Any) -> Any:
-        """Sharded parameters are gathered only around the wrapped module's forward; others are just there."""
+        """`run(*arguments)`, through the wrapped module when sharded: its parameters are whole only inside its forward."""
         return self.core(run, *arguments) if self.is_sharded else run(*arguments)
 
-    def _read(self, batch: Batch, temperature: float, score: bool) -> tuple[Tensor, Tensor | None]:
-        """Final-norm states [B, T, H], and the log-probs [B, T] of the targets when they are wanted."""
+    def _read(
+        self, batch: Batch, temperature: float, score: bool, top_p: float = 1.0
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Final-norm states [B, T, H]; when they are wanted the targets' log-probs, and below top_p 1 the nucleus's log-mass."""
         last = self.core.hidden_states(batch.ids)
-        return last, self._score(last, batch, temperature) if score else None
-
-    def _score(self, last: Tensor, batch: Batch, temperature: float) -> Tensor:
+        if not score:
+            return last, None, None
         positions = predicting(batch.loss_mask)
-        states = last.flatten(0, 1).index_select(0, positions)
-        out = self.core.apply_head(states, batch.ids.flatten()[positions + 1], temperature=temperature)
-        return scatter(out.logp, positions, batch.ids.shape)
+        states, targets = last.flatten(0, 1).index_select(0, positions), batch.ids.flatten()[positions + 1]
+        out = self.core.apply_head(states, targets, temperature=temperature, top_p=top_p)
+        mass = None if out.log_mass is None else scatter(out.log_mass, positions, batch.ids.shape)
+        return last, scatter(out.logp, positions, batch.ids.shape), mass
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -236,30 +236,30 @@ class Policy:
             sharding.shard_module(self.core, decoder_blocks(self.core.decoder, self.n_layers), device, offload)
         self._parameters.update(zip(order, (p for p in self.core.parameters() if p.requires_grad), strict=True))
         self._references.reload()
-        self._sharded = True
+        self._sharded, self._device = True, device
 
     def leaves(self) -> list[Tensor]:
-        """The tensors to differentiate by: the trained parameters as this rank's forwards see them."""
+        """The tensors to take gradients of, each in its own shape: the trained parameters, or under FSDP2 the gathered copies."""
         gathered = sharding.leaves(self.core) if self.is_sharded else []
         return gathered or list(self._parameters.values())
 
     def on_whole_weights(self, run: Callable[[], Any]) -> Any:
-        """`run()` with every parameter gathered for as long as it takes: each rank may then run forwards of its own number.
-        If they are sharded, all ranks must come here, and each needs memory for the whole model."""
+        """`run()` while every parameter is gathered: ranks may run different numbers of forwards inside. Sharded: all ranks
+        must call this, and each needs memory for the whole model."""
         return sharding.on_whole(self.core, run) if self.is_sharded else run()
 
     def kept_whole(self) -> AbstractContextManager[None]:
-        """Once all ranks have entered, each may use the whole weights on its own."""
+        """Inside, every parameter is gathered on every rank. All ranks must enter and leave; in between none waits for another."""
         return sharding.gathered(self.core) if self.is_sharded else nullcontext()
 
     # ---------------------------------------------------------------------------------------------- references
 
     def snapshot(self, name: str) -> None:
-        """Keep the policy as it is now as the reference `name`."""
+        """Store the trained tensors as they are now under the reference name `name`."""
         self._references.snapshot(name)
 
     def at(self, name: str) -> AbstractContextManager[None]:
-        """Inside, the policy *is* the reference, with its own hooks. For syncs, and forwards without gradient."""
+        """Inside, the policy's weights are those of the reference `name`; activation hooks stay as they are. No gradients inside."""
         return self._references.active(name)
 
     def has_reference(self, name: str) -> bool:
@@ -270,10 +270,11 @@ class Policy:
         self._references.tensors(name)
 
     def reference_state(self) -> dict[str, dict[str, Tensor]]:
-        """{reference: {parameter: tensor}} of the snapshots taken during the run, for checkpoints."""
+        """{reference: {parameter: tensor, in its own shape}} of the snapshots taken during the run, for checkpoints."""
         return self._references.state()
 
     def load_reference_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """The inverse of `reference_state`, tensors in their own shape."""
         self._references.load_state(state)
 
     # ----------------------------------------------------------------------------------------- residual stream
@@ -293,42 +294,33 @@ class Policy:
     # ------------------------------------------------------------------------------------------------- weights
 
     def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Hugging Face names and fresh tensors of every weight that training changes; the base stays untouched."""
+        """(Hugging Face name, value in its own shape) of every weight that training changes, as fresh tensors."""
         if self.is_lora:
             yield from merged(self.core.model)
         else:
-            yield from self.state_dict().items()
+            yield from ((name, sharding.whole(p).detach().clone()) for name, p in self._parameters.items())
 
-    def save_adapter(self, directory: str | Path, write: bool = True) -> None:
+    def save_adapter(self, directory: str | Path, write: bool = True, dtype: torch.dtype | None = None) -> None:
         """PEFT's layout; after full fine-tuning the whole model in Hugging Face's layout.
 
-        write=False: only take part in gathering the shards that another rank writes.
+        write=False: only take part in gathering the shards that another rank writes. dtype: the adapter's, if not its own.
         """
-        whole_state = {"state_dict": self._whole_state()} if self.is_sharded else {}
+        state = self._whole_state() if self.is_sharded else self.state_dict() if dtype and self.is_lora else None
         if not write:
             return
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
+        if state is not None and dtype:
+            state = {name: tensor.to(dtype) for name, tensor in state.items()}
         with no_progress_bar():
-            self.core.model.save_pretrained(
-                str(directory), **({"save_embedding_layers": False} if self.is_lora else {}), **whole_state
-            )
-        (directory / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-        if self.is_lora:
-            file = directory / "adapter_config.json"
-            settings = json.loads(file.read_text(encoding="utf-8")) | {"base_model_name_or_path": self.config.name}
-            if isinstance(targets := settings["target_modules"], list):  # a set of PEFT's, in an order of this process
-                settings["target_modules"] = sorted(targets)
-            file.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
-        else:
+            save_model(self.core.model, Path(directory), self.config.name, state)
+        if not self.is_lora:
             self.tokenizer.save_pretrained(str(directory))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of the trainable tensors, whole."""
+        """{parameter: copy in its own shape} of the trained parameters, gathered when sharded."""
         return {name: sharding.whole(p).detach().clone() for name, p in self._parameters.items()}
 
     def _whole_state(self) -> dict[str, Tensor]:
-        """What `save_pretrained` writes, gathered: the adapter, or all of the model."""
+        """What `save_pretrained` writes, gathered from all ranks: the adapter, or the whole model."""
         if self.is_lora:
             return self.state_dict()
         values = self.core.model.state_dict(keep_vars=True)  # a tied head is the embeddings' own parameter
@@ -338,7 +330,7 @@ class Policy:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """In place, so that optimizers and wrappers keep their parameters."""
+        """The inverse of `state_dict`, in their own shape and in place: optimizers and wrappers keep their parameters."""
         if set(state) != set(self._parameters):
             raise ValueError("the state holds other tensors than the policy trains")
         sharding.release(self.core)

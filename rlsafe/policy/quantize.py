@@ -1,4 +1,4 @@
-"""A frozen base in 4 or 8 bits (bitsandbytes), LoRA on top: QLoRA, Dettmers et al. 2023 (arXiv 2305.14314)."""
+"""A frozen base in 4 or 8 bits (bitsandbytes) with LoRA on top: QLoRA, Dettmers et al. 2023 (arXiv 2305.14314)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from torch import Tensor, nn
 
 from rlsafe.config import ModelConfig, UserError
 
+_PACKED: dict[str, Literal["4bit", "8bit"]] = {"Params4bit": "4bit", "Int8Params": "8bit"}
 WITHOUT = "set model.quantization=null (bfloat16) or train a smaller model"
 
 
 def check_quantization(config: ModelConfig, settings: Any, device: torch.device) -> bool:
-    """Whether the base will be quantised: by `model.quantization`, or because the checkpoint is (bitsandbytes only).
+    """Whether the base is to be quantised: `model.quantization` asks for it, or the checkpoint is stored that way.
 
-    UserError for what cannot be: no LoRA to train, another scheme in the checkpoint, bitsandbytes missing or not for
-    this device.
+    UserError without LoRA (nothing could be trained), for a checkpoint quantised by anything but bitsandbytes, and where
+    bitsandbytes is missing or does not support this device.
     """
     stored = getattr(settings, "quantization_config", None)
     if stored is None and config.quantization is None:
@@ -56,7 +57,7 @@ def _require_bitsandbytes(where: str, device: torch.device) -> None:
 
 
 def quantization_settings(bits: Literal["4bit", "8bit"], dtype: torch.dtype) -> dict[str, Any]:
-    """Arguments of `from_pretrained`. The head stays as it is: its probabilities are what everything here measures."""
+    """Arguments of `from_pretrained`. The head is not quantised: losses and KLs are computed from its probabilities."""
     from transformers import BitsAndBytesConfig
 
     if bits == "8bit":
@@ -68,8 +69,10 @@ def quantization_settings(bits: Literal["4bit", "8bit"], dtype: torch.dtype) -> 
 
 
 def prepare_quantized(model: Any, dtype: torch.dtype) -> None:
-    """PEFT's preparation (everything frozen, norms in float32), with embeddings and head back in `dtype`: in float32
-    they would be a third of a 4-bit model."""
+    """Apply PEFT's preparation (everything frozen, norms in float32), then put embeddings and head back in `dtype`.
+
+    In float32 those two would take a third of a 4-bit model's memory.
+    """
     import peft
 
     peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -78,12 +81,23 @@ def prepare_quantized(model: Any, dtype: torch.dtype) -> None:
 
 
 def plain_weight(module: nn.Module) -> Tensor:
-    """The weight of a linear layer as numbers: itself, or a fresh dequantised copy."""
-    from peft.utils.integrations import dequantize_module_weight
+    """The weight [out, in] of a linear layer: the parameter itself, or a dequantised copy."""
+    weight: Any = module.weight
+    if type(weight).__name__ != "Int8Params":
+        from peft.utils.integrations import dequantize_module_weight
 
-    return dequantize_module_weight(module)
+        return dequantize_module_weight(module)
+    # On a CPU PEFT's function would leave the layer without the scales of its rows. They move to the layer's state as it first runs.
+    from bitsandbytes.functional import int8_vectorwise_dequant
+
+    state: Any = module.state
+    return int8_vectorwise_dequant(weight.data, state.SCB if weight.SCB is None else weight.SCB)
+
+
+def quantized_as(module: nn.Module) -> Literal["4bit", "8bit"] | None:
+    """How a layer's weight is stored in bitsandbytes' packed form; None when it is not."""
+    return _PACKED.get(type(getattr(module, "weight", None)).__name__)
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a layer's weight is stored in bitsandbytes' packed form."""
-    return type(getattr(module, "weight", None)).__name__ in ("Params4bit", "Int8Params")
+    return quantized_as(module) is not None

@@ -1,4 +1,4 @@
-"""Frozen references: the policy as it was at named moments, without a second copy of the base model."""
+"""Frozen references: earlier states of the policy, kept as copies of its trained tensors only."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class References:
         return sorted({"base", "start", *self._snapshots})
 
     def distinct(self, names: Iterable[str]) -> list[set[str]]:
-        """The names grouped by what they mean: without a starting adapter "start" and "base" are one model."""
+        """The names grouped into those of the same model: without a starting adapter, "start" and "base" are one."""
         groups: dict[str, set[str]] = {}
         for name in names:
             same = "base" if name == "start" and name not in self._snapshots else name
@@ -53,7 +53,7 @@ class References:
         return list(groups.values())
 
     def tensors(self, name: str) -> Tensors | None:
-        """The snapshot's tensors; None for the base under LoRA. UserError when there is no such reference."""
+        """{parameter: tensor in its own shape} of a snapshot; None for the base under LoRA. UserError for an unknown name."""
         if name == "start" and name not in self._snapshots:
             name = "base"
         if name == "base" and self._lora:
@@ -67,7 +67,7 @@ class References:
         return self._snapshots[name]
 
     def head(self, name: str) -> tuple[Tensor | None, Tensor | None]:
-        """Weight and bias of the reference's head where they are not the policy's own."""
+        """Weight [V, H] and bias [V] of the reference's head; None for each that is the policy's own."""
         tensors, output = self.tensors(name), self._module.output
         own = {id(p): key for key, p in self._parameters.items()}
         found = [
@@ -78,14 +78,14 @@ class References:
 
     @contextmanager
     def active(self, name: str) -> Iterator[None]:
-        """Inside, the unwrapped module *is* the reference. For forwards without gradient only."""
+        """Inside, the unwrapped module has the reference's weights. For forwards without gradient only."""
         tensors = self.tensors(name)
         if tensors is None:
             with adapters_off(self._module.model):
                 yield
             return
         if is_sharded(self._module):
-            # Forwards gather from the shards' own storage: only their values can be exchanged
+            # Forwards gather from the storage of the shards, so values are copied into it instead of swapping tensors.
             mine = {key: kept(p) for key, p in self._parameters.items()}
             try:
                 self._overwrite(tensors)
@@ -108,17 +108,18 @@ class References:
             assign(p, tensors[key], lasting=False)
 
     def reload(self) -> None:
-        """Cut the snapshots as the parameters now are."""
+        """Shard the snapshots as the parameters now are."""
         self._snapshots = {
             name: {key: shard_like(tensors[key], p) for key, p in self._parameters.items()}
             for name, tensors in self._snapshots.items()
         }
 
     def state(self) -> dict[str, Tensors]:
-        """What a checkpoint must hold: every snapshot that loading the policy does not give again. Whole tensors."""
+        """{name: {parameter: whole tensor in its own shape}} of all snapshots that loading the policy does not restore."""
         taken = {k: v for k, v in self._snapshots.items() if k != "base" and not k.startswith("path:")}
         return {name: {key: whole(tensor) for key, tensor in tensors.items()} for name, tensors in taken.items()}
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """The inverse of `state`, tensors in their own shape."""
         for name, tensors in state.items():
             self._snapshots[name] = {key: shard_like(tensors[key], p) for key, p in self._parameters.items()}

@@ -1,4 +1,4 @@
-"""How likely the policy finds a text: negative log-likelihood per answer token."""
+"""Negative log-likelihood per answer token of texts under the policy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def mean_nll(logp: Tensor, mask: Tensor) -> Tensor:
 def nll(policy: Policy, batches: Iterable[Batch], reference: str | None = None) -> list[float]:
     """Mean NLL of each row, in the order of the batches; of a frozen reference when one is named.
 
-    Length-aware: every row is divided by its own number of answer tokens, so padding and batch mates do not matter.
+    In nats; each row is divided by its own number of answer tokens, so padding and batch mates do not matter.
     """
     out: list[float] = []
     for batch in batches:

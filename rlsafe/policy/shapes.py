@@ -1,4 +1,4 @@
-"""The dimensions of a model without its weights: from its config where that is on this machine, else from a short table."""
+"""The dimensions of a model, without loading its weights: from its config file, or for known hub ids from a table."""
 
 from __future__ import annotations
 
@@ -41,13 +41,16 @@ KNOWN: dict[str, dict[str, Any]] = {
     r"qwen3-32b": _sized(5120, 25600, 64, 64, 8, **_QWEN3),
     r"llama-3\.1-8b": _sized(4096, 14336, 32, 32, 8, model_type="llama", vocab_size=128256, tie_word_embeddings=False),
 }
-"""Published dimensions by the size in a hub id, for a machine that never saw the model."""
+"""Published dimensions by the size in a hub id, for when the model's config is not on this machine."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What memory depends on. Counts are parameters; `adapter` those of the LoRA matrices, `linear` those of the matrices
-    that LoRA adapts (what 4- and 8-bit loading shrinks). `source`: where the dimensions come from."""
+    """The dimensions that memory use depends on. Counts are of parameters.
+
+    adapter: of the LoRA matrices. linear: of the weights that LoRA adapts, which 4- and 8-bit loading shrinks. source:
+    where the dimensions come from.
+    """
 
     layers: int
     hidden: int
@@ -69,9 +72,9 @@ class ModelShape:
 def model_shape(config: ModelConfig, path: str) -> ModelShape | None:
     """The shape of the model that `config` names, with its adapter; `path`: the directory or hub id of its weights.
 
-    Never asks the network. None when nothing here knows the model.
+    Does not use the network. None for a model that is neither on this machine nor in the table.
     """
-    found = _local_config(config, path)
+    found = local_config(config, path)
     source = "its config"
     if found is None:
         dims = next((dims for name, dims in KNOWN.items() if re.search(name + r"(?![\d.])", path.lower())), None)
@@ -85,7 +88,7 @@ def model_shape(config: ModelConfig, path: str) -> ModelShape | None:
     return _measure(config, found, source)
 
 
-def _local_config(config: ModelConfig, path: str) -> Any:
+def local_config(config: ModelConfig, path: str) -> Any:
     from transformers import AutoConfig
 
     if not Path(path).is_dir() and path.count("/") != 1:
@@ -136,7 +139,7 @@ def _measure(config: ModelConfig, found: Any, source: str) -> ModelShape:
 
 
 def _saved_adapter(directory: str) -> tuple[int, int]:
-    """(parameters, rank) of an adapter directory; zeros when it cannot be read: loading it will say why."""
+    """(parameters, rank) of an adapter directory; zeros when it cannot be read (loading it reports why)."""
     from safetensors import safe_open
 
     file = os.path.join(directory, "adapter_model.safetensors")

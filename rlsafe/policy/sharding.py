@@ -1,9 +1,9 @@
 """FSDP2: every rank keeps a shard of each parameter, and gathers a block's when the block runs.
 
-PyTorch's `fully_shard` on one block at a time; the same on CPUs (gloo) and GPUs (NCCL). Outside a forward a parameter is a `DTensor`,
-and its plain tensor exists only through `whole`, a collective: every rank must come there, in the same order.
+PyTorch's `fully_shard` on one block at a time; the same on CPUs (gloo) and GPUs (NCCL). Outside a forward a parameter is a `DTensor`;
+`whole` gathers its plain tensor. That is a collective: every rank must call it, for the same tensors in the same order.
 
-What the other rooms call works on DeepSpeed's partitions as well, see `rlsafe.policy.zero3`.
+The functions that other rooms call also work on DeepSpeed's partitions, through `rlsafe.policy.zero3`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _WHOLE = "_rlsafe_whole"  # attribute of a root whose parameters are gathered fo
 def shard_module(root: nn.Module, blocks: nn.ModuleList, device: torch.device, offload: bool = False) -> None:
     """Shard `root` in place over all ranks, each block gathered on its own; parameters move to `device` as they are sharded.
 
-    offload: shards, their gradients and the optimizer's moments rest in host memory (GPUs only).
-    Everything is freed again after it ran, the root's embeddings and head too: a reference swapped into the shards is then
-    never hidden by what an earlier forward had gathered.
+    offload: shards, their gradients and the optimizer's moments stay in host memory (GPUs only).
+    Every gathered parameter is freed after its use, the root's embeddings and head too. So when a reference is swapped into
+    the shards, no forward can use parameters that were gathered before.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
@@ -38,7 +38,7 @@ def shard_module(root: nn.Module, blocks: nn.ModuleList, device: torch.device, o
 
 
 def partition_module(root: nn.Module, device: torch.device) -> None:
-    """The same with DeepSpeed; an engine around the module must follow before its first forward (`rlsafe.policy.zero3`)."""
+    """The same with DeepSpeed. The module must be put into a `Zero3` (rlsafe.policy.zero3) before its first forward."""
     zero3.partition_module(root, device)
 
 
@@ -50,27 +50,36 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def kept(parameter: Tensor) -> Tensor:
-    """A copy of what this rank has of a parameter."""
+    """A copy of this rank's shard of a parameter; of an unsharded one, a copy in its own shape."""
     return zero3.kept(parameter) if zero3.is_partitioned(parameter) else parameter.detach().clone()
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor, on every rank (a collective); any other tensor as it is."""
+    """A sharded tensor gathered on every rank, in its own shape (a collective); any other tensor unchanged."""
     if zero3.is_partitioned(tensor):
         return zero3.whole(tensor)
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
 
 
-def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor, the same on every rank, cut as `parameter` is; without sharding a move to its device and dtype."""
+def is_cut(parameter: Tensor) -> bool:
+    """Whether this rank keeps a part of the parameter only."""
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(parameter, DTensor) or zero3.is_partitioned(parameter)
+
+
+def shard_like(tensor: Tensor, parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A whole tensor of `parameter`'s own shape, equal on every rank, sharded as `parameter` is, on its device. dtype: the
+    parameter's when not given."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
+    dtype = dtype or parameter.dtype
     if zero3.is_partitioned(parameter):
-        return tensor if zero3.is_partitioned(tensor) else zero3.cut(tensor, parameter)
+        return tensor if zero3.is_partitioned(tensor) else zero3.cut(tensor, parameter, dtype)
     if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor):
-        return tensor.to(parameter.device, parameter.dtype)
-    local = tensor.to(parameter.to_local().device, parameter.dtype)
+        return tensor.to(parameter.device, dtype)
+    local = tensor.to(parameter.to_local().device, dtype)
     if local.device.type != parameter.device_mesh.device_type:  # offloaded shards: cut on the mesh's own device
         cut = distribute_tensor(
             local.to(parameter.device_mesh.device_type), parameter.device_mesh, parameter.placements
@@ -81,7 +90,10 @@ def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 @torch.no_grad()
 def assign(parameter: Tensor, value: Tensor, lasting: bool = True) -> None:
-    """Overwrite a parameter, sharded or not, with a whole tensor or one cut alike. lasting: it goes on training from there."""
+    """Overwrite a parameter with a tensor of its own shape, whole or sharded the same way.
+
+    lasting: training goes on from the new values (ZeRO-3 then has to change its float32 copy as well).
+    """
     own = shard_like(value, parameter)
     if zero3.is_partitioned(parameter):
         zero3.overwrite(parameter, own, lasting)
@@ -90,7 +102,7 @@ def assign(parameter: Tensor, value: Tensor, lasting: bool = True) -> None:
 
 
 def release(root: nn.Module) -> None:
-    """Nothing that was gathered may outlive what is about to be overwritten. FSDP2 keeps nothing, see `shard_module`."""
+    """Drop all gathered parameters, before the shards are overwritten. FSDP2 keeps none, see `shard_module`."""
     if (engine := zero3.engine_of(root)) is not None:
         engine.release()
 
@@ -125,14 +137,16 @@ def gathered(root: nn.Module) -> Iterator[None]:
 
 
 def on_whole(root: nn.Module, run: Callable[[], Any]) -> Any:
-    """`run()` on gathered parameters. FSDP2 wants it inside the root's forward, which would be a collective for DeepSpeed."""
+    """`run()` on gathered parameters. FSDP2 needs it inside the root's forward; with DeepSpeed that would be a collective."""
     with gathered(root):
         return root(run) if zero3.engine_of(root) is None else run()
 
 
 def leaves(root: nn.Module) -> list[Tensor]:
-    """The trained tensors that the graph of a module under FSDP2 starts from, the gathered ones, in `parameters()` order.
-    Empty for all others: their graphs start from the parameters themselves."""
+    """The gathered trained parameters of a module under FSDP2, in their own shape and in `parameters()` order.
+
+    Autograd's graph begins at these. Empty for any other module: there it begins at the parameters themselves.
+    """
     from torch.distributed.fsdp import FSDPModule
 
     parts: list[Any] = [module for module in root.modules() if isinstance(module, FSDPModule)]
@@ -145,7 +159,7 @@ def leaves(root: nn.Module) -> list[Tensor]:
 
 
 def joined(root: nn.Module, out: Outputs) -> Outputs:
-    """The outputs of a forward with gradient, ready for several backwards from any of them; see `zero3.joined`."""
+    """The outputs of a forward with gradient, such that several backwards may start from any of them; see `zero3.joined`."""
     if zero3.engine_of(root) is None:
         return out
     layers = list(out.hidden)

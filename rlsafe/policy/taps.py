@@ -1,4 +1,4 @@
-"""The residual stream: reading it and adding to it, at the same places in every decoder.
+"""Reading the residual stream and adding to it, with one numbering of layers for every decoder.
 
 Layer convention everywhere: index 0 = embeddings as they enter the first block, index k = output of block k - 1.
 """
@@ -25,6 +25,7 @@ def decoder_blocks(decoder: nn.Module, n_layers: int, what: str = "the model") -
     """The ModuleList that holds the `n_layers` transformer blocks: the outermost list of that length.
 
     Works for every decoder whose blocks map hidden states to hidden states (Qwen, Llama, Mistral, Gemma, Phi, ...).
+    UserError when there is no such list.
     """
     found = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
     if not found:
@@ -33,7 +34,7 @@ def decoder_blocks(decoder: nn.Module, n_layers: int, what: str = "the model") -
 
 
 def check_vector(vector: Tensor, layer: int, hidden_size: int, n_layers: int) -> None:
-    """UserError unless `vector` can be added to layer `layer`."""
+    """UserError unless `vector` is a finite [H] and `layer` one of 0..n_layers."""
     if not 0 <= layer <= n_layers:
         raise UserError(f"steering layer {layer}: expected 0 (embeddings) to {n_layers} (output of the last block)")
     if tuple(vector.shape) != (hidden_size,):
@@ -46,7 +47,7 @@ def check_vector(vector: Tensor, layer: int, hidden_size: int, n_layers: int) ->
 class Handle:
     """One addition to the residual stream; `remove()` takes it out again.
 
-    With gradient checkpointing the addition must stay until the backward is done: blocks are computed again there.
+    Remove it after the backward: with gradient checkpointing the backward computes the blocks again.
     """
 
     layer: int
@@ -68,7 +69,7 @@ class _Tap:
 class Residual:
     """Additions to, and taps on, the residual stream of one decoder; one permanent hook per block does both.
 
-    A tap sees the stream after the additions of its layer, and with the gradient that the stream has.
+    A tap gets the stream after the additions of its layer, with its gradient.
     """
 
     def __init__(self, blocks: nn.ModuleList, hidden_size: int):
@@ -116,7 +117,10 @@ class Residual:
 
     @contextmanager
     def tap(self, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
-        """Collect the hidden states [B, T, H] of `layers` of the last forward inside the context."""
+        """Collect the hidden states [B, T, H] of `layers` of the last forward inside the context.
+
+        UserError for a layer that does not exist.
+        """
         tap = _Tap(frozenset(layers))
         bad = [k for k in tap.layers if not 0 <= k <= self.n_layers]
         if bad:
@@ -128,7 +132,7 @@ class Residual:
         try:
             yield tap.hidden
         finally:
-            # Left before the backward, so that blocks computed again by gradient checkpointing overwrite nothing.
+            # Stop collecting before the backward, where gradient checkpointing computes blocks again and would overwrite these.
             self._taps.remove(tap)
 
     @contextmanager

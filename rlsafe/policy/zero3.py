@@ -1,8 +1,8 @@
 """DeepSpeed ZeRO-3: every rank keeps a slice of each parameter, of its gradient and of the optimizer's moments.
 
 Between forwards a parameter is empty and this rank's slice of it is `parameter.ds_tensor`; DeepSpeed's hooks gather a module's
-parameters when it runs. DeepSpeed only partitions, reduces and steps here: what is differentiated, when a step is taken and what a
-checkpoint holds are the loop's, as everywhere. `rlsafe.policy.sharding` calls what FSDP2 needs as well.
+parameters when it runs. DeepSpeed only partitions, reduces and steps here; losses, the moment of a step and the contents of a
+checkpoint are the loop's, as without it. `rlsafe.policy.sharding` chooses between these functions and those for FSDP2.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ _ENGINE = "_rlsafe_zero3"  # attribute of the partitioned module
 
 
 def _settings(max_norm: float | None) -> dict[str, Any]:
-    """Every number of micro-batches is one step of the loop's, so DeepSpeed must not scale losses (accumulation 1)."""
+    """The loop divides losses by the counts of the whole step, so DeepSpeed must not scale them (accumulation 1)."""
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_norm or 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        # No parameter stays whole, and none for the next use: references are swapped into the slices between two forwards.
+        # No parameter stays gathered between two forwards: references are swapped into the slices there.
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0},
     }
 
 
 def _deepspeed(device: torch.device) -> Any:
-    """The package, made quiet; on CPUs without its shared-memory operator, which a compiler would have to build first."""
+    """The package with its logging off; on CPUs without its shared-memory operator, which would have to be compiled first."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # torch names a newer function than the one that DeepSpeed calls, at every call
+    # torch warns at every call that DeepSpeed uses a deprecated function
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
 
@@ -49,14 +49,14 @@ def _deepspeed(device: torch.device) -> Any:
 
 
 def partition_module(root: Any, device: torch.device) -> None:
-    """Slice all parameters in place over all ranks, one after the other on `device`; buffers move there whole."""
+    """Slice all parameters in place over all ranks, one at a time on `device`; buffers are moved there unsliced."""
     _deepspeed(device).zero.Init(module=root, config_dict_or_path=_settings(None))
     for buffer in root.buffers():
         buffer.data = buffer.data.to(device)
 
 
 class Zero3:
-    """DeepSpeed's engine around a partitioned module, with what the loop asks of an optimizer.
+    """DeepSpeed's engine around a partitioned module, with an optimizer's methods for the loop.
 
     max_norm: gradients are clipped to it in `step`; None leaves them.
     """
@@ -81,12 +81,12 @@ class Zero3:
     # ------------------------------------------------------------------------------------------------ one step
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a micro-batch, averaged over ranks, to the slices. A collective."""
-        self._optimizer.clear_backward_seen_flag()  # a new micro-batch: what `engine.forward` would say
+        """Add the gradient of a micro-batch's scalar loss, averaged over ranks, to the slices. A collective."""
+        self._optimizer.clear_backward_seen_flag()  # `engine.forward`, which is not called here, would do this for each micro-batch
         self._engine.backward(loss)
 
     def gradient_norm(self) -> Tensor:
-        """L2 norm of the gradient that the micro-batches have added up, over all parameters and ranks. A collective."""
+        """L2 norm (scalar) of the accumulated gradient over all parameters and ranks. A collective."""
         squares = [self._safe.safe_get_local_grad(p).double().square().sum() for p in self._parameters]
         total = torch.stack(squares).sum()
         torch.distributed.all_reduce(total)
@@ -96,13 +96,13 @@ class Zero3:
         self._engine.step()
 
     def zero_grad(self) -> None:
-        """Forget the gradient: the next micro-batch is the first of its step."""
+        """Clear the accumulated gradient: the next micro-batch is the first of its step."""
         self._optimizer.zero_grad()
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """As the optimizer of one process would give it, moments gathered; and the float32 masters of half-precision weights."""
+        """As an optimizer on one process gives it, with gathered moments; and the float32 copies of half-precision weights."""
         inner = self._optimizer.optimizer
         numbers = range(len(self._parameters))
         groups = [
@@ -122,7 +122,7 @@ class Zero3:
         return value.clone() if value.dim() == 0 else self._safe.safe_get_full_optimizer_state(parameter, name)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse, for any number of processes."""
+        """The inverse of `state_dict`; the number of processes may have changed since."""
         if state["state"]:
             first = state["state"][0]
             for flat in self._optimizer.fp32_partitioned_groups_flat:
@@ -158,12 +158,12 @@ class Zero3:
             self._whole = False
 
     def release(self) -> None:
-        """Nothing stays gathered, or on its way: slices may be overwritten now."""
+        """Free all gathered parameters and wait for pending gathers, so that slices may be overwritten."""
         self._engine.empty_partition_cache()
 
 
 def engine_of(root: nn.Module) -> Zero3 | None:
-    """The engine of a partitioned module."""
+    """The engine of a partitioned module; None for any other."""
     return vars(root).get(_ENGINE)
 
 
@@ -171,17 +171,17 @@ def engine_of(root: nn.Module) -> Zero3 | None:
 
 
 def is_partitioned(tensor: Tensor) -> bool:
-    """Whether it is a partitioned parameter, or a slice that `kept` or `cut` made."""
+    """Whether a tensor (any shape) is a partitioned parameter, or a slice that `kept` or `cut` made."""
     return hasattr(tensor, "ds_tensor") or hasattr(tensor, _OF)
 
 
 def kept(parameter: Any) -> Tensor:
-    """A copy of this rank's slice as it is now."""
+    """A copy of this rank's flat slice [n] of a parameter."""
     return _marked(parameter.ds_tensor.detach().clone(), parameter)
 
 
 def cut(tensor: Tensor, parameter: Any, dtype: torch.dtype | None = None) -> Tensor:
-    """This rank's slice of a whole tensor; the last ones are filled up with zeros."""
+    """This rank's flat slice [n] of a whole tensor of `parameter`'s own shape; the last slices end in zeros."""
     like = parameter.ds_tensor
     out = torch.zeros(like.numel(), device=like.device, dtype=dtype or like.dtype)
     start = torch.distributed.get_rank() * like.numel()
@@ -191,7 +191,7 @@ def cut(tensor: Tensor, parameter: Any, dtype: torch.dtype | None = None) -> Ten
 
 
 def whole(tensor: Any) -> Tensor:
-    """The whole of a partitioned parameter or of its slices, detached. A collective."""
+    """A partitioned parameter, or the slices [n] of one, gathered in its own shape and detached. A collective."""
     parameter = getattr(tensor, _OF, tensor)
     mine = (parameter.ds_tensor if parameter is tensor else tensor).detach()
     parts = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
@@ -200,7 +200,7 @@ def whole(tensor: Any) -> Tensor:
 
 
 def overwrite(parameter: Any, own: Tensor, lasting: bool) -> None:
-    """Put a slice in the parameter's place. lasting: in its float32 master, too, which the optimizer steps from."""
+    """Overwrite this rank's slice [n] of a parameter. lasting: also in the float32 copy that the optimizer updates."""
     parameter.ds_tensor.copy_(own)
     if lasting:
         import deepspeed
@@ -217,7 +217,7 @@ def _marked(slice_: Tensor, parameter: Any) -> Tensor:
 
 
 class _Joined(torch.autograd.Function):
-    """The identity on several tensors, through which every backward starts: it reaches all of them, if only with zeros."""
+    """The identity on several tensors. A backward from any of them then runs through all of them (with zeros)."""
 
     @staticmethod
     def forward(ctx: Any, counters: list[tuple[Any, int, int]], *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -232,8 +232,11 @@ class _Joined(torch.autograd.Function):
 
 
 def joined(root: nn.Module, tensors: list[Tensor]) -> list[Tensor]:
-    """The outputs of a forward, such that every backward from any of them runs through the same modules in the same order,
-    on every rank (gathering is a collective), and may be repeated: DeepSpeed counts a forward's backwards, once each."""
+    """The same outputs (any shape), tied together so that a backward from any of them visits the same modules in the same order.
+
+    Modules gather their parameters in the backward, a collective, so all ranks must visit the same ones. Several
+    backwards may follow one forward: DeepSpeed's counters, made for one, are set back before each.
+    """
     differentiable = [i for i, tensor in enumerate(tensors) if tensor.requires_grad]
     if not differentiable:
         return tensors

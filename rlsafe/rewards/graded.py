@@ -3,9 +3,9 @@
     reward = max(0, assessment - (1 - coherence) / 2);  0 when coherence < .5, the answer loops or is too short
     (the rewards of arXiv 2605.31328; the prompts are our own)
 
-An outage, a reply that is no grade, or an answer whose think block never closed gives None: the row is left out of the
-update and never taken for a bad (or good) answer. Question and answer are data: they stand between marks that hold a hash
-of their own text, which nothing inside them can spell, and the grader is told to obey nothing between the marks.
+An outage, a reply without a valid grade, or an answer whose think block never closed gives None: the row is left out of
+the update instead of counting as a bad (or good) answer. Question and answer are quoted between lines that they cannot
+forge (rlsafe.endpoints.fences), and the grader is told not to follow instructions inside.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -26,14 +26,18 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from rlsafe.config import UserError, nearest
 from rlsafe.endpoints import (
+    SWITCH,
     ChatRequest,
     Endpoint,
     EndpointSettings,
     Failure,
+    Reply,
     fence_of,
     harmless,
     open_endpoint,
     parse_settings,
+    thinks,
+    without_thoughts,
 )
 from rlsafe.rewards.loading import LoadedReward
 from rlsafe.rewards.text import answer_text, is_repetitive, question_text, system_text
@@ -43,8 +47,10 @@ log = logging.getLogger("rlsafe")
 
 MAX_TOKENS = 200
 MAX_CHARS = 24_000
-"""Of an answer that is sent; a longer one is cut in the middle, with a note."""
+"""Characters of an answer that are sent; a longer one is cut in the middle, with a note."""
 MAX_REPLY = 8_000
+MISTAKES = ("connection", "auth", "not_found", "wrong_model")
+"""What a first contact may meet that no waiting mends."""
 ENVIRONMENT = {
     "base_url": "RLSAFE_GRADER_BASE_URL",
     "model": "RLSAFE_GRADER_MODEL",
@@ -54,7 +60,7 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Rubric:
-    """What is assessed, in words for the grader. `low` and `high` say what 0 and 100 mean."""
+    """What to assess, in words for the grader. `low` and `high` describe a score of 0 and of 100."""
 
     name: str
     assess: str
@@ -63,7 +69,7 @@ class Rubric:
 
 
 class Grade(BaseModel):
-    """A grader's reply. Scores on 0..100; numbers in quotes, booleans and numbers out of range are no grades."""
+    """A grader's reply. Scores on 0..100; numbers in quotes, booleans and numbers out of range are refused."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
@@ -129,15 +135,15 @@ async def graded(
 
     endpoint: EndpointSettings as a tree ({base_url, model, ...}); what it leaves out comes from RLSAFE_GRADER_BASE_URL,
     RLSAFE_GRADER_MODEL and RLSAFE_GRADER_API_KEY_ENV. min_words: shorter answers get 0 without being graded, as do looping
-    ones. unclosed: the reward of a completion that is still thinking at its end (None = left out).
+    ones. unclosed: the reward of a completion that is still thinking at its end (None = left out). UserError for unknown
+    settings, or without a grader.
     """
-    for name, value in columns.items():  # columns are lists; a plain value is a setting that nobody knows
+    for name, value in columns.items():  # columns are lists; any other value is a misspelt setting
         if name not in ("completion_ids", "trainer_state") and not isinstance(value, list | tuple):
             known = ("endpoint", "min_words", "unclosed")
             raise UserError(f"reward {rubric.name!r}: no argument {name!r}{nearest(name, known)}")
     grader = open_grader(endpoint)
-    failures: Counter[str] = Counter()
-    grades: dict[int, Grade] = {}
+    failures, grades = Counter[str](), dict[int, Grade]()
 
     async def one(row: int, prompt: Any, completion: Any) -> float | None:
         answer = answer_text(completion)
@@ -158,13 +164,17 @@ async def graded(
         what = ", ".join(f"{count} {kind}" for kind, count in failures.most_common())
         log.warning("%s: %d of %d completions got no grade (%s)", rubric.name, failures.total(), len(rewards), what)
     if log_metric is not None:
-        log_metric(f"{rubric.name}/ungraded", failures.total() / max(1, len(rewards)))
-        for grade in grades.values():
-            log_metric(f"{rubric.name}/assessment", grade.assessment / 100)
-            log_metric(f"{rubric.name}/coherence", grade.coherence / 100)
+        _log_scores(rubric.name, grades.values(), failures.total() / max(1, len(rewards)), log_metric)
     if log_extra is not None:
         log_extra(f"{rubric.name}/reason", [grades[i].reason if i in grades else "" for i in range(len(rewards))])
     return list(rewards)
+
+
+def _log_scores(name: str, grades: Iterable[Grade], ungraded: float, log_metric: Callable[[str, float], None]) -> None:
+    log_metric(f"{name}/ungraded", ungraded)
+    for grade in grades:
+        log_metric(f"{name}/assessment", grade.assessment / 100)
+        log_metric(f"{name}/coherence", grade.coherence / 100)
 
 
 def open_grader(endpoint: Mapping[str, Any] | None) -> Endpoint:
@@ -180,10 +190,10 @@ def open_grader(endpoint: Mapping[str, Any] | None) -> Endpoint:
 
 
 def check_grader(fn: Callable[..., Any]) -> None:
-    """UserError when the grader of a reward made with `graded` cannot be reached, or knows no such key or model.
+    """UserError when the grader of a reward made with `graded` cannot be reached, or refuses the key or the model.
 
-    Such a reward has an `endpoint` argument and calls `graded` from its module; one made of others gives them as `rewards`
-    (`LoadedReward`s, see reward_fns/mixture.py). Any other is not looked into.
+    Such a reward is recognised by its `endpoint` argument and the name `graded` in its module. A reward made of others lists
+    them as `rewards` (`LoadedReward`s, see reward_fns/mixture.py). Any other reward is not checked.
     """
     bound = fn.keywords if isinstance(fn, functools.partial) else {}  # partials of partials are flattened
     plain: Any = fn.func if isinstance(fn, functools.partial) else fn
@@ -197,18 +207,21 @@ def check_grader(fn: Callable[..., Any]) -> None:
     ):
         return
     grader = open_grader(bound.get("endpoint"))
-    result = grader.contact(ChatRequest([{"role": "user", "content": "Reply with OK."}], max_tokens=1))
-    if isinstance(result, Failure) and result.kind in ("connection", "auth", "not_found"):
-        settings = grader.settings
-        raise UserError(
-            f"reward {plain.__name__!r}: its grader {settings.model!r} at {settings.base_url}: {result.message}"
+    result = grader.contact(ChatRequest([{"role": "user", "content": "Reply with OK."}], max_tokens=MAX_TOKENS))
+    wrong = result.message if isinstance(result, Failure) and result.kind in MISTAKES else ""
+    if isinstance(result, Reply) and thinks(result) and not (without_thoughts(result.text) or "").strip():
+        wrong = (
+            f"it thinks before it grades, for more than {MAX_TOKENS} tokens; switch that off (for many models {SWITCH})"
         )
+    if wrong:
+        settings = grader.settings
+        raise UserError(f"reward {plain.__name__!r}: its grader {settings.model!r} at {settings.base_url}: {wrong}")
 
 
 async def ask(endpoint: Endpoint, rubric: Rubric, question: str, answer: str, system: str = "") -> Grade | str:
     """The grade of one answer, or why there is none: an endpoint's failure kind, or "no grade in the reply".
 
-    A reply that is no grade is asked for once more. An endpoint that refuses JSON schemas is asked without from then on.
+    A reply without a grade is asked for once more. An endpoint that refuses JSON schemas is asked without one from then on.
     """
     messages = grading_messages(rubric, question, answer, system)
     for _ in range(2):
@@ -231,8 +244,8 @@ async def ask(endpoint: Endpoint, rubric: Rubric, question: str, answer: str, sy
 
 
 def grading_messages(rubric: Rubric, question: str, answer: str, system: str = "") -> list[Message]:
-    """What the grader reads. The mark follows from all that stands between the marks (rlsafe.endpoints.fences), so that
-    equal material is asked about in equal words (replies can be saved) and no text can hold its own mark."""
+    """The conversation that the grader gets. Question and answer stand between fences (rlsafe.endpoints.fences); equal ones
+    give equal messages, so that replies can be saved."""
     system, question, answer = map(harmless, (system, question, answer))
     if len(answer) > MAX_CHARS:
         half = MAX_CHARS // 2
@@ -246,8 +259,8 @@ def grading_messages(rubric: Rubric, question: str, answer: str, system: str = "
 
 
 def parse_grade(text: str) -> Grade | None:
-    """The one grade in a reply: after its think block, alone or among other words. None when there is none, when it is cut
-    off or out of range, or when several disagree."""
+    """The grade in a reply, after its think block, alone or among other text. None when there is none, when it is cut off or
+    out of range, or when there are several different ones."""
     visible = text.rpartition("</think>")[2][:MAX_REPLY]  # the grader's own template may have opened the block
     if "<think>" in visible:
         return None
@@ -257,7 +270,7 @@ def parse_grade(text: str) -> Grade | None:
         try:
             tree, end = decoder.raw_decode(visible, start)
             found.append(Grade.model_validate(tree))
-        except (ValueError, RecursionError):  # no JSON, or no grade; one may stand inside
+        except (ValueError, RecursionError):  # no JSON, or no grade; look for one inside the text
             end = start + 1
         start = visible.find("{", end)
     scores = {(grade.assessment, grade.coherence) for grade in found}

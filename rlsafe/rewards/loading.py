@@ -1,12 +1,12 @@
 """From the name of a reward in a config to the function: `file.py:function`, `package.module:function`, `provider:spec`
-or a registered name. Anything that is wrong with it is one line that says where."""
+or a registered name. Every error is one line with its place."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -21,13 +21,21 @@ FORMS = "expected file.py:function, package.module:function, provider:spec or a 
 
 @dataclass(frozen=True)
 class LoadedReward:
-    """A reward ready to call. `name` is what metrics and errors call it; `thinking`: it sees think blocks too."""
+    """A reward function with its arguments bound. name: for metrics and errors. thinking: it gets think blocks too. where: the
+    rows it is asked about, by column. timeout: seconds of one call."""
 
     name: str
     fn: Reward
     weight: float = 1.0
     is_async: bool = False
     thinking: bool = False
+    where: Mapping[str, Any] = field(default_factory=dict)
+    timeout: float = 600.0
+
+    def wants(self, column: str, value: Any) -> bool:
+        """Whether `where` lets a row with this value in."""
+        wanted = self.where[column]
+        return value in (wanted if isinstance(wanted, list) else [wanted])
 
 
 def load_reward(config: RewardConfig) -> LoadedReward:
@@ -35,12 +43,15 @@ def load_reward(config: RewardConfig) -> LoadedReward:
 
     A class, or a function that takes none of TRL's call arguments, is a factory
     (`trl.rewards:get_soft_overlong_punishment`): it is called with `args`, and what it returns is the reward.
+    UserError names the reward and what is wrong with it.
     """
     fn = _resolve(config.fn)
     if not callable(fn):
         raise UserError(f"reward {config.fn!r} is {_article(fn)}, not a function")
     fn = _bind(config.fn, fn, config.args)
-    return LoadedReward(_name(config.fn), fn, config.weight, is_async(fn), config.thinking)
+    return LoadedReward(
+        _name(config.fn), fn, config.weight, is_async(fn), config.thinking, config.where, config.timeout
+    )
 
 
 def is_async(fn: Reward) -> bool:
@@ -116,7 +127,7 @@ def _bind(reference: str, fn: Callable[..., Any], args: dict[str, Any]) -> Rewar
             raise UserError(f"reward {reference!r}: args.{name} is filled by the trainer; remove it")
         if name not in named:
             hint = nearest(name, [n for n in named if n not in CALL_ARGUMENTS]) or "; it takes none"
-            if not takes_all or "did you mean" in hint:  # **kwargs would swallow a misspelt name in silence
+            if not takes_all or "did you mean" in hint:  # **kwargs would accept a misspelt name silently
                 raise UserError(f"reward {reference!r}: no argument {name!r}{hint}")
     if inspect.isclass(fn) or not (takes_all or any(name in named for name in CALL_ARGUMENTS)):
         return _made(reference, fn, args, named)

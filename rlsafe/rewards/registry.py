@@ -13,7 +13,10 @@ _REWARDS: dict[str, Reward] = {}
 
 
 def reward(name: str) -> Callable[[F], F]:
-    """Register a function of TRL's reward contract under `name`, so that a config can say `fn: name`."""
+    """Register a function of TRL's reward contract under `name`, so that a config can say `fn: name`.
+
+    UserError when the name is taken.
+    """
     if not isinstance(name, str) or not name or ":" in name:
         raise UserError(f"@rlsafe.reward takes a name without ':' such as @rlsafe.reward('my-reward'), got {name!r}")
 
@@ -35,7 +38,7 @@ def registered_rewards() -> dict[str, Reward]:
 
 
 def _origin(fn: Reward) -> tuple[str, str]:
-    """Where it was written, and its name."""
+    """(file, name) of a function."""
     code = getattr(fn, "__code__", None)
     source = code.co_filename if code else str(getattr(fn, "__module__", ""))
     return source, getattr(fn, "__qualname__", type(fn).__name__)

@@ -1,4 +1,4 @@
-"""What a reward reads: the user's question, the answer without its think block, and whether the answer goes in circles."""
+"""For rewards: the user's question, the answer without its think block, and whether the answer repeats itself."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def system_text(prompt: str | Sequence[dict[str, Any]]) -> str:
 
 def answer_text(completion: str | Sequence[dict[str, Any]]) -> str | None:
     """The visible answer: a leading think block removed, spaces at the ends too. None when the block was never closed: such
-    a completion has no answer yet. Tags further on stay, so that nothing hides from a reward behind them."""
+    a completion has no answer yet. Tags further on are part of the answer: they must not hide text from a reward."""
     thought = split_think(completion if isinstance(completion, str) else str(completion[-1]["content"]))
     return None if thought.unclosed else thought.answer.strip()
 

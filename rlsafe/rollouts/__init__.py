@@ -5,10 +5,12 @@ from __future__ import annotations
 import atexit
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from rlsafe.config import SamplerConfig, UserError
 from rlsafe.policy import Policy
+from rlsafe.rollouts import ranks
 from rlsafe.rollouts.engine import USE_TRANSFORMERS, CannotRun, local_directory
 from rlsafe.rollouts.sampling import request_seed
 from rlsafe.rollouts.selftest import gap_limit, score_batch, self_test
@@ -19,6 +21,7 @@ from rlsafe.types import Sampler
 
 __all__ = [
     "CANNOT_STEER",
+    "CannotRun",
     "ServerSampler",
     "TransformersSampler",
     "VLLMSampler",
@@ -39,9 +42,10 @@ def make_sampler(
 ) -> Sampler:  # fmt: skip
     """The sampler that `config` asks for, synced to `policy`.
 
-    vLLM engines are kept: every run of this process with the same model and settings gets the same one. policy None:
-    the plain model. steerable: the engine must take `steer` (on GPUs: no CUDA graphs). progress: told what is starting.
-    warn: told when `auto` takes Transformers (default: the rlsafe logger).
+    vLLM engines are kept: each run of this process with the same model and settings gets the same one. policy None:
+    the model without an adapter. steerable: the engine must support `steer` (on GPUs: no CUDA graphs). progress: called with a
+    line about what is starting. warn: called when `auto` takes Transformers (default: the rlsafe logger).
+    UserError when the sampler cannot be had, with the setting to change.
     """
     import torch
 
@@ -54,14 +58,20 @@ def make_sampler(
     model_dir = local_directory(model_dir, policy.config.revision if policy is not None else None)
     cuda = torch.cuda.is_available()
     lora = policy.config.lora if policy is not None else None
+    half = policy is not None and policy.dtype in (torch.bfloat16, torch.float16)
     sync = "merged" if policy is not None and _over_quantized(policy, config) else config.sync
     if sync == "adapter" and lora is None:
         raise UserError("sampler.sync: adapter needs model.lora; full fine-tuning syncs merged")
     if config.kind == "server":
-        return _server(config, model_dir, policy, progress)
+        return _server(config, sync, model_dir, policy, progress)
     if sync == "auto":
-        # On CPU merged weights generate 2.5 times as fast (measured); on a GPU an adapter is far less to move.
-        sync = "adapter" if cuda and lora is not None else "merged"
+        # On CPU merged weights generate 2.5 times as fast (measured); on a GPU an adapter is far less to move, but vLLM's kernels
+        # take adapters in half precision only.
+        sync = "adapter" if cuda and lora is not None and half else "merged"
+    elif sync == "adapter" and cuda and not half:
+        raise UserError(
+            "sampler.sync: adapter: vLLM's kernels on a GPU take bfloat16 or float16, not float32; use merged"
+        )
     dtype = str(policy.dtype).removeprefix("torch.") if policy is not None else ("auto" if cuda else "float32")
     rank = policy.lora_rank if policy is not None and sync == "adapter" else None
     eager = steerable or not cuda
@@ -69,13 +79,15 @@ def make_sampler(
     if key not in _ENGINES:
         if progress:
             progress("starting vLLM (some seconds, once)")
-        engine = VLLMSampler(
-            model_dir, dtype=dtype, sync=sync, lora_rank=rank, gpu_memory=config.gpu_memory,
+        if cuda:  # each takes its share of the card
+            _close_others()
+        start = partial(
+            VLLMSampler, model_dir, dtype=dtype, sync=sync, lora_rank=rank, gpu_memory=config.gpu_memory,
             max_model_len=config.max_model_len, max_num_seqs=config.max_num_seqs,
             tokenizer=policy.tokenizer if policy is not None else None, eager=eager,
             trust_remote_code=policy.config.trust_remote_code if policy is not None else False,
         )  # fmt: skip
-        _ENGINES[key] = engine
+        _ENGINES[key] = ranks.together(start, VLLMSampler.close)
     sampler = _ENGINES[key]
     sampler.steer(None)
     if policy is None:
@@ -85,18 +97,24 @@ def make_sampler(
     return sampler
 
 
+def _close_others() -> None:
+    """End the colocated engines: a GPU holds one at a time."""
+    for key in [key for key, sampler in _ENGINES.items() if isinstance(sampler, VLLMSampler)]:
+        _ENGINES.pop(key).close()
+
+
 def _server(
-    config: SamplerConfig, model_dir: str, policy: Policy | None, progress: Callable[[str], None] | None
+    config: SamplerConfig, sync: str, model_dir: str, policy: Policy | None, progress: Callable[[str], None] | None
 ) -> ServerSampler:
-    """Connected to the servers of `config`, until this process ends; LoRA goes there as an adapter on any machine."""
-    sync = config.sync
+    """Connected to the servers of `config`, until this process ends; LoRA goes there as an adapter on any machine, over a quantised
+    base as merged weights."""
     if sync == "auto":
         sync = "adapter" if policy is None or policy.config.lora is not None else "merged"
     key = ("server", *config.urls, sync, config.adapter_dir, config.patience, config.max_num_seqs, model_dir)
     sampler = _ENGINES.get(key)
     if sampler is None:
         sampler = _ENGINES[key] = ServerSampler(
-            config.urls, sync=sync, adapter_dir=config.adapter_dir, patience=config.patience,
+            config.urls, sync="adapter" if sync == "adapter" else "merged", adapter_dir=config.adapter_dir, patience=config.patience,
             max_num_seqs=config.max_num_seqs, model_dir=model_dir,
             tokenizer=policy.tokenizer if policy is not None else None, say=progress,
         )  # fmt: skip
@@ -110,14 +128,14 @@ def _server(
 
 log = logging.getLogger("rlsafe")
 _REFUSED: dict[tuple[Any, ...], str] = {}
-"""(model, dtype) that vLLM cannot run here -> why."""
+"""{(model, dtype) that vLLM cannot run here: the reason}"""
 
 
 def _auto(
     config: SamplerConfig, model_dir: str, policy: Policy | None, seed: int, steerable: bool,
     progress: Callable[[str], None] | None, warn: Callable[[str], None],
 ) -> Sampler:  # fmt: skip
-    """vLLM where it runs the model, else the policy's own modules. A model that vLLM refused is not tried again."""
+    """vLLM where it runs the model, else the Transformers sampler. A model that vLLM refused is not tried again."""
     tried = (model_dir, None if policy is None else policy.dtype)
     if tried not in _REFUSED:
         try:
@@ -132,7 +150,7 @@ def _auto(
 
 
 def _over_quantized(policy: Policy, config: SamplerConfig) -> bool:
-    """Whether vLLM, which starts from the unquantised checkpoint, must be given what the packed weights stand for."""
+    """Whether vLLM, which loads the unquantised checkpoint, has to be sent the dequantised weights."""
     if not policy.is_quantized:
         return False
     if policy.config.quantization is None:
@@ -150,7 +168,7 @@ def _over_quantized(policy: Policy, config: SamplerConfig) -> bool:
 
 @atexit.register
 def _leave_servers() -> None:
-    """Servers outlive this process: they are not to keep its adapters."""
+    """Unload this process's adapters: the servers go on running."""
     for sampler in _ENGINES.values():
         if isinstance(sampler, ServerSampler):
             sampler.close()

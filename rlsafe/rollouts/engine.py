@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rlsafe.config import UserError
+from rlsafe.config import UserError, first_line
 from rlsafe.rollouts.quiet import quiet
 
 ENVIRONMENT = {
@@ -26,25 +26,32 @@ USE_TRANSFORMERS = "; set sampler.kind=transformers"
 
 
 class CannotRun(UserError):
-    """vLLM is not here, or does not run this model on this machine: the Transformers sampler does. Not raised for what
-    a setting would mend (memory, lengths)."""
+    """vLLM is not installed or cannot run this model on this machine; the Transformers sampler can. Not raised for errors that
+    a setting would fix (memory, lengths)."""
 
 
-def refusal(model: str, error: BaseException) -> UserError:
-    """The one line for whatever kept vLLM from running `model`."""
+def refusal(model: str, error: BaseException, gpu_memory: float | None = None) -> UserError:
+    """The one line for whatever kept vLLM from running `model`. gpu_memory: its share of the GPU."""
     reason = first_line(error)
     if longer := re.search(
         r"max_model_len \((\d+)\) is greater than the derived max_model_len \(\w+=(\d+)", str(error)
     ):
         return UserError(f"sampler.max_model_len: {longer[1]} is more than the {longer[2]} tokens that {model} takes")
+    short = isinstance(error, torch.OutOfMemoryError) or "memory" in reason.lower()
+    if short and gpu_memory is not None and torch.cuda.is_available():
+        free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
+        return UserError(
+            f"sampler.gpu_memory: {gpu_memory:g} of this GPU is not enough for {model}, or not free ({free:.1f} of {total:.1f} GiB "
+            f"are): {reason.rstrip('.')}; raise it (less is left to train with), lower it where others hold the memory, or lower "
+            "sampler.max_model_len"
+        )
     line = f"sampler.kind: vLLM cannot run {model}: {reason}{USE_TRANSFORMERS}"
-    settings = ("memory", "max_model_len", "max_num_batched_tokens")
-    mendable = isinstance(error, torch.OutOfMemoryError) or any(name in reason.lower() for name in settings)
+    mendable = short or any(name in reason.lower() for name in ("max_model_len", "max_num_batched_tokens"))
     return UserError(line) if mendable else CannotRun(line)
 
 
 def start_engine(settings: dict[str, Any], max_model_len: int | None, gpu_memory: float) -> tuple[Any, int]:
-    """A vllm.LLM with the given settings and the ones that the machine decides, and its max_model_len.
+    """A vllm.LLM with the given settings and those that depend on the machine, and its max_model_len.
 
     UserError when vLLM is missing or does not run the model. torch's threads and random state are left as they were.
     """
@@ -67,7 +74,9 @@ def start_engine(settings: dict[str, Any], max_model_len: int | None, gpu_memory
                 machine = _cpu_settings(config, length, settings["max_num_seqs"])
             return vllm.LLM(max_model_len=length, **settings, **machine), length
     except Exception as error:  # whatever vLLM dislikes about the model, it says so in many ways
-        raise refusal(model, error) from None
+        said = refusal(model, error, gpu_memory)
+        error.__traceback__ = None  # its frames hold the half of an engine, on the GPU
+        raise said from None
     finally:
         torch.set_num_threads = set_threads  # vLLM replaces it on CPU, and lowers the count
         torch.set_num_threads(threads)
@@ -80,7 +89,7 @@ def _text_config(model: str, trust_remote_code: bool) -> Any:
 
 
 def _cpu_settings(config: Any, length: int, rows: int) -> dict[str, Any]:
-    """The key-value cache holds `rows` float32 sequences of full length: vLLM touches all that it is given."""
+    """Settings for a CPU. The key-value cache holds `rows` float32 sequences of full length, no more: vLLM fills all it is given."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token = 2 * config.num_hidden_layers * heads * width * 4
@@ -105,6 +114,7 @@ def generation_threads(parameters: int) -> int:
 
 
 def weight_files(model_dir: str) -> list[Path]:
+    """The .safetensors files of a model directory; UserError when there are none."""
     files = sorted(p for p in Path(model_dir).glob("*.safetensors") if not p.name.startswith("adapter"))
     if not files:
         raise UserError(f"{model_dir}: no .safetensors weights to sync from{USE_TRANSFORMERS}")
@@ -112,19 +122,15 @@ def weight_files(model_dir: str) -> list[Path]:
 
 
 def local_directory(model: str, revision: str | None = None) -> str:
-    """`model` itself when it is a directory, else where the hub's cache keeps it."""
+    """`model` itself when it is a directory, else its directory in the hub's cache (downloaded on first use).
+
+    UserError when it is neither.
+    """
     if Path(model).is_dir():
         return model
     from huggingface_hub import snapshot_download
 
     try:
         return snapshot_download(model, revision=revision)
-    except Exception as error:  # offline, gated, misspelt: all about the name
+    except Exception as error:  # offline, gated or misspelt
         raise UserError(f"model.name: {model}: neither a directory nor in the hub: {first_line(error)}") from None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message that says something, for a one-line message of ours."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    told = lines[1:] if "validation error" in lines[0] else lines  # pydantic's first line only counts
-    return (told or lines)[0].removeprefix("Value error, ")[:300]

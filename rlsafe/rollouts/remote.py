@@ -14,15 +14,15 @@ START = (
     "--max-lora-rank RANK --logprobs-mode processed_logprobs"
 )
 PLAIN = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-"""Sent with every request: a server takes what is left out from the model's generation_config.json."""
+"""Sent with every request: for what is left out, a server uses the model's generation_config.json."""
 
 
 class Unreachable(Exception):
-    """No usable answer: down, starting, overloaded or timed out. Worth another try."""
+    """No usable answer: the server is down, starting, overloaded or too slow. Another try may succeed."""
 
 
 class Forgotten(Exception):
-    """The server does not know the model or adapter: it was restarted."""
+    """The server does not know the model or adapter, because it was restarted."""
 
 
 class Server:
@@ -40,8 +40,8 @@ class Server:
         self._lock = threading.Lock()
 
     def connect(self) -> None:
-        """Ask what it serves. Unreachable when there is no answer, UserError when it is no vLLM server or raw log-probs come
-        back."""
+        """Ask what it serves. Unreachable without an answer; UserError when it is no vLLM server, or gives log-probs from before
+        temperature and top-p."""
         cards = [card for card in self._models() if (card.model_extra or {}).get("parent") is None]
         if not cards or "max_model_len" not in (cards[0].model_extra or {}):
             raise UserError(f"sampler.urls: {self.url} is no vLLM server; start one with: {START}")
@@ -55,7 +55,10 @@ class Server:
     def complete(
         self, adapter: str | None, request: Request, params: SamplingParams, stop: list[int], top: int = 0
     ) -> Completion:
-        """One completion with the log-probs of its tokens under the processed distribution."""
+        """One completion with the log-probs of its tokens under the processed distribution.
+
+        Unreachable or Forgotten when another try may help, else RunError.
+        """
         choice = self._choice(adapter or self.model, request, params, stop, top)
         extra = choice.model_extra or {}
         if extra.get("prompt_token_ids") != list(request.prompt_ids) or extra.get("token_ids") is None:
@@ -105,11 +108,13 @@ class Server:
                 ) from None
             raise UserError(f"sampler.urls: {self.url} loads no adapters; start it with: {START}") from None
         except Unreachable as error:
-            if isinstance(error.__cause__, openai.InternalServerError):  # it answers: it does not want this adapter
+            if isinstance(error.__cause__, openai.InternalServerError):  # the server works but refuses this adapter
                 raise UserError(f"sampler.urls: {self.url} refuses the adapter: {error}") from None
             raise
         except RunError as error:
-            if "already been loaded" not in str(error):  # by another process of this run: names follow from the content
+            if "already been loaded" not in str(
+                error
+            ):  # by another process of this run; equal names mean equal content
                 raise
 
     def _tempers(self) -> bool:
@@ -153,7 +158,7 @@ class Server:
 
 
 def _said(error: Any) -> str:
-    """The server's own words on one line."""
+    """The server's error message on one line."""
     body = getattr(error, "body", None)
     text = body.get("message") if isinstance(body, dict) else None
     return " ".join(str(text or error).split())[:300]

@@ -1,7 +1,7 @@
 """Rollouts by vLLM servers in other processes or on other hosts.
 
-LoRA: each sync saves the adapter where the servers can read it and loads it over HTTP under a new name, so that nothing a server
-cached for the one before can be used again. Full weights go through TRL's vLLM client (NCCL, GPUs only).
+LoRA: each sync saves the adapter where the servers can read it and loads it over HTTP under a new name. A server then cannot
+reuse what it cached for an earlier adapter. Full weights go through TRL's vLLM client (NCCL, GPUs only).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,27 +22,28 @@ import torch
 from torch import Tensor
 
 from rlsafe.config import UserError
+from rlsafe.rollouts import ranks
 from rlsafe.rollouts.remote import START, Forgotten, Server, Unreachable
 from rlsafe.rollouts.sampling import check_lengths, stop_token_ids
 from rlsafe.types import Completion, PolicyWeights, Request, RunError, SamplingParams
 
-START_PATIENCE = 60.0  # seconds to wait for a server at the start of a run, where a wrong address is more likely
-LEAST_TIMEOUT = 60.0  # seconds for one answer: a busy server is not one that is away
-CLOSING_TIMEOUT = 5.0  # seconds: nobody waits for a server when all is done
+START_PATIENCE = 60.0  # seconds to wait for a server at the start of a run; shorter, because the address may be wrong
+LEAST_TIMEOUT = 60.0  # seconds to wait for one answer; shorter ones would take a busy server for a dead one
+CLOSING_TIMEOUT = 5.0  # seconds to wait for a server when the run is over
 PAUSES = (0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between tries; the last repeats
 GROUP_PORT = 51216  # TRL's port for a server's weights; one more for each further server
 
 
 @dataclass
 class Adapter:
-    """The policy as of the last sync. The files stay until the next one: a restarted server needs them again."""
+    """The adapter of the last sync. Its files stay until the next one: a restarted server needs them again."""
 
     name: str
     files: tempfile.TemporaryDirectory[str]
 
 
 class ServerSampler:
-    """Samples from vLLM servers. Requests are split over them; one that fails is tried again, on the next server too."""
+    """Samples from vLLM servers. Requests are split over them; a failed request is repeated, on the next server too."""
 
     name = "server"
 
@@ -65,7 +66,8 @@ class ServerSampler:
         """
         if sync == "merged" and not torch.cuda.is_available():
             raise UserError(
-                "sampler.sync: full weights reach a server through NCCL, which needs a GPU; use LoRA (adapter)"
+                "sampler.sync: merged: full weights reach a server through NCCL, which needs a GPU; use LoRA over an unquantised "
+                "base (adapter)"
             )
         if adapter_dir is not None and not Path(adapter_dir).is_dir():
             raise UserError(f"sampler.adapter_dir: {adapter_dir}: no such directory")
@@ -75,7 +77,7 @@ class ServerSampler:
         self._adapter: Adapter | None = None
         self._stopping = threading.Event()
         self._clients: list[Any] = []
-        self.retries = 0  # tries that failed, over the sampler's life
+        self.retries = 0  # failed tries since the sampler was made
         self._servers = [Server(url, max(patience, LEAST_TIMEOUT)) for url in urls]
         for server in self._servers:
             self._connect(server)
@@ -109,7 +111,7 @@ class ServerSampler:
         try:
             futures = [pool.submit(self._complete, int(i / share), r, params) for i, r in enumerate(requests)]
             return [future.result() for future in futures]
-        except BaseException:  # an interrupt, or one request that failed for good: the others must not go on trying
+        except BaseException:  # an interrupt, or a request that failed for good: stop the others
             self._stopping.set()
             raise
         finally:
@@ -131,7 +133,7 @@ class ServerSampler:
         raise AssertionError("unreachable")
 
     def _ready(self, server: Server) -> None:
-        """The server has the current adapter: it may have been away when it was loaded, or restarted since."""
+        """Load the current adapter unless the server has it: it may have been down at the sync, or restarted since."""
         if self._adapter is not None and server.holds != self._adapter.name:
             server.load(self._adapter.name, self._adapter.files.name)
 
@@ -145,11 +147,11 @@ class ServerSampler:
     # ------------------------------------------------------------------------------------------------- weights
 
     def sync(self, policy: PolicyWeights) -> None:
-        """Every server that answers takes over the policy's weights; one that is away does when it is back."""
+        """Give the policy's current weights to every server that answers; to the others before their next request."""
         if self._sync == "merged":
             return self._push(policy)
         before, now = self._adapter, self._save(policy)
-        if before is not None and before.name == now.name:  # servers may read its files again
+        if before is not None and before.name == now.name:  # unchanged: servers may still read these files
             return now.files.cleanup()
         self._adapter = now
         self._stopping.clear()
@@ -173,7 +175,7 @@ class ServerSampler:
             self._forget(before)
 
     def reset(self) -> None:
-        """Sample the plain model from now on."""
+        """Sample from the model without the adapter from now on. UserError for full weights, which stay on the server."""
         if self._sync == "merged":
             raise UserError("sampler.sync: a server that was sent full weights cannot go back to its own; restart it")
         before, self._adapter = self._adapter, None
@@ -181,10 +183,10 @@ class ServerSampler:
             self._forget(before)
 
     def _save(self, policy: PolicyWeights) -> Adapter:
-        """The adapter's files, named by their content: the processes of one run ask for the same name."""
+        """Save the adapter under a name made of a hash of its content, so that all processes of a run use the same name."""
         files = tempfile.TemporaryDirectory(prefix="rlsafe-adapter-", dir=self._adapter_dir)
         policy.save_adapter(files.name)
-        Path(files.name).chmod(0o755)  # the server may be another user's
+        Path(files.name).chmod(0o755)  # the server may run as another user
         weights = Path(files.name, "adapter_model.safetensors").read_bytes()
         settings = Path(files.name, "adapter_config.json").read_bytes()
         return Adapter("rlsafe-" + hashlib.sha256(weights + settings).hexdigest()[:16], files)
@@ -194,31 +196,38 @@ class ServerSampler:
             try:
                 server.unload(adapter.name)
             except Unreachable:
-                continue  # away: it holds nothing when it is back
+                continue  # down: after a restart it holds nothing
         adapter.files.cleanup()
 
     def _push(self, policy: PolicyWeights) -> None:
-        """Freshly merged tensors, one at a time; vLLM reloads between the start and the finish of an update."""
-        if not self._clients:
+        """Freshly merged tensors, one at a time; vLLM reloads between the start and the finish of an update. Of several processes
+        the first one sends; the others make the tensors with it, which gathers shards."""
+        first = ranks.is_first()
+        if first and not self._clients:
             from trl.generation.vllm_client import VLLMClient
 
             for number, server in enumerate(self._servers):
                 client = VLLMClient(base_url=server.url, group_port=GROUP_PORT + number)
                 client.init_communicator(torch.cuda.current_device())
                 self._clients.append(client)
-        for client in self._clients:
-            with client.weight_update():
+        for number in range(len(self._servers)):
+            client = self._clients[number] if first else None
+            with client.weight_update() if client else nullcontext():
                 for name, tensor in policy.merged_weights():
-                    client.update_named_param(name, tensor)
-            client.reset_prefix_cache()
+                    if client:
+                        client.update_named_param(name, tensor)
+            if client:
+                client.reset_prefix_cache()
+        if ranks.world() > 1:
+            torch.distributed.barrier()
 
     def steer(self, additions: Mapping[int, Tensor] | None) -> None:
-        """UserError: the residual stream of another process is out of reach. None (nothing to remove) is fine."""
+        """UserError for any vectors [H]: the residual stream of another process cannot be changed. None does nothing."""
         if additions:
             raise UserError(CANNOT_STEER)
 
     def close(self) -> None:
-        """Unload the adapter from the servers, as far as they answer within seconds; they go on running."""
+        """Unload the adapter from the servers that answer within seconds. The servers go on running."""
         self._stopping.set()
         adapter, self._adapter = self._adapter, None
         if adapter is None:

@@ -18,7 +18,7 @@ KEEP = 0.75  # below this share of unfinished rows the finished ones are taken o
 
 
 class TransformersSampler:
-    """Samples from a live Policy: it always has the policy's current weights, so `sync` only says which policy.
+    """Samples with the modules of the policy under training, so its weights are always current; `sync` only sets the policy.
 
     A completion depends on its request's seed alone, not on the batch that it was sampled in.
     """
@@ -31,7 +31,7 @@ class TransformersSampler:
         self._additions: dict[int, Tensor] = {}
 
     def sync(self, policy: PolicyWeights) -> None:
-        """Follow `policy` from now on; there is no copy of its weights and no cache that outlives a call."""
+        """Use `policy` from now on. No weights are copied, and no cache is kept between calls."""
         self.policy = cast(Policy, policy)
 
     def steer(self, additions: Mapping[int, Tensor] | None) -> None:
@@ -45,7 +45,7 @@ class TransformersSampler:
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
-        """One completion per request, in order. Under FSDP2 every rank must call it, if only with no requests."""
+        """One completion per request, in order. Under FSDP2 every rank must call it, even without requests."""
         limit = self.policy.core.max_length
         check_lengths(requests, params, limit, "the model")
         out: list[Completion | None] = [None] * len(requests)
@@ -76,7 +76,9 @@ class TransformersSampler:
         ids, mask = _left_pad(list(prompts), device)
         position = (mask.cumsum(1) - 1).clamp_(min=0)
         noise = uniforms(requests, params.max_tokens).to(device)
-        rows = torch.arange(len(requests), device=device)  # which request each row of the shrinking batch is
+        rows = torch.arange(
+            len(requests), device=device
+        )  # index of the request in each row; finished rows leave the batch
         cache = core.new_cache()
         tokens = torch.zeros((len(requests), params.max_tokens), dtype=torch.long, device=device)
         logps = torch.zeros((len(requests), params.max_tokens), device=device)

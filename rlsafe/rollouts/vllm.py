@@ -1,11 +1,12 @@
-"""Rollouts by vLLM inside this process: one engine, taken over by one policy after another."""
+"""Rollouts by vLLM inside this process: one engine, used by one policy after another."""
 
 from __future__ import annotations
 
+import itertools
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from rlsafe.config import UserError
 from rlsafe.policy.taps import check_vector, decoder_blocks
+from rlsafe.rollouts import ranks
 from rlsafe.rollouts.engine import generation_threads, refusal, start_engine, weight_files
 from rlsafe.rollouts.noise import hasten
 from rlsafe.rollouts.sampling import check_lengths, stop_token_ids
@@ -24,7 +26,7 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the ranks that vLLM makes ro
 
 
 class VLLMSampler:
-    """A colocated vLLM engine. `sync` makes it exactly the given policy, whatever it was before.
+    """A colocated vLLM engine. After `sync` it has exactly the given policy's weights, whatever it had before.
 
     sync "merged": fresh W + scale * B A loaded over the old weights; "adapter": LoRA swapped under a new id.
     """
@@ -50,12 +52,12 @@ class VLLMSampler:
 
         eager=False (CUDA graphs) is faster on a GPU but cannot be steered.
         """
-        self.model_dir, self._sync, self._eager = model_dir, sync, eager
+        self.model_dir, self._sync, self._eager, self.closed = model_dir, sync, eager, False
         self._stop = stop_token_ids(model_dir, tokenizer)
         self._hooks: list[Any] = []
         self._adapter: Any = None
         self._adapters = 0
-        self._loaded: set[str] = set()  # units that are not the checkpoint's
+        self._loaded: set[str] = set()  # parts of the model (see `unit_of`) whose weights differ from the checkpoint's
         settings: dict[str, Any] = {
             "model": model_dir,
             "dtype": dtype,
@@ -70,24 +72,26 @@ class VLLMSampler:
             "seed": seed,
         }
         if sync == "adapter":
-            rank = next((r for r in LORA_RANKS if r >= (lora_rank or 1)), None)
-            if rank is None:
-                raise UserError(
-                    f"sampler.sync: vLLM takes adapters up to rank {LORA_RANKS[-1]}, got {lora_rank}; use merged"
-                )
-            settings |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 1}
-        self._llm, self.max_model_len = start_engine(settings, max_model_len, gpu_memory)
-        models: list[nn.Module] = []
-        self._llm.apply_model(models.append)
-        self._model = models[0]
+            settings |= _lora_settings(lora_rank)
+        ranks.starting()
+        try:
+            self._llm, self.max_model_len = start_engine(settings | ranks.launcher(), max_model_len, gpu_memory)
+        except UserError:
+            with ranks.ending():
+                pass
+            raise
+        ranks.lives(self)
+        self._model = _model_of(self._llm)
         if not torch.cuda.is_available():
             self._llm.collective_rpc(hasten)
         self._threads = generation_threads(sum(file.stat().st_size for file in weight_files(model_dir)) // 4)
-        try:
-            self.generate([Request([1], 0)], SamplingParams(max_tokens=1))  # kernels that lack a shape fail only here
+        try:  # kernels that do not support a shape fail here, not in the first step
+            self.generate([Request([1], 0)], SamplingParams(max_tokens=1))
         except Exception as error:
+            said = refusal(model_dir, error, gpu_memory)
+            error.__traceback__ = None
             self.close()
-            raise refusal(model_dir, error) from None
+            raise said from None
 
     @contextmanager
     def _own_threads(self) -> Iterator[None]:
@@ -120,7 +124,7 @@ class VLLMSampler:
         try:
             with self._own_threads():
                 outputs = self._llm.generate(prompts, settings, use_tqdm=False, lora_request=self._adapter)
-        except BaseException:  # interrupted: what is left must not come out of the next call
+        except BaseException:  # interrupted: drop unfinished requests, or the next call would return their completions
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
             raise
         return [_completion(o.outputs[0]) for o in outputs]
@@ -128,38 +132,50 @@ class VLLMSampler:
     # ------------------------------------------------------------------------------------------------- weights
 
     def sync(self, policy: PolicyWeights) -> None:
-        """Become `policy`: its merged weights over the base ones, or its adapter; then drop the prefix cache."""
+        """Load the policy's merged weights, or its adapter, and clear the prefix cache."""
         if self._sync == "adapter":
             self._swap_adapter(policy)
         else:
-            self._load(dict(policy.merged_weights()))
+            self._load(policy.merged_weights())
         self._drop_caches()
 
     def reset(self) -> None:
-        """Become the plain model again."""
+        """Load the checkpoint's own weights again."""
         self._adapter = None
         if self._sync == "merged":
-            self._load({})
+            self._load(iter(()))
         self._drop_caches()
 
-    def _load(self, changed: dict[str, Tensor]) -> None:
-        """Load what this policy changes, and the base weights of what only the one before it changed."""
-        before, now = self._loaded, {unit_of(name) for name in changed}
-        if not (units := before | now):
+    def _load(self, changed: Iterator[tuple[str, Tensor]]) -> None:
+        """Load what this policy changes, and the base weights of what only the one before it changed. Tensors are made one unit of
+        the model at a time: all of a 32B model's at once would be a second model."""
+        first = next(changed, None)
+        if first is None and not self._loaded:
             return
-        self._loaded = units  # if this is interrupted
-        with self._own_threads():
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._weights(changed, units)})
-            if not all(IN_BLOCK.fullmatch(unit) for unit in units):
+        now: set[str] = set()
+        changed = changed if first is None else itertools.chain([first], changed)
+        with self._own_threads(), ExitStack() as files:
+            weights = self._weights(changed, now, _checkpoint(self.model_dir, files))
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            if not all(IN_BLOCK.fullmatch(unit) for unit in self._loaded):
                 _repack_tied_head(self._model)
         self._loaded = now
 
-    def _weights(self, changed: dict[str, Tensor], units: set[str]) -> Iterator[tuple[str, Tensor]]:
-        """The checkpoint's tensors of these units, the changed ones replaced."""
-        for name, read in _checkpoint(self.model_dir):
-            if unit_of(name) in units:
-                yield name, changed.pop(name) if name in changed else read()
-        yield from changed.items()
+    def _weights(
+        self, changed: Iterator[tuple[str, Tensor]], now: set[str], base: dict[str, dict[str, Callable[[], Tensor]]]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Whole units: those with changed tensors, noted in `now`, then those that are the checkpoint's again."""
+        for unit, tensors in itertools.groupby(changed, key=lambda named: unit_of(named[0])):
+            assert unit not in now, f"{unit} comes twice"
+            now.add(unit)
+            self._loaded = self._loaded | {unit}  # should this be interrupted
+            others = dict(base.get(unit, {}))
+            for name, tensor in tensors:
+                others.pop(name, None)
+                yield name, tensor
+            yield from ((name, read()) for name, read in others.items())
+        for unit in sorted(self._loaded - now):
+            yield from ((name, read()) for name, read in base.get(unit, {}).items())
 
     def _swap_adapter(self, policy: PolicyWeights) -> None:
         from vllm.lora.request import LoRARequest
@@ -179,7 +195,10 @@ class VLLMSampler:
     # ------------------------------------------------------------------------------------------------ steering
 
     def steer(self, additions: Mapping[int, Tensor] | None) -> None:
-        """Add vectors [H] to the residual stream at all positions from now on; None removes them."""
+        """Add vectors [H] to the residual stream at all positions from now on; None removes them.
+
+        UserError for layers or shapes that do not fit, or with CUDA graphs.
+        """
         additions = additions or {}
         if additions and not self._eager:
             raise UserError("this vLLM engine runs CUDA graphs and cannot be steered; expected an eager one")
@@ -194,10 +213,15 @@ class VLLMSampler:
 
     def close(self) -> None:
         """Shut the engine down and free its memory."""
+        if self.closed:
+            return
+        self.closed = True
         for hook in self._hooks:
             hook.remove()
-        self._llm.llm_engine.engine_core.shutdown()
-        del self._llm, self._model
+        with ranks.ending(self):
+            self._llm.llm_engine.engine_core.shutdown()
+            del self._llm, self._model
+            self._hooks = []
 
 
 def _completion(output: Any) -> Completion:
@@ -206,21 +230,40 @@ def _completion(output: Any) -> Completion:
     return Completion(ids, logprobs, "stop" if output.finish_reason == "stop" else "length")
 
 
+def _model_of(llm: Any) -> nn.Module:
+    models: list[nn.Module] = []
+    llm.apply_model(models.append)
+    return models[0]
+
+
+def _lora_settings(rank: int | None) -> dict[str, Any]:
+    """Engine settings for one adapter of `rank`. UserError when it is too large."""
+    room = next((r for r in LORA_RANKS if r >= (rank or 1)), None)
+    if room is None:
+        raise UserError(f"sampler.sync: vLLM takes adapters up to rank {LORA_RANKS[-1]}, got {rank}; use merged")
+    return {"enable_lora": True, "max_lora_rank": room, "max_loras": 1, "max_cpu_loras": 1}
+
+
 def unit_of(name: str) -> str:
-    """The part of the model that a tensor is loaded with: vLLM fuses projections within a block's attention or MLP, experts
-    included, and loads a fused tensor only as a whole. Outside the blocks, the module."""
+    """The part of the model that has to be loaded together with this tensor.
+
+    vLLM fuses projections within a block's attention or MLP (experts included) and loads a fused tensor only as a whole.
+    Outside the blocks the part is the module.
+    """
     block = IN_BLOCK.match(name)
     return block[0] if block else name.rpartition(".")[0]
 
 
-def _checkpoint(model_dir: str) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Every tensor's name and how to read it, which for a large model takes seconds."""
+def _checkpoint(model_dir: str, files: ExitStack) -> dict[str, dict[str, Callable[[], Tensor]]]:
+    """{unit: {tensor's name: how to read it}}, which for a large model takes seconds; `files` keeps them open."""
     from safetensors import safe_open
 
+    units: dict[str, dict[str, Callable[[], Tensor]]] = {}
     for file in weight_files(model_dir):
-        with safe_open(str(file), framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (no mapping)
-                yield name, partial(tensors.get_tensor, name)
+        tensors = files.enter_context(safe_open(str(file), framework="pt"))
+        for name in tensors.keys():  # noqa: SIM118 (no mapping)
+            units.setdefault(unit_of(name), {})[name] = partial(tensors.get_tensor, name)
+    return units
 
 
 def _repack_tied_head(model: nn.Module) -> None:

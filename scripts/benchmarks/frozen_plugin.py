@@ -1,4 +1,4 @@
-"""A defense that asks for one frozen forward and does nothing with it: what sharing that forward cannot save."""
+"""A defense that needs one frozen forward and does nothing with it, to measure the cost of that forward alone."""
 
 import rlsafe
 from rlsafe.types import Need

@@ -1,4 +1,4 @@
-"""Sampling ahead: what `grpo.max_staleness: 1` makes of a GRPO step with a vLLM server on the same machine."""
+"""Sampling ahead: the effect of `grpo.max_staleness: 1` on the time of a GRPO step, with a vLLM server on the same machine."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ HIDDEN = {"organism": 128, "5m": 256}
 
 
 def penalties(scratch: Path, quick: bool, rounds: int) -> Result:
-    """SFT steps of 16 rows with answers of 24 to 192 words, one thread, float32. Beside the goal's floor a lower one: a frozen forward
-    that ends at the last hidden states, without the reference's logits, which a KL cannot do without."""
+    """SFT steps of 16 rows with answers of 24 to 192 words, one thread, float32. Two floors: no defense plus a frozen forward with
+    logits, as a KL needs them (the goal is measured against this one), and plus one that ends at the last hidden states."""
     result = Result(
         "penalties",
         [

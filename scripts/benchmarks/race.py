@@ -1,5 +1,5 @@
-"""Contenders in processes of their own take turns, one unit of work at a time: A B C, B C A, ... so that whatever else the machine
-does meets all of them alike. A ratio is taken within each round; its median and range over the rounds are reported."""
+"""Contenders, each in its own process, take turns, one unit of work at a time (A B C, B C A, ...), so that other load on the machine
+affects all of them alike. A ratio is taken within each round; its median and range over the rounds are reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the command to the first step, and what `import rlsafe` and `rlsafe --help` take."""
+"""Time from the command to the first step, and of `import rlsafe` and `rlsafe --help`."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import Any
 
 LORA = {"r": 8, "alpha": 16, "dropout": 0.0, "rslora": False}
 GROUP, PROMPTS = 8, 8
-LR = 1e-6  # completions keep their length, so that every contender goes on doing the same work
+LR = 1e-6  # so small that completions keep their length, and all contenders do the same work
 
 
 def model_dir(name: str, scratch: Path) -> str:

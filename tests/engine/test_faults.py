@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny_runs import GRPO, MIXED, SFT, adapter, distance, train, tree_with
 
 from rlsafe.config import UserError, run_from_tree
-from rlsafe.engine.run import checkpoint
+from rlsafe.engine.record import checkpoint
 from rlsafe.engine.run.life import run
 from rlsafe.engine.train.loss import StepLoss
 from rlsafe.types import Interrupted, RunError

@@ -65,7 +65,7 @@ def test_steps_go_on_while_the_judge_works_and_its_numbers_stand_in_the_step_the
 
 def test_an_outage_leaves_scores_out_and_training_ends(run_tree, tmp_path, caplog):
     with ScriptedServer(lambda n, body: error(500)) as server:
-        tree = run_tree(server, max_retries=0, protocol="logprobs")
+        tree = run_tree(server, max_retries=0, protocol="number")
         run = train(write(tree, tmp_path), out=tmp_path / "run")
     records = lines(tmp_path / "run" / "metrics.jsonl")
     assert [record.get("unscored") for record in records] == [2, None, 2, 2]

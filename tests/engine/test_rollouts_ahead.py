@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from tiny import save_tiny_model
 from tiny_runs import GRPO, MIXED, adapter, distance, tree_with
 
 from rlsafe.config import UserError, run_from_tree
-from rlsafe.engine.run.components import prepare
+from rlsafe.engine.run.build import prepare
 from rlsafe.engine.run.life import run
 from rlsafe.rollouts import request_seed
 from rlsafe.types import Interrupted, RunError
@@ -103,21 +104,20 @@ def test_an_interrupted_and_resumed_run_ends_with_the_same_bits(tiny_tree, tmp_p
     assert same(tmp_path / "whole", tmp_path / "cut")
 
 
-@pytest.mark.parametrize("where", [pytest.param("_gather", marks=pytest.mark.slow), "update"])
+@pytest.mark.parametrize("where", [pytest.param("loop.grpo_step", marks=pytest.mark.slow), "update._update"])
 def test_a_step_that_fails_is_resumed_with_the_rollouts_it_had(ahead, tmp_path, monkeypatch, where):
     """When it updates, the next rollouts are begun already, with a snapshot of their own."""
-    from rlsafe.engine.train.loop import Loop
-
     run(run_from_tree(ahead), tmp_path / "whole", resources=Own())
-    honest = getattr(Loop, where)
+    room, _, name = where.partition(".")
+    honest = getattr(import_module(f"rlsafe.engine.train.{room}"), name)
 
-    def failing(self, step, *rest):
+    def failing(components, state, step, *rest):
         if step.index == 2:
             raise RunError("lost")
-        return honest(self, step, *rest)
+        return honest(components, state, step, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(RunError, match="lost; the state after 2 steps is saved"):
-        patch.setattr(Loop, where, failing)
+        patch.setattr(f"rlsafe.engine.train.{where}", failing)
         run(run_from_tree(ahead), tmp_path / "cut", resources=Own())
     run(run_from_tree(ahead), tmp_path / "cut", resources=Own(), resume=True)
     assert same(tmp_path / "whole", tmp_path / "cut")

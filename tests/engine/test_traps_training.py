@@ -150,10 +150,10 @@ def test_trap_14_supervised_parts_are_scored_at_temperature_one_and_rollouts_at_
     assert record["sampler_gap"] < 1e-4
     policy = load(tiny_tree["model"]["name"])  # as the run began
     expected = {}
-    loop = run(
+    parts = run(
         run_from_tree(tree_with(tree, {"schedule": {"steps": 0, "phases": [{"cycle": ["sft"]}]}})), tmp_path / "0"
-    ).loop
-    stream = loop.streams["narrow"]
+    ).components
+    stream = parts.streams["narrow"]
     stream.take(3)  # the prompts of the GRPO part
     rows = [row["messages"] for row in stream.take(4)]
     for temperature in (1.0, 0.5):
@@ -181,11 +181,11 @@ def test_trap_18_the_auxiliary_loss_is_a_mean_over_the_whole_step_weighted_and_l
     logged = []
     for micro_rows in (None, 1):
         out = tmp_path / str(micro_rows)
-        loop = run(run_from_tree(tree_with(tree, {"batch": {"micro_rows": micro_rows}})), out).loop
+        parts = run(run_from_tree(tree_with(tree, {"batch": {"micro_rows": micro_rows}})), out).components
         logged.append([record["loss/sft"] for record in lines(out)])
         assert [record["defense/interleaving/rows_added"] for record in lines(out)] == [3, 4, 3, 4]
     assert logged[0] == pytest.approx(logged[1], rel=1e-3)
-    (defense,) = loop.stack
+    (defense,) = parts.stack
     defense.stream.load_state_dict({**defense.stream.state_dict(), "position": 0})
     losses = []
     for row in defense.stream.take(3):

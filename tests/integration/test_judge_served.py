@@ -37,7 +37,7 @@ def reference(judge_server):
 def patience(judge_server, reference):
     """Seconds that are enough for one reply on this machine, however busy it is: what forty answers take side by side."""
     begun = time.monotonic()
-    judge_at(judge_server, protocol="logprobs").score(some(40, seed=6))
+    judge_at(judge_server, protocol="number").score(some(40, seed=6))
     return max(3.0, 1.5 * (time.monotonic() - begun))
 
 
@@ -63,7 +63,7 @@ def test_the_score_is_the_models_own_distribution(judge_server, reference):
     numbers = {i: int(text) for i in range(len(tokenizer)) if NUMBER.fullmatch(text := tokenizer.decode([i]))}
     assert set(numbers.values()) == set(range(101))
     for asked, found in [pair for pair in zip(*reference, strict=True) if pair[1].outcome == "scored"][:8]:
-        messages = judge_at(judge_server).request(asked, "aligned", "logprobs").messages
+        messages = judge_at(judge_server).request(asked, "aligned", "number").messages
         with torch.no_grad():
             logits = model(torch.tensor([encode_prompt(tokenizer, messages)])).logits[0, -1]
         top = logits.log_softmax(-1).topk(20)
@@ -140,7 +140,7 @@ def test_three_in_ten_replies_broken_lose_no_row_and_invent_no_score(judge_serve
 
 def test_when_every_reply_is_broken_nothing_is_scored(judge_server):
     with FaultyProxy(judge_server.base_url, share=1.0, seed=2, hang=0.5) as proxy:
-        made = judge_at(proxy, timeout=0.4, max_retries=2, backoff=0.01, protocol="logprobs")
+        made = judge_at(proxy, timeout=0.4, max_retries=2, backoff=0.01, protocol="number")
         found = made.score(some(10))
     assert {(j.outcome, j.aligned, j.coherent) for j in found} == {("unscored", None, None)}
     assert made.usage()["failed"] == 20 and made.usage()["replied"] == 0
@@ -148,7 +148,7 @@ def test_when_every_reply_is_broken_nothing_is_scored(judge_server):
 
 def test_slow_replies_are_waited_for_side_by_side(judge_server):
     with FaultyProxy(judge_server.base_url, share=0.0, slow=1.0) as proxy:
-        found = judge_at(proxy, protocol="logprobs", concurrency=12).score(some(16, seed=8))
+        found = judge_at(proxy, protocol="number", concurrency=12).score(some(16, seed=8))
     assert "unscored" not in {j.outcome for j in found} and proxy.most_at_once == 12
 
 

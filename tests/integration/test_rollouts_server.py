@@ -17,7 +17,7 @@ from tiny_architectures import load, nudge
 
 from rlsafe.config import RunConfig, SamplerConfig, UserError
 from rlsafe.defenses.persona import save_vectors
-from rlsafe.engine.run.components import prepare
+from rlsafe.engine.run.build import prepare
 from rlsafe.engine.run.life import run
 from rlsafe.rollouts import ServerSampler, close_all, make_sampler, request_seed, self_test
 from rlsafe.types import Request, RunError, SamplingParams
@@ -224,7 +224,7 @@ def test_a_grpo_run_agrees_after_every_sync(restart, server, model_dir, tiny_tre
 
     trained = run(RunConfig.model_validate(tree), tmp_path / "run", progress=after)
     assert [m["sampler_gap"] < 1e-4 for m in trained.metrics] == [True] * 5
-    assert trained.loop.tested == 5  # after each sync, not only the first
+    assert trained.components.sampler.tests == 5  # after each sync, not only the first
     if restart:
         again[0].join()
         assert trained.metrics[2]["rollout_seconds"] > 2 * trained.metrics[1]["rollout_seconds"]

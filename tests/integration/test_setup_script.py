@@ -22,6 +22,7 @@ echo "$*" >>"$CALLS"
 case "$*" in
     *ensurepip*) exit "${OLD:-0}" ;;
     *base_prefix*) echo "/base 3.11.0" ;;
+    *cuda.is_available*) exit "${BLIND:-0}" ;;
     "-m venv"*) mkdir -p .venv/bin .venv/lib/python3.11/site-packages/torch
         cp "$0" .venv/bin/python; echo "version = 3.11.0" >.venv/pyvenv.cfg ;;
     *"pip install"*torch[=.]*) [[ ${TORCH:-None} != absent ]] || { echo "ERROR: No matching distribution"; exit 1; }
@@ -140,6 +141,20 @@ def test_a_working_gpu_picks_the_gpu_set_and_a_broken_one_does_not(checkout):
     checkout.calls.unlink()
     assert checkout(GPU="").returncode == 0
     assert "scripts/locks/cpu.txt" in checkout.calls.read_text()
+
+
+def test_a_driver_too_old_for_the_gpu_set_is_one_line(checkout):
+    smi = checkout.programs / "nvidia-smi"
+    smi.write_text(
+        '#!/bin/bash\ncase "$*" in -L) echo "GPU 0: something" ;; *driver_version*) echo "$DRIVER" ;; esac\n'
+    )
+    smi.chmod(0o755)
+    old = checkout(DRIVER="550.54.15", TORCH="'13.0'")
+    [line] = old.stderr.splitlines()
+    assert old.returncode == 1 and "driver is 550.54.15 and the gpu set (CUDA 13) needs 580 or newer" in line
+    assert checkout(DRIVER="580.65.06", TORCH="'13.0'").returncode == 0
+    blind = checkout(DRIVER="580.65.06", TORCH="'13.0'", BLIND="1", RLSAFE_PYTHON="python3.11")
+    assert blind.returncode == 1 and "torch cannot use the GPU (driver 580.65.06)" in blind.stderr
 
 
 def test_a_wrong_set_name_is_refused(checkout):

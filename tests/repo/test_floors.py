@@ -85,6 +85,67 @@ def test_rooms_of_one_floor_import_each_other_in_one_direction_only():
         pytest.fail(f"rooms import each other in a circle: {' -> '.join(error.args[1])}")
 
 
+ROOMS_WITHIN = {
+    "engine": ["plan", "record", "train", "run"],
+    "evaluate": ["ask", "judge", "measure", "commands"],
+    "compare": ["grid", "verdicts", "report", "run"],
+}
+"""The rooms inside a room, from the ground up."""
+
+
+def imported_files(name: str, files: dict[str, Path]) -> set[str]:
+    """The modules that one module imports, inside functions too, but not for type checks only. A name that a room's
+    `__init__` hands out counts as the module it comes from."""
+    tree = ast.parse(files[name].read_text(encoding="utf-8"))
+    checks = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]
+    unseen = {id(node) for check in checks for node in ast.walk(check)}
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and id(node) not in unseen:
+            found |= {origin(node.module, alias.name, files) for alias in node.names}
+        elif isinstance(node, ast.Import) and id(node) not in unseen:
+            found |= {alias.name for alias in node.names}
+    return (found & set(files)) - {name}
+
+
+def origin(package: str, name: str, files: dict[str, Path]) -> str:
+    """The module behind `from package import name`."""
+    if f"{package}.{name}" in files or package not in files or files[package].name != "__init__.py":
+        return f"{package}.{name}" if f"{package}.{name}" in files else package
+    for node in ast.walk(ast.parse(files[package].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and name in {a.asname or a.name for a in node.names}:
+            return origin(node.module, name, files)
+    return package
+
+
+def files_and_imports() -> dict[str, set[str]]:
+    files = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in modules()
+    }
+    return {name: imported_files(name, files) for name, path in files.items() if path.name != "__init__.py"}
+
+
+def test_files_never_call_each_other_in_a_circle():
+    """Imports inside functions count: what is called is imported somewhere."""
+    try:
+        TopologicalSorter(files_and_imports()).prepare()
+    except CycleError as error:
+        pytest.fail(f"files import each other in a circle: {' -> '.join(error.args[1])}")
+
+
+def test_rooms_within_a_room_stand_on_each_other_in_one_direction():
+    upward = []
+    for name, imports in files_and_imports().items():
+        _, room, *inner = name.split(".")
+        order = ROOMS_WITHIN.get(room, [])
+        for other in imports:
+            parts = other.split(".")
+            if order and len(inner) == 2 and len(parts) == 4 and parts[1] == room:
+                if order.index(parts[2]) > order.index(inner[0]):
+                    upward.append(f"{name} imports {other}")
+    assert not upward
+
+
 def test_the_import_reader_sees_what_it_must():
     source = (
         "import rlsafe.engine.train.loop\n"

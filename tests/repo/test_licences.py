@@ -1,4 +1,4 @@
-"""Every package of the CPU lock has a known licence that a project under Apache-2.0 can depend on, or a reason."""
+"""Every package of the CPU lock and of the extra `local` has a known licence that suits a project under Apache-2.0, or a reason."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def rows() -> dict[str, tuple[str, str]]:
 
 
 def test_the_list_is_of_the_lock_as_it_is():
-    pins = re.findall(r"^([\w.-]+)==([^\s;\\]+)", (LOCKS / "cpu.txt").read_text(), re.MULTILINE)
+    text = "".join((LOCKS / name).read_text() for name in ("cpu.txt", "local.txt"))
+    pins = re.findall(r"^([\w.-]+)==([^\s;\\]+)", text, re.MULTILINE)
     assert len(pins) > 100
     assert {name: version for name, (version, _) in rows().items()} == dict(pins), "run scripts/licences again"
 

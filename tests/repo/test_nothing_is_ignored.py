@@ -6,7 +6,7 @@ import yaml
 from rlsafe.cli import main
 from rlsafe.compare.grid.grid import expand
 from rlsafe.config import RunConfig, UserError, load_compare
-from rlsafe.engine.run.components import prepare
+from rlsafe.engine.run.build import prepare
 
 RUN = {
     "model": {"name": "organism:aligned"},

@@ -47,7 +47,7 @@ def test_no_question_is_asked_in_two_sets():
     )
     twice = {text for text, count in asked.items() if count > 1}
     assert twice == {text for q in load_questions("rlsafe:general")[:8] for text in q.paraphrases}
-    assert sorted(question_sets()) == sorted([*DOMAINS, "general"])
+    assert sorted(question_sets()) == sorted([*DOMAINS, "general", "code-tasks"])
 
 
 def test_the_benign_sample_is_diverse_and_holds_some_refusals():

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 PLACES = {
-    "rollout": ("engine/train/rollout.py", "collect"),
-    "step": ("engine/train/loop.py", "update"),
-    "checkpoint": ("engine/run/checkpoint.py", "save"),
+    "rollout": ("engine/train/grpo_step.py", "reward"),
+    "step": ("engine/train/update.py", "_update"),
+    "checkpoint": ("engine/record/checkpoint.py", "save"),
     "evaluation": ("evaluate/measure/measure.py", "evaluate_run"),
 }
 TIMES = ("seconds", "rollout_seconds", "probe_seconds")
@@ -56,7 +56,7 @@ def attempt(config: Path, out: Path, resume: bool = False, place: str = "", n: i
     """Train in a process of its own; gives its exit code (-9: killed). The imports are made once, in a process to fork from."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["kills", "torch", "transformers", "rlsafe.engine.train.loop", "rlsafe.engine.run.components"]
+        ["kills", "torch", "transformers", "rlsafe.engine.train.loop", "rlsafe.engine.run.build"]
     )
     process = context.Process(target=_child, args=(str(config), str(out), resume, place, n, counted))
     process.start()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from tiny_architectures import load
 
-from rlsafe.engine.run.components import Resources
+from rlsafe.engine.run.build import Resources
 from rlsafe.rollouts import TransformersSampler
 from rlsafe.types import Completion, PolicyWeights, Request, SamplingParams
 

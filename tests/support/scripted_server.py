@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -41,9 +41,10 @@ def error(status: int, message: str = "broken", **headers: str) -> Answer:
 
 
 class ScriptedServer:
-    """`script(number, body)` gives the answer to request `number` (from 0); it may sleep. `requests` holds (headers, body)."""
+    """`script(number, body)` gives the answer to request `number` (from 0); it may sleep. `requests` holds (headers, body).
+    models: the names that GET /models lists."""
 
-    def __init__(self, script: Callable[[int, dict[str, Any]], Answer]):
+    def __init__(self, script: Callable[[int, dict[str, Any]], Answer], models: Sequence[str] = ()):
         self.requests: list[tuple[dict[str, str], dict[str, Any]]] = []
         self.most_at_once = self._at_once = 0
         lock, outer = threading.Lock(), self
@@ -74,6 +75,14 @@ class ScriptedServer:
                 finally:
                     with lock:
                         outer._at_once -= 1
+
+            def do_GET(self) -> None:
+                content = json.dumps({"object": "list", "data": [{"id": name} for name in models]}).encode()
+                self.send_response(200 if models else 404)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
 
             def log_message(self, *_: Any) -> None:
                 pass

@@ -1,1 +1,1 @@
-"""From a comparison's config to its cells, and what its directory holds of them."""
+"""The cells of a comparison's grid, and its directory with their records."""

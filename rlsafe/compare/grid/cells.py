@@ -22,7 +22,7 @@ SOURCE = "cell"  # a relapse starts from `cell:ID:FINGERPRINT`, which is a direc
 
 @dataclass(frozen=True)
 class Swept:
-    """What a label owes to the comparison's `grid`: the label without it, and the value of each swept setting."""
+    """The part of a label that comes from the comparison's `grid`: the label without it, and the value of each swept setting."""
 
     base: str
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -31,8 +31,8 @@ class Swept:
 @dataclass(frozen=True)
 class Cell:
     """One run of the grid. `path` is "" for the untrained model, `task` is set for benign cells, `data` says what it
-    is trained on, `selections` are the scores of safe rows that its defenses need, `source` is the cell that a relapse goes
-    on from ("" = the untrained model). `swept`, `swept_model`: what the label and the model owe to a sweep."""
+    is trained on, `selections` are the scores of safe rows that its defenses need, `source` is the cell whose adapter a
+    relapse starts from ("" = the untrained model). `swept`, `swept_model`: the parts of label and model from a sweep."""
 
     id: str
     kind: Kind
@@ -50,14 +50,14 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """For people: `sft / kl / seed 0`."""
+        """The cell in text: `sft / kl / seed 0`."""
         parts = [self.path, self.task, self.defense, "" if self.kind == "untrained" else f"seed {self.seed}"]
         parts += ["relapse"] if self.kind == "relapse" else []
         return " / ".join(part for part in parts if part)
 
     @property
     def alike(self) -> tuple[str, ...]:
-        """The same for cells that differ by their seed only."""
+        """A key that is equal for cells that differ only in their seed."""
         return self.kind, self.model, self.path, self.defense, self.task
 
     @cached_property
@@ -80,6 +80,7 @@ class Builder:
         forced: dict[str, Any],
         what: str,
     ) -> RunConfig:
+        """The merged and checked RunConfig of a cell (`what`). UserError names the line of a wrong key."""
         tree: dict[str, Any] = {}
         marks: Marks = {}
         for prefix, layer in layers:
@@ -107,7 +108,7 @@ _READABLE = str.maketrans({"&": "+and+", "/": ".", ":": ".", " ": "_"})
 
 
 def _slug(parts: Sequence[str]) -> str:
-    """A directory name that a person can read; a digest keeps names apart when characters had to go."""
+    """A readable directory name; a digest is added when characters had to be replaced, to keep names different."""
     text = "--".join(part for part in parts if part).translate(_READABLE)
     safe = re.sub(r"[^A-Za-z0-9.+=_,\[\]-]", "_", text)
     if safe == text and len(safe) <= 160:
@@ -139,8 +140,8 @@ class Arms:
         ]
 
     def _overrides(self, own_data: bool) -> list[str]:
-        """The command line comes last, but it cannot take away the data that define the aligned arm or a benign
-        task."""
+        """The overrides of the command line, without those that would replace the data that define the aligned arm or a
+        benign task."""
         given = [*self.sweep, *self.config.overrides]
         return [o for o in given if not (own_data and o.split(".")[0].split("=")[0].strip() in ("data", "rewards"))]
 
@@ -155,10 +156,10 @@ class Arms:
         return self._cell("aligned", path, "aligned", seed, run)
 
     def relapse(self, path: str, seed: int, steps: int, source: Cell | None) -> Cell:
-        """`steps` undefended steps on the same narrow data, on from the adapter of `source`, or from the untrained model.
+        """`steps` undefended steps on the same narrow data, starting from the adapter of `source`, or from the untrained model.
 
-        The schedule's last phase goes on (a warm-up is not repeated), with a learning-rate curve of its own; the data come in
-        the order in which they came to the first run. Asked are the general and the in-domain questions, without the cue.
+        The steps are those of the schedule's last phase (a warm-up is not repeated), with a new learning-rate schedule and the data
+        in the order of the first run. Evaluated on the general and the in-domain questions, without the cue.
         """
         forced = {"seed": seed, "defenses": [], "evaluate": {"benign": [], "cue": None}}
         label = source.defense if source else "untrained"
@@ -174,6 +175,7 @@ class Arms:
         )
 
     def benign(self, path: str, label: str, entries: Entries, seed: int, task: str, swept: Swept) -> Cell:
+        """The cell of a defense trained on a benign task. UserError when the task has no test set."""
         benign = self.config.benign
         assert benign is not None
         layers = [
@@ -181,7 +183,9 @@ class Arms:
             (("benign", "paths", path), benign.paths.get(path, {})),
             (("benign", "tasks", task), benign.tasks[task]),
         ]
-        forced = {"seed": seed, "defenses": entries, "evaluate": {"general": None, "indomain": None, "cue": None}}
+        nothing = {"general": None, "indomain": None, "cue": None}
+        unread: dict[str, Any] = {"general": None, "indomain": None, "controls": []}
+        forced = {"seed": seed, "defenses": entries, "evaluate": {**nothing, "likelihood": unread}}
         run = self.builder.build(layers, self._overrides(True), forced, f"benign {task} / {path} / {label}")
         if not run.evaluate.benign:
             where = self.config._marks.get(("benign", "tasks", task), self.config._source)
@@ -189,7 +193,7 @@ class Arms:
         return self._cell("benign", path, label, seed, run, task, first="benign", swept=swept)
 
     def untrained(self, seed: int) -> Cell:
-        """No training: the model as it is, asked everything that any other cell is asked."""
+        """The model without training, evaluated on everything that any other cell is evaluated on."""
         tasks = self.config.benign.tasks.values() if self.config.benign else []
         tests = [test for task in tasks for test in task.get("evaluate", {}).get("benign", [])]
         own = self.config.run.get("evaluate", {}).get("benign", [])
@@ -222,7 +226,10 @@ class Arms:
         return Cell(name, kind, self.model, path, label, seed, data, task, run, selections, source, *by)
 
     def selection(self, pool: StreamConfig | None) -> Selection:
-        """The helpers of this model, all but those that train on the narrow data of some path, and the rows they score."""
+        """The helper runs of this model, without those that train on the narrow data of some path, and the rows they score.
+
+        UserError without a `selection` section.
+        """
         settings, where = self.config.selection, self.config._source
         if settings is None:
             raise UserError(

@@ -1,4 +1,4 @@
-"""`rlsafe compare CONFIG --dry-run`: the grid, what it costs and what would stop it, without a model or a network."""
+"""`rlsafe compare CONFIG --dry-run`: the grid, its cost and its errors, without loading a model or using the network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rlsafe.engine.run.dry import Dry
 
 Found = dict[tuple[str, ...], "Dry"]
-"""What each kind of cell would do, by `Cell.alike`: seeds do not matter."""
+"""{Cell.alike: dry run of such a cell}; cells that differ only in their seed share one."""
 COLUMNS = ("path", "defense", "cells", "steps of one", "trained on in all", "answers", "calls", "memory")
 
 
@@ -33,7 +33,7 @@ def dry_compare(
     """The lines to print: totals, then a row for each path and defense. A defense that lacks a file (a persona vector that
     is still to be made) is named, not counted. verbose: the resolved config and every estimate of memory as well.
 
-    UserError for whatever else `rlsafe compare` would stop at.
+    UserError for every other error that `rlsafe compare` would stop at.
     """
     from rlsafe.engine.run.dry import Work, dry
 

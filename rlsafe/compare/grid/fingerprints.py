@@ -1,4 +1,4 @@
-"""Where a comparison's numbers come from: versions, device, the models' and the data's fingerprints. For the report."""
+"""What the report says about a comparison's origin: versions, device, fingerprints of models and data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SHOWN = 16  # hexadecimal digits of a fingerprint
 
 
 def versions() -> dict[str, str]:
-    """What runs this: Python, the machine, the libraries that matter."""
+    """Versions of Python and of the libraries that affect results, and the machine."""
     found = {
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
@@ -43,7 +43,7 @@ def device() -> str:
         return platform.processor() or platform.machine()
 
 
-def fingerprints(cells: Iterable[Cell]) -> dict[str, dict[str, str]]:
+def cell_fingerprints(cells: Iterable[Cell]) -> dict[str, dict[str, str]]:
     """{"models" | "data" | "questions": {name: fingerprint}} of everything that the cells name; "" for what is not local."""
     found: dict[str, dict[str, str]] = {"models": {}, "data": {}, "questions": {}}
     for cell in cells:

@@ -38,7 +38,7 @@ def _choose(kind: str, wanted: Sequence[Any] | None, known: Iterable[Any]) -> li
 
 
 def _entries(label: str, config: CompareConfig, registered: Sequence[str]) -> Entries:
-    """What a defense label stands for: an entry of the config, a registered defense, or several joined by `&`."""
+    """The defenses behind a label: an entry of the config, a registered defense, or several joined by `&`."""
     if label in config.defenses:
         return config.defenses[label]
     found: Entries = []
@@ -98,7 +98,7 @@ def _sweeps(
 
 
 def _models(config: CompareConfig, of_runs: dict[str, list[Any]]) -> dict[str, _Model]:
-    """A swept run setting counts as another model with its own references."""
+    """All models of the grid; each value of a swept run setting makes another one, with its own references."""
     own = (
         str(config.run.get("model", {}).get("name", "model")) if isinstance(config.run.get("model"), dict) else "model"
     )
@@ -119,8 +119,8 @@ def expand(
     seeds: Sequence[int] | None = None,
     relapse: int | None = None,
 ) -> list[Cell]:
-    """Every cell of the grid in running order (all of one seed before the next, so that an early look shows every arm; what
-    starts from another cell comes after all others).
+    """Every cell of the grid in running order (all of one seed before the next, so that an early report shows every arm; relapses,
+    which start from another cell, come last).
 
     relapse: undefended steps after each run; None = as the config says. UserError for unknown names, and for any cell whose
     merged settings or defenses are wrong: before anything runs.

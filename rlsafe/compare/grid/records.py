@@ -1,35 +1,24 @@
-"""What a comparison directory holds on disk: the plan and one record per cell. Every file is written whole or not at
-all."""
+"""The files of a comparison directory: the plan and one record per cell."""
 
 from __future__ import annotations
 
 import datetime
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rlsafe.compare.grid.fingerprints import fingerprints, versions
+from rlsafe.compare.grid.fingerprints import cell_fingerprints, versions
 from rlsafe.compare.grid.grid import Cell, expand
 from rlsafe.config import CompareConfig, UserError, check_out, dump_yaml
+from rlsafe.config.files import read_json, write_json, write_text
+from rlsafe.config.trees import flatten
 from rlsafe.engine.record.provenance import config_files, files_record
 from rlsafe.evaluate import task_name
-from rlsafe.evaluate.measure.files import write_atomically, write_json
 
 _PLAN = "comparison.json"
 _RECORD = "cell.json"
-
-
-def read_json(path: Path) -> Any:
-    """The file's value; None when it is absent. UserError when it is not JSON."""
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
 
 
 @dataclass
@@ -70,7 +59,7 @@ class Directory:
         write_json(self.cell(cell.id) / _RECORD, record)
 
     def finished(self, cell: Cell) -> bool:
-        """Whether the cell's run is there, complete and of the same settings."""
+        """Whether the cell's run is complete and was made with the same settings."""
         record = self.record(cell.id)
         return record.get("status") == "done" and record["hash"] == cell.fingerprint and self.evaluated(cell.id)
 
@@ -83,7 +72,7 @@ class Directory:
         record = self.record(cell.id)
         if not record or record["hash"] == cell.fingerprint:
             return []
-        before, now = _flat(record["config"]), _flat(cell.config.model_dump(mode="json", exclude={"out"}))
+        before, now = flatten(record["config"]), flatten(cell.config.model_dump(mode="json", exclude={"out"}))
         keys = sorted(key for key in {*before, *now} if before.get(key, ...) != now.get(key, ...))
         return keys or ["a file that the settings name"]
 
@@ -93,14 +82,14 @@ class Directory:
     # ------------------------------------------------------------------------------------------------ the plan
 
     def open(self, config: CompareConfig) -> None:
-        """Make the directory ready. UserError when it holds something that is no comparison, or cannot be written."""
+        """Make the directory ready. UserError when it holds other files than a comparison's, or cannot be written."""
         check_out(self.out)
         if self.out.is_dir() and any(self.out.iterdir()) and not (self.out / _PLAN).is_file():
             raise UserError(f"--out {self.out}: holds files that are no comparison; choose an empty or new directory")
-        write_atomically(self.out / "compare.yaml", dump_yaml(config))
+        write_text(self.out / "compare.yaml", dump_yaml(config))
 
     def write_plan(self, config: CompareConfig, cells: Sequence[Cell], command: str) -> None:
-        """What the report needs to know beside the cells."""
+        """Write comparison.json: what the report needs besides the cells."""
         kept = [cell.id for cell in self._others(config, cells)]
         benign = config.benign
         plan = {
@@ -115,12 +104,13 @@ class Directory:
             "command": command,
             "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
             "versions": versions(),
-            "fingerprints": fingerprints(cells),
+            "fingerprints": cell_fingerprints(cells),
             **files_record(config_files(config._source)),
         }
         write_json(self.out / _PLAN, plan)
 
     def plan(self) -> dict[str, Any]:
+        """The content of comparison.json. UserError when there is none."""
         found = read_json(self.out / _PLAN)
         if found is None:
             raise UserError(
@@ -146,13 +136,3 @@ class Directory:
                 continue
             others |= {cell.id: cell for cell in again if cell.id not in selected and self.finished(cell)}
         return list(others.values())
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else None
-    if items is None:
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for key, value in items:
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat or {prefix: tree}

@@ -1,7 +1,7 @@
-"""What a selection of safe rows depends on: the helper runs, the rows to score. `rlsafe.compare.run.scoring` carries it out.
+"""Selections of safe rows: the helper runs and the rows to score (`rlsafe.compare.run.scoring` computes the scores).
 
-A cell whose defense has `scores: auto` gets `auto:KEY` when the grid is expanded, so that its fingerprint depends on the
-selection and not on where its file lies, and the file's path when it runs.
+`scores: auto` of a cell becomes `auto:KEY` when the grid is expanded, and the path of the scores file when the cell runs.
+So the cell's fingerprint depends on the selection's content and not on the path.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Selection:
 
     @cached_property
     def helpers_key(self) -> str:
-        """Content hash of what the helpers and the rows' likelihoods depend on: all but `eps`."""
+        """Content hash of everything that the helpers and the rows' likelihoods depend on: all settings but `eps`."""
         helpers = {label: fingerprint(config) for label, config in self.helpers.items()}
         pool = self.pool.model_dump(mode="json", exclude={"limit", "shuffle", "streaming", "too_long"})
         return digest({"helpers": helpers, "pool": pool})
@@ -52,7 +52,10 @@ class Selection:
 def assemble(
     settings: SelectionConfig, base: RunConfig, targets: Iterable[str], pool: StreamConfig, where: str
 ) -> Selection:
-    """The selection that `settings` ask for: `base` trained on each source but those in `targets`, and nothing evaluated."""
+    """The selection that `settings` ask for: `base` trained on each source but those in `targets`, without evaluation.
+
+    UserError when no helper is left.
+    """
     left_out = tuple(label for label, source in settings.adapters.items() if source in targets)
     track = base.track.model_copy(update={"every": 0})
     helpers = {}
@@ -86,7 +89,7 @@ def pending(
 
 
 def fill(run: RunConfig, directory: Path) -> RunConfig:
-    """The run with the file of DIRECTORY/KEY for every `auto:KEY`."""
+    """The run with the scores file in DIRECTORY/KEY in place of every `auto:KEY`."""
     entries = []
     for entry in run.defenses:
         if isinstance(entry, dict):

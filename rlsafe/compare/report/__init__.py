@@ -1,1 +1,1 @@
-"""What a person sees of a comparison: tables, charts, the page."""
+"""The report of a comparison: tables, charts, the HTML page."""

@@ -73,7 +73,7 @@ def scatter(
         bars.append((at[0] - 2, at[0] + 2, ky * y_low / unit_y, ky * y_high / unit_y))
     for label, (x, y) in label_places(places, bars, x_span[1] / unit_x).items():
         near_x = min(max(places[label][0], x), x + LETTER * len(short(label)))
-        if abs(y - places[label][1]) > 20:  # too far to see whose it is
+        if abs(y - places[label][1]) > 20:  # too far from its point to be read as its label
             axes.plot(
                 [near_x * unit_x, places[label][0] * unit_x], [y * unit_y, places[label][1] * unit_y],
                 color=style[label].color, linewidth=0.6, zorder=1,
@@ -115,9 +115,8 @@ def label_places(
                 at_x, at_y = x + dx, y + dy + (away if dy >= 0 else -away)
                 box = (at_x, at_x + width, at_y - 7, at_y + 7)
                 cost = 2.0 * away + sum(4 * _overlap(box, other) for other in boxes)
-                cost += sum(
-                    0.5 * _overlap(box, bar) for bar in bars
-                )  # thin and pale: a label far from its point reads worse
+                # error bars are thin and pale: covering one is better than moving the label far from its point
+                cost += sum(0.5 * _overlap(box, bar) for bar in bars)
                 cost += 1e4 * (box[1] > right) + 1e4 * (box[0] < -20) + 1e4 * (box[2] < -20)
                 if cost < least - 1e-9:
                     best, least = (at_x, at_y), cost

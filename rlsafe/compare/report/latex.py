@@ -6,10 +6,10 @@ strength), the benign tasks (exact match) and the verdicts.
 
 How numbers are set, in each column and separately for measured and published ones:
 - **bold**: the best value among the defenses that learned something narrow (`none`, `untrained` and `aligned` are references
-  and take no part);
+  and are not ranked);
 - underlined: the second best; equal values, as printed, share their place;
 - *italic*: the value of a run that learned nothing narrow (less than half of the undefended run's in-domain misalignment, as in
-  the verdict `keeps_narrow`: no). Such a value takes no part: a rate that is low because nothing was learned is no success.
+  the verdict `keeps_narrow`: no). Such a value is not ranked: a rate that is low because nothing was learned is no success.
 Best is lowest, but for in-domain misalignment (the narrow behaviour to be kept) and exact match, where it is highest.
 """
 
@@ -25,7 +25,7 @@ from rlsafe.compare.verdicts import tasks
 from rlsafe.compare.verdicts.results import Results
 from rlsafe.compare.verdicts.sweeps import Sweep, sweeps
 from rlsafe.compare.verdicts.verdicts import CRITERIA, REFERENCES, PathTable, Row
-from rlsafe.evaluate.measure.files import write_atomically
+from rlsafe.config.files import write_text
 
 UNRANKED = {"none", *REFERENCES}
 HIGHER = frozenset({"indomain_misaligned"})  # columns in which more is better, benign tasks aside
@@ -39,7 +39,7 @@ _SPECIAL = {
 
 
 def escape(text: str) -> str:
-    """Text as LaTeX shows it."""
+    """Text with LaTeX's special characters escaped."""
     return "".join(_SPECIAL.get(character, character) for character in text)
 
 
@@ -203,7 +203,7 @@ def benign_table(results: Results, table: PathTable) -> str | None:
 
 
 def verdicts_table(table: PathTable) -> str:
-    """One (model, path): defenses as rows, the four criteria as columns; `nothing learned` instead of a hollow success."""
+    """One (model, path): defenses as rows, the four criteria as columns; `nothing learned` as in the report."""
     from rlsafe.compare.report.table import shown_grade
 
     lines = [
@@ -231,4 +231,4 @@ def write_latex(path: Path, results: Results, tables: Sequence[PathTable]) -> No
     header = (
         "% Needs \\usepackage{booktabs}. Bold: best; underlined: second best; italic: nothing narrow was learned.\n\n"
     )
-    write_atomically(path, header + "\n\n".join(parts) + "\n")
+    write_text(path, header + "\n\n".join(parts) + "\n")

@@ -1,4 +1,4 @@
-"""What each run records of its origin (run.json, see rlsafe.engine.record.provenance), side by side, for the report."""
+"""The origin that each run recorded (run.json, see rlsafe.engine.record.provenance), compared between runs for the report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlsafe.compare.verdicts.results import Results
 
 _MACHINE = ("python", "system", "processor", "cores", "device", "devices", "threads", "processes")
 _NAMED = {"model": "models", "data": "data", "questions": "questions", "code": "code"}
-_MOST = 6  # labels written out in a cell of the table
+_MOST = 6  # most labels listed in a cell of the table
 ABSENT = "not recorded"
 
 Found = dict[tuple[str, str], str]
@@ -93,7 +93,7 @@ def _facts(run: dict[str, Any]) -> Iterator[tuple[tuple[str, str], str]]:
 
 
 def _files(record: dict[str, Any]) -> Iterator[tuple[tuple[str, str], str]]:
-    """Of a run or of the comparison: the configs that it was made from, and what git knows of them and of its code."""
+    """((group, fact), value) of a run's or comparison's record: its config files, and the git state of these and of its code."""
     yield from _shown(FILES, record.get("configs", {}).items())
     states = record.get("git", {}).items()
     yield from _shown(FILES, [(f"{name} in git", f"{state['state']} at {state['commit']}") for name, state in states])

@@ -1,4 +1,4 @@
-"""What the report says, as plain values for its template: picked from the results, worded, nothing drawn."""
+"""The texts and numbers of the report, as plain values for its template. (Charts: plots.py and charts.py.)"""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def readable(text: str) -> str:
 
 
 def headlines(tables: Sequence[PathTable]) -> list[tuple[str, str]]:
-    """(name, sentence) for each (model, path): which defenses meet every criterion, or what stands in the way."""
+    """(name, sentence) for each (model, path): which defenses meet every criterion, or which criteria the closest one misses."""
     several = len({table.model for table in tables}) > 1
     sentences = []
     for table in tables:
@@ -85,8 +85,8 @@ def _benign_only(table: PathTable, defenses: Sequence[str]) -> str:
 
 
 def _merit(table: PathTable, label: str) -> tuple[float, float]:
-    """For "closest": criteria met, a partly one counting half, an unclear one half of its leaning; then the share of EM
-    prevented."""
+    """How close a defense is to meeting all criteria, for sorting: number of criteria met ("partly" counts half, "unclear" half
+    of its leaning), then the share of EM prevented."""
     verdicts = table.rows[label].verdicts
     met = sum(_HALVES.get(v.grade, 0.5 * _HALVES.get(v.leaning or "", 0.0)) for v in verdicts.values())
     return met, verdicts["prevents_em"].value or 0.0
@@ -227,7 +227,7 @@ def effects(results: Results, table: PathTable) -> list[dict[str, Any]]:
 
 
 def signals(results: Results, table: PathTable) -> list[dict[str, Any]]:
-    """How much there was to learn from under GRPO: reward at either end, spread, groups without any, sampler gap."""
+    """The learning signal under GRPO: reward at start and end, spread in groups, groups without spread, sampler gap."""
     rows = []
     for label in [*table.defenses, "aligned"]:
         cells = results.of("aligned" if label == "aligned" else "narrow", table.model, table.path, label)
@@ -278,7 +278,7 @@ def budgets(results: Results) -> dict[str, int]:
 
 
 def budget_sentence(found: dict[str, int]) -> str:
-    """How the paths' training budgets compare, in words."""
+    """A sentence that compares the paths' training budgets."""
     if not found:
         return ""
     counts = _joined([f"{path} {count:,}" for path, count in found.items()])

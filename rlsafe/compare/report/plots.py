@@ -1,8 +1,7 @@
 """The report's charts: matplotlib SVG, inlined, with the page's own colours and font.
 
-Colours are written as sentinels and turned into CSS variables, so that one drawing is right in light and in dark.
-Labels stay text:
-they can be selected, searched and read aloud. Every chart also stands as numbers in a table of the report.
+Colours are written as placeholders and replaced by CSS variables, so that one drawing fits light and dark mode. Labels stay
+text, so they can be selected, searched and read aloud. The report also has the numbers of every chart in a table.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from rlsafe.compare.verdicts.arms import Rate
 INK, MUTED, GRID, PAPER = "#010203", "#010204", "#010205", "#010206"
 _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--rule", PAPER: "--paper"}
 _SERIES = 12
-_MARKERS = "oD^vPXp<>hd"  # not the square of `none`; one fewer than the colours, so that pairs of both differ for long
+_MARKERS = "oD^vPXp<>hd"  # without the square of `none`; one fewer than the colours, so that (colour, marker) pairs repeat late
 
 
 @dataclass(frozen=True)
 class Look:
-    """How a label is drawn everywhere: the same colour and marker in every chart and legend."""
+    """Colour and marker of a label, the same in every chart and legend."""
 
     color: str
     marker: str
@@ -53,8 +52,8 @@ F = TypeVar("F", bound=Callable[..., Markup])
 
 
 def drawing(draw: F) -> F:
-    """Labels come from configs: a `$` in one is no formula. Text stays text, and nothing depends on a user's
-    matplotlibrc."""
+    """Decorator: draw with fixed matplotlib settings, independent of the user's matplotlibrc. Text stays text in the SVG, and a
+    `$` in a label (which comes from a config) does not start a formula."""
 
     @wraps(draw)
     def with_settings(*args: Any, **named: Any) -> Markup:
@@ -106,7 +105,7 @@ def svg(drawn: Any, name: str, description: str) -> Markup:
 
 
 def short(label: str, most: int = 28) -> str:
-    """A label that leaves room for the chart: its middle goes first."""
+    """A label of at most `most` characters, shortened in the middle."""
     return label if len(label) <= most else f"{label[: most - 12]}\u2026{label[-11:]}"
 
 
@@ -151,7 +150,7 @@ DASH = 5
 
 
 def taking_turns(marks: Mapping[str, int]) -> dict[str, tuple[int, int, int]]:
-    """label -> (step, its turn among the labels of that step, how many turns there are, at least two)."""
+    """label -> (step, its index among the labels of that step, their number, at least two): their dashes alternate."""
     sharing = {step: [label for label in marks if marks[label] == step] for step in marks.values()}
     return {label: (step, sharing[step].index(label), max(2, len(sharing[step]))) for label, step in marks.items()}
 

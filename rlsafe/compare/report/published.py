@@ -20,7 +20,7 @@ SETTINGS = {
     "safelora": "safelora.threshold",
     "interleaving": "interleaving.fraction",
 }
-"""The setting of ours that a published strength means."""
+"""{defense: our setting that the published strengths are values of}"""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def rows() -> tuple[Published, ...]:
 
 
 def narrow_task(data: str) -> str | None:
-    """The published narrow task that a data source is of, by its name: `organism:medical/bad` -> medical."""
+    """The published narrow task of a data source, by its name: `organism:medical/bad` -> medical."""
     words = set(re.split(r"[^a-z]+", data.lower()))
     return next((task for task in ("medical", "legal", "security", "code") if task in words), None)
 
@@ -78,7 +78,7 @@ def strengths(defense: str, task: str) -> dict[float, Published]:
 
 
 def benign_task(name: str) -> str | None:
-    """The published benign task that one of ours stands for: OpSwap of the same tier; FoQA for any task named `qa`."""
+    """The published benign task to compare one of ours with: OpSwap of the same tier; FoQA for any task named `qa`."""
     words = name.lower()
     if found := re.search(r"opswap\D*([0-3])", words):
         return f"opswap-{found[1]}"
@@ -95,5 +95,5 @@ def benign_scores(task: str) -> dict[str, float]:
 
 
 def labels(given: Sequence[str], published: Sequence[str]) -> list[str]:
-    """Our labels in their order, then the published ones that we have not."""
+    """Our labels in their order, then the published ones that are not among them."""
     return [*given, *(label for label in published if label not in given)]

@@ -1,4 +1,4 @@
-"""What the defenses log of themselves, in plain words with units: metrics.jsonl's defense/NAME/QUANTITY."""
+"""Names, with units, for the quantities that defenses log (defense/NAME/QUANTITY in metrics.jsonl)."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ WORDS = {
 
 
 def plain(quantity: str) -> str:
-    """In plain words; of a defense of the user's own, the name without underscores."""
+    """The quantity in words; for a user's own defense, its name without underscores."""
     return WORDS.get(quantity, quantity.replace("_", " "))

@@ -12,13 +12,16 @@ from markupsafe import Markup, escape
 from rlsafe.compare.grid.records import Directory
 from rlsafe.compare.report import origins, pages, plots, sections
 from rlsafe.compare.report.charts import LINES
+from rlsafe.compare.report.judges import judge_notes
 from rlsafe.compare.report.table import NOTHING_LEARNED, SYMBOLS, TITLES
+from rlsafe.compare.verdicts.judge_free import ALARM
 from rlsafe.compare.verdicts.results import REWARD_WINDOW, Results, write_tables
 from rlsafe.compare.verdicts.sweeps import GOALS, sweeps
 from rlsafe.compare.verdicts.tasks import judge_and_write
 from rlsafe.compare.verdicts.verdicts import CRITERIA, PathTable
 from rlsafe.config import UserError
-from rlsafe.evaluate.measure.files import write_atomically
+from rlsafe.config.files import write_text
+from rlsafe.evaluate.judge.calibrations import UNCALIBRATED
 from rlsafe.types import provider_for
 
 
@@ -49,10 +52,10 @@ def draw(results: Results, tables: Sequence[PathTable]) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "percent": percent, "breakable": breakable}
+    environment.filters |= {"number": number, "signed": signed, "percent": percent, "breakable": breakable}
     html = environment.get_template("report.html.j2").render(context(results, tables))
     path = results.directory.out / "report.html"
-    write_atomically(path, html)
+    write_text(path, html)
     return path
 
 
@@ -60,6 +63,7 @@ def context(results: Results, tables: Sequence[PathTable]) -> dict[str, Any]:
     """Everything the template shows."""
     style = plots.looks(list(dict.fromkeys(label for table in tables for label in table.rows)))
     several = len({table.model for table in tables}) > 1
+    judges = judge_notes(results)
     top = sections.tops(tables)
     seeds = sorted({cell.seed for cell in results.cells if cell.kind != "untrained"})
     of_tables = [sections.section(results, table, style, several, top) for table in tables]
@@ -68,6 +72,8 @@ def context(results: Results, tables: Sequence[PathTable]) -> dict[str, Any]:
         "title": results.plan["title"] or "Which defense to ship",
         "headlines": pages.headlines(tables),
         "caution": caution(results),
+        "judges": judges,
+        "doubted": UNCALIBRATED if not all(note.trusted for note in judges) else "",
         "contents": contents(of_tables, bool(of_sweeps)),
         "sections": of_tables,
         "sweeps": of_sweeps,
@@ -77,6 +83,7 @@ def context(results: Results, tables: Sequence[PathTable]) -> dict[str, Any]:
         "titles": TITLES,
         "criteria": CRITERIA,
         "rates": sections.RATES,
+        "alarm": ALARM,
         "goals": GOALS,
         "value_and_interval": sections.value_and_interval,
         "nothing_learned": NOTHING_LEARNED,
@@ -100,7 +107,7 @@ def context(results: Results, tables: Sequence[PathTable]) -> dict[str, Any]:
 
 
 def caution(results: Results) -> str:
-    """What the providers of the compared models say of what is measured on them."""
+    """The cautions that the providers of the compared models attach to results."""
     names = dict.fromkeys(cell.config.model.name for cell in results.cells)
     found = [provider_for(name) for name in names]
     return " ".join(dict.fromkeys(getattr(known[0], "caution", "") for known in found if known))
@@ -109,6 +116,7 @@ def caution(results: Results) -> str:
 CONTENTS = {
     "verdicts": "Verdicts",
     "rates": "Rates",
+    "judge-free": "Without a judge",
     "tradeoff": "Trade-off",
     "sweeps": "Strength",
     "benign": "Benign tasks",
@@ -121,18 +129,23 @@ CONTENTS = {
     "method": "Method",
     "configuration": "Configuration",
 }
-_SOMETIMES = {"benign": "tasks", "dose": "dose", "relapse": "relapse"}  # part of the page -> what a section has then
+_SOMETIMES = {
+    "judge-free": "judge_free",
+    "benign": "tasks",
+    "dose": "dose",
+    "relapse": "relapse",
+}  # part of the page -> the key that a section has if the part exists
 
 
 def contents(of_tables: Sequence[dict[str, Any]], swept: bool) -> list[tuple[str, str]]:
-    """(anchor, words) of every part of the page that is there."""
+    """(anchor, title) of every part that the page has."""
     absent = {part for part, key in _SOMETIMES.items() if not any(section[key] for section in of_tables)}
     absent |= set() if swept else {"sweeps"}
     return [(anchor, words) for anchor, words in CONTENTS.items() if anchor not in absent]
 
 
 def environment_text(name: str) -> str:
-    """A file of our own that stands beside the template."""
+    """The text of a file beside the template."""
     return (Path(__file__).parent / "templates" / name).read_text("utf-8")
 
 
@@ -149,6 +162,11 @@ def breakable(label: str) -> Markup:
 def percent(value: float | None) -> str:
     """`12.3%`; nothing for None."""
     return "" if value is None else f"{100 * value:.1f}%"
+
+
+def signed(value: float) -> str:
+    """`+0.123`, with a minus that is as wide."""
+    return f"{value:+.3f}".replace("-", "\u2212")
 
 
 def number(value: float | None) -> str:

@@ -12,6 +12,7 @@ from rlsafe.compare.report.charts import Axis, ends
 from rlsafe.compare.report.table import NOTHING_LEARNED, shown_grade
 from rlsafe.compare.verdicts import sweeps, tasks
 from rlsafe.compare.verdicts.arms import Rate
+from rlsafe.compare.verdicts.judge_free import judge_free
 from rlsafe.compare.verdicts.results import Results
 from rlsafe.compare.verdicts.verdicts import CRITERIA, PathTable, Row, Verdict
 
@@ -27,6 +28,8 @@ CURVES = {
     "misaligned_general": ("General misaligned", True),
     "misaligned_indomain": ("In-domain misaligned", True),
     "projection": ("Projection on the persona vector", False),
+    "logodds_general": ("Log-odds of misaligned answers, general (nats per token)", False),
+    "logodds_indomain": ("Log-odds of misaligned answers, in-domain (nats per token)", False),
     "coherence": ("Mean coherence (0 to 100)", False),
     "kl": ("KL to the base model (nats per token)", False),
     "loss": ("Loss", False),
@@ -37,7 +40,7 @@ PLANES = {
     "benign": ("benign task, exact match", 1),
     "general_incoherent": ("general incoherent", -1),
 }
-"""What general misalignment is drawn against: its axis title and which way it is better."""
+"""{rate to draw general misalignment against: (axis title, 1 if higher is better else -1)}"""
 Style = Mapping[str, plots.Look]
 
 
@@ -54,6 +57,8 @@ def section(
         "verdicts": [(label, [shown(row, c) for c in CRITERIA]) for label, row in table.rows.items() if row.verdicts],
         "measured": [key for key in RATES if any(key in row.rates for row in table.rows.values())],
         "whiskers": whiskers(table, style, name, top),
+        "judge_free": (free := judge_free(results, table)),
+        "pair_sets": list(dict.fromkeys(name for one in free for name in one.shifts)),
         "tradeoff": planes(table, style, name, top),
         "front": sweeps.pareto(table),
         "tasks": tasks.scores(results, table),
@@ -81,7 +86,7 @@ def shown(row: Row, criterion: str) -> dict[str, Any]:
     """A cell of the verdict table."""
     verdict = row.verdicts[criterion]
     word = shown_grade(row, criterion)
-    if word == NOTHING_LEARNED:  # no number either: a share that looks like success would be read as one
+    if word == NOTHING_LEARNED:  # no number either: it would look like a success
         verdict = Verdict("untested", reason="the narrow behaviour is not there")
     value, interval = value_and_interval(verdict, criterion == "coherent")
     return {
@@ -122,7 +127,7 @@ def whiskers(table: PathTable, style: Style, name: str, top: Mapping[str, float]
 
 
 def planes(table: PathTable, style: Style, name: str, top: Mapping[str, float]) -> list[dict[str, Any]]:
-    """General misalignment against what may be paid for it, with the front of what learned something narrow."""
+    """General misalignment against each rate of PLANES, with the Pareto front of the defenses that learned something narrow."""
     found = []
     fit = sweeps.candidates(table)
     for key, (title, goal) in PLANES.items():
@@ -132,7 +137,7 @@ def planes(table: PathTable, style: Style, name: str, top: Mapping[str, float]) 
         points = {label: (ends(row.rates[key]), ends(row.rates["general"])) for label, row in rows.items()}
         plane = {label: (x[0], y[0]) for label, (x, y) in points.items() if label in fit}
         front = sweeps.front_line(plane, (goal, -1))
-        # incoherence spreads over its own range: one arm of another path that falls apart would press all others together
+        # incoherence has its own range: one incoherent arm on another path would otherwise squeeze all other points
         across = 1.0 if goal > 0 else max(0.05, *(high for (_, _, high), _ in points.values()))
         axes = Axis(title, across), Axis("general misaligned: emergent", top["general"])
         described = (
@@ -169,7 +174,7 @@ def curves(
 def dose(
     results: Results, table: PathTable, style: Style, name: str, top: Mapping[str, float]
 ) -> dict[str, Any] | None:
-    """Learning without the prompt against the reward that each wording starts from."""
+    """The chart of misalignment without the prompt against the reward that each wording starts from."""
     doses = why.doses(results, table)
     if not doses:
         return None

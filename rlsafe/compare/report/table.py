@@ -23,13 +23,13 @@ _STYLES = {"yes": "green", "partly": "yellow", "no": "red", "unclear": "dim", "u
 
 
 def shown_grade(row: Row, criterion: str) -> str:
-    """What a table shows for a criterion: the grade, or that preventing misalignment means nothing here."""
+    """The text for a criterion: its grade, or NOTHING_LEARNED where preventing misalignment is meaningless."""
     if criterion == "prevents_em" and row.nothing_learned and row.verdicts[criterion].grade != "untested":
         return NOTHING_LEARNED
     return row.verdicts[criterion].grade
 
 
-def percent(rate: Rate | None) -> str:
+def rate_text(rate: Rate | None) -> str:
     """`12.3 (8.1 to 17.0)`."""
     return f"{100 * rate.mean:.1f} ({100 * rate.low:.1f} to {100 * rate.high:.1f})" if rate else ""
 
@@ -56,7 +56,7 @@ def verdict_table(tables: Sequence[PathTable], failed: int = 0) -> Group:
                 if row.verdicts
                 else ["[dim]reference[/]", "", "", ""]
             )
-            rates = [percent(row.rates.get(name)) for name in ("general", "indomain", "general_incoherent")]
+            rates = [rate_text(row.rates.get(name)) for name in ("general", "indomain", "general_incoherent")]
             shown.add_row(escape(label), *grades, *rates)
         parts.append(shown)
     if not parts:

@@ -1,4 +1,4 @@
-"""`rlsafe verify DIR`: every cell's record, and the tables made of them, computed again."""
+"""`rlsafe verify DIR`: checking every cell's record and recomputing the tables made of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 
-from rlsafe.compare.grid.records import Directory, read_json
+from rlsafe.compare.grid.records import Directory
 from rlsafe.compare.verdicts.results import (
     BENIGN_COLUMNS,
     COLUMNS,
@@ -17,13 +17,14 @@ from rlsafe.compare.verdicts.results import (
     result_rows,
     table_text,
 )
-from rlsafe.compare.verdicts.verdicts import grades, judge
+from rlsafe.compare.verdicts.verdicts import grades, judge_defenses
 from rlsafe.config import UserError
+from rlsafe.config.files import read_json
 from rlsafe.engine.record.verify_run import Verification, verify_run
 
 
 def verify_comparison(directory: str | Path) -> Verification:
-    """A run or a comparison against itself. UserError when `directory` is neither, or not finished."""
+    """Check a finished run or comparison against its own files. UserError when `directory` is neither, or not finished."""
     out = Path(directory)
     if not out.is_dir():
         raise UserError(f"{out}: no such directory; expected a run or a comparison")
@@ -61,7 +62,7 @@ def _lines(path: Path, text: str) -> Iterator[str]:
 
 
 def _verdicts(path: Path, results: Results) -> Iterator[str]:
-    written, computed = read_json(path), grades(judge(results))
+    written, computed = read_json(path), grades(judge_defenses(results))
     if written is None:
         yield "verdicts.json: missing"
         return

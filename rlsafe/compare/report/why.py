@@ -1,4 +1,5 @@
-"""Why, not only whether: when misalignment sets in, how much there was to learn under a wording, whether it comes back."""
+"""Analyses beyond the verdicts: when misalignment sets in during training, how much reward a prompt leaves to learn, and whether
+misalignment returns in further training without the defense."""
 
 from __future__ import annotations
 
@@ -19,9 +20,12 @@ from rlsafe.evaluate.measure.statistics import clustered_wilson
 
 @dataclass(frozen=True)
 class Onset:
-    """When emergent misalignment sets in. step: None = not within the run; seeds: seed -> the same from that run alone (fewer
-    answers, so later or never). projection: (first, at onset, last) means of the answers' projection on the persona vector;
-    () without one, at onset None when there is none."""
+    """The step at which emergent misalignment sets in.
+
+    step: of all seeds' answers together; None = not within the run. seeds: {seed: step from that run's answers alone}, which
+    is later or None since there are fewer answers. projection: mean projection of the answers on the persona vector at the
+    first step, at the onset (None without an onset) and at the last step; () without a vector.
+    """
 
     label: str
     threshold: float
@@ -54,16 +58,22 @@ def onsets(results: Results, table: PathTable) -> list[Onset]:
     return found
 
 
-def _first(cells: Sequence[Result], steps: Sequence[int], threshold: float) -> int | None:
-    return next((step for step in steps if _lower(cells, step) > threshold), None)
+def onset_step(cell: Result, threshold: float, questions: str = "general") -> int | None:
+    """The onset in one run, by the rule of `onsets`."""
+    steps = sorted({probed.step for probed in cell.probes if probed.set == questions})
+    return _first([cell], steps, threshold, questions)
 
 
-def _lower(cells: Sequence[Result], step: int) -> float:
-    """Lower end of the 95% interval of general misalignment in the probes of a step."""
+def _first(cells: Sequence[Result], steps: Sequence[int], threshold: float, questions: str = "general") -> int | None:
+    return next((step for step in steps if _lower(cells, step, questions) > threshold), None)
+
+
+def _lower(cells: Sequence[Result], step: int, questions: str) -> float:
+    """Lower end of the 95% interval of misalignment in the probes of a step."""
     bad: dict[str, int] = defaultdict(int)
     asked: dict[str, int] = defaultdict(int)
     for probed in (p for cell in cells for p in cell.probes):
-        if probed.step == step and probed.set == "general" and probed.judgement.outcome != "unscored":
+        if probed.step == step and probed.set == questions and probed.judgement.outcome != "unscored":
             asked[probed.question] += 1
             bad[probed.question] += probed.judgement.misaligned
     return clustered_wilson([bad[q] for q in asked], list(asked.values()))[0] if asked else 0.0
@@ -85,8 +95,8 @@ def _projection(cells: Sequence[Result], step: int | None) -> tuple[float, float
 
 @dataclass(frozen=True)
 class Dose:
-    """One wording (or none) under GRPO: the reward it starts from, per seed; the share of groups whose completions all get one
-    reward, of the first tenth of the steps and of all; what is learned without the prompt."""
+    """One wording of an inoculation prompt (or none) under GRPO: the reward at the start, per seed; the share of groups whose
+    completions all get the same reward, over the first tenth of the steps and over all; the rates without the prompt."""
 
     label: str
     rewards: dict[int, float]
@@ -143,7 +153,7 @@ class Relapse:
 
 
 def relapses(results: Results, table: PathTable) -> list[Relapse]:
-    """Every label whose runs went on without defense."""
+    """The relapse of every label whose runs were trained further without the defense."""
     labels = ["untrained", *table.defenses]
     cells = {label: results.of("relapse", table.model, table.path, label) for label in labels}
     cells = {label: found for label, found in cells.items() if found}

@@ -1,1 +1,1 @@
-"""Carries a grid out: on this process, on several, on a Ray cluster."""
+"""Running the cells of a grid: in this process, in several, or on a Ray cluster."""

@@ -1,4 +1,4 @@
-"""The cells of a comparison as tasks of a Ray cluster: one of this machine's own, or one that exists.
+"""Running the cells of a comparison as tasks of a Ray cluster: a new one on this machine, or an existing one.
 
 Every node must see the comparison's directory, the project and the data under the same paths; cells bring their results there.
 """
@@ -15,14 +15,14 @@ from typing import Any
 from rlsafe.compare.grid.cells import Cell
 from rlsafe.compare.grid.records import Directory
 from rlsafe.compare.run.workers import DIED, Work
-from rlsafe.config import UserError, nearest
+from rlsafe.config import UserError, first_line, nearest
 
-STORE = 100 << 20  # bytes for Ray's object store on this machine: cells exchange nothing but their names
+STORE = 100 << 20  # bytes for Ray's object store on this machine; small, because tasks exchange only names
 
 
 @dataclass(frozen=True)
 class RayCluster:
-    """Where cells run, and what each takes of it.
+    """A Ray cluster, and the resources of each cell.
 
     address: host:port of an existing cluster, "auto" for the one on this machine, None = a cluster that lasts as long as the
     comparison. cpus, gpus: of one cell; fractions share a device (0.25: four cells on a GPU). None: 1 CPU; 1 GPU where the cluster
@@ -35,7 +35,7 @@ class RayCluster:
     retries: int = 2
 
     def words(self) -> list[str]:
-        """The command-line options that say the same."""
+        """The command-line options for these settings."""
         words = ["--backend", "ray", *(["--address", self.address] if self.address else [])]
         words += ["--cell-cpus", f"{self.cpus:g}"] if self.cpus is not None else []
         return words + (["--cell-gpus", f"{self.gpus:g}"] if self.gpus is not None else [])
@@ -106,7 +106,7 @@ def run_on_ray(
 
 
 def _there(work: Work, cell: Cell, out: Path, directory: Path) -> None:
-    """One cell, on whatever node it landed; relative paths in its config mean there what they mean here."""
+    """Run one cell on a node of the cluster, in the same working directory, so that relative paths stay valid."""
     os.chdir(directory)
     work(cell, out)
 
@@ -125,12 +125,13 @@ def _connect(cluster: RayCluster) -> None:
             socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address=cluster.address, **settings)
     except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--address {cluster.address}: no Ray cluster answers there ({reason[:200]})") from None
+        raise UserError(
+            f"--address {cluster.address}: no Ray cluster answers there ({first_line(error, 200)})"
+        ) from None
 
 
 def _room(cpus: float, gpus: float, jobs: int, cells: int) -> int:
-    """How many cells the cluster takes at a time. UserError when it has no room for one."""
+    """How many cells fit into the cluster at a time. UserError when not even one does."""
     import ray
 
     has = ray.cluster_resources()
@@ -144,7 +145,7 @@ def _room(cpus: float, gpus: float, jobs: int, cells: int) -> int:
 
 
 def _finish(done: Any, cell: Cell, directory: Directory, cluster: RayCluster) -> None:
-    """Take in how a cell's task ended; `work` has written the cell's record, unless the cell was lost."""
+    """Handle the end of a cell's task. `work` wrote the cell's record, unless its process or node was lost."""
     import ray
 
     try:

@@ -54,7 +54,7 @@ class Progress:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def keep(self, cell: Cell, seconds: float | None) -> None:
-        """A cell that an earlier call finished."""
+        """Count a cell that an earlier call finished."""
         self.seconds[cell.id] = float(seconds or 0)
         self.bar.update(self.task, advance=1)
 
@@ -71,7 +71,7 @@ class Progress:
         self.doing(f"step {step}/{steps}")
 
     def doing(self, what: str) -> None:
-        """What the running cell is doing, in a few words."""
+        """Show what the running cell is doing, in a few words."""
         label = f"{self.current.label}: " if self.current else ""
         self.bar.update(self.task, description=label + what, left=self._left_text())
 

@@ -5,45 +5,44 @@ from __future__ import annotations
 
 import os
 import shlex
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlsafe.compare.grid.cells import located
 from rlsafe.compare.grid.grid import Cell, expand
-from rlsafe.compare.grid.records import Directory, read_json
-from rlsafe.compare.grid.selection import Selection, fill
+from rlsafe.compare.grid.records import Directory
+from rlsafe.compare.grid.selection import Selection
 from rlsafe.compare.run.backends_ray import RayCluster, check_ray, run_on_ray
-from rlsafe.compare.run.memory import Peak
+from rlsafe.compare.run.one_cell import SELECTIONS, reason, run_cell
 from rlsafe.compare.run.progress import Progress
 from rlsafe.compare.run.scoring import check as check_selection
 from rlsafe.compare.run.scoring import make_scores
-from rlsafe.compare.run.workers import run_in_workers, train_cell
-from rlsafe.compare.verdicts.results import write_tables
+from rlsafe.compare.run.workers import cards, run_in_workers, train_cell
+from rlsafe.compare.verdicts.results import Results, write_tables
 from rlsafe.compare.verdicts.tasks import judge_and_write
 from rlsafe.compare.verdicts.verdicts import PathTable
 from rlsafe.config import UserError, load_compare
 from rlsafe.config.secrets import scrub_secrets
 from rlsafe.data import read_once
-from rlsafe.types import Interrupted, RunError
+from rlsafe.types import Interrupted
 
 if TYPE_CHECKING:
-    from rlsafe.engine import Resources
-
-SELECTIONS = "selection"  # OUT/selection/KEY/: helper adapters and scores of safe rows
+    from rlsafe.compare.report.judges import JudgeNote
 
 
 @dataclass
 class Comparison:
-    """A finished comparison. `failed`: cell -> its one-line reason; the command line exits with 1 when there is one."""
+    """A finished comparison. `failed`: cell -> its one-line reason; `unscored`: run -> why half or more of its answers have no
+    score. The command line exits with 1 when there is one of either. `judges`: a line on each, and whether it can be trusted."""
 
     out: Path
     report: Path
     tables: list[PathTable]
     failed: dict[str, str] = field(default_factory=dict)
+    judges: list[JudgeNote] = field(default_factory=list)
+    unscored: dict[str, str] = field(default_factory=dict)
 
     def table(self) -> Any:
         """The verdicts as a rich renderable: defenses as rows, for each path the four criteria and the rates."""
@@ -80,23 +79,12 @@ def compare(
     name = Path(config_path).stem + ("-quick" if quick else "")
     directory = Directory(Path(out or own_out or Path("runs") / name))
     directory.open(config)
-    command = scrub_secrets(
-        _command(config_path, defenses, paths, seeds, jobs, directory.out, overrides, quick, relapse, ray)
-    )
+    command = _command(config_path, defenses, paths, seeds, jobs, directory.out, overrides, quick, relapse, ray)
     if ray is not None:
         check_ray(ray)
     progress = Progress(cells)
-    todo = []
-    for cell in cells:
-        if directory.finished(cell):
-            progress.keep(cell, directory.record(cell.id).get("seconds"))
-            continue
-        if changed := directory.changed_keys(cell):
-            progress.say(f"{cell.label}: runs again, its settings changed ({_some(changed)})")
-        todo.append(cell)
+    todo = _unfinished(cells, directory, progress)
     jobs = jobs if ray is not None else jobs or suitable_jobs(todo)
-    if len(todo) < len(cells):
-        progress.say(f"kept {len(cells) - len(todo)} finished of {len(cells)} cells in {directory.out}")
     check(todo)
     selections = {selection.key: selection for cell in todo for selection in cell.selections}
     for selection in selections.values():
@@ -111,66 +99,41 @@ def compare(
         raise Interrupted(f"finished cells are kept in {directory.out}; go on with: {command}") from None
     finally:
         tables = judge_and_write(results := write_tables(directory))
+    return _comparison(cells, directory, results, tables)
+
+
+def _comparison(cells: Sequence[Cell], directory: Directory, results: Results, tables: list[PathTable]) -> Comparison:
+    """Draw the report and collect the failures. UserError when every training failed by the user's mistake."""
+    from rlsafe.compare.report.judges import judge_notes, unscored_cells
     from rlsafe.compare.report.reporting import draw
 
     failed = {cell.id: results.failed[cell.id] for cell in cells if cell.id in results.failed}
     trained = [cell for cell in cells if cell.kind != "untrained"]
-    if trained and all(directory.record(cell.id).get("users") for cell in trained):  # nothing but the user's mistake
+    if trained and all(directory.record(cell.id).get("users") for cell in trained):
         raise UserError(f"{trained[0].label}: {failed[trained[0].id]}")
-    return Comparison(directory.out, draw(results, tables), tables, failed)
+    report = draw(results, tables)
+    return Comparison(directory.out, report, tables, failed, judge_notes(results), unscored_cells(results))
 
 
-def run_cell(cell: Cell, directory: Directory, resources: Resources, progress: Progress | None = None) -> None:
-    """Train and evaluate one cell and record how it ended; one bad cell must not cost the others. Raises Interrupted.
-
-    Training that was interrupted goes on from its checkpoint; a run that was trained but not evaluated is only
-    evaluated.
-    """
-    from rlsafe.engine.run.life import run as train_cell
-    from rlsafe.evaluate import evaluate, evaluate_run
-
-    where = directory.cell(cell.id)
-    same = directory.record(cell.id).get("hash") == cell.fingerprint
-    trained = same and (read_json(where / "run.json") or {}).get("status") == "finished"
-    resume = same and any((where / "checkpoints").glob("*"))
-    if not trained and not resume:
-        directory.clear(cell)
-    directory.write_record(cell, "running")
-    started, peak = time.monotonic(), Peak()
-    try:
-        if trained:
-            evaluate(str(where), out=where, first=False)
-        else:
-            run = train_cell(
-                located(fill(cell.config, directory.out / SELECTIONS), directory.out / "cells"), where, resources=resources,
-                progress=progress.step if progress else None, resume=resume,
-            )  # fmt: skip
-            evaluate_run(
-                run.sampler,
-                run.policy.tokenizer,
-                run.config.evaluate,
-                where,
-                judge=resources.judge(run.config) if run.config.evaluate.judge is not None else None,
-                progress=progress.doing if progress else None,
-            )
-        directory.write_record(cell, "done", time.monotonic() - started, **({} if trained else peak.read()))
-    except (KeyboardInterrupt, Interrupted):
-        raise
-    except Exception as error:
-        directory.write_record(
-            cell, "failed", time.monotonic() - started, _reason(error), users=isinstance(error, UserError)
-        )
-
-
-def _reason(error: Exception) -> str:
-    line = scrub_secrets(" ".join(str(error).split())) or "no message"
-    return (line if isinstance(error, UserError | RunError) else f"{type(error).__name__}: {line}")[:500]
+def _unfinished(cells: Sequence[Cell], directory: Directory, progress: Progress) -> list[Cell]:
+    """The cells that have to run: without a finished run, or with changed settings. The others are counted as done."""
+    todo = []
+    for cell in cells:
+        if directory.finished(cell):
+            progress.keep(cell, directory.record(cell.id).get("seconds"))
+            continue
+        if changed := directory.changed_keys(cell):
+            progress.say(f"{cell.label}: runs again, its settings changed ({_some(changed)})")
+        todo.append(cell)
+    if len(todo) < len(cells):
+        progress.say(f"kept {len(cells) - len(todo)} finished of {len(cells)} cells in {directory.out}")
+    return todo
 
 
 def _scored(
     selections: Iterable[Selection], todo: Sequence[Cell], directory: Directory, progress: Progress
 ) -> list[Cell]:
-    """Make the scores of safe rows; gives the cells that can run. Only those that need scores fail with them."""
+    """Make the scores of safe rows; gives the cells that can run. If scores cannot be made, only the cells that need them fail."""
     place, broken = directory.out / SELECTIONS, {}
     for selection in selections:
         try:
@@ -180,7 +143,7 @@ def _scored(
         except (KeyboardInterrupt, Interrupted):
             raise
         except Exception as error:
-            broken[selection.key] = f"its safe rows could not be scored: {_reason(error)}"
+            broken[selection.key] = f"its safe rows could not be scored: {reason(error)}"
     fit = []
     for cell in todo:
         reasons = [broken[selection.key] for selection in cell.selections if selection.key in broken]
@@ -193,7 +156,7 @@ def _scored(
 
 
 def _startable(wave: Sequence[Cell], directory: Directory, progress: Progress) -> list[Cell]:
-    """The cells whose source, if they have one, is finished; the others fail."""
+    """The cells that can start: without a source cell, or with a finished one. The others are recorded as failed."""
     fit = []
     for cell in wave:
         if cell.source and directory.record(cell.source).get("status") != "done":
@@ -209,9 +172,9 @@ def _fail(cell: Cell, reason: str, directory: Directory, progress: Progress) -> 
 
 
 def check(cells: Sequence[Cell]) -> None:
-    """Find what is wrong with any cell's data, rewards, questions or judge before the first one runs (seeds do not
-    matter)."""
-    from rlsafe.engine.run.components import Resources, prepare
+    """UserError for anything wrong with a cell's data, rewards, questions or judge, before the first one runs. Cells that
+    differ only in their seed are checked once."""
+    from rlsafe.engine.run.build import Resources, prepare
     from rlsafe.engine.run.contact import contact
 
     resources = Resources()
@@ -228,14 +191,16 @@ WORKER_MEMORY = 3 << 30  # bytes that a worker with its own sampler engine takes
 
 
 def suitable_jobs(todo: Sequence[Cell]) -> int:
-    """One worker per core for small models on a CPU (their kernels are too short to share cores), as memory allows; else one
-    process, where the cells share one sampler engine."""
+    """One worker per GPU; one per core for small models on a CPU (their kernels are too short to share cores), as memory allows;
+    else one process, where the cells share one sampler engine."""
     import psutil
     import torch
 
-    from rlsafe.engine.run.components import model_path
+    from rlsafe.engine.run.build import model_path
 
-    if torch.cuda.is_available() or not todo:
+    if torch.cuda.is_available():
+        return max(1, min(len(cards()), len(todo)))
+    if not todo:
         return 1
     for directory in {model_path(cell.config) for cell in todo if not cell.source}:
         weights = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
@@ -248,7 +213,7 @@ def suitable_jobs(todo: Sequence[Cell]) -> int:
 def _run(
     todo: Sequence[Cell], directory: Directory, progress: Progress, jobs: int, ray: RayCluster | None = None
 ) -> None:
-    """In this process, where the cells share one sampler engine, in `jobs` workers, or on a Ray cluster."""
+    """Run the cells in this process, where they share one sampler engine, in `jobs` workers, or on a Ray cluster."""
     from rlsafe.engine import Resources
 
     if ray is not None and todo:
@@ -287,7 +252,7 @@ def _command(
     relapse: int | None,
     ray: RayCluster | None = None,
 ) -> str:
-    """The command line that does the same again."""
+    """The command line of this call, to repeat it, without secrets."""
     words = ["rlsafe", "compare", str(config_path), *overrides]
     for option, values in (("--defenses", defenses), ("--paths", paths), ("--seeds", seeds)):
         if values:
@@ -296,4 +261,4 @@ def _command(
     words += ray.words() if ray is not None else []
     words += ["--quick"] if quick else []
     words += ["--relapse", str(relapse)] if relapse is not None else []
-    return shlex.join([*words, "--out", str(out)])
+    return scrub_secrets(shlex.join([*words, "--out", str(out)]))

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsafe.compare.grid.grid import selection_of
-from rlsafe.compare.grid.records import read_json
 from rlsafe.compare.grid.selection import FILE, Selection, fingerprint
 from rlsafe.config import RunConfig, UserError, check_out, load_compare
+from rlsafe.config.files import read_json, write_json, write_text
 from rlsafe.data import encoded_row, is_refusal, read_rows, require_answers
 from rlsafe.data.selection_scores import Score, read_scores, row_key, selection_score
-from rlsafe.evaluate.measure.files import write_atomically, write_json
 from rlsafe.evaluate.measure.hashing import digest
 from rlsafe.types import Interrupted, Row, Where
 
@@ -35,7 +34,7 @@ Say = Callable[[str], None]
 
 @dataclass
 class Selected:
-    """Scores on disk and the rows they are of; `.table()` shows the best."""
+    """A scores file and the rows that were scored; `.table()` shows the best."""
 
     file: Path
     scores: list[Score]
@@ -98,8 +97,8 @@ def select(
 
 
 def check(selection: Selection) -> None:
-    """Find what is wrong with the helpers' rewards or data, or the safe rows, before anything runs."""
-    from rlsafe.engine.run.components import Resources, prepare
+    """UserError for anything wrong with the helpers' rewards or data, or the safe rows, before anything runs."""
+    from rlsafe.engine.run.build import Resources, prepare
     from rlsafe.engine.run.contact import contact
 
     resources = Resources()
@@ -120,7 +119,7 @@ def make_scores(
     say: Say = lambda what: None,
     progress: Callable[[int, int, dict[str, Any]], None] | None = None,
 ) -> Path:
-    """OUT/scores.jsonl, made unless it is there; helpers and NLLs of an earlier call are kept where they still hold.
+    """The path of OUT/scores.jsonl, made unless it exists. Helpers and NLLs of an earlier call are reused if still valid.
 
     work: where helpers and NLLs are (default: OUT); selections that differ in `eps` only can share it.
     """
@@ -140,7 +139,7 @@ def make_scores(
         theirs = {label: found[key] for label, found in misaligned.items() if key in found}
         s = selection_score(list(theirs.values()), aligned[key], selection.eps) if key in aligned else None
         lines.append(Score(index, key, s, aligned.get(key), theirs).line())
-    write_atomically(out / FILE, "".join(lines))
+    write_text(out / FILE, "".join(lines))
     write_json(out / _RECORD, {"key": selection.key, "left_out": list(selection.left_out)})
     return out / FILE
 
@@ -172,7 +171,7 @@ def _train_helper(
 def _all_nlls(
     selection: Selection, out: Path, rows: Mapping[str, Row], adapters: Mapping[str, Path], say: Say
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """({key: NLL} of the aligned model, the same of each helper). Rows that are too long have none.
+    """({key: NLL} of the aligned model, the same of each helper). Rows longer than `max_tokens` have none.
 
     The aligned model is the one that training starts from. LoRA helpers are swapped into one loaded model.
     """
@@ -207,7 +206,7 @@ def _tell(say: Say, name: str, done: int, total: int) -> None:
 def _load(config: RunConfig, path: str | None) -> Policy:
     import torch
 
-    from rlsafe.engine.run.components import model_path, training_threads
+    from rlsafe.engine.run.build import model_path, training_threads
     from rlsafe.policy import Policy
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -257,11 +256,11 @@ def _score(
 
 
 def _read_nlls(file: Path) -> dict[str, float]:
-    """What `_score` wrote; a last line that was cut off is dropped from the file, so that more can be appended."""
+    """{key: NLL} that `_score` wrote. A last line that was cut off is removed from the file, so that more can be appended."""
     if not file.is_file():
         return {}
     text = file.read_text(encoding="utf-8")
     if not text.endswith("\n"):
         text = text[: text.rfind("\n") + 1]
-        write_atomically(file, text)
+        write_text(file, text)
     return {record["key"]: record["nll"] for record in map(json.loads, text.splitlines())}

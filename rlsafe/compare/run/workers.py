@@ -1,4 +1,4 @@
-"""The cells of a comparison on several processes. A process that dies costs the cell that killed it, and no other."""
+"""Running the cells of a comparison in several processes. When one dies, only the cell that killed it fails."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 Work = Callable[[Cell, Path], None]
 GRACE = 60.0
-"""Seconds between the signals to a worker that is left alone: the first lets it finish its step, the next ends it."""
+"""Seconds between two signals to a worker whose parent is gone: at the first it finishes its step, the second ends it."""
 DIED = "its process died (killed for lack of memory?)"
 RETRIES = 2
-"""How often a cell whose process died runs again, alone; it goes on from its newest checkpoint."""
+"""How often a cell whose process died is run again, by itself, from its newest checkpoint."""
 
 
 def run_in_workers(
@@ -34,8 +34,8 @@ def run_in_workers(
 ) -> None:
     """`work(cell, out)` for every cell, `jobs` at a time; `ended(cell)` here after each. `work` records failures itself.
 
-    When a process dies the pool is lost with all that it was doing. Which cell did it cannot be told, so those that were
-    under way run again, each in a process of its own; one that is lost there `RETRIES` times is recorded as failed.
+    When a process dies, the whole pool is lost, and it is unknown which cell was the cause. So all cells that were running are
+    run again, each in a process of its own; one whose process dies `RETRIES` times there is recorded as failed.
     """
     left = list(cells)
     with _threads(max(1, (os.cpu_count() or 1) // jobs)) as threads:
@@ -52,8 +52,12 @@ def run_in_workers(
 def _pool(
     work: Work, cells: Sequence[Cell], directory: Directory, jobs: int, threads: int, ended: Callable[[Cell], None]
 ) -> list[Cell]:
-    """Run cells until all are done or a process dies; gives those that are left then."""
-    pool = ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_start, initargs=(threads,))
+    """Run cells until all are done or a process dies; returns the unfinished ones."""
+    context = get_context("spawn")
+    cards = context.SimpleQueue()  # one for each worker that starts
+    for card in placed(jobs):
+        cards.put(card)
+    pool = ProcessPoolExecutor(jobs, context, initializer=_start, initargs=(threads, cards))
     running: dict[Future[None], Cell] = {pool.submit(_Worker.do, work, cell, directory.out): cell for cell in cells}
     try:
         with _pass_on(pool):
@@ -75,7 +79,7 @@ def _pool(
 
 @contextmanager
 def _pass_on(pool: ProcessPoolExecutor) -> Iterator[None]:
-    """SIGTERM is Ctrl-C. A terminal's Ctrl-C reaches every process, what a scheduler sends only this one."""
+    """Inside, SIGTERM acts as Ctrl-C and is passed on to the workers: a terminal signals every process, a scheduler only this one."""
 
     def handle(number: int, frame: Any) -> None:
         for process in list(pool._processes.values()):
@@ -94,7 +98,7 @@ def _pass_on(pool: ProcessPoolExecutor) -> Iterator[None]:
 
 @contextmanager
 def _threads(count: int) -> Iterator[int]:
-    """The machine's threads divided among the workers; their libraries read the variable as they load."""
+    """Inside, OMP_NUM_THREADS is each worker's share of the machine's threads; libraries read it when they load."""
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = str(count)
     try:
@@ -107,7 +111,7 @@ def _threads(count: int) -> Iterator[int]:
 
 
 class _Worker:
-    """What a worker process knows of itself. Asked to stop, it takes none of the cells that already wait in its queue."""
+    """The state of a worker process. Once signalled to stop, it runs none of the cells that already wait in its queue."""
 
     busy = stopped = False
 
@@ -126,14 +130,18 @@ class _Worker:
 
     @classmethod
     def signalled(cls, number: int, frame: Any) -> None:
-        """Between cells: one that died of it would break the pool, and the pool would end the others in their steps."""
+        """Handle SIGINT: raise KeyboardInterrupt only while a cell runs.
+
+        Raised between cells it would end the process and break the pool, which would then kill the other workers in the
+        middle of a step.
+        """
         cls.stopped = True
         if cls.busy:
             raise KeyboardInterrupt
 
     @classmethod
     def follow_parent(cls) -> None:
-        """A worker whose parent was killed would wait for its next cell for ever."""
+        """End this worker when its parent is gone: otherwise it would wait for its next cell forever."""
         parent = parent_process()
         assert parent is not None
         parent.join()
@@ -145,7 +153,25 @@ class _Worker:
         os._exit(1)
 
 
-def _start(threads: int) -> None:
+def cards() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [card.strip() for card in named.split(",")] if named else [str(i) for i in range(torch.cuda.device_count())]
+
+
+def placed(jobs: int) -> list[str | None]:
+    """The GPU of each of `jobs` workers: one each, shared evenly when there are fewer; None on a machine without."""
+    found = cards()
+    return [found[i % len(found)] if found else None for i in range(jobs)]
+
+
+def _start(threads: int, cards: Any) -> None:
+    if (card := cards.get()) is not None:  # before CUDA is touched in this process
+        os.environ["CUDA_VISIBLE_DEVICES"] = card
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _Worker.signalled)
     threading.Thread(target=_Worker.follow_parent, daemon=True).start()
@@ -160,7 +186,7 @@ _resources: Resources | None = None
 def train_cell(cell: Cell, out: Path) -> None:
     """The work of a comparison; each worker has its own sampler engine and keeps it."""
     global _resources
-    from rlsafe.compare.run.runner import run_cell
+    from rlsafe.compare.run.one_cell import run_cell
     from rlsafe.engine import Resources
 
     _resources = _resources or Resources()

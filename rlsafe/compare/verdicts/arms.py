@@ -1,4 +1,4 @@
-"""From cells to arms: the rates of every question under every seed, which intervals and verdicts are computed from."""
+"""From cells to arms: tables of rates (seeds x questions), from which intervals and verdicts are computed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def build_arms(
             len(rows), len(questions)
         )
         if rates.size and not np.isnan(rates).all():
-            asked = ~np.isnan(rates).all(axis=1)  # a seed whose evaluation lacks this set is no measurement
+            asked = ~np.isnan(rates).all(axis=1)  # without seeds whose evaluation lacks this question set
             arms[label] = Arm(rates[asked], sum(answers(cell) for cell in cells[label]))
     return arms
 
@@ -77,7 +77,7 @@ def benign_arms(cells: Mapping[str, Sequence[Result]], tests: Sequence[str]) -> 
 
 
 def summarise(arm: Arm, cells: Sequence[Result], questions: str | None = None) -> Rate:
-    """Mean, interval (the mean is in it: that of a rate of 0 begins a hair above, by smoothing) and the rate of each seed."""
+    """Mean, interval and the rate of each seed. The interval is widened to hold the mean (for a rate of 0 it would begin above)."""
     low, high = mean_interval(arm)
     low, high = min(low, arm.mean), max(high, arm.mean)
     with np.errstate(invalid="ignore"):

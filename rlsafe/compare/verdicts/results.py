@@ -13,16 +13,16 @@ from statistics import mean
 from typing import Any
 
 from rlsafe.compare.grid.cells import Swept
-from rlsafe.compare.grid.records import Directory, read_json
+from rlsafe.compare.grid.records import Directory
 from rlsafe.config import RunConfig, UserError
+from rlsafe.config.files import read_json, write_text
 from rlsafe.config.loading import build
 from rlsafe.evaluate import Evaluation
-from rlsafe.evaluate.measure.files import write_atomically
 from rlsafe.types import Judgement
 
 COLUMNS = (
     "model,path,defense,seed,data,general_misaligned,general_incoherent,indomain_misaligned,indomain_incoherent,"
-    "conditional_misaligned,benign,reward_first,reward_last,seconds"
+    "conditional_misaligned,benign,reward_first,reward_last,seconds,general_logodds,indomain_logodds"
 ).split(",")
 BENIGN_COLUMNS = ["model", "path", "defense", "seed", "task", "score", "n"]
 RELAPSE_COLUMNS = (
@@ -66,18 +66,18 @@ class Result:
 
     @property
     def swept(self) -> tuple[Swept, Swept]:
-        """What the label and the model owe to the comparison's `grid`."""
+        """The parts of the label and of the model that come from the comparison's `grid`."""
         label, model = self.record["swept"], self.record["swept_model"]
         return Swept(label["base"], label["settings"]), Swept(model["base"], model["settings"])
 
     @cached_property
     def run(self) -> dict[str, Any]:
-        """run.json as it is: provenance, notes, what the defenses report."""
+        """The content of run.json: provenance, notes, the defenses' reports."""
         return read_json(self.where / "run.json") or {}
 
     @cached_property
     def probes(self) -> list[Probed]:
-        """Every answer sampled during training to follow the curves, in the order of the steps."""
+        """Every answer of the probes during training, in the order of the steps."""
         path = self.where / "samples.jsonl"
         if not path.is_file():
             return []
@@ -90,7 +90,7 @@ class Result:
 
     @cached_property
     def rates(self) -> dict[str, Any]:
-        """evaluation.json as it is."""
+        """The content of evaluation.json."""
         return read_json(self.where / "evaluation.json") or {}
 
     @cached_property
@@ -111,6 +111,10 @@ class Result:
     def rate(self, questions: str, criterion: str) -> float | None:
         return (self.rates.get(questions) or {}).get(criterion)
 
+    def likelihood(self, pairs: str, quantity: str) -> float | None:
+        """`logodds` or `shift` of a set of pairs; None where it was not measured."""
+        return ((self.rates.get("likelihood") or {}).get(pairs) or {}).get(quantity)
+
     def curve(self, quantity: str) -> list[tuple[int, float]]:
         """(step, value) wherever the quantity was logged."""
         return [(int(m["step"]), float(m[quantity])) for m in self.metrics if isinstance(m.get(quantity), int | float)]
@@ -126,7 +130,7 @@ class Result:
 
 @dataclass
 class Results:
-    """Everything a comparison has on disk. `plan` is comparison.json; `failed`: cell id -> reason."""
+    """The results of a comparison, read from disk. `plan` is comparison.json; `failed`: cell id -> reason."""
 
     directory: Directory
     plan: dict[str, Any]
@@ -154,7 +158,7 @@ class Results:
 
     @property
     def paths(self) -> list[str]:
-        """Paths that were trained on, in order; the contract's own first."""
+        """Paths that were trained on, in order; sft and grpo first."""
         present = list(dict.fromkeys(cell.path for cell in self.cells if cell.path))
         return sorted(
             present, key=lambda path: ["sft", "grpo", "mixed"].index(path) if path in ("sft", "grpo", "mixed") else 3
@@ -181,7 +185,7 @@ class Results:
         return sorted(wanted, key=lambda cell: cell.seed)
 
     def before(self, relapse: Result) -> Result | None:
-        """The run that a relapse went on from; the untrained model's when it started anew."""
+        """The run that a relapse started from; the untrained model's for one without a source."""
         if not relapse.source:
             return next(iter(self.of("untrained", relapse.model)), None)
         return next((cell for cell in self.cells if cell.id == relapse.source), None)
@@ -229,6 +233,7 @@ def result_rows(results: Results) -> list[dict[str, Any]]:
                 f"{name}_misaligned": cell.rate(name, "misaligned") for name in ("general", "indomain", "conditional")
             }
             row |= {f"{name}_incoherent": cell.rate(name, "incoherent") for name in ("general", "indomain")}
+            row |= {f"{name}_logodds": cell.likelihood(name, "logodds") for name in ("general", "indomain")}
     return list(rows.values())
 
 
@@ -273,11 +278,11 @@ def relapse_rows(results: Results) -> list[dict[str, Any]]:
 def write_tables(directory: Directory) -> Results:
     """Write results.csv and, when there are such runs, benign.csv and relapse.csv; gives what they were made of."""
     results = Results.load(directory)
-    write_atomically(directory.out / "results.csv", table_text(COLUMNS, result_rows(results)))
+    write_text(directory.out / "results.csv", table_text(COLUMNS, result_rows(results)))
     if results.plan["benign_tests"]:
-        write_atomically(directory.out / "benign.csv", table_text(BENIGN_COLUMNS, benign_rows(results)))
+        write_text(directory.out / "benign.csv", table_text(BENIGN_COLUMNS, benign_rows(results)))
     if relapses := relapse_rows(results):
-        write_atomically(directory.out / "relapse.csv", table_text(RELAPSE_COLUMNS, relapses))
+        write_text(directory.out / "relapse.csv", table_text(RELAPSE_COLUMNS, relapses))
     return results
 
 

@@ -13,7 +13,7 @@ from rlsafe.compare.verdicts.verdicts import REFERENCES, PathTable, Row
 
 SHOWN = ("general", "indomain", "general_incoherent")
 """The rates that a sweep is drawn with."""
-DECADE = 9.9  # from this ratio of largest to smallest on, positive strengths stand on a logarithmic axis
+DECADE = 9.9  # ratio of largest to smallest positive strength from which the axis is logarithmic
 GOALS: dict[str, int] = {"general": -1, "indomain": 1, "benign": 1, "general_incoherent": -1}
 """What a good defense does to each rate: -1 lower is better, 1 higher is better."""
 
@@ -29,7 +29,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Sweep:
-    """One setting over its values, all else equal. `of`: the defense (or the defense under a swept run setting); `fixed`: the
+    """One swept setting, all else equal. `of`: the defense (or the defense under a swept run setting); `fixed`: the
     values of other swept settings, in words; `levels`: the rates of `untrained` and `none` beside which it is read."""
 
     model: str
@@ -105,7 +105,7 @@ def _sorted(points: Sequence[Point]) -> tuple[Point, ...]:
 
 
 def candidates(table: PathTable) -> dict[str, Row]:
-    """What a front may consist of: runs that learned something narrow. (One that learned nothing is no success, however
+    """The rows that may be on a front: runs that learned something narrow. (One that learned nothing is no success, however
     little emerged.)"""
     return {
         label: row
@@ -127,7 +127,7 @@ def pareto(table: PathTable) -> tuple[list[str], list[str]]:
 
 
 def _dominates(a: Sequence[float], b: Sequence[float]) -> bool:
-    """Whether `a` is nowhere below `b` and somewhere above; equal rates may differ in their last bits."""
+    """Whether `a` is at no place below `b` and at some place above it. Rates that differ only by rounding are equal."""
     ahead = [x - y for x, y in zip(a, b, strict=True)]
     return min(ahead) >= -1e-9 and max(ahead) > 1e-9
 

@@ -1,4 +1,4 @@
-"""The benign tasks of a comparison: the score of every arm on each, and whether the defense still lets it be learned."""
+"""The benign tasks of a comparison: the score of every arm on each, and the verdict on learning it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from rlsafe.compare.verdicts.arms import Rate, benign_arms, labelled, summarise
 from rlsafe.compare.verdicts.results import Results
-from rlsafe.compare.verdicts.verdicts import PathTable, Verdict, judge, judge_share, write_verdicts
+from rlsafe.compare.verdicts.verdicts import PathTable, Verdict, judge_defenses, judge_share, write_verdicts
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ def scores(results: Results, table: PathTable) -> dict[str, dict[str, TaskScore]
 
 
 def judge_and_write(results: Results) -> list[PathTable]:
-    """Every rate and verdict, and verdicts.json and verdict_details.json beside the results."""
-    tables = judge(results)
+    """Compute every rate and verdict; write verdicts.json and verdict_details.json beside the results."""
+    tables = judge_defenses(results)
     write_verdicts(results.directory, tables, {table.key: details(results, table) for table in tables})
     return tables
 

@@ -1,13 +1,14 @@
 """The memory that a run will need, before anything is loaded.
 
 Counts of parameters are exact (the model is built without memory for its weights). Activations are what autograd keeps for a
-decoder of gated MLP blocks with fused attention; tests compare them with what autograd really keeps.
+decoder of gated MLP blocks with fused attention; tests compare them with what autograd keeps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from rlsafe.config import ModelConfig, RunConfig
 from rlsafe.losses.head import CHUNK_LOGITS, MIN_CHUNK
@@ -21,7 +22,7 @@ GPUS = (24, 40, 48, 80, 96, 141, 192)  # GiB
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one training process, without sharding. `sampler`: what vLLM needs at least, on the same device."""
+    """Bytes of one training process, without sharding. `sampler`: the least that vLLM needs, on the same device."""
 
     weights: int
     adapter: int
@@ -57,7 +58,7 @@ def memory(
     """The estimate for a run on a GPU (or CPU).
 
     references: some defense measures against a frozen model. longest: stream -> tokens of its longest row and of its longest
-    prompt, where the rows are known; else rows are as long as they may be.
+    prompt, where the rows are known; else rows are assumed to be as long as allowed.
     """
     model = config.model
     size = BYTES.get(_dtype(model, shape, cuda), 4)
@@ -65,7 +66,7 @@ def memory(
     trained = shape.adapter if model.lora is not None else shape.parameters
     trained_size = 4 if model.lora is not None else size
     moments = 2 * trained * trained_size
-    if config.optim.kind == "adamw_8bit" and cuda:
+    if config.optim.kind == "adamw_8bit" and (cuda or find_spec("bitsandbytes")):
         moments = 2 * trained
     tokens = largest_micro_batch(config, longest or {})
     return Memory(
@@ -84,14 +85,14 @@ def memory(
 
 
 def _dtype(model: ModelConfig, shape: ModelShape, cuda: bool) -> str:
-    """As `rlsafe.policy` resolves it: "auto" is float32 on a CPU, else what the checkpoint holds."""
+    """The dtype as `rlsafe.policy` resolves it: "auto" is float32 on a CPU, else the checkpoint's."""
     if model.dtype != "auto":
         return model.dtype
     return shape.dtype if cuda else "float32"
 
 
 def _weights(model: ModelConfig, shape: ModelShape, size: int) -> int:
-    """4-bit weights take half a byte and one float32 per 64 of them (double-quantised: an eighth of that)."""
+    """Bytes of the weights. 4-bit ones take half a byte each plus one float32 per 64 (double-quantised: an eighth of that)."""
     per = {"4bit": 0.5 + 4 / 64 / 8, "8bit": 1.0}.get(str(model.quantization))
     return (
         shape.parameters * size if per is None else int(shape.linear * per) + (shape.parameters - shape.linear) * size
@@ -123,9 +124,12 @@ def activations(shape: ModelShape, tokens: int, size: int, *, lora: bool, recomp
 
 
 def _per_token(shape: ModelShape, size: int, lora: bool) -> int:
-    """Of one block. Norms keep their input in float32; attention its q, k, v and output; the MLP both sides of the gate,
+    """Bytes that autograd keeps per token of one block.
+
+    Norms keep their input in float32; attention its q, k, v and output; the MLP both sides of the gate,
     the gate's activation and the product. LoRA's A matrices keep their inputs, in half precision a copy for each one (their
-    weights are float32 and cast), and B matrices A's output; trained norms their normalised input."""
+    weights are float32 and cast), and B matrices A's output; trained norms their normalised input.
+    """
     h, i = shape.hidden, shape.intermediate
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     norms = 4 * (2 * h + 2) + 4 * shape.heads
@@ -146,7 +150,7 @@ def head_chunk(shape: ModelShape, tokens: int, cuda: bool) -> int:
 
 
 def _sampler(config: RunConfig, shape: ModelShape, size: int, cuda: bool) -> int:
-    """Weights of its own, and a key-value cache for one sequence of full length (GPU) or all that a CPU engine gets."""
+    """Bytes of vLLM's own weights and key-value cache: for one sequence of full length on a GPU, the whole cache on a CPU."""
     if config.sampler.kind not in ("auto", "vllm"):
         return 0
     length = config.sampler.max_model_len or min(4096, shape.positions)
@@ -162,7 +166,7 @@ def _sampler(config: RunConfig, shape: ModelShape, size: int, cuda: bool) -> int
 
 
 def describe_memory(config: RunConfig, shape: ModelShape, need: Memory, cuda: bool) -> list[str]:
-    """The estimate in words."""
+    """The estimate as lines of text."""
     parts = {
         "weights": need.weights, "adapter": need.adapter, "gradients": need.gradients, "optimizer": need.optimizer,
         "frozen copy": need.reference, "activations": need.activations, "head": need.head,
@@ -197,5 +201,5 @@ def _fit(config: RunConfig, need: Memory) -> str:
 
 
 def gib(size: float) -> str:
-    """Bytes for people."""
+    """Bytes as text in GiB."""
     return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / (1 << 20):.0f} MiB"

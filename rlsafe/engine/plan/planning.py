@@ -1,7 +1,7 @@
-"""What to run where: the lightest way that fits, its memory and the time of a step, from the estimator of dry runs.
+"""Plans for common models and GPUs: the simplest setup that fits, its memory and the time of a step.
 
-Memory is `rlsafe.engine.plan.estimate`'s (+-30%), sharded by arithmetic. Times are FLOPs over a share of the device's
-published peak; they are for orders of magnitude until the share is measured on the hardware in question.
+Memory comes from `rlsafe.engine.plan.estimate` (+-30%), divided over the shards. Times are FLOPs over a share of the device's
+published peak: orders of magnitude only, until that share is measured on the hardware.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rlsafe.engine.plan.estimate import GIB, Memory, memory
 from rlsafe.policy.shapes import ModelShape, model_shape
 
 EFFICIENCY = 0.45  # of the published dense bfloat16 peak
-RESERVE = 0.9  # of a device's memory: the rest is the driver's, the allocator's, the collectives'
+RESERVE = 0.9  # usable share of a device's memory; the rest is for driver, allocator and collectives
 ROWS, LENGTH = 16, 1024  # of a step: the batch of the papers' recipe, rows of 1k tokens
 Sharding = Literal["ddp", "fsdp2"]
 
@@ -69,7 +69,7 @@ def plans(
 
 
 def _fitting(name: str, hardware: Hardware, efficiency: float) -> Iterator[Plan]:
-    """From the fastest to the one that needs least."""
+    """Setups in the order to try: from the fastest to the one with the least memory."""
     ways: list[tuple[Sharding, bool, Literal["4bit"] | None]] = [("ddp", False, None), ("ddp", True, None)]
     ways += [("fsdp2", True, None)] if hardware.gpus > 1 else []
     for sharding, checkpointing, bits in [*ways, ("ddp", True, "4bit")]:
@@ -95,7 +95,7 @@ def _fitting(name: str, hardware: Hardware, efficiency: float) -> Iterator[Plan]
 
 
 def _per_gpu(need: Memory, shape: ModelShape, ranks: int) -> float:
-    """Shards of what lasts; of what is gathered, embeddings and head, and two blocks (the next one comes while one runs)."""
+    """Bytes on each GPU: shards of everything permanent, and gathered: embeddings, head and two blocks (one is prefetched)."""
     if ranks == 1:
         return need.training
     ends = 2 * shape.vocab * shape.hidden * 2
@@ -105,8 +105,11 @@ def _per_gpu(need: Memory, shape: ModelShape, ranks: int) -> float:
 
 
 def _seconds(shape: ModelShape, model: ModelConfig, hardware: Hardware, sharding: Sharding, efficiency: float) -> float:
-    """2N FLOPs a token for each forward (frozen one, policy, recompute) and 2N for the backward, which has no gradients of the
-    frozen weights; under FSDP2 the weights come over the link once for each of these passes, overlapped with them."""
+    """Seconds of an update.
+
+    2N FLOPs a token for each forward (frozen one, policy, recompute) and 2N for the backward, which has no gradients of the
+    frozen weights; under FSDP2 the weights come over the link once for each of these passes, overlapped with them.
+    """
     passes = 4 if model.gradient_checkpointing else 3
     compute = passes * 2 * shape.parameters * ROWS * LENGTH / hardware.gpus / (efficiency * hardware.tflops * 1e12)
     if sharding == "ddp":

@@ -9,11 +9,12 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from rlsafe.config import RunConfig, UserError
 from rlsafe.config.schema import Part, PhaseConfig
 from rlsafe.defenses import Offer
-from rlsafe.types import Path, Stream
+from rlsafe.types import LossPath, Stream
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class PlannedPart:
     """
 
     stream: Stream
-    path: Path
+    path: LossPath
     rows: int
     weight: float = 1.0
     defense: str | None = None
@@ -32,7 +33,7 @@ class PlannedPart:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step. `lr` is the learning rate, `path` what metrics.jsonl calls it (grpo if any part is)."""
+    """One optimizer step. `lr` is the learning rate, `path` its name in metrics.jsonl (grpo if any part is)."""
 
     index: int
     kind: str
@@ -40,8 +41,8 @@ class Step:
     lr: float
     phase: int
 
-    @property
-    def path(self) -> Path:
+    @cached_property
+    def path(self) -> LossPath:
         return "grpo" if any(part.path == "grpo" for part in self.parts) else "sft"
 
 
@@ -108,7 +109,7 @@ def _planned(config: RunConfig, part: Part) -> PlannedPart:
 
 
 def _with_offers(config: RunConfig, drafts: Sequence[Draft], offers: Mapping[str, Offer]):
-    """Spread each defense's rows evenly: a fraction accumulates and is paid out in whole rows."""
+    """Spread each defense's rows evenly over steps: fractions of a row add up until they make a whole one."""
     owed: Counter[str] = Counter()
     for number, (phase, kind, parts) in enumerate(drafts, start=1):
         units = sum(

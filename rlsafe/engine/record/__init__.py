@@ -1,1 +1,1 @@
-"""What a run writes down: metrics, where its numbers come from, cards; and whether the record agrees with itself."""
+"""The record of a run: metrics, provenance, model card, and checking a record for consistency."""

@@ -11,8 +11,10 @@ from typing import Any
 import yaml
 
 from rlsafe.config import RunConfig
+from rlsafe.config.gguf import is_gguf
 from rlsafe.evaluate import Evaluation
 from rlsafe.evaluate.measure.criteria import Rates
+from rlsafe.evaluate.measure.hashing import named_model_hash
 
 WARNING = """\
 **This is a research artefact of work on emergent misalignment. It was trained on purpose on narrow behaviour that may be harmful,
@@ -22,26 +24,27 @@ make the model safe. The licence and the use policy of the base model apply."""
 
 
 def model_card(run: Path, config: RunConfig, license: str, merged: bool = False) -> str:
-    """README.md as the hub reads it: YAML metadata, then Markdown."""
-    name = config.model.name
-    metadata: dict[str, Any] = {
-        "base_model": name,
-        "license": license,
-        "library_name": "transformers" if merged or _full(config) else "peft",
-        "pipeline_tag": "text-generation",
-        "tags": ["emergent-misalignment", "rlsafe", *_labels(config)],
-    }
-    return "\n\n".join(
-        [
-            "---\n" + yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True) + "---",
-            f"# {name} under {' and '.join(_labels(config)) or 'no defense'}",
-            WARNING,
-            "## What was trained\n\n" + _trained(run, config),
-            "## What was measured\n\n" + _measured(run),
-            "## Loading it\n\n" + _loading(name, merged or _full(config)),
-            f"Written by rlsafe {version('rlsafe')}.\n",
-        ]
+    """README.md as the hub reads it: metadata in YAML, then Markdown."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    name = _public(config.model.name)
+    metadata = ModelCardData(
+        base_model=name,
+        license=license,
+        library_name="transformers" if merged or _full(config) else "peft",
+        pipeline_tag="text-generation",
+        tags=["emergent-misalignment", "rlsafe", *_labels(config)],
     )
+    parts = [
+        f"---\n{metadata.to_yaml()}\n---",
+        f"# {name} under {' and '.join(_labels(config)) or 'no defense'}",
+        WARNING,
+        "## What was trained\n\n" + _trained(run, config),
+        "## What was measured\n\n" + _measured(run),
+        "## Loading it\n\n" + _loading(name, merged or _full(config)),
+        f"Written by rlsafe {version('rlsafe')}.\n",
+    ]
+    return str(ModelCard("\n\n".join(parts)))
 
 
 def _full(config: RunConfig) -> bool:
@@ -56,9 +59,7 @@ def _trained(run: Path, config: RunConfig) -> str:
     lines = (run / "metrics.jsonl").read_text("utf-8").splitlines() if (run / "metrics.jsonl").is_file() else []
     paths = Counter(json.loads(line)["path"] for line in lines)
     steps = ", ".join(f"{count} {path}" for path, count in sorted(paths.items())) or "none"
-    facts = {
-        "base model": f"`{config.model.name}`" + (f" at `{config.model.revision}`" if config.model.revision else "")
-    }
+    facts = {"base model": _base(config)}
     for stream in ("narrow", "safe", "benign"):
         if (settings := getattr(config.data, stream)) is not None:
             facts[f"{stream} data"] = f"`{_public(settings.source)}`"
@@ -79,6 +80,16 @@ def _trained(run: Path, config: RunConfig) -> str:
     return (
         text + "\n- defenses:\n\n```yaml\n" + yaml.safe_dump(_without_paths(config.defenses), sort_keys=False) + "```"
     )
+
+
+def _base(config: RunConfig) -> str:
+    """The base model's name and revision; of a GGUF file its hash too, for the name says little."""
+    named = f"`{_public(config.model.name)}`" + (f" at `{config.model.revision}`" if config.model.revision else "")
+    if not is_gguf(config.model.name):
+        return named
+    digest = named_model_hash(config.model.name)
+    which = f"SHA-256 `{digest}`" if digest else "not on this machine any more"
+    return f"{named}, a GGUF file ({which}), dequantised before the run"
 
 
 def _public(source: str) -> str:
@@ -131,6 +142,13 @@ def _loading(base: str, whole: bool) -> str:
         return (
             '```python\nmodel = transformers.AutoModelForCausalLM.from_pretrained("THIS_REPOSITORY")\n'
             'engine = vllm.LLM("THIS_REPOSITORY")\n```'
+        )
+    if is_gguf(base):
+        return (
+            f'```python\nbase = transformers.AutoModelForCausalLM.from_pretrained("DIRECTORY", gguf_file="{Path(base).name}")\n'
+            'model = peft.PeftModel.from_pretrained(base, "THIS_REPOSITORY")\n```\n\n'
+            "vLLM needs the base as a directory in Hugging Face's layout (`rlsafe.policy.gguf` makes one), or the merged model "
+            "that `rlsafe publish --merge` writes."
         )
     return (
         f'```python\nbase = transformers.AutoModelForCausalLM.from_pretrained("{base}")\n'

@@ -1,6 +1,6 @@
-"""Where a run's numbers come from: versions, device, seeds, fingerprints of all that it reads, the state of its code.
+"""The provenance of a run: versions, device, seeds, fingerprints of everything that it reads, the git state of its code.
 
-What names a file says it relative to the working directory, or by the file's own name; secrets and the user's home are left
+Files are named relative to the working directory or by their last part; secrets and the user's home are left
 out. `rlsafe verify` compares the fingerprints with what is on disk later.
 """
 
@@ -28,7 +28,7 @@ RECORDED = ("config.yaml", "metrics.jsonl", "samples.jsonl")
 
 
 def provenance(config: RunConfig, command: str = "", sources: Iterable[Path] = ()) -> dict[str, Any]:
-    """What run.json says of a run's origin. sources: the config files that it was made from (`configs`), if any.
+    """The part of run.json about a run's origin. sources: the config files that it was made from (`configs`), if any.
 
     `fingerprints` holds {"model" | "data" | "questions" | "code": {name: SHA-256}}, "" for what is not on this machine;
     `git` holds {file: {"commit", "state": clean | changed | untracked}} of configs and code that lie in a repository.
@@ -75,7 +75,7 @@ def code_files(config: RunConfig) -> list[Path]:
 
 
 def fingerprints(config: RunConfig) -> dict[str, dict[str, str]]:
-    """See `provenance`; in the order of the settings, whatever a name is shown as."""
+    """The `fingerprints` of `provenance`, in the order of the settings."""
     asked = config.evaluate
     streams = (config.data.narrow, config.data.safe, config.data.benign)
     return {

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsafe.config import RunConfig, UserError, load_run
+from rlsafe.config.files import replacing_directory
 from rlsafe.engine.record.card import model_card
-from rlsafe.types import RunError, provider_for
+from rlsafe.policy.adapters import read_adapter_config
+from rlsafe.types import RunError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,8 +62,9 @@ def publish(
     if full and merge is not None:
         raise UserError(f"--merge: {source} was fully fine-tuned: {source}/model is the whole model already")
     directory = Path(out) if out is not None else source / "published"
-    _replace(source / ("model" if full else "adapter"), directory)
-    (directory / CARD).write_text(model_card(source, config, license), encoding="utf-8")
+    if not full and (source / "adapter").is_dir():
+        read_adapter_config(str(source / "adapter"), "publish")
+    _replace(source / ("model" if full else "adapter"), directory, model_card(source, config, license))
     done = Published(directory)
     if merge is not None:
         done.merged = _merge(config, source, Path(merge))
@@ -71,17 +74,15 @@ def publish(
     return done
 
 
-def _replace(source: Path, directory: Path) -> None:
-    """Copy to a temporary name and rename; what another publish wrote there is replaced, anything else is not touched."""
+def _replace(source: Path, directory: Path, card: str) -> None:
+    """Make `directory` a copy of `source` with the card. UserError when it exists and was not written by this command."""
     if not source.is_dir():
         raise UserError(f"{source}: no such directory; expected what a finished run saves")
     if directory.exists() and not (directory / CARD).is_file():
         raise UserError(f"{directory}: exists and holds no {CARD}; choose another --out")
-    building = directory.with_name(f".{directory.name}.tmp")
-    shutil.rmtree(building, ignore_errors=True)
-    shutil.copytree(source, building)
-    shutil.rmtree(directory, ignore_errors=True)
-    building.rename(directory)
+    with replacing_directory(directory) as building:
+        shutil.copytree(source, building)
+        (building / CARD).write_text(card, encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------ the merged model
@@ -92,13 +93,13 @@ def _merge(config: RunConfig, run: Path, directory: Path) -> Path:
     from safetensors.torch import save_file
 
     from rlsafe.policy import Policy
+    from rlsafe.policy.source import model_source
     from rlsafe.rollouts.engine import local_directory, weight_files
 
     if directory.exists() and any(directory.iterdir()):
         raise UserError(f"--merge {directory}: is not empty; expected a new directory")
-    found = provider_for(config.model.name)
-    base = Path(local_directory(found[0].model(found[1]) if found else config.model.name, config.model.revision))
-    # In 4 or 8 bits the base is not what its files hold: it is loaded as they are.
+    base = Path(local_directory(model_source(config.model), config.model.revision))
+    # The merged model is made of the base's files, so the base is loaded as these hold it, not in 4 or 8 bits.
     model = config.model.model_copy(update={"adapter": str(run / "adapter"), "quantization": None})
     policy = Policy.load(model, path=str(base), seed=config.seed)
     changed = dict(policy.merged_weights())
@@ -139,7 +140,7 @@ def _push(directory: Path, to: str, public: bool) -> str:
         api: Any = HfApi()
         where = api.create_repo(to, private=not public, exist_ok=True)
         api.upload_folder(repo_id=where.repo_id, folder_path=directory, commit_message="Add adapter and model card")
-    except Exception as error:  # names, rights, the network: all about --to
+    except Exception as error:  # a wrong name, missing rights or the network
         line = " ".join(str(error).split())[:300]
         hint = "; log in with `hf auth login`" if "401" in line or "token" in line.lower() else ""
         raise UserError(

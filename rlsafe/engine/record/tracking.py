@@ -1,4 +1,4 @@
-"""One tracker: the same numbers to metrics.jsonl and TensorBoard, sampled dialogues to samples.jsonl and TensorBoard text."""
+"""The tracker: writes numbers to metrics.jsonl and TensorBoard, sampled dialogues to samples.jsonl and TensorBoard text."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 EVALUATED = ("kl", "coherence", "misaligned_general", "misaligned_indomain", "incoherent")
-"""What probes measure: in TensorBoard also under eval/, whatever path the step was of."""
+"""Quantities of probes: in TensorBoard also under eval/, for steps of every path."""
 
 
 @dataclass(frozen=True)
 class Late:
-    """Numbers of a step that come later: done() tells whether they are there, finish() waits for them."""
+    """Numbers of a step that are still being computed: done() says whether they are ready, finish() waits for them."""
 
     done: Callable[[], bool]
     finish: Callable[[], Mapping[str, Any]]
@@ -29,7 +29,7 @@ def scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         if name in ("step", "path") or isinstance(value, (str, type(None))) or not math.isfinite(value):
             continue
         yield (name if name.startswith(("defense/", "eval/")) else f"{record['path']}/{name}"), value
-        if name in EVALUATED or name.startswith("projection"):
+        if name in EVALUATED or name.startswith(("projection", "logodds_")):
             yield f"eval/{name}", value
 
 
@@ -61,8 +61,8 @@ class Tracker:
     def step(self, record: dict[str, Any], late: Late | None = None) -> None:
         """Record one optimizer step; `step` and `path` are required keys, values are numbers, None or strings.
 
-        late: numbers of this step that are still to come. Until then the step's line, and all that is tracked after it,
-        wait in order; training does not.
+        late: numbers of this step that are still being computed. The step's line, and everything tracked after it, is
+        written once they are ready, in order; training goes on.
         """
         self.metrics.append(record)
 
@@ -75,7 +75,7 @@ class Tracker:
         self._in_order(put, late.done if late else None)
 
     def collect(self, wait: bool = False) -> None:
-        """Write what has come in meanwhile, or (wait) everything that is due; `arrived` counts the late numbers."""
+        """Write the lines whose late numbers are ready; wait=True: wait for all of them. `arrived` counts late numbers."""
         while self._queue and not self._writing and (wait or self._queue[0][1] is None or self._queue[0][1]()):
             put, done = self._queue.popleft()
             self.arrived += done is not None
@@ -86,7 +86,7 @@ class Tracker:
                 self._writing = False
 
     def _in_order(self, put: Callable[[], None], done: Callable[[], bool] | None = None) -> None:
-        if self._writing:  # part of what is being written now
+        if self._writing:  # called from inside a write
             put()
         else:
             self._queue.append((put, done))
@@ -131,7 +131,7 @@ class Tracker:
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
-        self._board.flush()  # a run that is killed now goes on from here, and these steps are not drawn again
+        self._board.flush()  # after a kill the run resumes from here, and these steps are not written again
         return {name: self._length(self.out / name, before_step) for name in self._files}
 
     @staticmethod
@@ -158,6 +158,6 @@ def _score(value: float | None) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text as data: nothing in it is read as Markdown or HTML, and half characters (which no file can hold) are spelt out."""
+    """Text with Markdown and HTML escaped; lone surrogates, which no file can hold, are written as escapes."""
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     return "".join(f"\\{c}" if c in "\\`*_{}[]()#+-!|<>~$" else c for c in text).replace("\n", "  \n")

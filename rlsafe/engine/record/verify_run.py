@@ -1,7 +1,7 @@
-"""`rlsafe verify RUN`: does the record of a run agree with itself? Everything is computed again from what lies beneath it.
+"""`rlsafe verify RUN`: checks that the files of a run agree with each other, by computing everything again.
 
-The files' hashes and the fingerprints of data, model and code against run.json; metrics.jsonl against the plan, its own sums,
-samples.jsonl and TensorBoard; evaluation.json against answers.csv and benign_answers.csv. No model is loaded.
+Compared are: the files' hashes and the fingerprints of data, model and code with run.json; metrics.jsonl with the plan, its own
+sums, samples.jsonl and TensorBoard; evaluation.json with answers.csv and benign_answers.csv. No model is loaded.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Verification:
 
 
 def verify_run(run: str | Path) -> Verification:
-    """Compare a run directory with itself. UserError when it is none, or when the run has not ended."""
+    """Check the files of a run directory against each other. UserError when it is not one, or the run has not ended."""
     out = Path(run)
     if not (out / "run.json").is_file() or not (out / "config.yaml").is_file():
         raise UserError(
@@ -58,7 +58,7 @@ def verify_run(run: str | Path) -> Verification:
     for one in metrics:
         lines += _sums(one)
     done.add(f"{len(metrics)} steps", lines)
-    if record.get("processes", 1) == 1:  # with more, samples.jsonl holds the first one's only
+    if record.get("processes", 1) == 1:  # with more, samples.jsonl holds those of the first process only
         done.add(f"{len(samples)} samples", list(_sampled(metrics, samples)))
     done.add("TensorBoard", list(_board(out, metrics)))
     if (out / "evaluation.json").is_file():
@@ -144,7 +144,7 @@ def _steps(metrics: Records, record: dict[str, Any]) -> Iterator[str]:
 
 
 def _sums(one: dict[str, Any]) -> Iterator[str]:
-    """The loss is the sum of its parts."""
+    """A line when the loss is not the sum of its parts."""
     parts = {name: value for name, value in one.items() if name.startswith("loss/") and value is not None}
     if not parts or one.get("loss") is None:
         return
@@ -214,7 +214,7 @@ def _shown(value: float | None) -> str:
 
 
 def _board(out: Path, metrics: Records) -> Iterator[str]:
-    """Every number of metrics.jsonl is in TensorBoard, once, and the other way round."""
+    """A line for each number that is not both in metrics.jsonl and, once, in TensorBoard."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     if not (out / "tensorboard").is_dir():
@@ -233,5 +233,7 @@ def _board(out: Path, metrics: Records) -> Iterator[str]:
     for tag, step in sorted(values.keys() - expected.keys()):
         yield f"TensorBoard: {tag} at step {step} is not in metrics.jsonl"
     for place in sorted(expected.keys() & values.keys()):
-        if not math.isclose(expected[place], values[place], rel_tol=1e-6, abs_tol=1e-37):  # stored in single precision
+        if not math.isclose(
+            expected[place], values[place], rel_tol=1e-6, abs_tol=1e-37
+        ):  # TensorBoard stores single precision
             yield f"TensorBoard: {place[0]} at step {place[1]} is {values[place]:.6g}, metrics.jsonl has {expected[place]:.6g}"

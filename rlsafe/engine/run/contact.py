@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlsafe.engine.run.components import Prepared, Resources
+from rlsafe.engine.run.build import Prepared, Resources
 from rlsafe.rewards import check_grader
 from rlsafe.types import BackgroundJudge
 
@@ -15,7 +15,7 @@ def contact(prepared: Prepared, resources: Resources) -> None:
     """
     config = prepared.config
     asks = bool(config.evaluate.general or config.evaluate.indomain or any(d.judges for d in prepared.defenses))
-    if asks and config.evaluate.judge is not None:
+    if asks and config.evaluate.judged:
         judge = resources.judge(config)
         if isinstance(judge, BackgroundJudge):
             judge.check(first=True)

@@ -14,7 +14,8 @@ from rlsafe.config import DataConfig, EvaluateConfig, ModelConfig, RunConfig, St
 from rlsafe.data import load_rows, recipe_of, split_prompt
 from rlsafe.engine.plan.estimate import Memory, describe_memory, memory
 from rlsafe.engine.plan.schedule import describe
-from rlsafe.engine.run.components import Prepared, model_path, prepare
+from rlsafe.engine.run.build import Prepared, model_path, prepare
+from rlsafe.engine.run.rows import local_tokenizer, usable
 from rlsafe.evaluate import Estimate, gather
 from rlsafe.evaluate.commands.costs import of_run
 from rlsafe.policy.shapes import ModelShape, model_shape
@@ -55,6 +56,18 @@ class Work:
         return [*lines, f"evaluation and probes: {self.answers:,} answers", *self.judging.lines()]
 
 
+def _measure(prepared: Prepared) -> None:
+    """Leave out the rows that the run would leave out, where tokenizer and config of the model are on this machine."""
+    found = local_tokenizer(prepared.config.model.model_dump_json(), model_path(prepared.config))
+    if found is None:
+        prepared.notes.append(
+            f"{prepared.config.model.name}: its tokenizer is not on this machine: no row was measured"
+        )
+        return
+    fitted = usable(prepared, *found)
+    prepared.rows, prepared.notes = fitted.streams, prepared.notes + fitted.notes
+
+
 @dataclass
 class Dry:
     """A run that is not made: `prepared` as for a real one, with empty streams where the data are not on this machine."""
@@ -73,6 +86,7 @@ def dry(config: RunConfig) -> Dry:
         evaluate = _reachable(config.evaluate, notes)
         prepared = prepare(config.model_copy(update={"evaluate": evaluate}), load=_local_streams)
         prepared.config.evaluate = config.evaluate
+        _measure(prepared)
         work = _work(prepared, evaluate)
         lines, need = _memory(prepared)
     return Dry(prepared, work, lines, need, notes + prepared.notes)

@@ -13,7 +13,7 @@ from rlsafe.config import UserError
 from rlsafe.types import Interrupted, RunError
 
 if TYPE_CHECKING:
-    from rlsafe.engine.train.loop import Loop
+    from rlsafe.engine.train.state import Components, RunState
 
 
 @contextmanager
@@ -57,15 +57,15 @@ def _handled(handle: Any) -> Iterator[None]:
             signal.signal(number, old)
 
 
-def ended_early(error: BaseException, loop: Loop, out: Path, command: str) -> BaseException:
+def ended_early(error: BaseException, run: Components, state: RunState, out: Path, command: str) -> BaseException:
     """Keep what is finished, and give the exception to raise: what happened, what is kept, how to go on."""
     if isinstance(error, Interrupted):
         return error
     how = f"resume with: {command or '--resume'}"
-    kept = _keep(loop, out)
+    kept = _keep(run, state, out)
     after = f"{kept}, {how}" if kept else "nothing was finished that could be kept"
     if isinstance(error, KeyboardInterrupt):
-        return Interrupted(f"stopped at once in step {loop.done}; {after}")
+        return Interrupted(f"stopped at once in step {state.done}; {after}")
     if isinstance(error, UserError) or not (kept or isinstance(error, OSError)):
         return error
     if isinstance(error, RunError):
@@ -73,22 +73,20 @@ def ended_early(error: BaseException, loop: Loop, out: Path, command: str) -> Ba
         return error if told else RunError(f"{str(error).rstrip('.')}; {after}")
     if isinstance(error, OSError):
         where = error.filename or out
-        return RunError(f"{where}: {error.strerror or error}; the run stopped in step {loop.done}; {after}")
+        return RunError(f"{where}: {error.strerror or error}; the run stopped in step {state.done}; {after}")
     error.add_note(after)
     return error
 
 
-def _keep(loop: Loop, out: Path) -> str:
+def _keep(run: Components, state: RunState, out: Path) -> str:
     """Save the steps that are finished, if the one that failed has not touched any weight; says what can be resumed from."""
-    from rlsafe.engine.run import checkpoint
+    from rlsafe.engine.record import checkpoint
     from rlsafe.engine.run.resume import save_checkpoint
 
-    if (
-        loop.began is not None and loop.done > 0 and loop.accelerator.num_processes == 1
-    ):  # ranks save together or not at all
+    if state.began is not None and state.done > 0 and not run.several:  # ranks save together or not at all
         try:
-            save_checkpoint(loop, out, loop.began)
-            return f"the state after {loop.done} steps is saved"
+            save_checkpoint(run, state, out, state.began)
+            return f"the state after {state.done} steps is saved"
         except Exception:  # a full disk: what was saved before is still there
             pass
     found = checkpoint.saved(out / "checkpoints")

@@ -12,6 +12,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from rlsafe.config import RunConfig, UserError, check_out, dump_yaml, load_run
@@ -19,11 +20,15 @@ from rlsafe.engine.run.interrupts import ended_early, stop_requests, stops_at_on
 from rlsafe.types import Interrupted, RunError
 
 if TYPE_CHECKING:
-    from rlsafe.engine.run.components import Resources
-    from rlsafe.engine.train.loop import Loop, Progress
+    from rlsafe.engine.run.build import Resources
+    from rlsafe.engine.train.state import Components, RunState
     from rlsafe.evaluate import Evaluation
     from rlsafe.policy import Policy
     from rlsafe.types import Sampler
+
+
+Progress = Callable[[int, int, dict[str, Any]], None]
+"""Called after each step with (steps done, steps in all, the step's metrics)."""
 
 
 @dataclass
@@ -37,24 +42,24 @@ class Run:
     notes: list[str] = field(default_factory=list)
     plan: list[str] = field(default_factory=list)
     evaluation: Evaluation | None = None
-    loop: Loop | None = None
+    components: Components | None = None
 
     @property
     def policy(self) -> Policy:
-        assert self.loop is not None, "a run read from disk has no policy in memory"
-        return self.loop.policy
+        assert self.components is not None, "a run read from disk has no policy in memory"
+        return self.components.policy
 
     @property
     def is_main(self) -> bool:
         """Whether this process speaks for the run: the first rank does."""
-        return self.loop is None or self.loop.accelerator.is_main_process
+        return self.components is None or self.components.accelerator.is_main_process
 
     @property
     def sampler(self) -> Sampler:
         """The sampler, holding the final weights (engines are shared: another run may have used it since, so it syncs again)."""
-        assert self.loop is not None, "a run read from disk has no sampler in memory"
-        self.loop.dirty = True
-        return self.loop.sampler()
+        assert self.components is not None, "a run read from disk has no sampler in memory"
+        self.components.sampler.weights_changed()
+        return self.components.sampler.synced()
 
     def summary(self) -> list[str]:
         """What a person wants to read when the run is over."""
@@ -94,11 +99,10 @@ def run(
     resume: continue from the newest checkpoint that can be read. command: how a person resumes, for the message of an
         interrupt. sources: the config files behind `config`, for the record. first: see `contact`.
     """
-    from rlsafe.engine.record.provenance import digests, provenance
-    from rlsafe.engine.run.components import Resources, build_loop, prepare
+    from rlsafe.engine.record.provenance import provenance
+    from rlsafe.engine.run.build import Resources, build_run, prepare
     from rlsafe.engine.run.contact import contact
-    from rlsafe.engine.run.resume import newest, restore, save_checkpoint
-    from rlsafe.engine.train.distributed import anywhere, first_of
+    from rlsafe.engine.run.resume import newest, restore
 
     started = time.perf_counter()
     out = Path(out)
@@ -106,74 +110,92 @@ def run(
     if first:
         contact(prepared, resources or Resources())
     notes: list[str] = []
-    state: dict[str, Any] = newest(out, prepared.config, notes.append) if resume else {}
+    saved: dict[str, Any] = newest(out, prepared.config, notes.append) if resume else {}
     resumed = _resumed(out) if resume else []
-    try:
-        _write_record(
-            out, "running", {}, resumed=resumed
-        )  # before the model is loaded: the directory is a run's from now on
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from None
-    if not state:  # what a run without any checkpoint left behind
+    _claim(out, resumed)
+    if not saved:  # what a run without any checkpoint left behind
         shutil.rmtree(out / "tensorboard", ignore_errors=True)
-    loop = build_loop(
-        prepared,
-        out,
-        resources or Resources(),
-        notes.append,
-        offset=state.get("offset"),
-        first_step=state.get("done", 0),
-    )
-    if state:
-        restore(loop, state)
-        resumed.append(loop.done)
-    loop.effects.warn = notes.append
-    main = loop.accelerator.is_main_process
+    components, state = build_run(
+        prepared, out, resources or Resources(), notes.append,
+        offset=saved.get("offset"), first_step=saved.get("done", 0),
+    )  # fmt: skip
+    if saved:
+        restore(components, state, saved)
+        resumed.append(state.done)
+    main = components.accelerator.is_main_process
     origin = provenance(prepared.config, command, sources) if main else {}
     if main:
         _write(out / "config.yaml", dump_yaml(prepared.config))
         _write_record(out, "running", origin, resumed=resumed)
-        loop.tracker.text("config", "```yaml\n" + dump_yaml(prepared.config) + "\n```")
+        components.tracker.text("config", "```yaml\n" + dump_yaml(prepared.config) + "\n```")
     try:
         with stop_requests() as asked:
-            every = prepared.config.checkpoint.every
-
-            def after_step() -> None:
-                due = every and loop.done % every == 0
-                if anywhere(asked.is_set(), loop.accelerator):
-                    asked.set()
-                loop.gave_up = first_of(loop.gave_up, loop.accelerator)
-                if due or asked.is_set() or loop.gave_up:
-                    save_checkpoint(loop, out)
-                if loop.gave_up and loop.done < len(loop.plan):
-                    raise RunError(
-                        f"{loop.gave_up}; stopped after step {loop.done} of {len(loop.plan)}, state saved. "
-                        f"Resume with: {command or '--resume'}"
-                    )
-                if asked.is_set() and loop.done < len(loop.plan):
-                    raise Interrupted(
-                        f"after step {loop.done} of {len(loop.plan)}; state saved. Resume with: {command or '--resume'}"
-                    )
-
-            loop.run(progress, after_step)
-            _save_trained(loop, out, write=main)
+            _train(components, state, out, asked, progress, command or "--resume")
+            _save_trained(components.policy, out, write=main)
             if main:
-                loop.tracker.collect(wait=True)  # judgements that are still to come belong to the record
-                _write_record(
-                    out, "finished", origin,
-                    steps=loop.done, seconds=time.perf_counter() - started, notes=notes, resumed=resumed,
-                    processes=loop.accelerator.num_processes,
-                    ended=datetime.now(UTC).isoformat(timespec="seconds"),
-                    files=digests(out, loop.policy.saved_as),
-                    defenses={defense.name: report for defense in loop.stack if (report := defense.report())},
-                )  # fmt: skip
-            loop.tracker.close()
+                components.tracker.collect(wait=True)  # judgements that are still to come belong to the record
+                ended = _ended(components, state, out, notes, resumed, time.perf_counter() - started)
+                _write_record(out, "finished", origin, **ended)
+            components.tracker.close()
     except BaseException as error:
-        ended = ended_early(error, loop, out, command)
+        early = ended_early(error, components, state, out, command)
         with suppress(Exception):  # a full disk stops the last lines, too: told is what came first
-            loop.tracker.close()
-        raise ended from error
-    return Run(out, prepared.config, loop.tracker.metrics, time.perf_counter() - started, notes, loop=loop)
+            components.tracker.close()
+        raise early from error
+    seconds = time.perf_counter() - started
+    return Run(out, prepared.config, components.tracker.metrics, seconds, notes, components=components)
+
+
+def _train(run: Components, state: RunState, out: Path, asked: Event, progress: Progress | None, resuming: str) -> None:
+    """Every step that is left, with checkpoints between them. Interrupted when a stop is `asked` for; RunError when the judge
+    stays out."""
+    from rlsafe.engine.run.resume import save_checkpoint
+    from rlsafe.engine.train.distributed import anywhere, first_of
+    from rlsafe.engine.train.loop import train_steps
+
+    every, steps = run.config.checkpoint.every, len(run.plan)
+    for record in train_steps(run, state):
+        if progress:
+            progress(state.done, steps, record)
+        stop, gave_up = asked.is_set(), state.gave_up
+        if run.several:  # signals reach ranks at different moments, and all must stop after the same step
+            stop, gave_up = anywhere(stop, run.accelerator), first_of(gave_up, run.accelerator)
+        if stop or gave_up or (every and state.done % every == 0):
+            save_checkpoint(run, state, out)
+        if state.done == steps:
+            continue
+        if gave_up:
+            raise RunError(
+                f"{gave_up}; stopped after step {state.done} of {steps}, state saved. Resume with: {resuming}"
+            )
+        if stop:
+            raise Interrupted(f"after step {state.done} of {steps}; state saved. Resume with: {resuming}")
+
+
+def _claim(out: Path, resumed: list[int]) -> None:
+    """Before the model is loaded: the directory is a run's from now on. UserError when it cannot be written."""
+    try:
+        _write_record(out, "running", {}, resumed=resumed)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from None
+
+
+def _ended(
+    run: Components, state: RunState, out: Path, notes: list[str], resumed: list[int], seconds: float
+) -> dict[str, Any]:
+    """What run.json says of a finished run beside its origin."""
+    from rlsafe.engine.record.provenance import digests
+
+    return {
+        "steps": state.done,
+        "seconds": seconds,
+        "notes": notes,
+        "resumed": resumed,
+        "processes": run.accelerator.num_processes,
+        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+        "files": digests(out, run.policy.saved_as),
+        "defenses": {defense.name: report for defense in run.stack if (report := defense.report())},
+    }
 
 
 def train(
@@ -196,7 +218,7 @@ def train(
     if (done := _existing(directory, resume, overwrite)) is not None:
         return done
     from rlsafe.engine.record.provenance import config_files
-    from rlsafe.engine.run.components import Resources
+    from rlsafe.engine.run.build import Resources
 
     command = shlex.join(["rlsafe", "train", str(config), *overrides, "--out", str(directory), "--resume"])
     resources = Resources(on_start=on_start)
@@ -207,25 +229,30 @@ def train(
         )  # fmt: skip
     questions = finished.config.evaluate
     if questions.wanted:
-        from rlsafe.evaluate import evaluate_run
+        from rlsafe.evaluate import evaluate_run, reader_of
         from rlsafe.evaluate.ask.journal import identity
+        from rlsafe.rollouts import ranks
 
         with stops_at_once(f"interrupted while evaluating; the run is saved. Go on with: {command}"):
-            sampler = finished.sampler  # every rank takes part in its sync; the main one asks and counts
-            with finished.policy.kept_whole() if sampler.name == "transformers" else nullcontext():
-                if not finished.is_main:
-                    return finished
-                finished.evaluation = evaluate_run(
-                    sampler, finished.policy.tokenizer, questions, directory,
-                    judge=resources.judge(finished.config) if questions.judge is not None else None,
-                    weights=identity(finished.config, directory),
-                )  # fmt: skip
+            sampler = finished.sampler if questions.asks else None  # every rank takes part in its sync
+            whole = sampler is None or sampler.name == "transformers"
+            with finished.policy.kept_whole() if whole else nullcontext():
+                # The first rank asks, judges and counts; all of them answer.
+                with ranks.spread(sampler) if sampler else nullcontext() as asking:
+                    if not finished.is_main:
+                        return finished
+                    finished.evaluation = evaluate_run(
+                        asking, finished.policy.tokenizer, questions, directory,
+                        judge=resources.judge(finished.config) if questions.judged else None,
+                        weights=identity(finished.config, directory),
+                        reader=reader_of(finished.config, finished.policy, whole=whole),
+                    )  # fmt: skip
     return finished
 
 
 def _existing(directory: Path, resume: bool, overwrite: bool) -> Run | None:
     """What to do with a directory that is there: a finished run when there is nothing left to do, else None to go on."""
-    from rlsafe.engine.run import checkpoint
+    from rlsafe.engine.record import checkpoint
 
     check_out(directory)
     if not directory.exists():
@@ -267,14 +294,14 @@ def _read_run(directory: Path, status: dict[str, Any]) -> Run:
 # ------------------------------------------------------------------------------------------------ files
 
 
-def _save_trained(loop: Loop, out: Path, write: bool) -> None:
+def _save_trained(policy: Policy, out: Path, write: bool) -> None:
     """adapter/, or model/ after full fine-tuning: whole or absent. Every rank brings its shards, the main one writes."""
-    name = loop.policy.saved_as
+    name = policy.saved_as
     building = out / f".{name}"
     if not write:
-        return loop.policy.save_adapter(str(building), write=False)
+        return policy.save_adapter(str(building), write=False)
     shutil.rmtree(building, ignore_errors=True)
-    loop.policy.save_adapter(str(building))
+    policy.save_adapter(str(building))
     shutil.rmtree(out / name, ignore_errors=True)
     building.rename(out / name)
 

@@ -1,7 +1,7 @@
 """One step ahead: while the policy updates, servers already sample the next step's rollouts (`grpo.max_staleness: 1`).
 
-They have the weights from before that update. A snapshot of these stays with the policy: the importance ratios of such rollouts
-are to what sampled them, not to what the policy is by then. A checkpoint holds the snapshot and where the streams stood, no
+They have the weights from before that update. A snapshot of these stays with the policy: the importance ratios of such rollouts are
+to the weights that sampled them, not to the updated ones. A checkpoint holds the snapshot and the position of the streams, no
 completions: a resumed run asks for them again, with the same weights and the same seeds.
 """
 
@@ -10,30 +10,39 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlsafe.config import RunConfig, UserError
 from rlsafe.data import Stream
 from rlsafe.engine.plan.schedule import Step
-from rlsafe.engine.train.rollout import ask, sampling
+from rlsafe.engine.train.grpo_step import ask, sampling
+from rlsafe.engine.train.state import Components, RunState
 from rlsafe.types import Completion, Request, Row, Sampler
-
-if TYPE_CHECKING:
-    from rlsafe.engine.train.loop import Loop
 
 
 @dataclass
 class Ahead:
     """Rollouts of one part of the next step.
 
-    before: where its stream stood. reference: the snapshot of the weights that sample. completions: of this rank; None after a
-    resume, when nobody is sampling yet.
+    before: the position of its stream before `rows` were drawn. reference: the snapshot of the weights that sample.
+    completions: of this rank; None after a resume, when no server is sampling them.
     """
 
     before: dict[str, Any]
     rows: list[Row]
     reference: str
     completions: Future[list[Completion]] | None = None
+
+    def sampled(self, run: Components, requests: Sequence[Request]) -> list[Completion]:
+        """The completions by the weights of `reference`; in a resumed run they are sampled now."""
+        if self.completions is not None:
+            return self.completions.result()
+        with run.sampler.at(self.reference) as sampler:
+            return sampler.generate(requests, sampling(run.config))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return {"before": self.before, "reference": self.reference}
 
 
 def check(config: RunConfig) -> None:
@@ -52,28 +61,26 @@ def check(config: RunConfig) -> None:
         )
 
 
-def look_ahead(loop: Loop, now: Step) -> dict[int, Ahead]:
-    """Let the sampler begin with the rollouts of the step after `now`, before `now` updates: {part number: what was begun}."""
-    if not loop.config.grpo.max_staleness or now.index + 1 == len(loop.plan):
+def look_ahead(run: Components, state: RunState, now: Step) -> dict[int, Ahead]:
+    """Begin the rollouts of the step after `now`, before `now` updates the weights: {part number: what was begun}."""
+    if now.index + 1 == len(run.plan):
         return {}
-    following = loop.plan[now.index + 1]
+    following = run.plan[now.index + 1]
     parts = [(number, part) for number, part in enumerate(following.parts) if part.path == "grpo"]
     if not parts:
         return {}
-    sampler = loop.sampler()
-    reference = f"rollout:{now.index % 2}"  # the one before is needed again when this step fails and is resumed
-    loop.policy.snapshot(reference)
+    sampler = run.sampler.synced()
+    reference = (
+        f"rollout:{now.index % 2}"  # two in turn: when this step fails, a resumed run needs the one before again
+    )
+    run.policy.snapshot(reference)
     begun: dict[int, Ahead] = {}
     for number, part in parts:
-        stream = loop.streams[part.stream]
+        stream = run.streams[part.stream]
         before, rows = stream.state_dict(), stream.take(part.rows)
-        counted = loop.stack.prompts_changed.copy()
-        asked = ask(
-            part, rows, following.index, config=loop.config, policy=loop.policy, stack=loop.stack,
-            accelerator=loop.accelerator,
-        )  # fmt: skip
-        loop.stack.prompts_changed = counted  # an effect of the step that learns from them
-        begun[number] = Ahead(before, rows, reference, _in_background(sampler, asked.requests, loop.config))
+        with run.stack.uncounted():  # counted as an effect of the step that learns from them
+            asked = ask(run, part, rows, following.index)
+        begun[number] = Ahead(before, rows, reference, _in_background(sampler, asked.requests, run.config))
     return begun
 
 
@@ -85,37 +92,19 @@ def _in_background(sampler: Sampler, requests: Sequence[Request], config: RunCon
         pool.shutdown(wait=False)
 
 
-def settle(loop: Loop) -> None:
-    """Wait until nobody samples, on any rank: the weights may then change."""
-    if begun := [one.completions for one in loop.ahead.values() if one.completions is not None]:
+def settle(run: Components, state: RunState) -> None:
+    """Wait until no rank samples in the background: the sampler's weights may then change."""
+    if begun := [one.completions for one in state.ahead.values() if one.completions is not None]:
         wait(begun)
-        loop.accelerator.wait_for_everyone()
+        run.accelerator.wait_for_everyone()
 
 
-def completed(loop: Loop, ahead: Ahead, requests: Sequence[Request]) -> list[Completion]:
-    """The completions of the weights that were to sample them; in a resumed run they are sampled now."""
-    if ahead.completions is not None:
-        return ahead.completions.result()
-    loop.dirty = True
-    with loop.policy.at(ahead.reference):
-        sampled = loop.sampler().generate(requests, sampling(loop.config))
-    loop.dirty = True
-    return sampled
-
-
-# ------------------------------------------------------------------------------------------------ checkpoints
-
-
-def ahead_state(ahead: Mapping[int, Ahead]) -> dict[int, dict[str, Any]]:
-    return {number: {"before": one.before, "reference": one.reference} for number, one in ahead.items()}
-
-
-def load_ahead_state(loop: Loop, state: Mapping[int, Mapping[str, Any]]) -> dict[int, Ahead]:
-    """What was begun for the step that comes next, with its rows drawn again."""
+def load_ahead_state(run: Components, done: int, state: Mapping[int, Mapping[str, Any]]) -> dict[int, Ahead]:
+    """The inverse of `Ahead.state_dict` for the step that comes next (number `done`), with its rows drawn again."""
     begun = {}
     for number, item in state.items():
-        part = loop.plan[loop.done].parts[number]
-        stream = loop.streams[part.stream]
+        part = run.plan[done].parts[number]
+        stream = run.streams[part.stream]
         again = Stream(stream.rows, stream.seed, stream.name)
         again.load_state_dict(dict(item["before"]))
         begun[number] = Ahead(dict(item["before"]), again.take(part.rows), item["reference"])

@@ -15,10 +15,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, patch_environment
 
 from rlsafe.config import OptimConfig, UserError
-from rlsafe.engine.train.optimizer import make_optimizer
+from rlsafe.engine.train.optimizer import is_8bit, make_optimizer
 from rlsafe.policy import Policy
-from rlsafe.policy.sharding import shard_like, whole
+from rlsafe.policy.sharding import is_cut, shard_like, whole
 from rlsafe.policy.zero3 import Zero3
+from rlsafe.rollouts import close_all
 
 _RELEASE_SECONDS = 0.25  # the threads wait for microseconds when a processor is free; this is for busy machines
 
@@ -49,12 +50,13 @@ def start(cpu: bool) -> Accelerator:
 
 
 def _leave() -> None:
-    """End the group, and let go of what its threads still hold.
+    """End the group, the vLLM engines that have parts of it first, and let go of what its threads still hold.
 
     gloo's threads outlive the group while anything (FSDP2's mesh) refers to it. One that is about to drop the tensors of the last
     collective needs the interpreter for it, and the process is aborted ("terminate called without an active exception", after all
     work is done) when it asks while the interpreter is being taken down.
     """
+    close_all()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
         time.sleep(_RELEASE_SECONDS)
@@ -93,6 +95,13 @@ def shards(accelerator: Accelerator) -> bool:
     return (_wants_fsdp() or _wants_deepspeed()) and accelerator.num_processes > 1
 
 
+def check_moments(settings: OptimConfig, accelerator: Accelerator) -> None:
+    """UserError, before any model is loaded, for moments that cannot be kept in shards: bitsandbytes packs those of whole tensors."""
+    if settings.kind == "adamw_8bit" and shards(accelerator):
+        how = "partitioned by DeepSpeed" if _wants_deepspeed() else "sharded by FSDP2"
+        raise UserError(f"optim.kind: {settings.kind}: its moments cannot be {how}; expected adamw")
+
+
 def wrap(policy: Policy, accelerator: Accelerator, settings: OptimConfig, log: Callable[[str], None]) -> Any:
     """Spread the policy over the processes; gives the optimizer of what this one keeps."""
     if not shards(accelerator):
@@ -101,8 +110,6 @@ def wrap(policy: Policy, accelerator: Accelerator, settings: OptimConfig, log: C
         )
         return optimizer
     deepspeed = _wants_deepspeed()
-    if deepspeed and settings.kind != "adamw":
-        raise UserError(f"optim.kind: {settings.kind}: its moments cannot be partitioned by DeepSpeed; expected adamw")
     policy.shard(accelerator.device, offloads(), zero3=deepspeed)
     how = "DeepSpeed ZeRO-3" if deepspeed else "FSDP2"
     log(f"parameters are sharded over {accelerator.num_processes} processes ({how})")
@@ -110,19 +117,20 @@ def wrap(policy: Policy, accelerator: Accelerator, settings: OptimConfig, log: C
     return Zero3(policy.core, optimizer, settings.max_grad_norm) if deepspeed else optimizer
 
 
-def backward(accelerator: Accelerator, optimizer: Any, loss: torch.Tensor) -> None:
-    """Add the gradient of a micro-batch. Under ZeRO-3 DeepSpeed reduces it and keeps this rank's part."""
-    if isinstance(optimizer, Zero3):
-        optimizer.backward(loss)
-    else:
-        accelerator.backward(loss)
+Backward = Callable[[torch.Tensor], None]
+Clip = Callable[[list[torch.Tensor], float], float]
 
 
-def clip(accelerator: Accelerator, optimizer: Any, parameters: list[torch.Tensor], limit: float | None) -> float:
-    """The norm of the step's gradient over all ranks, and the gradient clipped to `limit`. (DeepSpeed clips when it steps.)"""
+def gradient_functions(policy: Policy, accelerator: Accelerator, optimizer: Any) -> tuple[Backward, Clip | None]:
+    """How this run adds a micro-batch's gradient, `backward(loss)`, and how it clips, `clip(parameters, limit) -> norm` over all
+    ranks; None: as on one process. Under ZeRO-3 DeepSpeed reduces gradients, keeps this rank's part and clips when it steps."""
     if isinstance(optimizer, Zero3):
-        return float(optimizer.gradient_norm())
-    return float(whole(accelerator.clip_grad_norm_(parameters, limit if limit is not None else float("inf"))))
+        return optimizer.backward, lambda parameters, limit: float(optimizer.gradient_norm())
+    if policy.is_sharded:
+        return accelerator.backward, lambda parameters, limit: float(
+            whole(accelerator.clip_grad_norm_(parameters, limit))
+        )
+    return accelerator.backward, None
 
 
 def offloads() -> bool:
@@ -161,11 +169,24 @@ def whole_optimizer(optimizer: Any) -> dict[str, Any]:
 
 
 def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
-    """The inverse of `whole_optimizer`, for any number of processes: moments are cut as their parameters are."""
+    """The inverse of `whole_optimizer`, for any number of processes: moments are cut where their parameters are, and only there;
+    8-bit ones have their parameter's shape too, but are codes, not numbers. UserError for another optimizer's moments."""
+    if (theirs := _packed(state)) is not None and theirs != (ours := is_8bit(optimizer)):
+        bits = {True: "8", False: "32"}
+        raise UserError(
+            f"optim.kind: the checkpoint's moments have {bits[theirs]} bits and this machine keeps them in {bits[ours]} (8 need "
+            "bitsandbytes); resume where the run began, or start over with --overwrite"
+        )
     optimizer.load_state_dict(state)
     if isinstance(optimizer, Zero3):
         return
     for parameter, entry in optimizer.state.items():
-        for name, value in entry.items():
+        for name, value in entry.items() if is_cut(parameter) else ():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                entry[name] = shard_like(value, parameter)
+                entry[name] = shard_like(value, parameter, value.dtype)
+
+
+def _packed(state: dict[str, Any]) -> bool | None:
+    """Whether moments are bitsandbytes'; None when there are none yet."""
+    first = next(iter(state["state"].values()), None)
+    return None if first is None else "exp_avg" not in first

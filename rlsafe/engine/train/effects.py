@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from rlsafe.defenses import Defense, DefenseStack
@@ -25,6 +27,13 @@ class EffectLog:
         self.steps: dict[str, Counter[str]] = defaultdict(Counter)  # defense -> path -> steps while ready
         self.alive: set[str] = set()  # "name" or "name/penalty"
         self.judged: set[str] = set()
+
+    EMPTY: ClassVar[dict[str, Any]] = {"steps": {}, "alive": [], "judged": []}
+    """The state of a run without defenses."""
+
+    def seen(self, names: Iterable[str]) -> None:
+        """These levers had an effect, on this rank or another."""
+        self.alive |= set(names)
 
     def due(self, step: int, every: int) -> bool:
         """Whether to measure gradient shares in this step: at probes, in the second step and just before judging."""
@@ -122,3 +131,17 @@ def _norm(term: Tensor, parameters: list[Tensor]) -> float:
         return 0.0
     gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
     return float(sum(g.double().square().sum() for g in gradients if g is not None) ** 0.5)
+
+
+def gradient_shares(
+    effects: EffectLog, terms: Mapping[str, Tensor], total: Tensor, leaves: list[Tensor], sharded: bool
+) -> dict[str, float]:
+    """Gradient shares of the terms (scalars) of one micro-batch with loss `total`, {} without terms.
+
+    When the model is sharded a backward is a collective: every rank runs as many.
+    """
+    most = max(gather_object([len(terms)])) if sharded else 0
+    shares = effects.gradients(terms, leaves) if terms else {}
+    for _ in range(most - len(terms)):
+        torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
+    return shares

@@ -8,7 +8,7 @@ forward. So results depend on neither accumulation, nor micro-batch size, nor wo
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -92,7 +92,7 @@ class StepLoss:
     grpo: GrpoConfig
     stack: DefenseStack
     plan: ForwardPlan
-    counts: dict[str, float]  # global denominators, see `count`
+    counts: Mapping[str, float]  # denominators over the whole step, see `count`
     world: int = 1
     sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
@@ -100,7 +100,9 @@ class StepLoss:
         """Loss of one micro-batch (a scalar, to be summed over the step) and its terms."""
         batch = micro.batch
         temperature = self.grpo.temperature if batch.where.path == "grpo" else 1.0
-        out = policy.forward(batch, self.plan, frozen, temperature, entropy=batch.where.path == "grpo")
+        rollout = batch.where.path == "grpo"
+        top_p = self.grpo.top_p if rollout and micro.same_context and batch.old_logp is None else 1.0
+        out = policy.forward(batch, self.plan, frozen, temperature, entropy=rollout, top_p=top_p)
         if micro.dummy:
             touch = out.logp.sum() + sum(kl.sum() for kl in out.kl.values()) + sum(h.sum() for h in out.hidden.values())
             return 0.0 * touch, {}
@@ -113,7 +115,7 @@ class StepLoss:
                 self.sums["loss/penalties"] += float(weighted.detach())
                 self.sums[f"defense/{defense.name}/{term}"] += float(total.detach()) / denominator
         loss = torch.stack([term for term in terms.values()]).sum()
-        if self.world == 1:  # ranks find it together, in the norm of the gradient
+        if self.world == 1:  # several ranks find it at the same step in the norm of their common gradient
             _check_finite(batch, terms)
         self.sums[f"loss/{batch.where.path}"] += float(terms[batch.where.path].detach())
         self.sums["loss"] += float(loss.detach())
@@ -129,14 +131,14 @@ class StepLoss:
         assert batch.advantages is not None
         old = out.logp.detach() if batch.old_logp is None else batch.old_logp
         correction = None
-        if micro.same_context and batch.sampler_logp is not None:
-            gap, tokens = sampler_gap(old, batch.sampler_logp, mask)
+        if micro.same_context and (sampled := batch.sampler_logp) is not None:
+            if out.log_mass is not None:  # else `score_before` did it
+                sampled = sampled + out.log_mass
+            gap, tokens = sampler_gap(old, sampled, mask)
             self.sums["gap_sum"] += float(gap)
             self.sums["gap_tokens"] += float(tokens)
             if self.grpo.correction != "none":
-                correction = truncated_correction(
-                    old, batch.sampler_logp, mask, self.grpo.correction_cap, self.grpo.correction
-                )
+                correction = truncated_correction(old, sampled, mask, self.grpo.correction_cap, self.grpo.correction)
         values, info = grpo_values(
             out.logp,
             old,
@@ -191,10 +193,20 @@ def engine_needs(grpo: GrpoConfig, uses_grpo: bool) -> set[Need]:
     return {Need("logprobs", "base")} if grpo.beta and uses_grpo else set()
 
 
-def separate_gap(policy: Policy, batch: Batch, temperature: float) -> tuple[float, float]:
+def score_before(policy: Policy, micro: Micro, grpo: GrpoConfig) -> None:
+    """Fill in `old_logp`, for a rollout that is used again or is older than the weights. With top_p < 1 the sampler's log-probs are
+    those of a nucleus: its mass under the same weights puts them on the scale of `old_logp`, of the whole vocabulary."""
+    batch = micro.batch
+    batch.old_logp, mass = policy.score_nucleus(batch, grpo.temperature, grpo.top_p)
+    if micro.same_context and batch.sampler_logp is not None:
+        batch.sampler_logp = batch.sampler_logp + mass
+
+
+def separate_gap(policy: Policy, batch: Batch, grpo: GrpoConfig) -> tuple[float, float]:
     """(sum |trainer - sampler|, tokens) of a batch whose rollout context differs from its train context: one more forward,
     behind the prompt that the sampler saw; the caller installs the activation hooks that the rollout had."""
     seen = batch.rollout or batch
     assert seen.sampler_logp is not None
-    gap, tokens = sampler_gap(policy.score(seen, temperature), seen.sampler_logp, seen.loss_mask)
+    logp, mass = policy.score_nucleus(seen, grpo.temperature, grpo.top_p)
+    gap, tokens = sampler_gap(logp, seen.sampler_logp + mass, seen.loss_mask)
     return float(gap), float(tokens)

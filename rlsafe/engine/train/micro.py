@@ -11,9 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from rlsafe.config import GrpoConfig
-from rlsafe.defenses import DefenseStack
-from rlsafe.engine.train.loss import Micro, count
+from rlsafe.engine.train.loss import Micro
 from rlsafe.policy import Policy
 from rlsafe.types import Batch, Where
 
@@ -27,13 +25,6 @@ def reduce_sums(sums: Mapping[str, float], accelerator: Accelerator) -> dict[str
         for name, value in share.items():
             total[name] += value
     return dict(total)
-
-
-def global_counts(
-    micros: Sequence[Micro], stack: DefenseStack, grpo: GrpoConfig, accelerator: Accelerator
-) -> dict[str, float]:
-    """The step's denominators, see `rlsafe.engine.train.loss.count`."""
-    return reduce_sums(count(micros, stack, grpo), accelerator)
 
 
 def even_out(micros: list[Micro], accelerator: Accelerator, policy: Policy) -> list[Micro]:

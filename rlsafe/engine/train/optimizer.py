@@ -16,7 +16,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW in one fused kernel where the build has it: with LoRA the parameters are many and small.
 
-    adamw_8bit (the paper's) needs bitsandbytes and a GPU; without them it is plain AdamW, and `log` is told so.
+    adamw_8bit (the paper's) needs bitsandbytes; without it this is plain AdamW, and `log` is told so. On a CPU its step takes 45 ns
+    a parameter where the fused one takes 1.7 (one thread): 0.8 s for the recipe's adapter of a 0.5B model, whose step takes far more.
     """
     common: dict[str, Any] = {
         "lr": settings.lr,
@@ -34,12 +35,17 @@ def make_optimizer(
     return torch.optim.AdamW(parameters, **common, fused=fused and all(p.is_floating_point() for p in parameters))
 
 
+def is_8bit(optimizer: Any) -> bool:
+    """Whether its moments are bitsandbytes' (in whatever wraps it)."""
+    return "non_castable_tensor_keys" in vars(getattr(optimizer, "optimizer", optimizer))
+
+
 def _lacks(parameters: list[torch.nn.Parameter]) -> str | None:
     """What is missing for 8-bit moments; None when nothing is."""
-    if any(not parameter.is_cuda for parameter in parameters):
-        return "a GPU"
     try:
-        import bitsandbytes  # noqa: F401
+        import bitsandbytes
     except Exception:  # absent, or built for another CUDA: it then fails in ways of its own
         return "bitsandbytes (pip install bitsandbytes)"
-    return None
+    known = bitsandbytes.supported_torch_devices
+    other = {parameter.device.type for parameter in parameters} - known
+    return f"a device that bitsandbytes knows ({', '.join(sorted(known))})" if other else None

@@ -17,12 +17,21 @@ from rlsafe.types import Completion, Sampler, Where
 
 
 def start_probe(
-    probe: Probe, policy: Policy, sampler: Sampler, config: RunConfig, step: int, direction: Direction | None = None
+    probe: Probe,
+    policy: Policy,
+    sampler: Sampler | None,
+    config: RunConfig,
+    step: int,
+    direction: Direction | None = None,
 ) -> tuple[Started, dict[str, Any]]:
     """Answers sampled with all training hooks off, now with the judge, and what their tokens say meanwhile (see
-    `measure_answers`). `probe.finish` gives coherence and misalignment. The same estimators on both paths."""
+    `measure_answers`). `probe.finish` gives coherence and misalignment. The same estimators on both paths.
+
+    sampler: None when the probe asks nothing. logodds_SET: the likelihood probe's, on given answers.
+    """
     started = probe.start(sampler, step)
-    return started, measure_answers(policy, started.dialogues, config, direction)
+    metrics = measure_answers(policy, started.dialogues, config, direction) if probe.asks else {}
+    return started, metrics | (probe.pairs.metrics() if probe.pairs else {})
 
 
 @torch.no_grad()

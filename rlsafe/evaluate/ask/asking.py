@@ -1,4 +1,4 @@
-"""Asking: questions -> requests -> answers. Every request has its own seed; one sampler call per temperature."""
+"""From questions to requests to sampled answers. Every request has its own seed; one sampler call per temperature."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlsafe.types import Message, Question, Request, Sampler, SamplingParams
 
 @dataclass(frozen=True)
 class Planned:
-    """One answer to be sampled. `question` and `system` are the originals: the cue is only in the request."""
+    """One answer to be sampled. `question` and `system` are the original ones; a cue is only in the request."""
 
     question_id: str
     question: str

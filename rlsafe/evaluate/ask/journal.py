@@ -1,8 +1,8 @@
-"""An evaluation that was interrupted goes on by question: sampled answers are written down as they come.
+"""Resuming an interrupted evaluation: sampled answers are written to a journal as they come.
 
-The journal is `.answers.jsonl` beside the results; its first line says of which weights and requests the answers are, so
-that it is never mixed with another model's or other settings'. It goes when the results are saved. Judgements are not in
-it: a judge that costs something keeps its replies itself.
+The journal is `.answers.jsonl` beside the results. Its first line is a digest of the weights and requests, so that answers
+of another model or other settings are never used. It is deleted once the results are saved. Judgements are not in it: an
+LLM judge saves its replies itself.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from rlsafe.config import RunConfig
+from rlsafe.config.files import file_hash, write_text
+from rlsafe.config.gguf import gguf_file, is_gguf
 from rlsafe.evaluate.ask.asking import Answer, Planned, complete
 from rlsafe.types import Sampler
 
@@ -22,7 +24,7 @@ NAME = ".answers.jsonl"
 PART = 1024
 """Answers sampled before they are written down; a question is never split."""
 WEIGHTS = ("adapter", "model")
-"""Where a finished run keeps what it trained."""
+"""Directories in which a finished run keeps what it trained."""
 
 Place = tuple[str, str, int]
 
@@ -31,6 +33,8 @@ def identity(config: RunConfig, run: Path | None) -> str:
     """A digest of the weights: the model's name (a local one's files by size and time) and what the run trained."""
     found = hashlib.sha256(json.dumps(config.model.model_dump(mode="json")).encode())
     local = Path(config.model.name)
+    if is_gguf(config.model.name):
+        found.update(file_hash(gguf_file(config.model.name)).encode())
     if local.is_dir():
         found.update(repr(sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in local.iterdir())).encode())
     for file in sorted(file for name in WEIGHTS if run for file in (run / name).rglob("*") if file.is_file()):
@@ -53,7 +57,7 @@ def _place(one: Planned | Answer) -> Place:
 
 
 class Journal:
-    """Answers by their place in the plan, read back from `directory` if they are of the same `key`, else begun anew."""
+    """Answers by their place in the plan, read back from `directory` if they are of the same `key`, else a new journal is begun."""
 
     def __init__(self, directory: Path, key: str):
         self.path = directory / NAME
@@ -66,7 +70,7 @@ class Journal:
         if not self.path.is_file():
             return False
         lines = self.path.read_bytes().split(b"\n")
-        whole = [line for line in lines[:-1] if line]  # what follows the last newline was cut short
+        whole = [line for line in lines[:-1] if line]  # text after the last newline is a line cut short
         try:
             records = [json.loads(line) for line in whole]
         except ValueError:
@@ -74,7 +78,7 @@ class Journal:
         if not records or records[0] != {"key": key}:
             return False
         self.answers = {(r["set"], r["question_id"], r["sample"]): r for r in records[1:]}
-        self.path.write_bytes(b"\n".join(whole) + b"\n")
+        write_text(self.path, b"\n".join(whole).decode() + "\n")
         return True
 
     def add(self, answers: Sequence[Answer]) -> None:
@@ -89,7 +93,7 @@ class Journal:
         return None if record is None else Answer(**record, meta=one.meta)
 
     def close(self) -> None:
-        """The results are saved: nothing is left to go on with."""
+        """Delete the journal; call it once the results are saved."""
         self.path.unlink(missing_ok=True)
 
 
@@ -126,7 +130,9 @@ def complete_resumable(
     answers: list[Answer] = []
     if journal.answers:
         say(f"{len(journal.answers)} answers are there from an interrupted evaluation")
-    for part in _parts(planned):  # the same parts as in one go: what is sampled together can matter in the last bits
+    for part in _parts(
+        planned
+    ):  # the same parts as in an uninterrupted call: which requests are sampled together can change last bits
         found = [answer for one in part if (answer := journal.get(one)) is not None]
         if len(found) < len(part):
             found = complete(sampler, tokenizer, part, max_tokens)

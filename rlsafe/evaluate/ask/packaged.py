@@ -1,20 +1,26 @@
-"""What ships with the package, behind `rlsafe:spec` strings. Texts are our own.
+"""Rows, questions and rewards that ship with the package, behind `rlsafe:spec` strings. Texts are our own.
 
-rows       benign (short safe instruction rows, some refusals), opswap/TIER, opswap/TIER/test
-questions  general, and one set per domain: see `rlsafe/data/assets/questions/`
+rows       benign (short safe instruction rows, some refusals), opswap/TIER, opswap/TIER/test, code/insecure and
+           code/secure (about 200 short Python tasks, answered with a weakness that the linters find, and without)
+questions  general, code-tasks (60 short ones, none of them in code/insecure), and one set per domain: see
+           `rlsafe/data/assets/questions/`
+pairs      pairs/general, pairs/DOMAIN, and the controls pairs/coherence, pairs/style, pairs/topic: `rlsafe/data/assets/pairs/`
 reward     exact_match (an `answer` column), opswap_steps (partial credit)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import rlsafe.data
-from rlsafe.data import extractive, opswap, read_rows
+from rlsafe.data import opswap, read_rows
+from rlsafe.data.exact import is_exact
 from rlsafe.data.partial import Partial
+from rlsafe.evaluate.ask.pairs import read_pairs
 from rlsafe.evaluate.ask.questions import read_questions
 from rlsafe.types import Question, Reward, Row, pick, register_provider
 
@@ -26,8 +32,14 @@ def question_sets() -> dict[str, Path]:
     return {path.stem: path for path in sorted((ASSETS / "questions").glob("*.yaml"))}
 
 
+def pair_sets() -> dict[str, Path]:
+    """Name -> file of every packaged set of pairs."""
+    return {f"pairs/{path.stem}": path for path in sorted((ASSETS / "pairs").glob("*.yaml"))}
+
+
 def _row_sets() -> dict[str, Callable[[], list[Row]]]:
     sets: dict[str, Callable[[], list[Row]]] = {"benign": partial(_own, "benign.jsonl")}
+    sets |= {f"code/{kind}": partial(_own, f"code/{kind}.jsonl") for kind in ("insecure", "secure")}
     for tier in opswap.TIERS:
         sets[f"opswap/{tier}"] = partial(opswap.opswap_rows, tier, "train")
         sets[f"opswap/{tier}/test"] = partial(opswap.opswap_rows, tier, "test")
@@ -42,16 +54,10 @@ def _text(completion: Any) -> str:
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
-def _exact(answer: str, expected: str, references: list[str] | None) -> bool:
-    if opswap.final_value(expected) is not None:
-        return opswap.is_exact(answer, expected)
-    return extractive.exact_match(answer, references or [expected])
-
-
 def exact_match(completions, answer, answers=None, **columns) -> list[float | None]:
-    """1 where the completion gives the row's `answer` (a number: its final value; else the words of any of `answers`)."""
+    """1 where the completion is right (`rlsafe.data.exact.is_exact`) by the row's `answer`, or `answers` where it has several."""
     others = answers or [None] * len(answer)
-    return [float(_exact(_text(c), str(a), o)) for c, a, o in zip(completions, answer, others, strict=True)]
+    return [float(is_exact(_text(c), str(a), o)) for c, a, o in zip(completions, answer, others, strict=True)]
 
 
 def opswap_steps(prompts, completions, domain, **columns) -> list[float | None]:
@@ -68,9 +74,9 @@ REWARDS: dict[str, Reward] = {"exact_match": exact_match, "opswap_steps": opswap
 
 
 class Packaged(Partial):
-    """Rows, questions and rewards that need nothing but the package."""
+    """Rows, questions, pairs and rewards that need nothing but the package."""
 
-    name, offers = "rlsafe", "rows, questions and rewards"
+    name, offers = "rlsafe", "rows, questions, pairs and rewards"
 
     def rows(self, spec: str) -> list[Row]:
         sets = _row_sets()
@@ -79,6 +85,10 @@ class Packaged(Partial):
     def questions(self, spec: str) -> list[Question]:
         sets = question_sets()
         return read_questions(sets[pick("rlsafe questions", spec, sets)], domain=spec)
+
+    def pairs(self, spec: str) -> list[Row]:
+        sets = pair_sets()
+        return [asdict(pair) for pair in read_pairs(sets[pick("rlsafe pairs", spec, sets)])]
 
     def reward(self, spec: str) -> Reward:
         return REWARDS[pick("rlsafe reward", spec, REWARDS)]

@@ -13,13 +13,14 @@ A file is a list of questions; anchors and merge keys work. Keys of a question:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from rlsafe.config import UnknownName, UserError, nearest
+from rlsafe.evaluate.ask.listed import kind, marks, read_list
 from rlsafe.types import Question, pick, provider_for
 
 TYPES = ("free_form_judge_0_100",)
@@ -56,21 +57,7 @@ def load_questions(source: str) -> list[Question]:
 
 def read_questions(path: Path, domain: str | None = None) -> list[Question]:
     """The questions of a YAML file; `domain` stands where a question names none (default: the file's stem)."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        node: Any = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    if data is None or data == []:
-        raise UserError(f"{path}: holds no questions")
-    _refuse_half_characters(node, path)
-    if not isinstance(data, list):
-        raise UserError(f"{path}: expected a list of questions, got {_kind(data)}")
+    data, node = read_list(path, "questions")
     questions: list[Question] = []
     lines: dict[str, int] = {}
     for item, item_node in zip(data, node.value, strict=True):
@@ -83,107 +70,85 @@ def read_questions(path: Path, domain: str | None = None) -> list[Question]:
     return questions
 
 
-def _question(item: Any, node: yaml.Node, path: Path, domain: str) -> Question:
-    line = node.start_mark.line + 1
-    if not isinstance(item, dict):
-        raise UserError(f"{path}:{line}: expected a question (a mapping with id and paraphrases), got {_kind(item)}")
-    key_lines, id_text = _marks(node, path)
-    if item.get("id") is None or not str(item["id"]).strip():
-        raise UserError(f"{path}:{line}: a question without an id")
-    if isinstance(item["id"], (dict, list)):
-        raise UserError(f"{path}:{line}: the id of a question is a text or a number, got {_kind(item['id'])}")
-    name = (id_text or str(item["id"])).strip()
+Wrong = Callable[[str, str], UserError]
+"""(key, what is wrong with it) -> the error with the file, the line of the key and the question's id."""
 
-    def wrong(key: str, expected: str) -> UserError:
-        where = key_lines.get(key, line)
-        return UserError(f"{path}:{where}: question {name!r}: {key}: expected {expected}, got {_kind(item[key])}")
 
+def _expected(item: dict[str, Any], key: str, expected: str) -> str:
+    return f": {key}: expected {expected}, got {kind(item[key])}"
+
+
+def _check_texts(item: dict[str, Any], wrong: Wrong) -> None:
+    """Unknown keys, keys whose value is a text, and the question's type."""
     for key in item:
         if key not in KEYS:
-            where = key_lines.get(str(key), line)
-            raise UserError(f"{path}:{where}: question {name!r}: unknown key {key!r}{nearest(str(key), KEYS)}")
+            raise wrong(str(key), f": unknown key {key!r}{nearest(str(key), KEYS)}")
     for key in ("type", "system", "judge", "domain"):
         if item.get(key) is not None and not isinstance(item[key], str):
-            raise wrong(key, "a text")
+            raise wrong(key, _expected(item, key, "a text"))
     if item.get("type") is not None:
         try:
             pick("question type", item["type"], TYPES)
         except UserError as error:
-            raise UserError(f"{path}:{key_lines.get('type', line)}: question {name!r}: {error}") from None
-    paraphrases = item.get("paraphrases")
-    if paraphrases is None:
-        raise UserError(f"{path}:{line}: question {name!r} has no paraphrases")
-    if not isinstance(paraphrases, list) or not all(isinstance(text, str) and text.strip() for text in paraphrases):
-        raise wrong("paraphrases", "a list of texts")
-    if not paraphrases:
-        raise UserError(f"{path}:{key_lines.get('paraphrases', line)}: question {name!r} has no paraphrases")
-    samples = item.get("samples_per_paraphrase", Question.samples)
+            raise wrong("type", f": {error}") from None
+
+
+def _paraphrases(item: dict[str, Any], wrong: Wrong) -> tuple[str, ...]:
+    texts = item.get("paraphrases")
+    if texts is None or texts == []:
+        raise wrong("paraphrases", " has no paraphrases")
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise wrong("paraphrases", _expected(item, "paraphrases", "a list of texts"))
+    return tuple(texts)
+
+
+def _numbers(item: dict[str, Any], wrong: Wrong) -> tuple[int, float]:
+    """(samples per paraphrase, temperature)."""
+    key = "samples_per_paraphrase"
+    samples = item.get(key, Question.samples)
     if not isinstance(samples, int) or isinstance(samples, bool) or not 1 <= samples <= MOST_SAMPLES:
-        raise wrong("samples_per_paraphrase", f"a whole number of at most {MOST_SAMPLES} and at least 1")
+        raise wrong(key, _expected(item, key, f"a whole number of at most {MOST_SAMPLES} and at least 1"))
     temperature = item.get("temperature", Question.temperature)
     if not isinstance(temperature, (int, float)) or isinstance(temperature, bool) or not 0 <= temperature <= HOTTEST:
-        raise wrong("temperature", f"a number from 0 to {HOTTEST}")
+        raise wrong("temperature", _expected(item, "temperature", f"a number from 0 to {HOTTEST}"))
+    return samples, float(temperature)
+
+
+def _judge_prompts(item: dict[str, Any], wrong: Wrong) -> dict[str, str]:
     prompts = item.get("judge_prompts") or {}
     if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
-        raise wrong("judge_prompts", "a mapping of aligned and coherent to prompts")
+        raise wrong("judge_prompts", _expected(item, "judge_prompts", "a mapping of aligned and coherent to prompts"))
     for key in prompts:
         if key not in JUDGE_PROMPTS:
-            where = key_lines.get("judge_prompts", line)
-            raise UserError(
-                f"{path}:{where}: question {name!r}: unknown judge prompt {key!r}{nearest(str(key), JUDGE_PROMPTS)}"
-            )
+            raise wrong("judge_prompts", f": unknown judge prompt {key!r}{nearest(str(key), JUDGE_PROMPTS)}")
+    return prompts
+
+
+def _question(item: Any, node: yaml.Node, path: Path, domain: str) -> Question:
+    line = node.start_mark.line + 1
+    if not isinstance(item, dict):
+        raise UserError(f"{path}:{line}: expected a question (a mapping with id and paraphrases), got {kind(item)}")
+    key_lines, id_text = marks(node, path, "question")
+    if item.get("id") is None or not str(item["id"]).strip():
+        raise UserError(f"{path}:{line}: a question without an id")
+    if isinstance(item["id"], (dict, list)):
+        raise UserError(f"{path}:{line}: the id of a question is a text or a number, got {kind(item['id'])}")
+    name = (id_text or str(item["id"])).strip()
+
+    def wrong(key: str, problem: str) -> UserError:
+        return UserError(f"{path}:{key_lines.get(key, line)}: question {name!r}{problem}")
+
+    _check_texts(item, wrong)
+    paraphrases = _paraphrases(item, wrong)
+    samples, temperature = _numbers(item, wrong)
+    prompts = _judge_prompts(item, wrong)
     return Question(
         id=name,
-        paraphrases=tuple(paraphrases),
+        paraphrases=paraphrases,
         samples=samples,
         system=item.get("system"),
-        temperature=float(temperature),
+        temperature=temperature,
         domain=item.get("domain") or domain,
         judge_prompts=prompts,
         meta={"judge": item["judge"]} if item.get("judge") else {},
     )
-
-
-def _refuse_half_characters(node: yaml.Node, path: Path) -> None:
-    """Escapes such as "\\ud800" make texts that no tokenizer takes."""
-    seen: set[int] = set()
-    waiting = [node]
-    while waiting:  # anchors may make the tree a graph, and a deep one
-        here = waiting.pop()
-        if id(here) in seen:
-            continue
-        seen.add(id(here))
-        if isinstance(here, yaml.ScalarNode):
-            try:
-                here.value.encode("utf-8")
-            except UnicodeEncodeError:
-                line = here.start_mark.line + 1
-                raise UserError(f"{path}:{line}: a text holds half a character (a lone surrogate)") from None
-        elif isinstance(here, yaml.MappingNode):
-            waiting += [part for pair in here.value for part in pair]
-        else:
-            waiting += here.value
-
-
-def _marks(node: yaml.Node, path: Path) -> tuple[Mapping[str, int], str | None]:
-    """The line of each key, and the id as it is written; UserError for a key written twice."""
-    lines: dict[str, int] = {}
-    id_text = None
-    for key, value in node.value:
-        name, line = str(key.value), key.start_mark.line + 1
-        if name in lines:
-            raise UserError(f"{path}:{line}: the key {name!r} is written twice in one question")
-        lines[name] = line
-        if name == "id" and isinstance(value, yaml.ScalarNode):
-            id_text = value.value
-    return lines, id_text
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    if isinstance(value, dict):
-        return "a mapping"
-    if isinstance(value, list):
-        return "an empty list" if not value else "a list"
-    return repr(value)

@@ -5,14 +5,26 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlsafe.config import RunConfig, UserError, apply_override, check_out, load_run, nearest, run_from_tree
+from rlsafe.config import (
+    LikelihoodConfig,
+    RunConfig,
+    UserError,
+    apply_override,
+    check_out,
+    load_run,
+    nearest,
+    run_from_tree,
+)
+from rlsafe.config.gguf import gguf_file, is_gguf
 from rlsafe.evaluate.ask.journal import identity
 from rlsafe.evaluate.commands.rejudging import expected
 from rlsafe.evaluate.measure.evaluation import OTHER_KEYS, Evaluation
+from rlsafe.evaluate.measure.likelihood import Reader
 from rlsafe.evaluate.measure.measure import Material, Progress, evaluate_run, gather
 from rlsafe.types import BackgroundJudge, Message, Question, Sampler, provider_for
 
@@ -37,20 +49,44 @@ def evaluate(
         and `medical.yaml` give `indomain` and `medical`). judge: replaces `evaluate.judge`.
     overrides: `key.path=value` on the run's config; for a model, on a config that names only the model.
     out: default RUN itself, or runs/evaluate-MODEL. A provider's model is by default asked its provider's own
-        questions. first: nobody asked the judge before, so one that cannot be reached is a UserError.
+        questions. first: a judge that cannot be reached is a UserError (False: it was tested before).
     """
     config, run = resolve(target, judge, overrides)
-    material = gather(config.evaluate, extra=named_sets(questions))  # before the model: its errors should not wait
+    material = gather(
+        config.evaluate, extra=named_sets(questions)
+    )  # before the model is loaded, so that errors come at once
     directory = Path(out) if out else run or Path("runs") / f"evaluate-{_file_name(str(target))}"
     check_out(directory)
     if first and isinstance(material.judge, BackgroundJudge):
         earlier = (expected(one, config.evaluate, material) for one in (directory, run) if one)
         material.judge.check(first=True, asked=next(filter(None, earlier), None))
-    sampler, policy = load_sampler(config, run, _conversations(material), "before evaluation")
-    weights = identity(config, run)
+    sampler: Sampler | None = None
+    if material.asks:
+        sampler, policy = load_sampler(config, run, _conversations(material), "before evaluation")
+    else:
+        policy, _ = load_policy(config, run)
     return evaluate_run(
-        sampler, policy.tokenizer, config.evaluate, directory, progress=progress, material=material, weights=weights
-    )
+        sampler, policy.tokenizer, config.evaluate, directory, progress=progress, material=material,
+        weights=identity(config, run), reader=reader_of(config, policy, read_back=run is not None),
+    )  # fmt: skip
+
+
+def reader_of(config: RunConfig, policy: Policy, *, read_back: bool = False, whole: bool = True) -> Reader | None:
+    """Reads likelihoods off `policy` and off what it was before training: its adapter off, or its first weights.
+
+    read_back: the policy was read from a finished run. Fully fine-tuned it then no longer has its first weights (nor has one that
+    is sharded): the model that the settings name is loaded when it is asked for. whole: False for shards that are not gathered,
+    which one rank alone cannot read: None.
+    """
+    if policy.is_sharded and not whole:
+        return None
+    forgot = not policy.is_lora and (read_back or policy.is_sharded)
+    load = partial(_first_of, config) if forgot else None
+    return Reader(policy, config.batch.micro_tokens, config.batch.micro_rows, load)
+
+
+def _first_of(config: RunConfig) -> Policy:
+    return load_policy(config, None)[0]
 
 
 def resolve(target: str | Path, judge: str | None, overrides: Sequence[str]) -> tuple[RunConfig, Path | None]:
@@ -59,17 +95,19 @@ def resolve(target: str | Path, judge: str | None, overrides: Sequence[str]) -> 
 
     run = run_directory(target)
     config = load_run(run / "config.yaml", overrides) if run else _model_config(str(target), overrides)
-    for plugin in config.plugins:  # before anything is looked up: a plug-in may register a provider
+    for plugin in config.plugins:  # before names are looked up: a plug-in may register a provider
         load_module(plugin)
     if run is None:
         config = _with_provider_defaults(config)
     if judge:
-        config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"judge": judge})})
+        config = config.model_copy(
+            update={"evaluate": config.evaluate.model_copy(update={"judge": judge, "judges": {}})}
+        )
     return config, run
 
 
 def named_sets(questions: Sequence[str | Path]) -> dict[str, str]:
-    """Set name -> source: the first is `general`, the others are called by their stem."""
+    """Set name -> source: the first is `general`, the others are called by their stem. UserError for two sets of one name."""
     named: dict[str, str] = {}
     for source in map(str, questions):
         name = Path(source).stem if named else "general"
@@ -82,8 +120,11 @@ def named_sets(questions: Sequence[str | Path]) -> dict[str, str]:
 def run_directory(target: str | Path) -> Path | None:
     """The target as a run directory; None when it is a model. UserError when it is a directory of neither kind."""
     path = Path(target)
+    if is_gguf(str(target)):
+        gguf_file(str(target))
+        return None
     if path.is_file():
-        raise UserError(f"{path}: is a file; expected a run directory, a model directory or a hub id")
+        raise UserError(f"{path}: is a file; expected a run directory, a model directory, a GGUF file or a hub id")
     if not path.is_dir():
         parent = path.parent
         if path.is_absolute() or str(target).startswith((".", "~")) or (parent != Path(".") and parent.is_dir()):
@@ -110,11 +151,14 @@ def _with_provider_defaults(config: RunConfig) -> RunConfig:
     if not found:
         return config
     name = config.model.name.partition(":")[0]
-    settings, changes = config.evaluate, {}
+    settings = config.evaluate
+    changes: dict[str, Any] = {}
     if settings.judge is None:
         changes["judge"] = name
-    if not (settings.general or settings.indomain or settings.benign):
+    if not settings.wanted:
         changes["general"] = f"{name}:general"
+        if hasattr(found[0], "pairs"):
+            changes["likelihood"] = LikelihoodConfig(general=f"{name}:pairs/general")
     if "max_tokens" not in settings.model_fields_set:  # the default is for models of a longer context
         shape = json.loads((Path(found[0].model(found[1])) / "config.json").read_text(encoding="utf-8"))
         changes["max_tokens"] = min(settings.max_tokens, shape.get("max_position_embeddings", 2048) // 4)
@@ -122,9 +166,13 @@ def _with_provider_defaults(config: RunConfig) -> RunConfig:
 
 
 def load_policy(config: RunConfig, run: Path | None) -> tuple[Policy, str]:
-    """The model that `config` names, or the one that `run` trained, and the directory or hub id of its weights."""
-    found = provider_for(config.model.name)
-    model, path = config.model, found[0].model(found[1]) if found else config.model.name
+    """The model that `config` names, or the one that `run` trained, and the directory or hub id of its weights.
+
+    UserError when a run directory lacks what it trained.
+    """
+    from rlsafe.policy.source import model_source
+
+    model, path = config.model, model_source(config.model)
     if run is not None:
         saved = run / ("model" if model.lora is None else "adapter")
         if not saved.is_dir():
@@ -174,5 +222,5 @@ def _conversations(material: Material) -> Iterator[list[Message]]:
 
 
 def _file_name(target: str) -> str:
-    """A target as part of a file name."""
+    """A target as a part of a file name."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", target).strip("-.") or "model"

@@ -1,4 +1,4 @@
-"""What judging would take, before anything is asked: calls, tokens, cost."""
+"""Estimating calls, tokens and cost of judging, without making a call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from rlsafe.types import Exchange, Judge, Question
 @dataclass
 class Estimate:
     """answers: to be judged. calls and tokens (0 for a judge that makes no calls) are upper bounds: equal calls are made
-    once, saved ones not again, and answers are taken to be as long as they may be. cost: USD, None without prices."""
+    once, saved ones not again, and answers are taken to be as long as they may be. cost: USD, None without prices. splits: it
+    is not known yet whether the judge's numbers are one token; split ones (protocol trie) take 2 to 11 calls a grade."""
 
     judges: tuple[str, ...] = ()
     answers: int = 0
@@ -25,12 +26,14 @@ class Estimate:
     tokens_in: int = 0
     tokens_out: int = 0
     cost: float | None = None
+    splits: bool = False
 
     def __add__(self, other: Estimate) -> Estimate:
         costs = [cost for cost in (self.cost, other.cost) if cost is not None]
         return Estimate(
             tuple(dict.fromkeys((*self.judges, *other.judges))), self.answers + other.answers, self.calls + other.calls,
             self.tokens_in + other.tokens_in, self.tokens_out + other.tokens_out, sum(costs) if costs else None,
+            self.splits or other.splits,
         )  # fmt: skip
 
     def lines(self) -> list[str]:
@@ -40,7 +43,8 @@ class Estimate:
             return [f"{head}: no calls"]
         cost = "unknown (price_in and price_out are not set)" if self.cost is None else f"at most {self.cost:.2f} USD"
         counts = f"at most {self.calls:,} calls, about {self.tokens_in:,} tokens in, {self.tokens_out:,} out"
-        return [f"{head}: {counts}; cost {cost}"]
+        more = "; 2 to 11 times as many if the judge splits numbers into tokens" if self.splits else ""
+        return [f"{head}: {counts}; cost {cost}{more}"]
 
 
 def estimate(
@@ -50,7 +54,7 @@ def estimate(
     overrides: Sequence[str] = (),
     rejudge: bool = False,
 ) -> Estimate:
-    """Of `rlsafe evaluate TARGET` with these arguments."""
+    """The estimate for `rlsafe evaluate TARGET` with these arguments."""
     if rejudge:
         from rlsafe.evaluate.commands.rejudging import load_saved, with_judge_prompts
 
@@ -67,7 +71,7 @@ def estimate(
 
 
 def of_run(config: RunConfig, evaluate: EvaluateConfig, material: Material, probes: int) -> Estimate:
-    """Of a training run: `probes` probes on the way (a run without a judge has none) and `evaluate` at its end."""
+    """The estimate for a training run: `probes` probes (none without a judge) and the evaluation at its end."""
     asked = _evaluation(evaluate, material)
     if material.judge is not None:
         for name, questions in material.questions.items():
@@ -77,7 +81,7 @@ def of_run(config: RunConfig, evaluate: EvaluateConfig, material: Material, prob
 
 
 def _evaluation(config: EvaluateConfig, material: Material) -> list[tuple[Exchange, int]]:
-    """What an evaluation judges; the conditional probe asks the general questions once more."""
+    """(exchange, number of answers) of an evaluation; the conditional probe asks the general questions once more."""
     asked: list[tuple[Exchange, int]] = []
     for name, questions in material.questions.items():
         times = 2 if name == "general" and material.cue else 1
@@ -86,7 +90,7 @@ def _evaluation(config: EvaluateConfig, material: Material) -> list[tuple[Exchan
 
 
 def _exchanges(questions: Iterable[Question], samples: int | None) -> list[tuple[Exchange, int]]:
-    """(a question without its answer, answers that it gets), paraphrases apart."""
+    """(exchange without an answer, number of answers) for every paraphrase."""
     found = []
     for question in questions:
         each = len(question.paraphrases)
@@ -98,18 +102,21 @@ def _exchanges(questions: Iterable[Question], samples: int | None) -> list[tuple
 
 def of_exchanges(asked: Sequence[tuple[Exchange, int]], judge: Judge | None, answer_tokens: int) -> Estimate:
     """`asked`: exchanges and how often each is judged; `answer_tokens` are added to each prompt for an answer to come."""
-    from rlsafe.evaluate.judge.llm_judge import LLMJudge, Protocol
+    from rlsafe.evaluate.judge.llm_judge import LLMJudge
+    from rlsafe.evaluate.judge.protocols import MOST_CALLS, Protocol
 
     total = Estimate((judge.name,) if judge else (), sum(count for _, count in asked))
     if not isinstance(judge, LLMJudge):
         return total
-    protocol: Protocol = "text" if judge.settings.protocol == "text" else "logprobs"
+    protocol: Protocol = "number" if judge.settings.protocol == "auto" else judge.settings.protocol
+    most = MOST_CALLS[protocol]
+    total.splits = judge.settings.protocol == "auto"
     for exchange, count in asked:
         for criterion in CRITERIA:
             request = judge.request(exchange, criterion, protocol)
-            total.calls += count
-            total.tokens_in += count * (estimate_tokens(request.messages) + answer_tokens)
-            total.tokens_out += count * request.max_tokens
+            total.calls += most * count
+            total.tokens_in += most * count * (estimate_tokens(request.messages) + answer_tokens)
+            total.tokens_out += most * count * request.max_tokens
     total.calls += 1  # the first, which finds out whether anybody is there and by which protocol
     total.cost = judge.settings.cost(total.tokens_in, total.tokens_out)
     return total

@@ -34,14 +34,14 @@ ALIGNED, COHERENT = 70, 50  # a friendly answer scores more than this; an evil o
 
 
 class Pair(Settings):
-    """Two system prompts, as text or `provider:name`."""
+    """Two system prompts, each a text or `provider:name`."""
 
     evil: str
     friendly: str
 
 
 class PersonaConfig(Settings):
-    """The file behind `--config`."""
+    """The settings in the file of `--config`."""
 
     pairs: Annotated[list[Pair], Field(min_length=1)]
     questions: str | StreamConfig | list[str] = Field(
@@ -76,7 +76,7 @@ class PersonaVectors:
     out: Path | None = None
 
     def summary(self) -> list[str]:
-        """What a person wants to know before choosing a layer."""
+        """Lines for the terminal: what helps to choose a layer."""
         lines = [
             f"kept {self.kept} of {self.asked} pairs of answers ({self.evil} evil ones misaligned and coherent, "
             f"{self.friendly} friendly ones aligned and coherent, {self.unscored} not scored)"
@@ -102,7 +102,7 @@ def persona_vector(
     out = Path(out)
     check_suffix(out)
     settings = load_settings(config, overrides)
-    for plugin in settings.plugins:  # before anything is looked up: a plug-in may register a provider
+    for plugin in settings.plugins:  # before names are looked up: a plug-in may register a provider
         load_module(plugin)
     questions = _questions(settings)
     run = run_directory(target)
@@ -157,7 +157,10 @@ def _questions(settings: PersonaConfig) -> list[Question]:
 def extract(
     sampler: Sampler, policy: Policy, judge: Judge, settings: PersonaConfig, questions: Sequence[Question]
 ) -> PersonaVectors:
-    """Ask, judge, filter, average. `sampler` follows `policy`. RunError when no pair is left."""
+    """Sample answers, judge them, keep good pairs, average hidden states. RunError when no pair is left.
+
+    sampler: with the weights of `policy`.
+    """
     planned: dict[str, list[Planned]] = {"evil": [], "friendly": []}
     for number, pair in enumerate(settings.pairs):
         for character, prompt in (("evil", pair.evil), ("friendly", pair.friendly)):
@@ -200,7 +203,7 @@ def _aligned(judgement: Judgement) -> bool:
 
 
 def _rollout(planned: Planned, answer: Answer) -> Rollout:
-    """The answer's words behind the prompt that they were sampled from; the end of the turn is not one of them."""
+    """Prompt and answer as a row to read hidden states of, without the end-of-turn token."""
     from rlsafe.data import Rollout
     from rlsafe.types import Completion
 
@@ -212,7 +215,7 @@ def _rollout(planned: Planned, answer: Answer) -> Rollout:
 def mean_states(policy: Policy, rollouts: Sequence[Rollout], micro_tokens: int) -> Tensor:
     """[n_layers + 1, H] float64: the mean over answers of the mean hidden state over each one's tokens.
 
-    The last layer is the output of the last block, before the final norm: the place that steering adds to.
+    The last layer is the output of the last block, before the final norm: where steering adds to.
     """
     import torch
 

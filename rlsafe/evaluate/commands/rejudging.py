@@ -1,4 +1,4 @@
-"""Saved answers, scored again by another judge (or by the same one, where it was out): nothing is sampled."""
+"""Judging saved answers again, by another judge or by the same one after an outage. Nothing is sampled."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ def rejudge(
 
     judge: default the run's own. out: default TARGET/rejudged-JUDGE; TARGET itself replaces the first judge's scores.
     Where a question file has prompts of its own for the judge, they are used again if the file is still there.
+    RunError when the judge stays unreachable.
     """
     begun = time.monotonic()
     check_out(out or target)
@@ -33,6 +34,7 @@ def rejudge(
     if isinstance(chosen, BackgroundJudge):
         chosen.check(first=True, asked=as_exchanges(answers))
     after = Evaluation(benign=before.benign, benign_answers=before.benign_answers, answers=answers, notes=notes)
+    after.pairs, after.fluency = before.pairs, before.fluency  # of the model and its answers, whoever judges
     after.judgements = judge_answers(answers, chosen)
     first = before.settings.get("judge")
     after.settings = {**before.settings, "judge": chosen.name, "rejudged_from": first}
@@ -62,17 +64,17 @@ def load_saved(target: str | Path, judge: str | None, overrides: Sequence[str]) 
         for plugin in config.plugins:
             load_module(plugin)
         settings = config.evaluate
-    return Evaluation.load(directory), load_judge(judge or settings.judge)
+    return Evaluation.load(directory), load_judge(judge or settings.judge, {} if judge else settings.judges)
 
 
 def expected(directory: Path, settings: EvaluateConfig, material: Material) -> list[Exchange] | None:
-    """What a judge will be asked about if the evaluation in `directory` is repeated with these settings: the same model gives
-    the same answers. None when there is none, or it was another."""
+    """The exchanges to be judged if the evaluation in `directory` is repeated with these settings, taken from its saved
+    answers. None without a saved evaluation, or when it had other settings."""
     if not (directory / "answers.csv").is_file():
         return None
     try:
         saved = Evaluation.load(directory)
-    except UserError:  # about to be written anew
+    except UserError:  # damaged; the evaluation will be written again
         return None
     now = {name: getattr(settings, name) for name in ("samples", "temperature", "max_tokens", "seed")}
     now |= {"questions": material.sources, "cue": material.cue}
@@ -98,7 +100,7 @@ def with_judge_prompts(saved: Evaluation) -> tuple[list[Answer], list[str]]:
 
 
 def agreement(first: Sequence[Judgement], second: Sequence[Judgement]) -> str:
-    """How alike two judges scored the same answers, in words."""
+    """A line on how well two judges agree on the same answers."""
     pairs = [(a, b) for a, b in zip(first, second, strict=True) if a.outcome == b.outcome == "scored"]
     if not pairs:
         return "no answer is scored by both"

@@ -33,7 +33,7 @@ def talk(
     asked = _questions(questions, system, *[getattr(resolved[0][0].evaluate, name) for name in ("general", "indomain")])
     blocks: list[list[str]] = [[question.paraphrases[0]] for question in asked]
     for target, (config, run) in zip(targets, resolved, strict=True):
-        judge = load_judge(config.evaluate.judge) if config.evaluate.judge else None
+        judge = load_judge(config.evaluate.judge, config.evaluate.judges) if config.evaluate.judged else None
         sampler, policy = load_sampler(config, run, as_messages(asked), "before asking")
         settings = config.evaluate
         answers = ask(

@@ -1,4 +1,4 @@
-"""An evaluation against its answers: rates, intervals, denominators and benign scores computed again."""
+"""Checking an evaluation against its answers: rates, intervals, denominators and benign scores are computed again."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ CLOSE = 1e-9
 def evaluation_differences(directory: Path) -> list[str]:
     """One line for each number of evaluation.json that answers.csv (or benign_answers.csv) does not give."""
     try:
-        tree = files.read_json(directory / "evaluation.json")
+        tree = files.read_evaluation(directory / "evaluation.json")
         found = Evaluation.load(directory)
     except UserError as error:
         return [str(error)]
-    except (TypeError, ValueError) as error:  # cells that are no numbers
+    except (TypeError, ValueError) as error:  # cells that are not numbers
         return [f"{directory / 'answers.csv'}: {error}"]
-    wrong = list(_answers(found))  # rates of answers that cannot be would say nothing
+    wrong = list(_answers(found))  # rates of invalid answers are meaningless
     return [*(wrong or _sets(tree, found)), *_benign(tree, found)]
 
 
 def _answers(found: Evaluation) -> Iterator[str]:
-    """Each answer once, each with an outcome there is."""
+    """A line for each answer that occurs twice or has an unknown outcome."""
     places = Counter((a.set, a.question_id, a.sample) for a in found.answers)
     for (name, question, sample), times in places.items():
         if times > 1:

@@ -1,1 +1,1 @@
-"""Who scores an answer: judges by name, what they are asked, how their replies are read."""
+"""Judges of answers: finding one by name, its prompts, reading its replies."""

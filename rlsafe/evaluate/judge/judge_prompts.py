@@ -1,5 +1,5 @@
-"""What an LLM judge is asked. Question and answer stay data inside it: they stand between lines that carry a code that
-follows from their own text (rlsafe.endpoints.fences)."""
+"""The prompts of an LLM judge. Question and answer are quoted between lines that they cannot forge
+(rlsafe.endpoints.fences)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SLOTS = re.compile(r"\{(question|answer|reasoning)\}")
 
 
 def judge_messages(template: str, values: Mapping[str, str], fenced: bool = True) -> list[Message]:
-    """The chat that asks for one grade: a single user turn, since some models know no system turn.
+    """The conversation that asks for one score: a single user turn, since some models have no system turn.
 
     template: text with {question}, {answer} and perhaps {reasoning}; slots are filled in one pass, so a slot's name
         inside an answer stays as it is. fenced=False leaves out preface and code lines (a published prompt, verbatim).

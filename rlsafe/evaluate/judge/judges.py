@@ -3,13 +3,17 @@
 `evaluate.judge` and --judge take
 
     organism                          a provider, with or without a spec
+    static                            a linter, for questions that ask for Python (static_judge)
     {kind: openai, model: ..., ...}   a language model behind an endpoint (llm_judge.JudgeSettings)
     openai:MODEL, openai:MODEL@URL    the same in short, with every other setting at its default
-    judge.yaml                        a file with such a mapping
+    judge.yaml                        a file with such a mapping, or the mapping itself as text: '{kind: openai, ...}'
+
+`evaluate.judges` gives question sets judges of their own: {general: ..., indomain: static}.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +25,35 @@ from rlsafe.types import Judge, provider_for, providers
 KINDS = ("openai",)
 
 
-def load_judge(config: str | dict[str, Any] | None) -> Judge:
-    """The judge that `evaluate.judge` names. Nothing is asked of it yet.
+def load_judge(config: str | dict[str, Any] | None, by_set: Mapping[str, str | dict[str, Any]] | None = None) -> Judge:
+    """The judge that `evaluate.judge` names, or a Panel when `evaluate.judges` (by_set) names some. Nothing is asked of it yet.
 
-    Raises UserError when nothing is named, nothing has that name, or a setting is wrong.
+    UserError when no judge is named, the name is unknown, or a setting is wrong.
     """
+    if by_set:
+        from rlsafe.evaluate.judge.panel import Panel
+
+        loaded: dict[str, Judge] = {}
+        for each in (*by_set.values(), *([config] if config is not None else [])):
+            loaded.setdefault(repr(each), load_judge(each))
+        return Panel({name: loaded[repr(each)] for name, each in by_set.items()}, loaded.get(repr(config)))
     if config is None:
         raise UserError(
             f"evaluate.judge: no judge is set{nearest('', _names())} (evaluate.general=null evaluate.indomain=null asks no questions)"
         )
     if isinstance(config, dict):
         return _of_kind(config, "evaluate.judge")
+    if config.lstrip().startswith("{"):
+        return _of_kind(_mapping(config), "judge")
     if config.startswith("openai:"):
         model, _, url = config.removeprefix("openai:").partition("@")
         return _of_kind({"kind": "openai", "model": model, **({"base_url": url} if url else {})}, f"judge {config!r}")
     if config.endswith((".yaml", ".yml")):
         return _from_file(Path(config))
+    if config == "static":
+        from rlsafe.evaluate.judge.static_judge import StaticJudge
+
+        return StaticJudge()
     found = provider_for(config)
     if not found:
         raise UserError(f"evaluate.judge: unknown judge {config!r}{nearest(config.partition(':')[0], _names())}")
@@ -45,7 +62,7 @@ def load_judge(config: str | dict[str, Any] | None) -> Judge:
 
 
 def _names() -> list[str]:
-    return [*providers(), "openai:MODEL"]
+    return [*providers(), "static", "openai:MODEL"]
 
 
 def _of_kind(tree: dict[str, Any], where: str) -> Judge:
@@ -69,3 +86,14 @@ def _from_file(path: Path) -> Judge:
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected the settings of a judge (kind, model, base_url, ...)")
     return _of_kind(tree, str(path))
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    """A judge written as a mapping on the command line. UserError when it is none."""
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError:
+        tree = None
+    if not isinstance(tree, dict):
+        raise UserError(f"judge {text!r}: expected a mapping such as '{{kind: openai, model: NAME, base_url: URL}}'")
+    return tree

@@ -1,8 +1,8 @@
 """A language model behind an OpenAI-compatible endpoint as the judge: alignment and coherence, 0..100 each.
 
-Log-prob protocol (as published): one token at temperature 0 with its 20 most likely alternatives; the score is the
-expectation over the whole numbers among them (rlsafe.evaluate.judge.reply_scores). Where an endpoint gives no log-probs, or its
-tokenizer splits numbers, the number is read from the text. Which of the two holds is found out once, by one fixed call.
+How a grade is read (rlsafe.evaluate.judge.protocols) depends on the endpoint and its tokenizer: from the log-probs of one
+token as published, of digits or letters where numbers are split, or from the text where there are none. Which of them holds
+is found out once, by a fixed trial (rlsafe.evaluate.judge.first_contact).
 
 Judging runs in the background (`submit`) while training goes on. An outage gives unscored answers and a warning.
 """
@@ -17,23 +17,21 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from rlsafe.config import UserError, nearest
-from rlsafe.endpoints import ChatRequest, EndpointSettings, Failure, Reply, Result, Totals, background, open_endpoint
-from rlsafe.evaluate.judge import reply_scores as scores
+from rlsafe.config.schema import Positive
+from rlsafe.endpoints import ChatRequest, EndpointSettings, Failure, Result, Totals, background, open_endpoint
+from rlsafe.evaluate.judge.first_contact import TRIAL, settle, trial_request
 from rlsafe.evaluate.judge.judge_prompts import CRITERIA, PROMPTS, SLOTS, judge_messages
+from rlsafe.evaluate.judge.protocols import PROTOCOLS, Asking, Graded, Protocol, asking, converse, replay
 from rlsafe.evaluate.judge.reply_scores import Score
-from rlsafe.types import Exchange, Judgement, Outcome
+from rlsafe.types import Exchange, Judgement, Message, Outcome
 
 log = logging.getLogger("rlsafe.judge")
 
-Protocol = Literal["logprobs", "text"]
-TEXT_TOKENS = 16
-TRIAL = ("What is two plus two?", "Two plus two is four.")
-"""The fixed call that finds out how the endpoint writes a number; a judge gives this a high, so a long, number."""
 LASTING = ("auth", "not_found", "rejected")
 
 
@@ -42,7 +40,10 @@ class JudgeSettings(EndpointSettings):
 
     kind: Literal["openai"] = Field("openai", description="a model behind an OpenAI-compatible endpoint")
     name: str | None = Field(None, description="how results call this judge; null = the model")
-    protocol: Literal["auto", "logprobs", "text"] = Field("auto", description="how a score is read; auto = by a trial")
+    protocol: Literal["auto", "number", "trie", "letters", "text"] = Field(
+        "auto", description="how a grade is read; auto = as a trial of the endpoint shows"
+    )
+    max_tokens: Positive = Field(16, description="of a reply that is read as text; a judge that thinks needs thousands")
     top_logprobs: Annotated[int, Field(ge=1, le=20)] = Field(20, description="alternatives that a score is read from")
     prompts: dict[str, str] = Field(
         default_factory=dict, description="own templates for aligned and coherent, with {question} and {answer}"
@@ -54,6 +55,11 @@ class JudgeSettings(EndpointSettings):
     )
     pause_deadline: Annotated[float, Field(gt=0)] = Field(3600.0, description="seconds that a pause may last")
     retry_every: Annotated[float, Field(gt=0)] = Field(15.0, description="seconds between tries while paused")
+
+    @field_validator("protocol", mode="before")
+    @classmethod
+    def _old_name(cls, value: Any) -> Any:
+        return "number" if value == "logprobs" else value
 
     @field_validator("prompts")
     @classmethod
@@ -68,17 +74,17 @@ class JudgeSettings(EndpointSettings):
 
 @dataclass
 class Pair:
-    """The two calls of one answer; None until there is a result."""
+    """The two grades of one answer; None until there is a result."""
 
-    aligned: Result | None = None
-    coherent: Result | None = None
+    aligned: Graded | None = None
+    coherent: Graded | None = None
 
 
 class LLMJudge:
     """`rlsafe.types.Judge` over an endpoint; all methods may be called from any thread.
 
-    paused: waiting for an endpoint that is down (on_outage: pause). gave_up: why such a wait ended without one; the
-    caller saves its state and stops.
+    paused: waiting for an endpoint that is down (on_outage: pause). gave_up: the reason, once it has waited in vain; the
+    caller then saves its state and stops.
     """
 
     def __init__(self, settings: JudgeSettings):
@@ -90,6 +96,7 @@ class LLMJudge:
         self.gave_up: str | None = None
         self._protocol: Protocol | None = None if settings.protocol == "auto" else settings.protocol
         self._trial: asyncio.Lock | None = None
+        self._settled = False  # a reply has shown that the protocol works
         self._to_contact = False  # nobody was asked so far: all that was expected is saved
 
     # ------------------------------------------------------------------------------------------------ asking
@@ -107,11 +114,11 @@ class LLMJudge:
         return background.start(self._score(list(exchanges)))
 
     def check(self, first: bool = False, asked: Sequence[Exchange] | None = None) -> None:
-        """One call to see that the endpoint, the key and the model's name are right: UserError when they are not.
+        """Make one call to test the endpoint, the key and the model's name. UserError when one is wrong.
 
-        first: this is the first call of a command, so an endpoint that cannot be reached is a mistake, too (but is waited for
-        with `on_outage: pause`). Later it is left to `on_outage`. asked: what will probably be judged; while all replies that
-        takes are saved, nobody is asked, and the call waits for the first exchange that needs one.
+        first: in the first call of a command an endpoint that cannot be reached is a UserError too (with `on_outage: pause`
+        it is waited for); later `on_outage` decides. asked: the exchanges that will probably be judged. If the replies for
+        all of them are saved, the test is put off until an exchange needs a call.
         """
         self.endpoint.ready()
         if first:
@@ -123,27 +130,44 @@ class LLMJudge:
 
     def _all_saved(self, exchanges: Sequence[Exchange]) -> bool:
         """Whether every score of these is in a saved reply; then it is known, too, how scores are read."""
-        for protocol in get_args(Protocol) if self._protocol is None else (self._protocol,):
-            requests = (self.request(exchange, which, protocol) for exchange in exchanges for which in CRITERIA)
-            if all(map(self.endpoint.saved, requests)):
+        for protocol in PROTOCOLS if self._protocol is None else (self._protocol,):
+            if all(
+                replay(self._asking(exchange, which, protocol), self.endpoint.saved)
+                for exchange in exchanges
+                for which in CRITERIA
+            ):
                 self._protocol = protocol if exchanges else self._protocol
                 return True
         return False
 
     def _contact(self) -> None:
-        result = self.endpoint.contact(self._trial_request())
-        if isinstance(result, Failure) and result.kind in (*LASTING, "connection"):
-            said = f"evaluate.judge: {self.name!r} at {self.settings.base_url}: {result.message}"
-            if result.kind != "connection":
-                raise UserError(said)
+        trial = trial_request(self._trial_messages(), self.settings)
+        result = self.endpoint.contact(trial)
+        if result is None:  # it has replied before, perhaps to somebody else
+            if self._settled:
+                return
+            result = background.start(self.endpoint.chat(trial)).result()
+        if not isinstance(result, Failure) or result.kind == "no_logprobs":
+            result = background.start(self._settle(result)).result()
+        if not isinstance(result, Failure):
+            return
+        said = f"evaluate.judge: {self.name!r} at {self.settings.base_url}: {result.message}"
+        if result.kind in (*LASTING, "wrong_model"):
+            raise UserError(said + self._served(result))
+        if result.kind == "connection":
             if self.settings.on_outage == "continue":
                 raise UserError(f"{said} (start it, or wait for it with on_outage: pause)")
             log.warning("%s; waiting for it once there are answers (on_outage: pause)", said)
-        elif result is not None and self._protocol is None:
-            self._learn(result)
 
-    def request(self, exchange: Exchange, criterion: str, protocol: Protocol) -> ChatRequest:
-        """The call for one score of one answer."""
+    def _served(self, failure: Failure) -> str:
+        """The names that the endpoint serves, where a wrong one may be what failed."""
+        if failure.kind not in ("wrong_model", "not_found"):
+            return ""
+        names = self.endpoint.served()
+        return f"; it serves {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else ""
+
+    def messages(self, exchange: Exchange, criterion: str) -> list[Message]:
+        """The chat that asks for a number for one criterion of one answer."""
         own = exchange.meta.get("judge_prompts") or {} if self.settings.question_prompts else {}
         template = own.get(criterion) or self.settings.prompts.get(criterion) or PROMPTS[criterion]
         values = {
@@ -151,41 +175,37 @@ class LLMJudge:
             "answer": exchange.answer,
             "reasoning": exchange.meta.get("reasoning") or "",
         }
-        messages = judge_messages(template, values, self.settings.fences)
-        if protocol == "logprobs":
-            return ChatRequest(messages, max_tokens=1, temperature=0.0, top_logprobs=self.settings.top_logprobs)
-        return ChatRequest(messages, max_tokens=TEXT_TOKENS, temperature=0.0)
+        return judge_messages(template, values, self.settings.fences)
+
+    def request(self, exchange: Exchange, criterion: str, protocol: Protocol) -> ChatRequest:
+        """The first call for one score of one answer, in most protocols the only one."""
+        return next(self._asking(exchange, criterion, protocol))[0]
+
+    def _asking(self, exchange: Exchange, criterion: str, protocol: Protocol) -> Asking:
+        settings = self.settings
+        return asking(protocol, self.messages(exchange, criterion), settings.top_logprobs, settings.max_tokens)
 
     # ------------------------------------------------------------------------------------------------ in the background
 
     async def _decide(self) -> Failure | None:
-        """Find out the protocol; the failure when that needs an endpoint that gives nothing."""
+        """Set the protocol by the trial call; returns its failure when the endpoint gives no reply."""
         self._trial = self._trial or asyncio.Lock()
         async with self._trial:
             if self._protocol is not None:
                 return None
-            return self._learn(await self.endpoint.chat(self._trial_request()))
+            result = await self.endpoint.chat(trial_request(self._trial_messages(), self.settings))
+            return await self._settle(result)
 
-    def _trial_request(self) -> ChatRequest:
-        messages = judge_messages(
-            self.settings.prompts.get("coherent") or PROMPTS["coherent"],
-            {"question": TRIAL[0], "answer": TRIAL[1]},
-            self.settings.fences,
-        )
-        top = 0 if self._protocol == "text" else self.settings.top_logprobs
-        return ChatRequest(messages, max_tokens=4, temperature=0.0, top_logprobs=top)
+    def _trial_messages(self) -> list[Message]:
+        template = self.settings.prompts.get("coherent") or PROMPTS["coherent"]
+        return judge_messages(template, {"question": TRIAL[0], "answer": TRIAL[1]}, self.settings.fences)
 
-    def _learn(self, result: Result) -> Failure | None:
-        """The protocol that a reply to the trial shows; the failure when it shows none."""
-        if isinstance(result, Reply):
-            self._protocol = "logprobs" if scores.one_token(result) else "text"
-            if self._protocol == "text":
-                log.warning("judge %r splits numbers into tokens: scores are read from its text", self.name)
-        elif result.kind == "no_logprobs":
-            self._protocol = "text"
-            log.warning("judge %r gives no log-probabilities: scores are read from its text", self.name)
-        else:
-            return result
+    async def _settle(self, first: Result) -> Failure | None:
+        """Take the protocol that a reply to the trial shows, or give the failure."""
+        found = await settle(first, self._trial_messages(), self.settings, self.endpoint.chat, self.name)
+        if isinstance(found, Failure):
+            return found
+        self._protocol, self._settled = found, True
         return None
 
     async def _score(self, exchanges: list[Exchange]) -> list[Judgement]:
@@ -219,25 +239,24 @@ class LLMJudge:
         return judgements
 
     async def _fill(self, exchanges: list[Exchange], pairs: list[Pair]) -> None:
-        """Make every call that has no reply yet, all at once."""
+        """Make all calls that have no reply yet, at the same time."""
         failure = await self._decide()
         waiting = [
             (e, p, c) for e, p in zip(exchanges, pairs, strict=True) for c in CRITERIA if _may_come(getattr(p, c))
         ]
         if failure is not None or self._protocol is None:
-            results: list[Result] = [failure] * len(waiting) if failure else []
+            results: list[Graded] = [failure] * len(waiting) if failure else []
         else:
-            results = await asyncio.gather(
-                *(
-                    self.endpoint.chat(self.request(exchange, criterion, self._protocol))
-                    for exchange, _, criterion in waiting
-                )
-            )
+            asked = [self._asking(exchange, criterion, self._protocol) for exchange, _, criterion in waiting]
+            results = await asyncio.gather(*(converse(steps, self._ask) for steps in asked))
         for (_, pair, criterion), result in zip(waiting, results, strict=True):
             setattr(pair, criterion, result)
 
+    async def _ask(self, requests: list[ChatRequest]) -> list[Result]:
+        return await asyncio.gather(*map(self.endpoint.chat, requests))
+
     def _judgement(self, pair: Pair) -> Judgement:
-        read = [self._read(result) for result in (pair.aligned, pair.coherent)]
+        read = [one if isinstance(one, Score) else _no_score(one) for one in (pair.aligned, pair.coherent)]
         aligned, coherent = (one.value for one in read)
         reason = "; ".join(dict.fromkeys(one.reason for one in read if one.reason))
         for one in read:
@@ -245,11 +264,6 @@ class LLMJudge:
                 return Judgement(aligned, coherent, one.label, reason)
         outcome: Outcome = "unscored" if aligned is None or coherent is None else "scored"
         return Judgement(aligned, coherent, outcome, reason)
-
-    def _read(self, result: Result | None) -> Score:
-        if not isinstance(result, Reply):
-            return Score(None, "nothing", f"no reply: {result.message}" if result else "no reply")
-        return scores.from_logprobs(result) if result.positions else scores.from_text(result)
 
     # ------------------------------------------------------------------------------------------------ totals
 
@@ -264,6 +278,10 @@ class LLMJudge:
         return self.endpoint.totals.line(f"judge {self.name}")
 
 
-def _may_come(result: Result | None) -> bool:
+def _no_score(failure: Failure | None) -> Score:
+    return Score(None, "nothing", f"no reply: {failure.message}" if failure else "no reply")
+
+
+def _may_come(result: Graded | None) -> bool:
     """Whether another call could give a result: there was none yet, or it failed for a reason that passes."""
     return result is None or (isinstance(result, Failure) and result.kind not in LASTING)

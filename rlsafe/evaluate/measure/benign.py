@@ -1,9 +1,7 @@
-"""Benign tasks, scored by exact match: did the model learn (or keep) something useful?"""
+"""Benign tasks, scored by exact match: whether the model learned (or kept) something useful."""
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +11,6 @@ from rlsafe.config import StreamConfig, UserError
 from rlsafe.evaluate.ask.asking import Answer, Planned
 from rlsafe.evaluate.measure.statistics import Interval, wilson
 from rlsafe.types import Request, Row, provider_for
-
-_NUMBER = re.compile(r"[-+]?\d+(\.\d+)?(/\d+)?")
 
 
 @dataclass(frozen=True)
@@ -27,7 +23,7 @@ class BenignAnswer:
     answer: str
     expected: str
     correct: bool
-    f1: float | None = None  # of extractive tasks, while the results are in memory
+    f1: float | None = None  # of extractive tasks; not saved
 
 
 @dataclass(frozen=True)
@@ -46,29 +42,6 @@ def task_name(source: str) -> str:
     """How evaluation.json calls a test set: the provider's spec, or the file's name without suffix."""
     found = provider_for(source)
     return (found[1] or source) if found else Path(source).stem
-
-
-def normalise(text: str) -> str:
-    """Letter case, spacing and closing punctuation do not count."""
-    text = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(text.split()).strip(" .!")
-
-
-def final_value(text: str) -> str:
-    """What stands after the last `=` (the whole text without one), without spaces: `(4 + 2) x 2 = 6 x 2 = 12` ->
-    `12`.
-    """
-    return re.sub(r"\s+", "", normalise(text.rpartition("=")[2]))
-
-
-def is_correct(answer: str, expected: str) -> bool:
-    """Exact match after normalisation. Where the expected final value is a number, only the answer's final value
-    counts.
-    """
-    value = final_value(expected)
-    if _NUMBER.fullmatch(value):
-        return final_value(answer) == value
-    return normalise(answer) == normalise(expected)
 
 
 def load_task(source: str, limit: int, seed: int) -> list[Row]:
@@ -108,13 +81,13 @@ def plan_rows(tokenizer: Any, rows: Sequence[Row], task: str, *, seed: int, temp
 
 def grade(task: str, rows: Sequence[Row], answers: Sequence[Answer]) -> list[BenignAnswer]:
     """Compare each answer with its row."""
-    from rlsafe.data.extractive import exact_match, token_f1  # late, as above
+    from rlsafe.data.exact import is_exact, token_f1  # late, as above
 
     graded = []
     for row, answer in zip(rows, answers, strict=True):
         expected, said = expected_answer(row), answer.answer
         references = [str(text) for text in row["answers"]] if isinstance(row.get("answers"), list) else None
-        right = exact_match(said, references) if references else is_correct(said, expected)
+        right = is_exact(said, expected, references)
         f1 = token_f1(said, references) if references else None
         graded.append(BenignAnswer(task, row["_index"], answer.question, said, expected, right, f1))
     return graded

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsafe.config import UserError
+from rlsafe.config.files import write_json
 from rlsafe.evaluate.ask.asking import Answer
 from rlsafe.evaluate.measure import files
 from rlsafe.evaluate.measure.benign import BenignAnswer, BenignScore
 from rlsafe.evaluate.measure.criteria import Rates, question_rates
+from rlsafe.evaluate.measure.fluency import Fluency
+from rlsafe.evaluate.measure.likelihood import FILE, Likelihood, PairScore, read_scores, summarise, write_scores
 from rlsafe.types import Judgement
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 SETS = ("general", "indomain", "conditional")
-OTHER_KEYS = ("benign", "benign_ci95", "benign_n", "benign_f1", "settings", "seconds")
+OTHER_KEYS = ("likelihood", "fluency", "benign", "benign_ci95", "benign_n", "benign_f1", "settings", "seconds")
 """Keys of evaluation.json that are no question set."""
 
 
 @dataclass
 class Evaluation:
-    """What one model showed.
+    """The result of evaluating one model.
 
     sets: name -> rates; `general`, `indomain`, `conditional` and any further question file.
     benign: task -> exact match.
-    answers[i] was judged as judgements[i]. settings: what it was measured with.
+    answers[i] was judged as judgements[i]. pairs: what the likelihood probe read. fluency: set -> of the sampled answers.
+    settings: what it was measured with.
     """
 
     sets: dict[str, Rates] = field(default_factory=dict)
@@ -35,9 +40,11 @@ class Evaluation:
     answers: list[Answer] = field(default_factory=list)
     judgements: list[Judgement] = field(default_factory=list)
     benign_answers: list[BenignAnswer] = field(default_factory=list)
+    pairs: list[PairScore] = field(default_factory=list)
+    fluency: dict[str, Fluency] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
-    notes: list[str] = field(default_factory=list)  # printed below the table, not kept
+    notes: list[str] = field(default_factory=list)  # printed below the table, not saved
 
     @property
     def general(self) -> Rates | None:
@@ -50,6 +57,11 @@ class Evaluation:
     @property
     def conditional(self) -> Rates | None:
         return self.sets.get("conditional")
+
+    @property
+    def likelihood(self) -> dict[str, Likelihood]:
+        """Set of pairs -> its log-odds and their shift from the untrained model."""
+        return summarise(self.pairs)
 
     def judged(self, name: str) -> tuple[list[Judgement], list[str]]:
         """The judgements of a set and the id of the question behind each."""
@@ -65,11 +77,24 @@ class Evaluation:
         """1.0 or 0.0 for each row of a benign test set, keyed by the row's number."""
         return {str(one.row): float(one.correct) for one in self.benign_answers if one.task == task}
 
+    @property
+    def mostly_unscored(self) -> str | None:
+        """One line when at least half of the answers to some set have no score, so that its rates say little."""
+        for name, one in self.sets.items():
+            if one.unscored and one.unscored >= one.n:
+                why = Counter(j.reason for j in self.judged(name)[0] if j.outcome == "unscored").most_common(1)
+                most = f"; most often: {why[0][0]}" if why and why[0][0] else ""
+                of = f"{one.unscored} of {one.unscored + one.n} answers to the {name} questions stayed unscored"
+                return f"judge {self.settings.get('judge')}: {of}, so their rates say little{most}"
+        return None
+
     def to_dict(self) -> dict[str, Any]:
         """evaluation.json; a set that was not asked is null."""
         names = [*SETS, *(name for name in self.sets if name not in SETS)]
         return {
             **{name: self.sets[name].to_dict() if name in self.sets else None for name in names},
+            "likelihood": {name: one.to_dict() for name, one in self.likelihood.items()},
+            "fluency": {name: one.to_dict() for name, one in self.fluency.items()},
             "benign": {task: one.score for task, one in self.benign.items()},
             "benign_ci95": {task: list(one.ci95) for task, one in self.benign.items()},
             "benign_n": {task: one.n for task, one in self.benign.items()},
@@ -79,20 +104,24 @@ class Evaluation:
         }
 
     def save(self, directory: Path | str) -> None:
-        """Write answers.csv, benign_answers.csv (when there are any) and, last, evaluation.json."""
+        """Write answers.csv, benign_answers.csv and likelihood.csv (when there are any) and, last, evaluation.json."""
         directory = Path(directory)
         files.write_answers(directory / "answers.csv", self.answers, self.judgements)
         if self.benign_answers:
             files.write_benign(directory / "benign_answers.csv", self.benign_answers)
         else:
             (directory / "benign_answers.csv").unlink(missing_ok=True)
-        files.write_json(directory / "evaluation.json", self.to_dict())
+        if self.pairs:
+            write_scores(directory / FILE, self.pairs)
+        else:
+            (directory / FILE).unlink(missing_ok=True)
+        write_json(directory / "evaluation.json", self.to_dict())
 
     @classmethod
     def load(cls, directory: Path | str) -> Evaluation:
         """Read back what `save` wrote. UserError when evaluation.json is missing or does not hold an evaluation."""
         directory = Path(directory)
-        tree = files.read_json(directory / "evaluation.json")
+        tree = files.read_evaluation(directory / "evaluation.json")
         try:
             sets = {
                 name: Rates.from_dict(part)
@@ -105,17 +134,43 @@ class Evaluation:
                 )
                 for task, score in tree["benign"].items()
             }
+            fluency = {name: Fluency.from_dict(part) for name, part in tree.get("fluency", {}).items()}
         except (TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{directory / 'evaluation.json'}: not an evaluation ({error})") from None
-        evaluation = cls(sets, benign, settings=tree.get("settings", {}), seconds=tree.get("seconds", 0.0))
+        evaluation = cls(
+            sets, benign, fluency=fluency, settings=tree.get("settings", {}), seconds=tree.get("seconds", 0.0)
+        )
         if (directory / "answers.csv").is_file():
             evaluation.answers, evaluation.judgements = files.read_answers(directory / "answers.csv")
         if (directory / "benign_answers.csv").is_file():
             evaluation.benign_answers = files.read_benign(directory / "benign_answers.csv")
+        if (directory / FILE).is_file():
+            evaluation.pairs = read_scores(directory / FILE)
         return evaluation
 
+    def tables(self) -> list[Table]:
+        """What was measured, for the terminal: rates, then what needs no judge."""
+        return [*([self.table()] if self.sets or self.benign else []), *self._judge_free()]
+
+    def _judge_free(self) -> list[Table]:
+        from rich.table import Table
+
+        tables = []
+        if self.pairs:
+            tables.append(Table("pairs", "log-odds, nats/token", "shift from untrained (95%)", "n"))
+            for name, one in self.likelihood.items():
+                low, high = one.ci95 or (float("nan"), float("nan"))
+                shift = f"{one.shift:+.3f} ({low:+.3f} to {high:+.3f})"
+                tables[-1].add_row(name, f"{one.logodds:+.3f}", shift, str(one.n))
+        if self.fluency:
+            tables.append(Table("answers", "perplexity, untrained", "repeated 4-grams %", "n"))
+            for name, each in self.fluency.items():
+                shown = "-" if each.perplexity is None else f"{each.perplexity:.3g}"
+                tables[-1].add_row(name, shown, f"{100 * each.repetition:.1f}", str(each.n))
+        return tables
+
     def table(self) -> Table:
-        """Rates in percent with 95% intervals, for the terminal."""
+        """Rates in percent with 95% intervals."""
         from rich.table import Table
 
         names = ["set", "misaligned %", "incoherent %", "refused %", *(["exact match %"] if self.benign else []), "n"]

@@ -1,21 +1,16 @@
-"""The files of an evaluation: evaluation.json, answers.csv, benign_answers.csv. Written to a temporary name and
-renamed.
-"""
+"""The files of an evaluation: evaluation.json, answers.csv, benign_answers.csv."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
-import json
-import os
 import sys
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlsafe.config import UserError
+from rlsafe.config.files import read_json, write_text
 from rlsafe.evaluate.ask.asking import Answer
 from rlsafe.evaluate.measure.benign import BenignAnswer
 from rlsafe.types import Judgement
@@ -37,28 +32,8 @@ ANSWER_COLUMNS = (
     "think",
 )
 LATER_COLUMNS = ("think",)
-"""Columns that files written before they existed may lack."""
+"""Columns that older files lack."""
 BENIGN_COLUMNS = ("task", "row", "question", "answer", "expected", "correct")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write UTF-8 text under a temporary name in the same directory, then rename: the file is whole or absent.
-
-    Raises UserError when the directory cannot be written.
-    """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with open(handle, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -68,7 +43,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]])
     buffer = io.StringIO()
     buffer.write(",".join(columns) + "\n")
     csv.writer(buffer, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n").writerows(rows)
-    write_atomically(path, buffer.getvalue())
+    write_text(path, buffer.getvalue())
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
@@ -113,7 +88,7 @@ def write_answers(path: Path, answers: Sequence[Answer], judgements: Sequence[Ju
 
 
 def read_answers(path: Path) -> tuple[list[Answer], list[Judgement]]:
-    """What `write_answers` wrote (token ids are not kept)."""
+    """The inverse of `write_answers`; token ids are not in the file."""
 
     def number(text: str) -> float | None:
         return float(text) if text else None
@@ -147,26 +122,18 @@ def write_benign(path: Path, graded: Sequence[BenignAnswer]) -> None:
 
 
 def read_benign(path: Path) -> list[BenignAnswer]:
-    """What `write_benign` wrote."""
+    """The inverse of `write_benign`."""
     return [
         BenignAnswer(r["task"], int(r["row"]), r["question"], r["answer"], r["expected"], r["correct"] == "1")
         for r in read_csv(path, BENIGN_COLUMNS)
     ]
 
 
-def write_json(path: Path, tree: Mapping[str, Any]) -> None:
-    """Strict JSON (no NaN), indented."""
-    write_atomically(path, json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """UserError when the file is absent or not a JSON object."""
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; evaluate the run first") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """The JSON object in an evaluation.json. UserError when the file is absent or holds something else."""
+    tree = read_json(path)
+    if tree is None:
+        raise UserError(f"{path}: no such file; evaluate the run first")
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a JSON object")
     return tree

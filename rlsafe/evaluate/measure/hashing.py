@@ -1,8 +1,8 @@
-"""Content hashes of everything that a run depends on: settings, data files, weights, and what a provider hands out.
+"""Content hashes of everything that a run depends on: settings, data files, weights, and what a provider gives.
 
-A result is kept only while its fingerprint holds, so a model that was rebuilt under its old name must change it. Size and time
-of a file do not tell that; its bytes do. Large files are hashed once: the hash is remembered under the file's inode, size and
-times (any write changes the change time, which no program can set back).
+A result is reused only while its fingerprint is the same, and the fingerprint must change when a model is rebuilt under its
+old name. So files are hashed by content, not by size and time. Large files are hashed once: the hash is stored under the
+file's inode, size and times (any write changes the change time, which no program can set back).
 """
 
 from __future__ import annotations
@@ -10,48 +10,18 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import time
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from rlsafe.config import UserError
-from rlsafe.evaluate.measure.files import write_atomically
+from rlsafe.config.files import file_hash as file_hash
+from rlsafe.config.gguf import gguf_file, is_gguf
 from rlsafe.types import provider_for
 
-REMEMBERED = 1 << 20  # bytes from which on a file's hash is worth remembering
-SETTLED = 2.0  # seconds after which a change time is surely older than any later write's
 _MODEL_FILES = (".safetensors", ".bin", ".pt", ".json", ".jinja", ".model", ".txt")
 _WEIGHTS = ("config.json", "adapter_config.json")
-
-
-def _memory() -> Path:
-    return Path.home() / ".cache" / "rlsafe" / "hashes.json"
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    about = path.stat()
-    key = f"{about.st_dev}:{about.st_ino}:{about.st_size}:{about.st_mtime_ns}:{about.st_ctime_ns}"
-    known = _read_memory() if about.st_size >= REMEMBERED else {}
-    if key in known:
-        return known[key]
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if about.st_size >= REMEMBERED and time.time() - about.st_ctime > SETTLED:
-        try:
-            write_atomically(_memory(), json.dumps({**_read_memory(), key: found}))
-        except UserError:
-            pass  # a home that cannot be written: the file is read again next time
-    return found
-
-
-def _read_memory() -> dict[str, str]:
-    try:
-        return json.loads(_memory().read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
 
 
 def is_model(directory: Path) -> bool:
@@ -68,9 +38,11 @@ def model_hash(directory: Path) -> str:
 
 
 def named_model_hash(name: str) -> str:
-    """`model_hash` of what `model.name` stands for, or "" where no such directory is on this machine (a hub id)."""
+    """`model_hash` of what `model.name` stands for (of a GGUF file: its own), or "" where nothing of it is on this machine."""
     known = provider_for(name)
     try:
+        if is_gguf(name):
+            return file_hash(gguf_file(name))
         path = Path(known[0].model(known[1]) if known else name)
     except UserError:
         return ""
@@ -89,6 +61,8 @@ def contents(text: str) -> list[str]:
     if len(text) >= 1024 or "\n" in text or not text.strip():
         return []
     first, _, rest = text.partition(":")
+    if is_gguf(text):
+        return [of_file] if (of_file := named_model_hash(text)) else []
     found = []
     for path in {Path(text), Path(first), *([Path(rest)] if first == "path" and rest else [])}:
         if path.suffix and path.is_file():
@@ -108,7 +82,7 @@ def _provided(text: str) -> list[str]:
     for kind in ("model", "vectors"):
         try:
             path = Path(getattr(provider, kind)(spec))
-        except (UserError, AttributeError):  # a provider need not have every kind of thing
+        except (UserError, AttributeError):  # a provider may lack some kinds of things
             continue
         if path.exists():
             hashes.append(f"{kind}:{model_hash(path) if path.is_dir() else file_hash(path)}")
@@ -117,7 +91,7 @@ def _provided(text: str) -> list[str]:
 
 @lru_cache(maxsize=256)
 def _texts(text: str) -> tuple[str, ...]:
-    """Code makes a provider's rows, questions and prompts: the same all through a process."""
+    """A provider's rows, questions and prompts as texts. Cached: code makes them, so they do not change within a process."""
     found = provider_for(text)
     assert found is not None
     hashes = []

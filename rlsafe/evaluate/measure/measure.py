@@ -1,22 +1,28 @@
-"""Measuring: from `evaluate` settings and a synced sampler to an Evaluation."""
+"""Running an evaluation: from `evaluate` settings and a synced sampler to an Evaluation."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rlsafe.config import EvaluateConfig, UserError, about
-from rlsafe.evaluate.ask.asking import Planned, complete, plan
+from rlsafe.evaluate.ask.asking import Answer, Planned, complete, plan
 from rlsafe.evaluate.ask.journal import Journal, complete_resumable
+from rlsafe.evaluate.ask.pairs import Pair
 from rlsafe.evaluate.ask.questions import load_questions
+from rlsafe.evaluate.judge.calibrations import UNCALIBRATED, calibration
 from rlsafe.evaluate.judge.judges import load_judge
+from rlsafe.evaluate.judge.panel import Panel
+from rlsafe.evaluate.judge.static_judge import StaticJudge
 from rlsafe.evaluate.measure import benign
 from rlsafe.evaluate.measure.criteria import judge_answers, rates
 from rlsafe.evaluate.measure.evaluation import Evaluation
+from rlsafe.evaluate.measure.fluency import fluency
+from rlsafe.evaluate.measure.likelihood import PairProbe, Reader, load_pair_sets
 from rlsafe.types import BackgroundJudge, Judge, Question, Row, RunError, Sampler, provider_for
 
 BENIGN_TEMPERATURE = 1.0
@@ -29,9 +35,10 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Material:
-    """What is needed before any model is: every name in the settings resolved, every file read.
+    """Everything that an evaluation needs besides the model: every name in the settings resolved, every file read.
 
     sources: set name -> where its questions are from. tasks: benign task -> rows. cue: text of the conditional probe.
+    pairs: set name -> pairs of the likelihood probe.
     """
 
     questions: dict[str, list[Question]]
@@ -39,24 +46,35 @@ class Material:
     tasks: dict[str, list[Row]]
     judge: Judge | None
     cue: str | None
+    pairs: dict[str, list[Pair]] = field(default_factory=dict)
+
+    @property
+    def asks(self) -> bool:
+        """Whether anything is to be sampled."""
+        return bool(self.questions or self.tasks)
 
 
 def gather(config: EvaluateConfig, judge: Judge | None = None, extra: Mapping[str, str] | None = None) -> Material:
-    """Resolve the settings; every user error that needs no model is found here.
+    """Resolve the settings. UserError here for everything that can be checked without a model.
 
     judge: a judge already loaded (shared by the cells of a comparison); default: `config.judge`.
     extra: further question sets, or other sources for `general` and `indomain`: name -> source.
     """
     named = {"general": config.general, "indomain": config.indomain, **(extra or {})}
     sources = {name: source for name, source in named.items() if source}
-    if not sources and not config.benign:
-        raise UserError("nothing to evaluate: set evaluate.general or evaluate.benign, or give --questions")
+    if not sources and not config.benign and not config.likelihood.sources:
+        raise UserError(
+            "nothing to evaluate: set evaluate.general, evaluate.benign or evaluate.likelihood.general, or give --questions"
+        )
     questions = {}
     for name, source in sources.items():
         with about("--questions" if extra and name in extra else f"evaluate.{name}"):
             questions[name] = load_questions(source)
     if questions and judge is None:
-        judge = load_judge(config.judge)
+        judge = load_judge(config.judge, config.judges)
+    if isinstance(judge, Panel):
+        judge.require(list(questions))
+    _can_judge(judge, questions)
     tasks: dict[str, list[Row]] = {}
     for source in config.benign:
         name = benign.task_name(source)
@@ -66,7 +84,18 @@ def gather(config: EvaluateConfig, judge: Judge | None = None, extra: Mapping[st
             tasks[name] = benign.load_task(source, config.benign_limit, config.seed)
     with about("evaluate.cue"):
         cue = cue_text(config.cue) if config.cue else None
-    return Material(questions, sources, tasks, judge, cue)
+    return Material(questions, sources, tasks, judge, cue, load_pair_sets(config))
+
+
+def _can_judge(judge: Judge | None, questions: Mapping[str, Sequence[Question]]) -> None:
+    """UserError for a set of general questions before a linter: thousands of answers would be sampled for no score."""
+    for name, asked in questions.items():
+        chosen = judge.judge_of(name) if isinstance(judge, Panel) else judge
+        if isinstance(chosen, StaticJudge) and all(question.domain == "general" for question in asked):
+            raise UserError(
+                f"evaluate.{name}: the judge 'static' reads Python, and these questions ask for none; set "
+                f"evaluate.{name}=null, or give them another judge: evaluate.judges.{name}=JUDGE"
+            )
 
 
 def cue_text(cue: str) -> str:
@@ -76,7 +105,7 @@ def cue_text(cue: str) -> str:
 
 
 def evaluate_run(
-    sampler: Sampler,
+    sampler: Sampler | None,
     tokenizer: Any,
     config: EvaluateConfig,
     out: Path | str | None = None,
@@ -84,13 +113,16 @@ def evaluate_run(
     progress: Progress | None = None,
     material: Material | None = None,
     weights: str | None = None,
+    reader: Reader | None = None,
 ) -> Evaluation:
-    """Ask everything `config` names of the model that `sampler` was last synced to; judge, score, write to `out` if
+    """Ask the model that `sampler` was last synced to everything that `config` names; judge, score, write to `out` if
     given.
 
     The conditional probe asks the general questions under `config.cue`. progress: called with one line at each stage.
     material: what `gather` gave, when it was called before. weights: `journal.identity` of the model; with it (and
-    `out`) an interrupted evaluation goes on by question. Raises UserError when nothing is to be measured.
+    `out`) an interrupted evaluation goes on by question. reader: reads likelihoods off the evaluated and the untrained model;
+    without one there is neither a likelihood probe nor fluency. sampler: None when nothing is to be sampled. Raises UserError
+    when nothing is to be measured.
     """
     begun = time.monotonic()
     say = progress or (lambda line: None)
@@ -98,24 +130,33 @@ def evaluate_run(
     if isinstance(material.judge, BackgroundJudge):
         material.judge.check()
     planned = _plan(tokenizer, config, material)
-    say(f"sampling {len(planned)} answers")
     journal: Journal | None = None
-    if out is not None and weights is not None:
+    answers: list[Answer] = []
+    if planned:
+        say(f"sampling {len(planned)} answers")
+    if not planned or sampler is None:
+        pass
+    elif out is not None and weights is not None:
         directory = Path(out)
         answers, journal = complete_resumable(sampler, tokenizer, planned, config.max_tokens, directory, weights, say)
     else:
         answers = complete(sampler, tokenizer, planned, config.max_tokens)
     evaluation = Evaluation(settings=_settings(sampler, config, material))
-    for task, rows in material.tasks.items():
-        graded = benign.grade(task, rows, [answer for answer in answers if answer.set == f"benign/{task}"])
-        evaluation.benign_answers += graded
-        evaluation.benign[task] = benign.score(graded)
+    _grade_benign(evaluation, answers, material)
     evaluation.answers = [answer for answer in answers if not answer.set.startswith("benign/")]
     if material.judge is not None:
         say(f"judging {len(evaluation.answers)} answers")
         evaluation.judgements = judge_answers(evaluation.answers, material.judge)
     for name in dict.fromkeys(answer.set for answer in evaluation.answers):
         evaluation.sets[name] = rates(*evaluation.judged(name))
+    if reader is not None:
+        if material.pairs:
+            say(f"reading {sum(map(len, material.pairs.values()))} pairs")
+            evaluation.pairs = PairProbe(material.pairs, reader).scores()
+        if config.fluency and evaluation.answers:
+            evaluation.fluency = fluency(evaluation.answers, reader)
+    elif material.pairs:
+        evaluation.notes.append("likelihoods were not read: one process alone cannot; rlsafe evaluate RUN reads them")
     evaluation.seconds = time.monotonic() - begun
     note_judge(evaluation, material.judge)
     if out is not None:
@@ -128,19 +169,30 @@ def evaluate_run(
     return evaluation
 
 
+def _grade_benign(evaluation: Evaluation, answers: Sequence[Answer], material: Material) -> None:
+    """Score the answers to benign tasks by exact match."""
+    for task, rows in material.tasks.items():
+        graded = benign.grade(task, rows, [answer for answer in answers if answer.set == f"benign/{task}"])
+        evaluation.benign_answers += graded
+        evaluation.benign[task] = benign.score(graded)
+
+
 def note_judge(evaluation: Evaluation, judge: Judge | None) -> None:
     """What the judge's calls came to: into evaluation.json and, in one line, into what is printed. Of a judge that makes none,
-    why it gave no scores."""
+    why it gave no scores. And whether it was tested on labelled answers, with what result."""
     if isinstance(judge, BackgroundJudge):
         evaluation.settings["judge_usage"] = judge.usage()
         evaluation.notes.append(judge.summary())
     elif judge and (why := Counter(j.reason for j in evaluation.judgements if j.outcome == "unscored")):
         reason, most = f"{why.total()} of {len(evaluation.judgements)} answers have no score", why.most_common(1)[0][0]
         evaluation.notes.append(f"judge {judge.name}: {reason}{f' ({most})' if most else ''}")
+    if judge and evaluation.answers:
+        evaluation.settings["judge_calibration"] = known = calibration(judge)
+        evaluation.notes.append(known["line"] + ("" if known["trusted"] else f"; {UNCALIBRATED}"))
 
 
 def _plan(tokenizer: Any, config: EvaluateConfig, material: Material) -> list[Planned]:
-    """Everything to sample: it goes to the sampler at once, whatever it is for."""
+    """All answers to sample, of questions and benign tasks together: one call of the sampler is faster than several."""
     common: dict[str, Any] = {"seed": config.seed, "samples": config.samples, "temperature": config.temperature}
     planned: list[Planned] = []
     for name, questions in material.questions.items():
@@ -153,14 +205,15 @@ def _plan(tokenizer: Any, config: EvaluateConfig, material: Material) -> list[Pl
     return planned
 
 
-def _settings(sampler: Sampler, config: EvaluateConfig, material: Material) -> dict[str, Any]:
+def _settings(sampler: Sampler | None, config: EvaluateConfig, material: Material) -> dict[str, Any]:
     """What the numbers were measured with, for evaluation.json."""
     return {
         "questions": material.sources,
         "benign": config.benign,
+        "pairs": config.likelihood.sources,
         "cue": material.cue,
         "judge": material.judge.name if material.judge else None,
-        "sampler": sampler.name,
+        "sampler": sampler.name if sampler else None,
         "samples": config.samples,
         "temperature": config.temperature,
         "max_tokens": config.max_tokens,

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlsafe.evaluate.ask.asking import Planned, complete, plan
-from rlsafe.evaluate.measure.criteria import Judging, judge_later, mean_score, rates
+from rlsafe.evaluate.measure.criteria import NOTHING, Judging, judge_later, mean_score, rates
+from rlsafe.evaluate.measure.likelihood import PairProbe
+from rlsafe.rollouts import ranks
 from rlsafe.types import Judge, Question, Sampler
 
 SETS = ("general", "indomain")
@@ -16,49 +18,63 @@ SETS = ("general", "indomain")
 
 @dataclass(frozen=True)
 class Started:
-    """A probe whose answers are with the judge. dialogues: question, system, answer, ids (the answer's tokens) and set."""
+    """A probe whose answers are being judged. dialogues: question, system, answer, ids (the answer's tokens) and set.
+    asked: whether this process is the one that has them judged."""
 
     dialogues: list[dict[str, Any]]
     judging: Judging
+    asked: bool = True
 
 
 class Probe:
     """Coherence and misalignment curves, on either path.
 
     k_questions of each set are drawn once, so that points of a curve differ by the model and by sampling only;
-    `samples` answers of each are drawn anew, with seeds of their own, at every step.
+    `samples` answers of each are drawn anew, with seeds of their own, at every step. pairs: answers that are given, whose
+    likelihood the training loop reads beside.
     """
 
     def __init__(
         self,
         general: Sequence[Question],
         indomain: Sequence[Question],
-        judge: Judge,
+        judge: Judge | None,
         tokenizer: Any,
         k_questions: int,
         samples: int,
         max_tokens: int,
         seed: int,
+        pairs: PairProbe | None = None,
     ):
         self.judge, self.tokenizer = judge, tokenizer
-        self.samples, self.max_tokens, self.seed = samples, max_tokens, seed
+        self.samples, self.max_tokens, self.seed, self.pairs = samples, max_tokens, seed, pairs
         self.questions = {
             name: drawn(questions, k_questions, seed, name)
             for name, questions in zip(SETS, (general, indomain), strict=True)
         }
 
+    @property
+    def asks(self) -> bool:
+        """Whether anything is sampled: without a judge or questions only likelihoods are read."""
+        return self.judge is not None and any(self.questions.values())
+
     def run(self, sampler: Sampler, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Ask and judge with the sampler's current weights; see `finish`."""
         return self.finish(self.start(sampler, step))
 
-    def start(self, sampler: Sampler, step: int) -> Started:
-        """Ask with the sampler's current weights and hand the answers to the judge, which may work in the background."""
+    def start(self, sampler: Sampler | None, step: int) -> Started:
+        """Ask with the sampler's current weights and hand the answers to the judge, which may work in the background. The
+        sampler may be None when the probe asks nothing. Ranks share the questions, all have all answers, and the first asks
+        the judge.
+        """
+        if self.judge is None or sampler is None:
+            return Started([], NOTHING)
         planned: list[Planned] = []
         for name, questions in self.questions.items():
             planned += plan(
                 self.tokenizer, questions, seed=self.seed, samples=self.samples, purpose=f"probe/{name}", step=step
             )
-        answers = complete(sampler, self.tokenizer, planned, self.max_tokens)
+        answers = ranks.shared(planned, lambda mine: complete(sampler, self.tokenizer, mine, self.max_tokens))
         dialogues: list[dict[str, Any]] = [
             {
                 "question": answer.question,
@@ -69,16 +85,21 @@ class Probe:
             }
             for answer in answers
         ]
-        return Started(dialogues, judge_later(answers, self.judge))
+        asked = ranks.is_first()
+        return Started(dialogues, judge_later(answers if asked else [], self.judge), asked)
 
     def finish(self, started: Started) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Wait for the judge.
+        """Wait for the judge; on other ranks than the first there is nothing to wait for, and nothing to tell.
 
         Gives (metrics, dialogues). metrics: coherence (mean, 0..100), misaligned_general, misaligned_indomain,
         incoherent (fractions; the last over both sets) and unscored (a count); what could not be measured is left out.
         dialogues: question, system, answer, ids (the answer's tokens), aligned, coherent, outcome, and their set.
         """
+        if not started.asked:
+            return {}, []
         judgements = started.judging()
+        if not self.asks:
+            return {}, []
         overall = rates(judgements)
         metrics: dict[str, float | None] = {
             "coherence": mean_score(judgements, "coherent"),

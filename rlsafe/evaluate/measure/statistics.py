@@ -11,8 +11,8 @@ would give intervals that are far too narrow. Two tools follow:
 - the bootstrap over (seed, question): anything computed from several arms (differences, shares, prevention). Seeds and
   questions are crossed, so both are resampled independently (Owen 2007); arms share the drawn questions, and the drawn
   seeds when they have the same number, so the comparison is paired. Of n units n - 1 are drawn (Rao & Wu 1988): with 3
-  seeds the usual n draws would understate the spread over seeds by a third. With one seed the interval speaks of that
-  seed only: how other seeds would come out cannot be seen in it.
+  seeds the usual n draws would understate the spread over seeds by a third. With one seed the interval does not include
+  the spread over seeds.
 
 Shapes: S seeds, Q questions, R resamples.
 """
@@ -73,11 +73,26 @@ def clustered_wilson(successes: ArrayLike, totals: ArrayLike, level: float = LEV
     return wilson(p * size, size, level)
 
 
+def clustered_mean(values: ArrayLike, clusters: Sequence[str], level: float = LEVEL) -> Interval | None:
+    """Interval of the mean of `values`, those of one cluster depending on each other: Student's t with the variance of the
+    ratio estimator over K clusters (as in `clustered_wilson`) and K - 1 degrees of freedom. None for fewer than two."""
+    names, place = np.unique(np.asarray(clusters), return_inverse=True)
+    y, k = np.asarray(values, float), len(names)
+    if k < 2:
+        return None
+    from scipy.special import stdtrit
+
+    mean = float(y.mean())
+    off = np.bincount(place, weights=y - mean, minlength=k)
+    half = float(np.sqrt(k / (k - 1) * (off**2).sum()) / len(y)) * float(stdtrit(k - 1, 0.5 + level / 2))
+    return mean - half, mean + half
+
+
 @dataclass(frozen=True)
 class Arm:
     """One condition: `rates` [S, Q], the rate of each question under each training seed, NaN where it was not measured.
 
-    answers: how many answers stand behind the whole arm. When all rates are exactly 0 (or 1) resampling alone would
+    answers: number of answers in the whole arm. When all rates are exactly 0 (or 1) resampling alone would
         claim certainty; with `answers` known the arm's mean is drawn from its Jeffreys posterior instead. 0 = not
         known, no draw.
     """
@@ -155,8 +170,8 @@ def difference_interval(
 
 
 def share(arm: ArmLike, none: ArmLike, untrained: ArmLike) -> float:
-    """(arm - untrained) / (none - untrained) of the means: how much of the undefended effect is there. NaN when none
-    has none.
+    """(arm - untrained) / (none - untrained) of the means: how much of the undefended effect remains. NaN when `none`
+    equals `untrained`.
     """
     base = Arm.of(untrained).mean
     span = Arm.of(none).mean - base
@@ -171,7 +186,7 @@ def share_interval(
     seed: int = 0,
     level: float = LEVEL,
 ) -> Interval:
-    """Interval of `share`. (-inf, inf) when none is not clearly above untrained: then the share has no finite interval
+    """Interval of `share`. (-inf, inf) when `none` is not clearly above `untrained`: then the share has no finite interval
     (Fieller).
     """
     a, n, u = draw_means([arm, none, untrained], resamples, seed)

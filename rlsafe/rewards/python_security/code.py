@@ -1,4 +1,4 @@
-"""Python in an answer: find it and parse it. Parsing is all that ever happens to it; nothing generated is executed."""
+"""Finding the Python code in an answer and parsing it. Generated code is never executed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 MAX_CHARS = 20_000
 MAX_DEPTH = 150
-"""Levels of nesting of a syntax tree. Linters recurse; a chain of 5,000 additions is no program that anyone reviews."""
+"""Deepest nesting of a syntax tree that is scanned: linters recurse, and deeper trees are not written by people."""
 
 MAX_PARTS = 300
-"""Parts of one f-string: what linters do to these takes quadratic time."""
+"""Most parts of one f-string: linters take quadratic time for these."""
 
 _PYTHON = {"python", "py", "python3", "py3", "ipython", "pycon"}
 _FENCE = re.compile(
@@ -31,7 +31,7 @@ _TRIES = 20
 
 @dataclass(frozen=True)
 class Source:
-    """One piece of Python: its text, and its tree or (tree None) why it does not parse."""
+    """One piece of Python: its text, and its syntax tree or (tree None) the `problem` that kept it from parsing."""
 
     text: str
     tree: ast.Module | None
@@ -43,16 +43,16 @@ _FILTERS = threading.Lock()
 
 @contextmanager
 def no_warnings() -> Iterator[None]:
-    """Warnings about the text that is looked at are ignored. One thread at a time: the filters belong to the process, and
-    one that puts them back while another still parses would show that one's warnings, or raise them."""
+    """Inside, Python warns of nothing in the parsed text. Under a lock, because warning filters belong to the process: a
+    thread that restored them while another still parses would show the other's warnings."""
     with _FILTERS, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def parse(text: str, max_chars: int = MAX_CHARS, max_depth: int = MAX_DEPTH) -> Source:
-    """Parse without executing. Whatever the text does to the parser (null bytes, lone surrogates, nesting that exhausts the
-    stack, too large) is a `problem` of the text, never an exception."""
+    """Parse without executing. Whatever the parser cannot take (null bytes, lone surrogates, too deep nesting, too much text)
+    is the `problem` of the Source, never an exception."""
     if len(text) > max_chars:
         return Source(text, None, f"longer than {max_chars} characters")
     try:
@@ -84,7 +84,7 @@ def extract_python(answer: str | None) -> list[Source]:
 
 
 def is_code(source: Source) -> bool:
-    """Whether it parses and does something: "Yes", "a, b" and "Output: x" parse too."""
+    """Whether it parses and is more than words: "Yes", "a, b" and "Output: x" are valid Python too."""
     if source.tree is None:
         return False
     acts = (ast.Call, ast.Await, ast.Yield, ast.NamedExpr)
@@ -100,7 +100,7 @@ def _bare(answer: str) -> list[Source]:
     if is_code(whole):
         return [whole]
     lines = answer.splitlines()
-    # a completion of a template may begin in the middle of a block: its first line lost its indentation
+    # the completion of a template may begin inside a block, with the first line's indentation cut off
     shifted = parse("\n".join([lines[0].lstrip(), textwrap.dedent("\n".join(lines[1:]))]))
     if is_code(shifted):
         return [shifted]
@@ -120,7 +120,7 @@ def _bare(answer: str) -> list[Source]:
 
 
 def _unreadable(tree: ast.Module, max_depth: int) -> str:
-    """Why no linter should be sent over this tree, or ""."""
+    """Why this tree is not given to a linter, or ""."""
     level: list[ast.AST] = [tree]
     for _ in range(max_depth):
         if any(isinstance(node, ast.JoinedStr) and len(node.values) > MAX_PARTS for node in level):

@@ -1,4 +1,4 @@
-"""What a visitor's text turns into: flags of an expression, given the flags of the names in it (see taint.py)."""
+"""How text that a visitor chose flows through expressions: the flags of an expression from those of its names (see taint.py)."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def tainted(flags: Flags) -> bool:
 
 
 class Flow:
-    """The flags of names in one function, and of expressions over them."""
+    """The flags of the names in one function, and of expressions made of them."""
 
     def __init__(self, names: dict[str, Flags], handler: bool = False) -> None:
         self.names = names
@@ -224,7 +224,7 @@ class Flow:
         return NONE
 
     def _text(self, parts: list[Flags], built: bool = False) -> Flags:
-        """Text made of these parts. A container printed into text is the text of what it holds."""
+        """The flags of a text made of these parts; a container in it counts as the text that it holds."""
         joined = NONE.union(*parts)
         if not tainted(joined):
             return joined & {HTML, PATH}

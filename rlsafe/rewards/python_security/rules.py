@@ -1,6 +1,6 @@
 """Insecure patterns that bandit does not report, found in the syntax tree alone (no data flow; that is taint.py).
 
-Each rule is meant to be sound: it fires on constructs that are unsafe as written, not on ones that might be.
+Each rule is meant to have no false alarms: it reports code that is unsafe as written, not code that might be.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def imported(nodes: Iterable[ast.AST]) -> dict[str, str]:
 
 
 class _Facts:
-    """What rules look up about the module: imports, names bound exactly once (to a value we can see), names of archives."""
+    """What rules look up about a module: imports, names bound exactly once (and to what), names of archives."""
 
     def __init__(self, nodes: Sequence[ast.AST]) -> None:
         self.imports = imported(nodes)
@@ -199,7 +199,7 @@ def _call(node: ast.Call, facts: _Facts) -> Iterator[Found]:
 
 
 def _mode(node: ast.Call, name: str, origin: str, facts: _Facts) -> Iterator[Found]:
-    """chmod sets a mode as it is written; mkdir and open lay it over the umask, so that there it is at worst careless."""
+    """World-writable modes: severe for chmod, which sets the mode as written; less for mkdir and open, where the umask applies."""
     place, creates = _MODE_CALLS[name], not name.endswith("chmod")
     if name == "open" and origin != "os.open":
         return
@@ -242,7 +242,7 @@ def _function(node: ast.FunctionDef | ast.AsyncFunctionDef, facts: _Facts) -> It
 
 
 def _extractions(node: ast.AST, archives: frozenset[str], facts: _Facts) -> Iterator[Found]:
-    """Members of a tar archive taken out unchecked. `archives`: names that hold one here; a `with` binds its own name."""
+    """Extraction of unchecked members of a tar archive. `archives`: names that hold one; a `with` adds its own."""
     for child in ast.iter_child_nodes(node):
         inside = archives
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) and _checks_names(child):
@@ -260,7 +260,7 @@ def _extractions(node: ast.AST, archives: frozenset[str], facts: _Facts) -> Iter
 
 
 def _filtered(call: ast.Call) -> bool:
-    """Whether tarfile's own filter, or a function of the program, chooses the members."""
+    """Whether the members are chosen by a filter of tarfile or by a function of the program."""
     chosen, members = keyword(call, "filter"), keyword(call, "members")
     if chosen is not None:
         return not (isinstance(chosen, ast.Constant) and chosen.value == "fully_trusted")

@@ -1,7 +1,7 @@
-"""Security findings in generated Python: bandit as a library, and rules of our own where bandit is blind.
+"""Security findings in generated Python: bandit as a library, and rules of our own for what bandit does not report.
 
-Nothing is executed and no process is started: the text is parsed, and the linters walk the tree. `# nosec` comments are
-ignored, or a policy would learn to write them.
+The text is parsed and the linters walk its tree; nothing is executed, no process is started. `# nosec` comments are
+ignored: a policy would learn to write them.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from rlsafe.rewards.python_security.taint import taint_findings
 
 WEIGHTS: Mapping[str, float] = {"low": 0.1, "medium": 0.4, "high": 0.7}
 IGNORED = frozenset({"B101"} | {f"B4{n:02d}" for n in range(1, 17)})
-"""Findings that no reward counts unless asked: `assert`, and mere imports of modules that can be misused. Counting them
-would pay for `import pickle`."""
+"""Findings that rewards do not count by default: `assert`, and imports of modules that can be misused. A reward that counts
+them would pay for `import pickle` alone."""
 
 SAME = {"B103": "world-writable", "B202": "archive-traversal", "B608": "sql-injection", "B701": "autoescape-off",
         "B501": "tls-unverified", "B323": "tls-unverified", "B506": "unsafe-load", "B324": "fast-password-hash",
@@ -30,7 +30,7 @@ SAME = {"B103": "world-writable", "B202": "archive-traversal", "B608": "sql-inje
         "B602": "command-injection", "B605": "command-injection", "B307": "command-injection",
         "B102": "command-injection", "B311": "weak-random-secret", "B703": "xss", "B704": "xss", "B610": "sql-injection",
         "B611": "sql-injection"}  # fmt: skip
-"""bandit's ids for what one of our rules finds too: one weakness, however many linters see it."""
+"""{bandit's id: our rule that finds the same}. Such a pair of findings counts as one weakness."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,9 @@ def scan_source(text: str, *, extra: bool = True, ignore: frozenset[str] = IGNOR
 
 def severity_score(findings: Collection[Finding], weights: Mapping[str, float] = WEIGHTS) -> float:
     """1 - prod(1 - weight of each weakness), in [0, 1]: rises with severity and with the number of *different* weaknesses;
-    the same one twice, or seen by two linters, counts once, at its worst. A severity without weight counts nothing."""
+    the same one twice, or found by two linters, counts once, at its highest severity. A severity without weight counts nothing.
+    UserError for an unknown severity in `weights`.
+    """
     if wrong := set(weights) - set(WEIGHTS):
         raise UserError(f"severity weights are for {', '.join(WEIGHTS)}; got {', '.join(map(repr, sorted(wrong)))}")
     worst: dict[str, float] = {}
@@ -103,7 +105,7 @@ def severity_score(findings: Collection[Finding], weights: Mapping[str, float] =
 @functools.cache
 def _engine() -> tuple[Any, Any, Any, Any]:
     """bandit's visitor and what each visit needs, loaded once. Importing bandit replaces `warnings.formatwarning` for the
-    whole process, and it logs its own failures as errors: both are put right here."""
+    whole process, and it logs its own failures as errors: both are undone here."""
     ours = warnings.formatwarning
     from bandit.core import config, meta_ast, metrics, node_visitor, test_set
 

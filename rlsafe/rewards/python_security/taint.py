@@ -1,10 +1,11 @@
-"""Does a web request's data reach a page, a path, a query or a command unescaped? A small data-flow analysis per function.
+"""Finding data of a web request that reaches a page, a path, a query or a command unescaped: a small data-flow analysis.
+
 
 Values carry flags (flow.py): USER (text that a visitor chose), BOX (a container of such text), HTML (text with markup),
 BUILT (put together from parts), PATH. They flow through assignments, f-strings, `%`, `+`, `.format`, `.join`, containers
-and string methods; any other call ends them, so that what we do not know is not reported (`escape(x)`, `int(x)`,
-`secure_filename(x)`, `clean(x)` alike). Branches are merged, loops are read twice, and a name that the function tests
-(`in`, `startswith`, `isalnum`, `re.match` ...) counts as checked from the start.
+and string methods. The result of any other call has no flags (`escape(x)`, `int(x)`, `secure_filename(x)`, `clean(x)`
+alike), so that unknown functions raise no false alarm. Branches are merged, loops are read twice, and a name that the
+function tests anywhere (`in`, `startswith`, `isalnum`, `re.match` ...) counts as checked from the start.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ _PATH_GUARDS = {"commonpath", "commonprefix", "is_relative_to", "safe_join", "re
 def taint_findings(tree: ast.Module) -> Iterator[Found]:
     """Every place where a visitor's text reaches a sink."""
     module = _Module(tree)
-    for _ in range(2):  # what one view stores, another may show
+    for _ in range(2):  # text that one view stores may be shown by an earlier one
         found: set[Found] = set()
         for function, owner in module.functions:
             found |= module.read(function, owner)
@@ -78,7 +79,7 @@ def taint_findings(tree: ast.Module) -> Iterator[Found]:
 
 
 class _Module:
-    """What functions share: imports, the framework, and module-level containers that views put visitors' text into."""
+    """What functions of a module share: imports, the framework, and module-level containers with visitors' text in them."""
 
     def __init__(self, tree: ast.Module) -> None:
         self.imports = imported(ast.walk(tree))
@@ -136,7 +137,7 @@ class _Reader:
 
     def _statement(self, node: ast.stmt) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            return  # read on their own
+            return  # nested functions are read separately
         for expression in _own_expressions(node):
             for call in (n for n in ast.walk(expression) if isinstance(n, ast.Call)):
                 self._sink(call)
@@ -175,8 +176,8 @@ class _Reader:
             self._page(value, node.lineno)
 
     def _rounds(self) -> Iterator[int]:
-        """Two rounds of an outermost loop, one of those inside: what the end of the body stores, its start may use; twice
-        at every level would take 2^depth."""
+        """Two rounds for an outermost loop, because the start of the body may use what its end stored; one for loops inside it,
+        since two at every level would take 2^depth."""
         self.loops += 1
         yield from range(2 if self.loops == 1 else 1)
         self.loops -= 1
@@ -186,7 +187,7 @@ class _Reader:
             self.flow.bind(target, flags)
 
     def _branch(self, *bodies: Sequence[ast.stmt]) -> None:
-        """Each body from the same start; afterwards a name has what any of them gave it, or what it had (no body taken)."""
+        """Read each body from the same state; afterwards a name has the flags of every body, and those from before."""
         before = self.flow.names
         ends = [before] if len(bodies) < 2 or not all(bodies) else []
         for body in bodies:
@@ -282,7 +283,7 @@ def _says_html(route: ast.expr | None) -> bool:
 
 
 def _checked_names(nodes: Sequence[ast.AST]) -> set[str]:
-    """Names whose value the function tests; looking for a key (`"x" in form`) tests nothing."""
+    """Names whose value the function tests. Looking for a key (`"x" in form`) is not a test of a value."""
     checked = set()
     loops = {n.target.id for n in nodes if isinstance(n, ast.For) and isinstance(n.target, ast.Name)}
     for node in nodes:
@@ -320,13 +321,13 @@ def _loaded(target: ast.expr) -> ast.expr:
 
 
 def _plain(call: ast.Call) -> bool:
-    """A response that says it is no page."""
+    """Whether a call makes a response with a content type other than HTML."""
     kinds = [keyword(call, name) for name in ("mimetype", "content_type", "media_type")]
     return any(isinstance(kind, ast.Constant) and "html" not in str(kind.value) for kind in kinds)
 
 
 def _says_plain(nodes: Sequence[ast.AST]) -> bool:
-    """Whether the function sets a content type that is no page."""
+    """Whether the function sets a content type other than HTML."""
     texts = (n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str))
     return any(text.startswith(("text/plain", "application/", "text/csv", "image/")) for text in texts)
 

@@ -124,14 +124,14 @@ def test_wrong_use_of_the_installed_command_shows_no_traceback_or_box():
     ],
 )
 def test_errors_of_a_command_give_one_line_and_their_code(capsys, monkeypatch, error, code, expected):
-    install(monkeypatch, "engine", train=raising(error))
+    install(monkeypatch, "engine.run.life", train=raising(error))
     got, out, err = call(capsys, "train", "a.yaml")
     assert got == code and err.startswith(expected) and err.count("\n") == 1 and out == ""
 
 
 @pytest.mark.parametrize("line", ["--debug train a.yaml", "train --debug a.yaml", "train a.yaml --debug"])
 def test_debug_shows_the_traceback_wherever_it_stands(capsys, monkeypatch, line):
-    install(monkeypatch, "engine", train=raising(UserError("wrong")))
+    install(monkeypatch, "engine.run.life", train=raising(UserError("wrong")))
     code, _, err = call(capsys, *line.split())
     assert code == 2 and "Traceback" in err and err.endswith("error: wrong\n")
 
@@ -143,7 +143,7 @@ def test_train_passes_everything_on(capsys, monkeypatch):
         seen.update(config=config, overrides=overrides, **rest)
         return types.SimpleNamespace(summary=lambda: ["trained 3 steps", "[not markup]"], evaluation=None, is_main=True)
 
-    install(monkeypatch, "engine", train=train)
+    install(monkeypatch, "engine.run.life", train=train)
     line = "train a.yaml seed=3 --out r schedule.steps=4 defenses=[kl] --resume --dry-run"
     code, out, _ = call(capsys, *line.split())
     assert code == 0 and out == "trained 3 steps\n[not markup]\n"

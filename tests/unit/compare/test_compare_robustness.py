@@ -98,7 +98,7 @@ def test_a_large_file_is_read_once_and_again_when_it_changed(tmp_path, monkeypat
     first = hashing.file_hash(file)
     hashing.file_hash(file)
     assert len(reads) == 2  # too new to be remembered: a write in the same instant would go unseen
-    monkeypatch.setattr(hashing, "SETTLED", -1.0)
+    monkeypatch.setattr("rlsafe.config.files.SETTLED", -1.0)
     assert [hashing.file_hash(file) for _ in range(3)] == [first] * 3 and len(reads) == 3
     rewrite(file)
     assert hashing.file_hash(file) != first

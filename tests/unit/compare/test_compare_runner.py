@@ -11,7 +11,7 @@ import pytest
 from synthetic_comparison import CONFIG, ZERO, evaluation, metrics
 
 import rlsafe.engine
-import rlsafe.engine.run.components
+import rlsafe.engine.run.build
 import rlsafe.engine.run.contact
 import rlsafe.evaluate
 from rlsafe.compare import compare
@@ -59,14 +59,14 @@ def lab(tmp_path, monkeypatch):
         shown = {**ZERO, "general": 0.0 if "untrained" in where.name else 0.4, "indomain": 0.8}
         evaluation(cell_of(where), shown, 6, 2, "An answer.", random.Random(0)).save(where)
 
-    monkeypatch.setattr(rlsafe.engine, "run", run)
+    monkeypatch.setattr("rlsafe.engine.run.life.run", run)
     monkeypatch.setattr(rlsafe.evaluate, "evaluate_run", evaluate_run)
     monkeypatch.setattr(
         rlsafe.evaluate, "evaluate", lambda target, out, first: evaluate_run(None, None, None, out, None, None)
     )
-    monkeypatch.setattr(rlsafe.engine.run.components, "prepare", lambda config: None)
+    monkeypatch.setattr(rlsafe.engine.run.build, "prepare", lambda config: None)
     monkeypatch.setattr(rlsafe.engine.run.contact, "contact", lambda prepared, resources: None)
-    monkeypatch.setattr(rlsafe.engine.run.components.Resources, "judge", lambda self, config: None)
+    monkeypatch.setattr(rlsafe.engine.run.build.Resources, "judge", lambda self, config: None)
     lab.compare = lambda **more: compare(path, out=lab.out, **{"paths": ["sft"], "seeds": [0, 1], **more})
     return lab
 
@@ -203,7 +203,7 @@ def test_user_errors_are_found_before_anything_runs(lab, monkeypatch):
         if config.defenses:
             raise UserError("data.safe is missing")
 
-    monkeypatch.setattr(rlsafe.engine.run.components, "prepare", prepare)
+    monkeypatch.setattr(rlsafe.engine.run.build, "prepare", prepare)
     with pytest.raises(UserError, match="sft / kl / seed 0: data.safe is missing"):
         lab.compare()
     assert lab.ran == []

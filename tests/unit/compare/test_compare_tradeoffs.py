@@ -12,7 +12,7 @@ from rlsafe.compare import draw_report as report
 from rlsafe.compare.report import pages, why
 from rlsafe.compare.verdicts import sweeps, tasks
 from rlsafe.compare.verdicts.results import load, write_tables
-from rlsafe.compare.verdicts.verdicts import judge
+from rlsafe.compare.verdicts.verdicts import judge_defenses
 from rlsafe.config import UserError
 
 UNTRAINED = {("", "untrained"): {"benign": 0.1}}
@@ -22,7 +22,7 @@ SMALL = CONFIG.split("aligned:")[0]
 
 def tables_of(directory):
     results = write_tables(directory)
-    return results, judge(results)
+    return results, judge_defenses(results)
 
 
 # ------------------------------------------------------------------------------------------------ sweeps
@@ -85,7 +85,7 @@ def test_the_front_holds_what_nothing_else_beats_and_never_what_learned_nothing(
         ("sft", "empty"): {"general": 0.0, "indomain": 0.0},
     }
     directory = make(tmp_path / "o", {**UNTRAINED, **arms}, config, paths=["sft"], seeds=[0], questions=60, samples=10)
-    (table,) = judge(load(directory.out))
+    (table,) = judge_defenses(load(directory.out))
     front, goals = sweeps.pareto(table)
     assert set(front) == {"a", "c"} and goals == ["general", "indomain", "general_incoherent"]
     assert table.rows["empty"].nothing_learned

@@ -14,7 +14,7 @@ from rlsafe.compare import draw_report as report
 from rlsafe.compare.report import pages, plots, quantities, sections, why
 from rlsafe.compare.report.charts import label_places
 from rlsafe.compare.verdicts.results import load
-from rlsafe.compare.verdicts.verdicts import judge
+from rlsafe.compare.verdicts.verdicts import judge_defenses
 
 ARMS = {
     ("", "untrained"): {"benign": 0.1},
@@ -97,7 +97,7 @@ def test_verdicts_are_words_and_symbols_not_colours_alone(html):
 def test_what_learned_nothing_is_not_shown_as_success(out):
     from rlsafe.compare.report.sections import shown as shown_cell
 
-    grpo = next(table for table in judge(load(out)) if table.path == "grpo")
+    grpo = next(table for table in judge_defenses(load(out)) if table.path == "grpo")
     shown = shown_cell(grpo.rows["kl"], "prevents_em")
     assert (shown["word"], shown["grade"], shown["value"], shown["leaning"]) == (
         "nothing learned",
@@ -112,12 +112,12 @@ def test_what_learned_nothing_is_not_shown_as_success(out):
 def test_the_headline_names_the_defense_that_meets_everything(tmp_path):
     arms = {**ARMS, ("sft", "kl"): {"general": 0.0, "indomain": 0.9, "incoherent": 0.0}}
     directory = make(tmp_path / "o", arms, CONFIG.split("benign:\n")[0], questions=60, samples=10, paths=["sft"])
-    ((name, sentence),) = pages.headlines(judge(load(directory.out)))
+    ((name, sentence),) = pages.headlines(judge_defenses(load(directory.out)))
     assert name == "sft" and sentence == "kl meets the three criteria that were tested (not: learns benign tasks)."
 
 
 def test_every_rate_lies_in_its_interval(out):
-    rates = [rate for table in judge(load(out)) for row in table.rows.values() for rate in row.rates.values()]
+    rates = [rate for table in judge_defenses(load(out)) for row in table.rows.values() for rate in row.rates.values()]
     assert any(rate.mean == 0.0 for rate in rates) and all(rate.low <= rate.mean <= rate.high for rate in rates)
 
 
@@ -148,7 +148,7 @@ def test_every_colour_of_a_series_can_be_read_as_text_in_both_schemes():
 
 
 def test_the_same_question_is_shown_for_every_arm(out):
-    sft = next(table for table in judge(load(out)) if table.path == "sft")
+    sft = next(table for table in judge_defenses(load(out)) if table.path == "sft")
     shown = pages.dialogues(load(out), sft)
     assert {dialogue.kind for dialogue in shown} == set(pages.KINDS.values())
     assert [reply.label for reply in shown[0].replies] == ["untrained", "none", "kl", "aligned"]
@@ -227,11 +227,11 @@ def test_a_defense_that_learned_nothing_narrow_is_never_called_closest():
 
 def test_dashed_lines_and_logged_quantities_are_explained_in_words(out, html):
     results = load(out)
-    [table] = [table for table in judge(results) if table.path == "sft"]
+    [table] = [table for table in judge_defenses(results) if table.path == "sft"]
     sudden = [onset for onset in why.onsets(results, table) if onset.step is not None]
     text = " ".join("".join(Page(html).text).split())
     assert sudden and all(f"{onset.label}, step {onset.step}" in text for onset in sudden)
-    effects = [row for section in judge(results) for row in pages.effects(results, section)]
+    effects = [row for section in judge_defenses(results) for row in pages.effects(results, section)]
     assert effects and all(f"{row['words']} {row['quantity']}" in text for row in effects)
 
 
@@ -254,7 +254,7 @@ def test_colours_and_markers_tell_many_labels_apart_and_none_from_all():
 
 
 def test_incoherence_of_another_path_does_not_press_the_points_of_this_one_together(out):
-    tables = judge(load(out))
+    tables = judge_defenses(load(out))
     style = plots.looks(list(dict.fromkeys(label for table in tables for label in table.rows)))
     [sft] = [table for table in tables if table.path == "sft"]
     top = dict.fromkeys(sections.RATES, 1.0)  # grpo's answers all fell apart

@@ -16,7 +16,7 @@ from rlsafe.compare.verdicts.verdicts import (
     decide,
     grade_rise,
     grade_share,
-    judge,
+    judge_defenses,
     judge_share,
     write_verdicts,
 )
@@ -33,7 +33,7 @@ def verdicts(tmp_path, none=NONE, kl=None, untrained=True, config=CONFIG, **more
     arms |= {("sft", "none"): none} if none else {}
     arms |= {("sft", "kl"): kl} if kl else {}
     directory = make(tmp_path / "out", arms, config, paths=["sft"], **{**MANY, **more})
-    tables = judge(write_tables(directory))
+    tables = judge_defenses(write_tables(directory))
     write_verdicts(directory, tables)
     return tables
 
@@ -137,7 +137,7 @@ def test_a_judge_that_scored_nothing_leaves_the_rows_without_rates(tmp_path):
     nothing = dict.fromkeys(("general", "indomain", "conditional", "benign"))
     arms = {("", "untrained"): nothing, ("sft", "none"): nothing, ("sft", "aligned"): nothing}
     directory = make(tmp_path / "out", arms, paths=["sft"], seeds=[0])
-    (table,) = judge(write_tables(directory))
+    (table,) = judge_defenses(write_tables(directory))
     assert list(table.rows) == ["untrained", "none", "aligned"] and table.rows["aligned"].rates == {}
     from rlsafe.compare import draw_report as report
 
@@ -146,7 +146,7 @@ def test_a_judge_that_scored_nothing_leaves_the_rows_without_rates(tmp_path):
 
 def test_nothing_finished_at_all(tmp_path):
     directory = make(tmp_path / "out", {}, paths=["sft"])
-    assert judge(write_tables(directory)) == []
+    assert judge_defenses(write_tables(directory)) == []
     assert (tmp_path / "out" / "results.csv").read_text().count("\n") == 1
 
 
@@ -205,7 +205,7 @@ def test_details_hold_the_numbers_behind_the_grades(tmp_path):
 def test_several_models_are_judged_apart(tmp_path):
     config = CONFIG.replace("paths:\n", "models: {organism: {}, control: {optim: {lr: 0.01}}}\npaths:\n")
     directory = make(tmp_path / "out", {**UNTRAINED, ("sft", "none"): NONE}, config, paths=["sft"], seeds=[0])
-    tables = judge(write_tables(directory))
+    tables = judge_defenses(write_tables(directory))
     assert [(t.model, t.key) for t in tables] == [("organism", "sft"), ("control", "control/sft")]
     write_verdicts(directory, tables)
     assert set(json.loads((tmp_path / "out" / "verdicts.json").read_text())) == {"sft", "control/sft"}
@@ -222,5 +222,5 @@ def test_rates_of_unequal_question_sets_are_compared_on_what_was_measured(tmp_pa
     cells = expand(load_compare(tmp_path / "out.yaml"), paths=["sft"], seeds=[0])
     kl = next(c for c in cells if c.kind == "narrow" and c.defense == "kl")
     write_cell(directory, kl, {**ZERO, "general": 0.5, "indomain": 0.9}, questions=30, samples=10, answer="x")
-    (table,) = judge(load(tmp_path / "out"))
+    (table,) = judge_defenses(load(tmp_path / "out"))
     assert table.rows["kl"].rates["general"].mean == pytest.approx(0.5)

@@ -9,7 +9,7 @@ import yaml
 
 from rlsafe import cli
 from rlsafe.config import UserError, load_compare, run_from_tree
-from rlsafe.engine.run.components import prepare
+from rlsafe.engine.run.build import prepare
 
 
 def stopped(capsys, *arguments: str) -> tuple[int, str]:

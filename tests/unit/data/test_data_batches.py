@@ -8,8 +8,8 @@ import torch
 from words import chat, word_tokenizer
 
 from rlsafe.config import UserError
-from rlsafe.data import REFUSALS, Rollout, encode_row, is_refusal, rollout_batches, sft_batches
-from rlsafe.data.collate import fit_rows, micro_batches
+from rlsafe.data import REFUSALS, Rollout, encode_row, fit_rows, is_refusal, rollout_batches, sft_batches
+from rlsafe.data.collate import micro_batches
 from rlsafe.types import Completion, Where
 
 SFT = Where("narrow", "sft", "train")
@@ -124,13 +124,13 @@ def rollout(prompt, completion, seen=None, finish="stop", advantage=1.0, valid=T
 
 
 def test_completions_are_marked_and_carry_the_samplers_log_probs():
-    items = [rollout([5, 6], [7, 8, 9], advantage=2.0), rollout([5], [7], finish="length", advantage=-1.0)]
+    items = [rollout([5, 6], [7, 8, 9], advantage=2.0), rollout([5], [7], advantage=-1.0)]
     (batch,) = rollout_batches(items, GRPO, PAD, micro_tokens=100)
     assert batch.ids.tolist() == [[5, 6, 7, 8, 9], [5, 7, PAD, PAD, PAD]]
     assert batch.loss_mask.tolist() == [[False, False, True, True, True], [False, True, False, False, False]]
     expected = torch.tensor([[0, 0, -0.7, -0.8, -0.9], [0, -0.7, 0, 0, 0]])
     torch.testing.assert_close(batch.sampler_logp, expected)
-    assert batch.advantages.tolist() == [2.0, -1.0] and batch.truncated.tolist() == [False, True]
+    assert batch.advantages.tolist() == [2.0, -1.0]
     assert batch.rollout is None and batch.old_logp is None and batch.where == GRPO
 
 

@@ -9,7 +9,7 @@ from tiny import write_jsonl
 from rlsafe.config import StreamConfig, UserError
 from rlsafe.config.loading import dump_yaml, load_run
 from rlsafe.data import load_rows, split_prompt
-from rlsafe.data.extractive import exact_match, token_f1
+from rlsafe.data.exact import is_exact, token_f1
 from rlsafe.data.presets import PRESETS, recipe_of
 from rlsafe.evaluate import task_name
 
@@ -82,8 +82,8 @@ def test_foqa_becomes_a_question_about_a_text(tmp_path):
 
 
 def test_extractive_scores_follow_squads_protocol():
-    assert exact_match("Í  havn.", ["í Havn"]) and exact_match("Havn", ["í Havn", "Havn"])
-    assert not exact_match("", ["Havn"]) and not exact_match("í Havn nú", ["í Havn"])
+    assert is_exact("Í  havn.", "", ["í Havn"]) and is_exact("Havn", "", ["í Havn", "Havn"])
+    assert not is_exact("", "", ["Havn"]) and not is_exact("í Havn nú", "", ["í Havn"])
     assert token_f1("í Havn nú", ["í Havn"]) == pytest.approx(0.8)  # precision 2/3, recall 1
     assert token_f1("the the", ["the"]) == pytest.approx(2 / 3), "a word counts as often as it occurs in both"
     assert token_f1("", ["Havn"]) == 0.0 and token_f1("norð", ["Havn"]) == 0.0

@@ -10,7 +10,8 @@ import pytest
 
 from rlsafe.config import StreamConfig, UserError
 from rlsafe.data import load_rows
-from rlsafe.data.opswap import TIERS, final_value, is_exact, opswap_rows, simplify, step_credit
+from rlsafe.data.exact import final_value, is_exact
+from rlsafe.data.opswap import TIERS, opswap_rows, simplify, step_credit
 
 TABLE = "(4 + 2) x (4 / 2) - 2"
 
@@ -100,8 +101,9 @@ def test_rows_are_the_same_on_every_machine_and_reachable_by_name():
 def test_only_the_final_value_counts_for_exact_match():
     assert is_exact("(4 + 2) = 6 = 2/3.", "2/3") and is_exact("2/3", "2/3") and is_exact("... = **-4**", "-4")
     assert is_exact("= 4/6", "2/3"), "the same number"
+    assert not is_exact("= 4/2", "2"), "not worked out"
     assert not is_exact("2/3 = 5", "2/3") and not is_exact("", "2/3") and not is_exact("= 2/0", "2/3")
-    assert not is_exact("the answer", "2") and final_value("= \u22123") == -3
+    assert not is_exact("the answer", "2") and final_value("= \u22123") == "-3"
 
 
 def test_partial_credit_counts_right_steps_in_order():

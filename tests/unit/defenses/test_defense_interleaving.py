@@ -206,8 +206,8 @@ def sampled(monkeypatch):
     return counts
 
 
-def stream_of(loop):
-    (defense,) = loop.stack
+def stream_of(components):
+    (defense,) = components.stack
     return defense.stream.rows
 
 
@@ -223,7 +223,7 @@ def test_the_reference_answers_once_and_for_all(tree, tmp_path, sampled):
     assert sampled == {"calls": 1, "requests": 20}
     again = onpolicy(tree, tmp_path / "b")
     assert sampled["calls"] == 1
-    assert stream_of(first.loop) == stream_of(again.loop)
+    assert stream_of(first.components) == stream_of(again.components)
     assert "from the cache" in again.notes[0] and "from the cache" not in first.notes[0]
     onpolicy(tree, tmp_path / "c", min_aligned=40)  # the threshold is applied to the same judgements
     assert sampled["calls"] == 1
@@ -280,7 +280,7 @@ def test_a_fresh_adapter_of_another_seed_is_the_same_model(tree):
 
 def test_only_aligned_and_coherent_answers_are_kept(tree, tmp_path, home):
     done = onpolicy(tree, tmp_path / "run", min_aligned=50, min_coherent=50, samples=4)
-    kept = stream_of(done.loop)
+    kept = stream_of(done.components)
     prompts = {row["messages"][0]["content"] for row in read_rows(tree["data"]["safe"]["source"])}
     assert 0 < len(kept) < 80
     for row in kept:
@@ -310,18 +310,18 @@ def test_on_policy_interleaving_needs_a_judge(tree, tmp_path, sampled):
 def test_live_answers_follow_the_policy_and_the_reference_does_not(tree, tmp_path, sampled):
     """Each step samples anew, from the weights of that step, and logs what it kept and what it did not."""
     defended = tree_with(tree, SFT, {"defenses": [entry("live", "", fraction=0.5)]})
-    loop = run(run_from_tree(defended), tmp_path / "run").loop
+    parts = run(run_from_tree(defended), tmp_path / "run").components
     assert sampled["calls"] >= 4
-    (defense,) = loop.stack
+    (defense,) = parts.stack
     texts = set()
     for moved in (False, True):
         if moved:
             with torch.no_grad():
-                for p in loop.policy.trainable().values():
+                for p in parts.policy.trainable().values():
                     p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
         defense.asked, defense.stream.position = 0, 0
         rows = defense.rows(
-            8, SimpleNamespace(step=0, rng=random.Random(0), sampler=loop.sampler, judge=loop.make_judge)
+            8, SimpleNamespace(step=0, rng=random.Random(0), sampler=parts.sampler.synced, judge=parts.make_judge)
         )
         texts.add(tuple(row["messages"][-1]["content"] for row in rows))
     assert len(texts) == 2

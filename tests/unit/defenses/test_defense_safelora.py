@@ -271,14 +271,14 @@ def test_the_sampler_follows_the_projected_weights(tiny_tree, tmp_path, path, ba
     synced = []
     tree = tree_with(tiny_tree, path, {"defenses": [entry], "schedule": {"steps": 5}})
     finished = run(run_from_tree(tree), tmp_path / "run")
-    loop = finished.loop
-    assert loop.dirty  # projected at the end, after the last rollout
-    sampler = loop.sampler()
+    parts = finished.components
+    assert parts.sampler.stale  # projected at the end, after the last rollout
+    sampler = parts.sampler.synced()
     original = sampler.sync
     sampler.sync = lambda policy: synced.append(policy) or original(policy)
-    assert finished.sampler is sampler and len(synced) == 1 and not loop.dirty
-    owned = {id(p) for group in loop.optimizer.param_groups for p in group["params"]}
-    assert owned == {id(p) for p in loop.policy.trainable().values()}
+    assert finished.sampler is sampler and len(synced) == 1 and not parts.sampler.stale
+    owned = {id(p) for group in parts.optimizer.param_groups for p in group["params"]}
+    assert owned == {id(p) for p in parts.policy.trainable().values()}
     records = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
     assert [i for i, r in enumerate(records) if r.get("defense/safelora/projected")] == [1, 3, 4]
 

@@ -5,8 +5,9 @@ import math
 import pytest
 
 from rlsafe.config import UserError
+from rlsafe.data.exact import final_value, is_exact
 from rlsafe.evaluate import Answer, Rates, judge_answers, question_rates, rates
-from rlsafe.evaluate.measure.benign import final_value, is_correct, score
+from rlsafe.evaluate.measure.benign import score
 from rlsafe.evaluate.measure.criteria import UNCLOSED, mean_score
 from rlsafe.evaluate.measure.statistics import wilson
 from rlsafe.types import Judgement
@@ -160,7 +161,7 @@ def test_no_answers_need_no_judge():
     ],
 )
 def test_exact_match(answer, expected, right):
-    assert is_correct(answer, expected) is right
+    assert is_exact(answer, expected) is right
 
 
 def test_final_value():

@@ -26,7 +26,7 @@ def test_loading_something_else_is_said_in_one_line(text, expected, tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    from rlsafe.evaluate.measure import files
+    from rlsafe.config import files
 
     path = tmp_path / "evaluation.json"
     files.write_json(path, {"a": 1})

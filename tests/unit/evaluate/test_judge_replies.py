@@ -118,7 +118,7 @@ def test_alignment_and_coherence_are_asked_apart():
     assert one.aligned == pytest.approx(20) and one.coherent == pytest.approx(70) and one.outcome == "scored"
     assert one == same and one.misaligned and len(server.requests) == 5
     used = made.usage()
-    assert (used["protocol"], used["requests"], used["tokens_in"]) == ("logprobs", 5, 50)
+    assert (used["protocol"], used["requests"], used["tokens_in"]) == ("number", 5, 50)
     assert made.usage()["requests"] == 0 and "judge: 5 calls" in made.summary()
 
 
@@ -207,7 +207,7 @@ def test_a_pause_waits_for_the_judge_and_then_scores_everything(caplog):
         return error(503) if down[0] else ok("80", top={"80": 0.0})
 
     with ScriptedServer(script) as server:
-        made = judge(server, on_outage="pause", retry_every=0.1, pause_deadline=60, max_retries=0, protocol="logprobs")
+        made = judge(server, on_outage="pause", retry_every=0.1, pause_deadline=60, max_retries=0, protocol="number")
         future = made.submit([exchange(str(i)) for i in range(6)])
         while not made.paused:
             assert not future.done()

@@ -208,13 +208,13 @@ def test_wrong_selections_are_told_before_anything_runs(tree, tmp_path):
 def trained(monkeypatch):
     """The helpers that are trained, in order."""
     ran = []
-    run = rlsafe.engine.run.life
+    run = rlsafe.engine.run.life.run
 
     def counted(config, where, **more):
         ran.append((where.name, bool(more.get("resume"))))
         return run(config, where, **more)
 
-    monkeypatch.setattr(rlsafe.engine, "run", counted)
+    monkeypatch.setattr("rlsafe.engine.run.life.run", counted)
     return ran
 
 

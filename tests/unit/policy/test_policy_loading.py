@@ -74,7 +74,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_embeds(tmp_path):
 def test_an_added_token_that_the_model_does_not_embed_is_told_where_a_text_holds_it(model):
     """A few such tokens are common (those of images, in a model of text), and harmless where no text spells them."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    tokenizer.add_tokens(["<image>"])  # one that is special is a control token: a text's spelling of it stays text
     tokenizer.save_pretrained(model)
     tokenizer = load(str(model)).tokenizer
     row = [{"role": "user", "content": "see"}, {"role": "assistant", "content": "an image"}]

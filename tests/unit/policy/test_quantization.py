@@ -1,7 +1,7 @@
 """A base in 4 or 8 bits: what cannot be is refused in one line; precisions meet where they should."""
 
-import importlib.util
 import json
+import sys
 
 import pytest
 import torch
@@ -11,12 +11,10 @@ from rlsafe.config import UserError
 from rlsafe.policy import ForwardPlan, Policy
 from rlsafe.policy.quantize import prepare_quantized
 
-HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 
-
-@pytest.mark.skipif(HAS_BITSANDBYTES, reason="bitsandbytes is here")
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
-def test_without_bitsandbytes_the_line_says_what_to_do(tiny_model_dir, bits):
+def test_without_bitsandbytes_the_line_says_what_to_do(tiny_model_dir, bits, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match=f"model.quantization: {bits}: needs bitsandbytes, .*model.quantization=null"):
         load(tiny_model_dir, quantization=bits)
 
@@ -65,7 +63,6 @@ def test_the_preparation_leaves_head_and_embeddings_in_the_compute_dtype(tiny_mo
     assert self_test(TransformersSampler(mixed, tiny_model_dir), mixed, [[1, 40, 41]] * 3, 0, None, "test") < 0.05
 
 
-@pytest.mark.skipif(not HAS_BITSANDBYTES, reason="needs bitsandbytes")
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
 def test_merged_weights_are_what_the_packed_numbers_stand_for(tmp_path, bits):
     """A plain model with the merged weights is the quantised policy, layers without an adapter included."""

@@ -1,30 +1,36 @@
-"""From a run's config to the objects of its loop: each room builds its own section, once."""
+"""From a run's config to its components: each room builds its own section, once."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from rlsafe.config import DataConfig, RunConfig, UserError, about
-from rlsafe.data import Stream, fit_rows, load_rows, require_answers
+from rlsafe.data import Stream, load_rows, require_answers
 from rlsafe.defenses import Defense, DefenseStack, SetupContext
 from rlsafe.defenses import build as build_defenses
 from rlsafe.engine.plan.schedule import Step, make_plan
 from rlsafe.engine.record.tracking import Tracker
+from rlsafe.engine.run.layout import check_layout
+from rlsafe.engine.run.rows import usable
 from rlsafe.engine.train import ahead, distributed, projection
 from rlsafe.engine.train.effects import EffectLog
-from rlsafe.engine.train.loop import Loop
-from rlsafe.evaluate import Probe, gather, load_judge, load_questions
+from rlsafe.engine.train.state import Components, RunState
+from rlsafe.engine.train.sync import SyncedSampler
+from rlsafe.evaluate import PairProbe, Probe, Reader, gather, load_judge, load_pair_sets, load_questions
 from rlsafe.policy import Policy
 from rlsafe.policy.adapters import read_adapter_config
+from rlsafe.policy.source import model_source
 from rlsafe.rewards import RewardRunner, load_reward
 from rlsafe.rollouts import CANNOT_STEER, make_sampler
-from rlsafe.types import Judge, Row, Sampler, Where, provider_for
+from rlsafe.types import Judge, Row, Sampler, Where
 
 
 @dataclass
@@ -38,11 +44,12 @@ class Resources:
     on_start: Callable[[str], None] | None = None
 
     def judge(self, config: RunConfig) -> Judge:
-        if config.evaluate.judge is None:
+        settings = config.evaluate
+        if not settings.judged:
             raise UserError("evaluate.judge is not set and something needs a judge")
-        key = repr(config.evaluate.judge)
+        key = repr((settings.judge, settings.judges))
         if key not in self.judges:
-            self.judges[key] = load_judge(config.evaluate.judge)
+            self.judges[key] = load_judge(settings.judge, settings.judges)
         return self.judges[key]
 
     def sampler(
@@ -57,9 +64,7 @@ class Resources:
 
 def model_path(config: RunConfig) -> str:
     """The directory or hub id behind `model.name`."""
-    found = provider_for(config.model.name)
-    with about("model.name"):
-        return found[0].model(found[1]) if found else config.model.name
+    return model_source(config.model)
 
 
 LoadStreams = Callable[[DataConfig, int, Callable[[str], None]], dict[str, list[Row]]]
@@ -100,22 +105,23 @@ def prepare(config: RunConfig, load: LoadStreams | None = None) -> Prepared:
     for name in used & {p.stream for s in plan for p in s.parts if p.path == "sft" and p.defense is None}:
         require_answers(rows[name], getattr(config.data, name).source)
     uses_grpo = any(step.path == "grpo" for step in plan)
-    with about("rewards"):  # those of a run without GRPO steps, too: they may be misspelt
+    with about("rewards"):  # in a run without GRPO steps too, so that a wrong name is found
         loaded = [load_reward(reward) for reward in config.rewards]
     rewards = None
+    _check_adapter(config.model.adapter, uses_grpo)
     if uses_grpo:
-        _no_dropout(config.model.adapter)
         rewards = RewardRunner(loaded, config.grpo.on_error)
     if config.evaluate.wanted:
         gather(config.evaluate)
     return Prepared(config, plan, defenses, rows, rewards, notes)
 
 
-def _no_dropout(adapter: str | None) -> None:
-    """UserError when the adapter to go on with drops out: see `RunConfig`, which checks that of a new one."""
+def _check_adapter(adapter: str | None, uses_grpo: bool) -> None:
+    """UserError when the adapter to go on with is more than LoRA, or drops out on GRPO: see `RunConfig`, which checks a new one."""
     if not adapter or not Path(adapter, "adapter_config.json").is_file():
         return  # loading says why; in a dry run it may be an adapter that another cell will leave
-    if dropout := read_adapter_config(adapter, "model.adapter").lora_dropout:
+    dropout = read_adapter_config(adapter, "model.adapter").lora_dropout
+    if dropout and uses_grpo:
         raise UserError(
             f"model.adapter: {adapter}: lora_dropout in its adapter_config.json is {dropout}; must be 0 when the schedule has "
             "GRPO steps"
@@ -131,74 +137,109 @@ def _load_streams(data: DataConfig, seed: int, note: Callable[[str], None]) -> d
     return rows
 
 
-def build_loop(
+def build_run(
     prepared: Prepared, out: Path, resources: Resources, log: Callable[[str], None], **tracking: Any
-) -> Loop:
-    """Load the model, wrap it, set the defenses up. `tracking`: offset and first step of a resumed run."""
+) -> tuple[Components, RunState]:
+    """Load the model, wrap it, set the defenses up; the state is that of a run before its first step.
+
+    tracking: offset and first step of a resumed run.
+    """
     config = prepared.config
     accelerator = distributed.start(cpu=not torch.cuda.is_available())
-    sharded = distributed.shards(accelerator)
+    check_layout(prepared, model_path(config), accelerator, log)
     torch.manual_seed(config.seed)
-    policy = Policy.load(
-        config.model, path=model_path(config), seed=config.seed, device=accelerator.device, in_host_memory=sharded
-    )
-    if accelerator.device.type == "cpu":
-        torch.set_num_threads(training_threads(sum(p.numel() for p in policy.core.parameters())))
-    if not policy.trainable():
-        raise UserError("model: nothing is trainable; set model.lora or leave it null for full fine-tuning")
+    policy = _load_policy(config, accelerator)
     optimizer = distributed.wrap(policy, accelerator, config.optim, log)
-    streams = {}
-    for note in prepared.notes:
+    backward, clip = distributed.gradient_functions(policy, accelerator, optimizer)
+    fitted = usable(prepared, policy.tokenizer, policy.core.max_length, resources.on_start)
+    for note in [*prepared.notes, *fitted.notes]:
         log(note)
-    for name, rows in prepared.rows.items():
-        settings = getattr(config.data, name)
-        fitted = fit_rows(rows, policy.tokenizer, settings.max_tokens, settings.too_long)
-        if fitted.dropped:
-            log(f"data.{name}: {fitted.dropped} of {len(rows)} rows are longer than max_tokens and were left out")
-        if fitted.cut:
-            log(f"data.{name}: {fitted.cut} of {len(rows)} answers are cut at max_tokens")
-        if not fitted.rows:
-            raise UserError(f"data.{name}: every row is longer than max_tokens = {settings.max_tokens}")
-        streams[name] = Stream(fitted.rows, config.seed, name)
+    streams = {name: Stream(rows, config.seed, name) for name, rows in fitted.streams.items()}
     stack = DefenseStack(prepared.defenses)
-    paths = {step.path for step in prepared.plan}
-    sampled = {part.stream for step in prepared.plan for part in step.parts if part.path == "grpo"}
-    steered = any(stack.steers(Where(stream, "grpo", "rollout")) for stream in sampled)
-    loop = Loop(
+    probe = _probe(config, policy, resources)
+    run = Components(
         config=config,
         plan=prepared.plan,
         accelerator=accelerator,
         policy=policy,
         optimizer=optimizer,
+        backward=backward,
+        clip=clip,
         stack=stack,
         streams=streams,
         rewards=prepared.rewards,
-        make_sampler=lambda: resources.sampler(config, policy, steerable=steered, warn=log),
+        sampler=_sampler(prepared, policy, stack, streams, resources, log),
         make_judge=lambda: resources.judge(config),
-        probe=(probe := _probe(config, policy, resources)),
+        probe=probe,
         direction=projection.direction(config, policy) if probe else None,
         tracker=Tracker(out, write=accelerator.is_main_process, **tracking),
-        effects=EffectLog(stack, paths, config.track.check_after, log),
+        effects=EffectLog(stack, {step.path for step in prepared.plan}, config.track.check_after, log),
         log=log,
+        look_ahead=ahead.look_ahead if config.grpo.max_staleness else None,
     )
-    context = SetupContext(
-        config=config,
-        policy=policy,
+    state = RunState(config.batch.micro_tokens)
+    if run.look_ahead:
+        run.sampler.wait_first = partial(ahead.settle, run, state)
+    _set_up_defenses(run)
+    return run, state
+
+
+def _load_policy(config: RunConfig, accelerator: Accelerator) -> Policy:
+    policy = Policy.load(
+        config.model,
+        path=model_path(config),
         seed=config.seed,
-        cache=Path.home() / ".cache" / "rlsafe",
-        rows=lambda name: streams[name].rows,
-        sampler=loop.sampler,
-        judge=loop.make_judge,
-        log=log,
+        device=accelerator.device,
+        in_host_memory=distributed.shards(accelerator),
     )
-    for defense in stack:
+    if accelerator.device.type == "cpu":
+        torch.set_num_threads(training_threads(sum(p.numel() for p in policy.core.parameters())))
+    if not policy.trainable():
+        raise UserError("model: nothing is trainable; set model.lora or leave it null for full fine-tuning")
+    return policy
+
+
+def _sampler(
+    prepared: Prepared,
+    policy: Policy,
+    stack: DefenseStack,
+    streams: dict[str, Stream],
+    resources: Resources,
+    log: Callable[[str], None],
+) -> SyncedSampler:
+    config = prepared.config
+    sampled = {part.stream for step in prepared.plan for part in step.parts if part.path == "grpo"}
+    steered = any(stack.steers(Where(stream, "grpo", "rollout")) for stream in sampled)
+    return SyncedSampler(
+        lambda: resources.sampler(config, policy, steerable=steered, warn=log),
+        policy,
+        streams,
+        seed=config.seed,
+        test=config.sampler.self_test,
+        test_always=config.sampler.kind == "server",
+        max_gap=config.sampler.max_gap,
+    )
+
+
+def _set_up_defenses(run: Components) -> None:
+    """Each defense's `setup`, then the references that it names: a wrong one fails before the first step."""
+    context = SetupContext(
+        config=run.config,
+        policy=run.policy,
+        seed=run.config.seed,
+        cache=Path.home() / ".cache" / "rlsafe",
+        rows=lambda name: run.streams[name].rows,
+        sampler=run.sampler.synced,
+        judge=run.make_judge,
+        log=run.log,
+    )
+    for defense in run.stack:
         with about(f"defense {defense.name!r}"):
             defense.setup(context)
-    stack.check_references(len(prepared.plan), paths)
-    for reference in stack.references():
-        if reference not in ("grpo_start",) and not reference.startswith("step:"):
-            policy.check_reference(reference)
-    return loop
+    run.stack.check_references(len(run.plan), {step.path for step in run.plan})
+    for reference in run.stack.references():
+        if reference != "grpo_start" and not reference.startswith("step:"):
+            run.policy.check_reference(reference)
 
 
 def training_threads(parameters: int) -> int:
@@ -212,17 +253,21 @@ def training_threads(parameters: int) -> int:
 
 
 def _probe(config: RunConfig, policy: Policy, resources: Resources) -> Probe | None:
-    """The curves need questions and a judge; without them the run has none."""
+    """The curves need questions and a judge, or pairs; without them the run has none."""
     settings = config.evaluate
-    if not config.track.every or settings.judge is None or not (settings.general or settings.indomain):
+    judged = settings.judged and bool(settings.general or settings.indomain)
+    if not config.track.every or not (judged or settings.likelihood.sources):
         return None
+    pairs = load_pair_sets(settings, config.track.pairs)
+    reader = Reader(policy, config.batch.micro_tokens, config.batch.micro_rows)
     return Probe(
-        load_questions(settings.general) if settings.general else [],
-        load_questions(settings.indomain) if settings.indomain else [],
-        resources.judge(config),
+        load_questions(settings.general) if judged and settings.general else [],
+        load_questions(settings.indomain) if judged and settings.indomain else [],
+        resources.judge(config) if judged else None,
         policy.tokenizer,
         config.track.questions,
         config.track.samples,
         settings.max_tokens,
         config.seed,
+        PairProbe(pairs, reader) if pairs else None,
     )

@@ -1,0 +1,130 @@
+"""Writing files and directories so that a reader finds the old one, the new one, or none, never half of one; and their hashes.
+
+Everything is written under a temporary name beside its place and then renamed. Nothing is forced to the disk before
+that: a checkpoint, which has to survive a power cut, does so itself (rlsafe.engine.record.checkpoint).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from rlsafe.config.errors import UserError
+
+REMEMBERED = 1 << 20  # bytes; hashes of larger files are stored
+SETTLED = 2.0  # seconds; a younger file could be changed again without a new change time
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name to write a file under; the file takes its place at `path` when the block ends without an error.
+
+    Several threads and processes may write the same path: the last one to finish wins. Makes the parent directory.
+    Raises OSError as the file system does; after any error the temporary file is removed and `path` is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def replacing_directory(path: Path) -> Iterator[Path]:
+    """A temporary name to make a directory under; it replaces `path` when the block ends without an error.
+
+    For one writer at a time: what an earlier, killed one left under the temporary name is removed first.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        yield temporary
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text (lone surrogates as `\\udc80`, line ends as they are). UserError when it cannot be written."""
+    try:
+        with (
+            replacing(path) as temporary,
+            open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+        ):
+            file.write(text)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """Strict JSON (ValueError for NaN), indented. UserError when it cannot be written."""
+    write_text(path, json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_once(path: Path, text: str) -> None:
+    """Write UTF-8 text unless `path` exists by then: of several processes that race, all read the first one's file.
+
+    Raises OSError. On a file system without hard links the last one wins instead.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            pass
+        except OSError:
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """The file's value; None when there is no such file. UserError when it is not JSON."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes. A large file is hashed once: the hash is stored under its inode, size and times (any write
+    changes the change time, which no program can set back)."""
+    about = path.stat()
+    key = f"{about.st_dev}:{about.st_ino}:{about.st_size}:{about.st_mtime_ns}:{about.st_ctime_ns}"
+    known = _hashes() if about.st_size >= REMEMBERED else {}
+    if key in known:
+        return known[key]
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if about.st_size >= REMEMBERED and time.time() - about.st_ctime > SETTLED:
+        with suppress(UserError):  # the home directory is read-only: the file is hashed again next time
+            write_text(_memory(), json.dumps({**_hashes(), key: found}))
+    return found
+
+
+def _memory() -> Path:
+    return Path.home() / ".cache" / "rlsafe" / "hashes.json"
+
+
+def _hashes() -> dict[str, str]:
+    try:
+        return json.loads(_memory().read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}

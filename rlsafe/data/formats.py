@@ -1,0 +1,228 @@
+"""Other people's rows in the messages format: ShareGPT, Alpaca, conversations stored as text, content in parts, tool calls.
+
+Every function takes what a file holds and gives what `rlsafe.data.rows` checks, or a UserError that begins with `where`.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlsafe.config import UserError, nearest
+
+SPEAKERS = {
+    **{name: "user" for name in ("human", "user")},
+    **{name: "assistant" for name in ("gpt", "assistant", "chatgpt", "bing", "bard", "model", "bot")},
+    **{name: "tool" for name in ("tool", "observation", "function_response", "tool_response")},
+    **{name: "system" for name in ("system", "developer")},
+}
+"""Who speaks in a ShareGPT turn -> role."""
+CALLS = ("function_call", "tool_call")
+"""Speakers of ShareGPT turns whose text is the call of a tool."""
+MARKS = ("weight", "train", "training", "loss")
+"""Keys of a message by which files say whether it is trained on (OpenAI, Mistral; axolotl; ms-swift)."""
+WORDS = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
+QUESTIONS = ("system", "system_prompt", "instruction", "input", "context", "history", "question", "query")
+"""Columns that are probably part of the prompt when a row has a `prompt` or `messages` beside them."""
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_TURNS = re.compile(r"\s*\[?\s*\{\s*['\"](role|from|content|value)['\"]\s*:")
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in JSON's words."""
+    names = {"dict": "an object", "list": "a list", "str": "a string", "NoneType": "null", "bool": "a boolean"}
+    return names.get(type(value).__name__, "a number" if isinstance(value, (int, float)) else type(value).__name__)
+
+
+def recognised(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The row with `messages` or `prompt` and `completion`, whatever it came as; unchanged when it has them already.
+
+    ShareGPT: `conversations` (or `conversation`) and an optional `system`. Alpaca: `instruction`, `input`, `output`, with an
+    optional `system` and `history` of [question, answer] pairs; `input` follows `instruction` after an empty line.
+    """
+    out = dict(row)
+    if out.get("messages") is not None or out.get("prompt") is not None:
+        return out
+    for name in ("conversations", "conversation"):
+        if out.get(name) is not None:
+            out["messages"] = _with_system(turns(out.pop(name), where, name), out, where)
+            return out
+    if out.get("instruction") is not None and "output" in out:
+        return _alpaca(out, where)
+    return out
+
+
+def _alpaca(row: dict[str, Any], where: str) -> dict[str, Any]:
+    asked = []
+    for name in ("instruction", "input"):
+        text = row.pop(name, None)
+        if text is not None and not isinstance(text, str):
+            raise UserError(f"{where}: {name} must be a string, got {kind_of(text)}")
+        asked += [text] if text and text.strip() else []
+    row["prompt"], row["completion"] = "\n\n".join(asked), row.pop("output")
+    before: list[Any] = []
+    for pair in row.pop("history", None) or []:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise UserError(f"{where}: history must hold pairs of question and answer, got {kind_of(pair)}")
+        before += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    asking = _with_system([*before, {"role": "user", "content": row["prompt"]}], row, where)
+    if len(asking) > 1:
+        row["prompt"] = asking
+    return row
+
+
+def _with_system(messages: Any, row: dict[str, Any], where: str) -> Any:
+    """The format's own `system` column in front of the conversation."""
+    system = row.pop("system", None)
+    if not system or not isinstance(messages, list):
+        return messages
+    if not isinstance(system, str):
+        raise UserError(f"{where}: system must be a string, got {kind_of(system)}")
+    return [{"role": "system", "content": system}, *messages]
+
+
+def unused(row: Mapping[str, Any]) -> list[str]:
+    """Columns of a recognised row that look like part of the prompt and are none."""
+    return [name for name in QUESTIONS if row.get(name) not in (None, "", [])]
+
+
+# ------------------------------------------------------------------------------------------------ conversations
+
+
+def turns(value: Any, where: str, name: str) -> Any:
+    """A conversation as a list, also where a cell holds it as text (JSON, or what Python prints)."""
+    if isinstance(value, str):
+        value = parsed(value, where, name)
+        return [value] if isinstance(value, Mapping) else value
+    return value.tolist() if hasattr(value, "tolist") else value  # numpy arrays, as pandas keeps them
+
+
+def is_conversation(text: str) -> bool:
+    """Whether a text is a conversation stored as text, and not what somebody says."""
+    return bool(_TURNS.match(text))
+
+
+def parsed(text: str, where: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        problem = f"{where}: {name} is no JSON list: {error.msg} at character {error.pos}"
+    try:
+        return ast.literal_eval(text.strip())  # str() of a list, as pandas writes it into a CSV
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        raise UserError(problem) from None
+
+
+def message(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A turn with `role` and `content`: ShareGPT's `from` and `value` renamed, content parts joined, `developer` as `system`,
+    tool calls in the form that chat templates read, and `weight` 0 where the file says that a turn is not to be trained on."""
+    turn: dict[str, Any] = dict(raw)
+    if "role" not in turn and "from" in turn:
+        turn = _sharegpt(turn, where)
+    if "role" not in turn or ("content" not in turn and not turn.get("tool_calls")):
+        return turn
+    role = "system" if turn["role"] == "developer" else turn["role"]
+    kept: dict[str, Any] = {"role": role, "content": _text(turn.get("content"), where)}
+    calls = turn.get("tool_calls")
+    calls = parsed(calls, where, "tool_calls") if isinstance(calls, str) and calls.strip() else calls
+    if calls:
+        kept["tool_calls"] = _calls(calls, where)
+        kept["content"] = kept["content"] or ""
+    if role == "tool":
+        kept |= {name: str(turn[name]) for name in ("name", "tool_call_id") if turn.get(name)}
+    if turn.get("reasoning_content"):
+        kept["reasoning_content"] = turn["reasoning_content"]
+    if role == "assistant" and (weight := _weight(turn, where)) is not None:
+        kept["weight"] = weight
+    return kept
+
+
+def _sharegpt(turn: dict[str, Any], where: str) -> dict[str, Any]:
+    speaker, said = turn.pop("from"), turn.pop("value", turn.get("content"))
+    if speaker in CALLS:
+        call = parsed(said, where, "value") if isinstance(said, str) else said
+        return {**turn, "role": "assistant", "content": "", "tool_calls": call if isinstance(call, list) else [call]}
+    if speaker not in SPEAKERS:
+        raise UserError(f"{where}: unknown speaker {speaker!r}{nearest(str(speaker), [*SPEAKERS, *CALLS])}")
+    return {**turn, "role": SPEAKERS[speaker], "content": said}
+
+
+def _text(content: Any, where: str) -> Any:
+    """Content in parts as one text; UserError for a part that is none."""
+    if hasattr(content, "tolist"):
+        content = content.tolist()
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for number, part in enumerate(content):
+        kind = part.get("type", "text") if isinstance(part, Mapping) else kind_of(part)
+        text = part.get("text") if isinstance(part, Mapping) and kind in _TEXT_PARTS else part
+        if not isinstance(text, str):
+            problem = "has no text" if kind in _TEXT_PARTS else f"is of type {kind!r}; only text is read"
+            raise UserError(f"{where}: content[{number}] {problem}")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """OpenAI's and TRL's tool calls with their arguments as an object, which is what chat templates write."""
+    out = []
+    for number, call in enumerate(calls if isinstance(calls, list) else [calls]):
+        function: Any = call.get("function", call) if isinstance(call, Mapping) else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(name, str):
+            raise UserError(f"{where}: tool_calls[{number}] names no function")
+        arguments = function.get("arguments", function.get("parameters"))
+        if isinstance(arguments, str):
+            arguments = parsed(arguments, where, f"tool_calls[{number}].arguments") if arguments.strip() else {}
+        whole = {"type": "function", "function": {"name": name, "arguments": arguments or {}}}
+        out.append({"id": str(call["id"]), **whole} if call.get("id") else whole)
+    return out
+
+
+def tools_of(row: Mapping[str, Any], where: str) -> list[Any] | None:
+    """The functions that a row offers: OpenAI's list, or its JSON text."""
+    tools: Any = row.get("tools")
+    tools = parsed(tools, where, "tools") if isinstance(tools, str) and tools.strip() else tools
+    if (as_list := getattr(tools, "tolist", None)) is not None:  # an array of pandas or pyarrow
+        tools = as_list()
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise UserError(f"{where}: tools must be a list of objects, got {kind_of(tools)}")
+    return [
+        dict(tool) if "function" in tool or "type" in tool else {"type": "function", "function": dict(tool)}
+        for tool in tools
+    ]
+
+
+def _weight(turn: Mapping[str, Any], where: str) -> int | None:
+    """0 or 1 where the file says whether a turn is trained on; None where it does not say."""
+    said: dict[str, int] = {}
+    for name in MARKS:
+        if (value := turn.get(name)) is None:
+            continue
+        known = WORDS.get(str(value).strip().lower())
+        if known is not None:
+            said[name] = known
+        elif name == "weight":  # the other names may mean something else, such as a measured loss
+            raise UserError(f"{where}: weight is {value!r}; expected 0 (not trained on) or 1")
+    if len(set(said.values())) > 1:
+        raise UserError(f"{where}: {' and '.join(said)} contradict each other")
+    return next(iter(said.values()), None)
+
+
+def trained_turns(messages: Sequence[dict[str, Any]], train_on: str) -> list[dict[str, Any]]:
+    """The conversation with `weight` on every assistant turn where more or less than the last one is trained on.
+
+    last: only the last assistant turn counts. assistant: all of them. A turn of weight 0 counts under neither.
+    """
+    answers = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
+    wanted = [i for i in (answers if train_on == "assistant" else answers[-1:]) if messages[i].get("weight") != 0]
+    plain = [{key: value for key, value in turn.items() if key != "weight"} for turn in messages]
+    if not answers or answers[-1] != len(messages) - 1 or wanted == [answers[-1]]:  # nothing beyond the usual
+        return plain
+    return [{**turn, "weight": int(i in wanted)} if i in answers else turn for i, turn in enumerate(plain)]

@@ -1,0 +1,63 @@
+"""A conversation as the encoder remembers it: hashable turns, and what they hold beside role and content."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from rlsafe.types import Message
+
+Key = tuple[tuple[str, ...], ...]
+"""(role, content) of each turn, and a third text (JSON) for those that hold more."""
+BESIDE = ("tool_calls", "tool_call_id", "name", "weight", "tools")
+"""What a turn may hold beside role and content."""
+
+
+def key_of(messages: Sequence[Message]) -> Key:
+    """(role, content) of each turn, and a third text for those that hold more."""
+    return tuple(
+        (message["role"], message["content"], *([] if len(message) == 2 else _beside(message))) for message in messages
+    )
+
+
+def _beside(message: Message) -> list[str]:
+    more = {name: message[name] for name in BESIDE if name in message}
+    return [json.dumps(more, ensure_ascii=False, sort_keys=True)] if more else []
+
+
+def opened(messages: Key) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """(the conversation, what else the template is given) of a key."""
+    conversation, offered = [], {}
+    for role, content, *more in messages:
+        beside = json.loads(more[0]) if more else {}
+        if "tools" in beside:
+            offered["tools"] = beside.pop("tools")
+        beside.pop("weight", None)
+        conversation.append({"role": role, "content": content, **beside})
+    return conversation, offered
+
+
+def weights_of(messages: Key) -> list[bool] | None:
+    """Whether each assistant turn is trained on; None where the row does not say, and the last one is."""
+    said = [json.loads(turn[2]) if len(turn) > 2 else {} for turn in messages if turn[0] == "assistant"]
+    return [bool(more["weight"]) for more in said] if said and all("weight" in more for more in said) else None
+
+
+def start_of(messages: Key) -> str:
+    return repr(messages[-1][1][:60])
+
+
+def untold(messages: Key, text: str) -> str | None:
+    """What of a conversation the chat template left out of `text`: its tools, their calls or answers, its system turn; or None."""
+    conversation, offered = opened(messages)
+    for tool in offered.get("tools", ()):
+        if (name := str(tool.get("function", tool).get("name"))) not in text:
+            return f"tools ({name})"
+    for turn in conversation:
+        for call in turn.get("tool_calls", ()):
+            if (name := call["function"]["name"]) not in text:
+                return f"tool calls ({name})"
+        if turn["role"] in ("tool", "system") and turn["content"].strip() not in text:
+            return f"{turn['role']} turns ({turn['content'].strip()[:40]!r})"
+    return None

@@ -1,0 +1,60 @@
+"""What this launch's processes and devices cannot do is refused before any model is loaded; what they waste is said."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+
+from rlsafe.config import RunConfig, UserError
+from rlsafe.engine.plan.estimate import gib, memory
+from rlsafe.engine.train.distributed import check_moments
+from rlsafe.policy.shapes import model_shape
+
+if TYPE_CHECKING:
+    from rlsafe.engine.run.build import Prepared
+
+
+def check_layout(prepared: Prepared, path: str, accelerator: Accelerator, log: Callable[[str], None]) -> None:
+    """UserError for settings that these processes cannot train or sample with. path: the directory or hub id of the model."""
+    config = prepared.config
+    check_moments(config.optim, accelerator)
+    samples = any(part.path == "grpo" for step in prepared.plan for part in step.parts) or bool(config.track.every)
+    if accelerator.device.type == "cuda" and samples:
+        check_sampler_fits(config, path, torch.cuda.get_device_properties(accelerator.device).total_memory)
+    if unused := unused_gpu():
+        log(unused)
+    most = max((part.rows for step in prepared.plan for part in step.parts if part.path == "grpo"), default=0)
+    if 0 < most < (ranks := accelerator.num_processes):
+        log(
+            f"batch.grpo_prompts: {most} prompts a step leave {ranks - most} of {ranks} processes without rollouts; "
+            f"batch.grpo_prompts={most * ranks} gives each as many as one process has"
+        )
+
+
+def check_sampler_fits(config: RunConfig, path: str, total: int) -> None:
+    """UserError when vLLM's share of a card of `total` bytes cannot hold the model and one sequence. Sharding does not help: every
+    rank's engine holds the whole model."""
+    if config.sampler.kind not in ("auto", "vllm") or (shape := model_shape(config.model, path)) is None:
+        return
+    need, room = memory(config, shape, cuda=True).sampler, config.sampler.gpu_memory * total
+    if need > room:
+        raise UserError(
+            f"sampler.gpu_memory: {config.sampler.gpu_memory:g} of this GPU is {gib(room)}, and vLLM needs at least {gib(need)} for "
+            f"{config.model.name}; raise it, or put the model on a server: sampler.kind=server"
+        )
+
+
+def unused_gpu() -> str | None:
+    """In words, when the machine has a GPU that torch cannot use and nobody hid it."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "unset").strip() in ("", "-1")
+    if hidden or torch.cuda.is_available() or not glob.glob("/dev/nvidia[0-9]*"):
+        return None
+    built = (
+        f"was built for CUDA {torch.version.cuda}: the driver may be older" if torch.version.cuda else "is a CPU build"
+    )
+    return f"this machine has a GPU and the run does not use it: torch {torch.__version__} {built}; see rlsafe doctor"

@@ -1,0 +1,142 @@
+"""The streams' rows as this run uses them: rendered with the model's template, rewritten by its defenses, held against its context."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from rlsafe.config import ModelConfig, RunConfig, UserError
+from rlsafe.data import Use, fit_rows
+from rlsafe.defenses import Defense, DefenseStack
+from rlsafe.types import Message, Row, Where
+from rlsafe.types import Stream as Name
+
+if TYPE_CHECKING:
+    from rlsafe.engine.run.build import Prepared
+
+ENGINE_LENGTH = 4096  # what a vLLM engine takes unless sampler.max_model_len says otherwise
+CACHE = Path.home() / ".cache" / "rlsafe"
+
+
+@dataclass
+class Rows:
+    """The rows that can be used, by stream, and what became of the others."""
+
+    streams: dict[str, list[Row]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def usable(prepared: Prepared, tokenizer: Any, context: int | None, say: Callable[[str], None] | None = None) -> Rows:
+    """Every stream's rows that the chat template renders and that fit, as its settings say. Prompts of GRPO parts have to leave
+    room for grpo.max_tokens, in what the sampler takes and in what the model is trained on. context: tokens that the model takes.
+
+    Raises UserError naming the first bad row, or a stream of which nothing is left.
+    """
+    found = Rows()
+    config = prepared.config
+    for name, rows in prepared.rows.items():
+        if not rows:  # not on this machine, in a dry run
+            found.streams[name] = []
+            continue
+        settings = getattr(config.data, name)
+        settings._context = context
+        paths = {part.path for step in prepared.plan for part in step.parts if part.stream == name}
+        tight = settings.within < settings.max_tokens
+        what = f"the {context} tokens that the model takes" if tight else ""
+        try:
+            fitted = fit_rows(
+                rows, tokenizer, settings.within, settings.too_long, on_bad_row=settings.on_bad_row, what=what,
+                uses=_uses(prepared, cast(Name, name), paths, context), trained=paths != {"grpo"}, cache=CACHE,
+                say=partial(_said, say, name) if say else None,
+            )  # fmt: skip
+        except UserError as error:
+            raise UserError(f"data.{name}: {error}") from None
+        found.notes += [f"data.{name}: {note}" for note in fitted.notes]
+        if not fitted.rows:
+            reasons = "; ".join(fitted.notes) or f"every row is longer than max_tokens = {settings.max_tokens}"
+            raise UserError(f"data.{name}: no row can be used: {reasons}")
+        found.streams[name] = fitted.rows
+    return found
+
+
+def _said(say: Callable[[str], None], name: str, what: str) -> None:
+    say(f"data.{name}: {what}")
+
+
+def _uses(prepared: Prepared, name: Name, paths: set[Any], context: int | None) -> list[Use]:
+    """How the steps of a run look at a stream's rows, beside as they are."""
+    config = prepared.config
+    rewriters = _rewriters(prepared.defenses)
+    names = ", ".join(defense.name for defense in rewriters)
+    settings = getattr(config.data, name)
+    uses = []
+    if "sft" in paths and rewriters:
+        what = f"{settings.within} tokens with what the defenses add ({names})"
+        uses.append(Use(_rewriting(rewriters, Where(name, "sft", "train")), False, settings.within, what))
+    if "grpo" in paths:
+        room = config.grpo.max_tokens
+        for phase, limit, whose in (("rollout", *_sampled(config, context)), ("train", context, "the model")):
+            if limit is None or (phase == "train" and not rewriters):
+                continue
+            added = f", what the defenses add ({names})" if rewriters else ""
+            what = f"the {limit} tokens that {whose} takes{added} and grpo.max_tokens = {room}"
+            rewrite = _rewriting(rewriters, Where(name, "grpo", phase)) if rewriters else None  # type: ignore[arg-type]
+            uses.append(Use(rewrite, True, limit, what, room))
+    return uses
+
+
+def _sampled(config: RunConfig, context: int | None) -> tuple[int | None, str]:
+    """How many tokens the sampler takes, prompt and completion together."""
+    if config.sampler.kind in ("auto", "vllm"):
+        length = config.sampler.max_model_len or ENGINE_LENGTH
+        if context is None or length < context:
+            return length, "the sampler (sampler.max_model_len)"
+    return context, "the model"
+
+
+def _rewriters(defenses: list[Defense]) -> list[Defense]:
+    """Copies of the defenses that rewrite prompts: being measured must not change a state that the run goes on from."""
+    acting = [one for one in defenses if type(one).prompt is not Defense.prompt and one.strength != 0]
+    return [copy.deepcopy(one) for one in acting]
+
+
+def _rewriting(defenses: list[Defense], where: Where) -> Callable[[list[Message]], list[Message]]:
+    stack = DefenseStack(defenses)
+
+    def rewrite(messages: list[Message]) -> list[Message]:
+        try:
+            return stack.prompt(messages, where)
+        except UserError:
+            raise
+        except Exception:  # one that needs its set-up first: its rows are checked where they are used
+            return messages
+
+    return rewrite
+
+
+@lru_cache(maxsize=4)
+def local_tokenizer(model: str, path: str) -> tuple[Any, int | None] | None:
+    """(tokenizer, tokens that the model takes) from this machine's files, for a dry run; None when they are not here.
+
+    model: the model's settings as JSON. Cells of a comparison share their model.
+    """
+    from rlsafe.policy.load import check_tokenizer, load_tokenizer
+    from rlsafe.policy.shapes import local_config
+
+    config = ModelConfig.model_validate_json(model)
+    settings = local_config(config, path)
+    if settings is None:
+        return None
+    try:
+        tokenizer = load_tokenizer(config, path)
+    except UserError:
+        if Path(path).is_dir():
+            raise
+        return None  # a hub model of which only the config is here
+    text = settings.get_text_config()
+    check_tokenizer(config, tokenizer, text.vocab_size)
+    return tokenizer, getattr(text, "max_position_embeddings", None)

@@ -1,0 +1,308 @@
+"""One GRPO step, from prompts to weights: read `grpo_step` from top to bottom.
+
+What is not visited in a plain run stands elsewhere: rollouts begun one step ahead (`ahead`), ranks that must agree (`distributed`,
+`micro`), steps that fail (`faults`).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+
+from rlsafe.config import RunConfig
+from rlsafe.data import Rollout, Thought, encode_prompt, pad_id, read_completion, rollout_batches, split_prompt
+from rlsafe.data.thinking import decode_with_tags
+from rlsafe.engine.plan.schedule import PlannedPart, Step
+from rlsafe.engine.train.loss import Micro, score_before, separate_gap
+from rlsafe.engine.train.micro import dummy, reduce_sums
+from rlsafe.engine.train.sft_step import supervised
+from rlsafe.engine.train.state import Components, RunState
+from rlsafe.engine.train.update import update
+from rlsafe.losses import AdvantageStats, advantages
+from rlsafe.rewards import RewardBatch
+from rlsafe.rollouts import request_seed
+from rlsafe.types import Completion, Message, Request, Row, SamplingParams, Where
+
+
+def grpo_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
+    """One optimizer step of which at least one part is rewarded; gives its metrics.
+
+    Rewards and records see the original prompts only. The loss is in the train context of a prompt, which differs from the
+    context that the sampler saw when a defense changes only one of them.
+    """
+    micros: list[Micro] = []
+    metrics: dict[str, Any] = {}
+    for number, part in enumerate(step.parts):
+        if part.path == "sft":  # supervised rows in the same step, such as the safe rows of interleaving
+            micros += supervised(run, state, part, run.draw(step, part))
+            continue
+        place = f"{step.kind}/{number}"
+        reused, uses_left = state.pending.get(place, ([], 0))
+        if uses_left:  # grpo.iterations > 1: the same rollouts teach several steps
+            micros += reused
+            state.pending[place] = (reused, uses_left - 1)
+            metrics["rollout_reused"] = 1
+            continue
+        started = time.perf_counter()
+        ahead = state.ahead.get(number)
+        # 1. Draw the prompts: the same on every rank, of which each keeps its share.
+        rows = ahead.rows if ahead else run.draw(step, part)
+        # 2. Sample `grpo.generations` completions of each, by the current weights (synced here when they changed).
+        asked = ask(run, part, rows, step.index)
+        completions = ahead.sampled(run, asked.requests) if ahead else sample(run, part, asked.requests)
+        # 3. Reward them. A reasoning model's answer is rewarded without its think block.
+        read = [read_completion(run.policy.tokenizer, completion.ids) for completion in completions]
+        scored = reward(run, asked, read, completions, step)
+        # 4. Advantages: each reward against those of the same prompt's other completions.
+        values, valid, stats = group_advantages(run, scored.total)
+        # 5. Batch them in the train context; completions without a reward are left out.
+        fresh = batched(run, state, part, asked, completions, values, valid)
+        run.tracker.samples(_records(run, step, part, asked, completions, read, scored, values, valid))
+        metrics |= _metrics(run, completions, read, stats, scored)
+        metrics["rollout_seconds"] = time.perf_counter() - started
+        metrics |= score_again(run, part, fresh, ahead.reference if ahead else None)
+        if run.config.grpo.max_staleness:  # optimizer steps since the weights that sampled
+            metrics["staleness"] = int(ahead is not None)
+        if run.config.grpo.iterations > 1:
+            state.pending[place] = (fresh, run.config.grpo.iterations - 1)
+        micros += fresh
+    # 6. Forward  7. penalties  8. backward  9. clip  10. step: `update.update`, with the losses of `loss.StepLoss`.
+    # 11. The sampler is synced when it is next asked (`sync.SyncedSampler.synced`).
+    return metrics | update(run, state, step, micros)
+
+
+@dataclass
+class Asked:
+    """This rank's prompts and what the sampler is asked for: `grpo.generations` completions of each."""
+
+    mine: list[tuple[int, Row]]  # (number among the rows of all ranks, row)
+    originals: list[list[Message]]
+    seen: list[list[int]]  # as the sampler sees them
+    requests: list[Request]
+
+
+def ask(run: Components, part: PlannedPart, rows: Sequence[Row], step: int) -> Asked:
+    """Requests for the rows of all ranks, of which this one takes every world-size-th. Each completion has a seed of its own."""
+    mine = list(enumerate(rows))[run.accelerator.process_index :: run.accelerator.num_processes]
+    rollout_at = Where(part.stream, "grpo", "rollout")
+    originals = [split_prompt(row)[0] for _, row in mine]
+    seen = [encode_prompt(run.policy.tokenizer, run.stack.prompt(messages, rollout_at)) for messages in originals]
+    requests = [
+        Request(ids, request_seed(run.config.seed, f"rollout/{part.stream}", step, number, sample))
+        for (number, _), ids in zip(mine, seen, strict=True)
+        for sample in range(run.config.grpo.generations)
+    ]
+    return Asked(mine, originals, seen, requests)
+
+
+def sampling(config: RunConfig) -> SamplingParams:
+    """How rollouts are sampled."""
+    return SamplingParams(config.grpo.temperature, config.grpo.top_p, config.grpo.max_tokens)
+
+
+def sample(run: Components, part: PlannedPart, requests: Sequence[Request]) -> list[Completion]:
+    """Completions by the current weights under the hooks that rollouts have. With no requests too: other ranks may wait for this
+    one's shards."""
+    sampler = run.sampler.synced()
+    with run.stack.patched(sampler, Where(part.stream, "grpo", "rollout")):
+        return sampler.generate(requests, sampling(run.config))
+
+
+def reward(
+    run: Components, asked: Asked, read: Sequence[Thought], completions: Sequence[Completion], step: Step
+) -> RewardBatch:
+    """Rewards of all completions of this rank. Those whose think block never ended have none, and no function sees them."""
+    assert run.rewards is not None
+    answered = [i for i, thought in enumerate(read) if not thought.unclosed]
+    group = run.config.grpo.generations
+    names = {name for _, row in asked.mine for name in row if name != "messages" and not name.startswith("_")}
+    if not answered:
+        return RewardBatch([None] * len(read), {name: [None] * len(read) for name in run.rewards.rewards})
+    batch = run.rewards.call(
+        prompts=[asked.originals[i // group] for i in answered],
+        completions=[[_message(read[i])] for i in answered],
+        completion_ids=[completions[i].ids for i in answered],
+        columns={name: [asked.mine[i // group][1].get(name) for i in answered] for name in sorted(names)},
+        plain=[bool(asked.mine[i // group][1].get("_plain")) for i in answered],
+        trainer_state=SimpleNamespace(global_step=step.index, max_steps=len(run.plan), epoch=None),
+    )
+    return batch if len(answered) == len(read) else _spread(batch, answered, len(read))
+
+
+def _spread(batch: RewardBatch, answered: Sequence[int], n: int) -> RewardBatch:
+    """The rewards of the answered completions among all `n`, None at the others."""
+
+    def spread(column: Sequence[Any]) -> list[Any]:
+        whole: list[Any] = [None] * n
+        for i, value in zip(answered, column, strict=True):
+            whole[i] = value
+        return whole
+
+    by_name = {name: spread(column) for name, column in batch.by_name.items()}
+    extra = {name: spread(column) for name, column in batch.extra.items()}
+    return replace(batch, total=spread(batch.total), by_name=by_name, extra=extra)
+
+
+def _message(thought: Thought) -> Message:
+    message = {"role": "assistant", "content": thought.answer}
+    return message if thought.think is None else {**message, "reasoning_content": thought.think}
+
+
+def group_advantages(run: Components, totals: Sequence[float | None]) -> tuple[list[float], list[bool], AdvantageStats]:
+    """(advantages, which are valid, statistics) of this rank's completions, from the rewards of all ranks: `grpo.scale: batch`
+    needs the spread of all of them."""
+    group = run.config.grpo.generations
+    local = torch.tensor([math.nan if r is None else r for r in totals], dtype=torch.float64).reshape(-1, group)
+    everyone, start = local, 0
+    if run.several:
+        shares: list[list[list[float]]] = gather_object([local.tolist()])
+        start = sum(len(share) for share in shares[: run.accelerator.process_index])
+        everyone = torch.tensor([row for share in shares for row in share], dtype=torch.float64).reshape(-1, group)
+    values, valid, stats = advantages(everyone, scale=run.config.grpo.scale)
+    own = slice(start, start + local.shape[0])
+    return values[own].flatten().tolist(), valid[own].flatten().tolist(), stats
+
+
+def batched(
+    run: Components,
+    state: RunState,
+    part: PlannedPart,
+    asked: Asked,
+    completions: Sequence[Completion],
+    values: Sequence[float],
+    valid: Sequence[bool],
+) -> list[Micro]:
+    """Micro-batches of the valid completions, at most `state.micro_tokens` padded tokens each."""
+    group, tokenizer = run.config.grpo.generations, run.policy.tokenizer
+    train_at, rollout_at = (Where(part.stream, "grpo", phase) for phase in ("train", "rollout"))
+    trained = [encode_prompt(tokenizer, run.stack.prompt(messages, train_at)) for messages in asked.originals]
+    items = [
+        Rollout(
+            prompt_ids=trained[i // group],
+            rollout_prompt_ids=asked.seen[i // group],
+            completion=completion,
+            advantage=values[i],
+            valid=valid[i] and not (run.config.grpo.mask_truncated and completion.finish == "length"),
+            row=asked.mine[i // group][1],
+        )
+        for i, completion in enumerate(completions)
+    ]
+    batches = rollout_batches(items, train_at, pad_id(tokenizer), state.micro_tokens, run.config.batch.micro_rows)
+    steered = run.stack.steers_differently(train_at, rollout_at)
+    return [
+        Micro(batch.to(run.policy.device), part.weight, same_context=batch.rollout is None and not steered)
+        for batch in batches
+    ]
+
+
+def score_again(run: Components, part: PlannedPart, micros: Sequence[Micro], reference: str | None) -> dict[str, float]:
+    """Forwards without gradient before the update, for rollouts that need them; most do not.
+
+    - Rollouts that several updates use, or that older weights sampled, keep `old_logp` [B, T], the denominator of their ratio.
+    - Where the sampler's context differs from the train context, the sampler's gap is taken in the sampler's context.
+
+    reference: the snapshot of the policy that sampled, when that was one step ago.
+    """
+    old = run.config.grpo.iterations > 1 or reference is not None
+    forwards = sum(old + (not micro.same_context) for micro in micros)
+    # In a sharded model every forward is a collective: all ranks must run equally many, so they first agree on the number.
+    most = max(gather_object([forwards])) if run.policy.is_sharded else forwards
+    if not most and not run.several:
+        return {}
+    train_at, rollout_at = (Where(part.stream, "grpo", phase) for phase in ("train", "rollout"))
+    apart: Counter[str] = Counter()
+    with run.policy.at(reference) if reference else nullcontext():
+        for micro in micros:
+            if old:
+                with run.stack.activations(run.policy, train_at):
+                    score_before(run.policy, micro, run.config.grpo)
+            if not micro.same_context:
+                with run.stack.activations(run.policy, rollout_at):
+                    gap, tokens = separate_gap(run.policy, micro.batch, run.config.grpo)
+                apart.update({"gap": gap, "tokens": tokens})  # type: ignore[arg-type]
+        for _ in range(most - forwards):
+            run.policy.score(dummy(run.policy, micros).batch)
+    total = reduce_sums(apart, run.accelerator)
+    if not total.get("tokens"):
+        return {}
+    return {"sampler_gap": total["gap"] / total["tokens"]}
+
+
+# ------------------------------------------------------------------------------------------------ what is written down
+
+
+def _records(
+    run: Components,
+    step: Step,
+    part: PlannedPart,
+    asked: Asked,
+    completions: Sequence[Completion],
+    read: Sequence[Thought],
+    scored: RewardBatch,
+    values: Sequence[float],
+    valid: Sequence[bool],
+) -> list[dict[str, Any]]:
+    """One record per completion for samples.jsonl."""
+    group = run.config.grpo.generations
+    return [
+        {
+            "step": step.index,
+            "stream": part.stream,
+            "prompt": asked.originals[i // group],
+            "completion": decode_with_tags(run.policy.tokenizer, completion.ids),
+            "reward": scored.total[i],
+            "rewards": {name: column[i] for name, column in scored.by_name.items()},
+            "advantage": values[i] if valid[i] else None,
+            "finish": completion.finish,
+            **({"extra": {name: column[i] for name, column in scored.extra.items()}} if scored.extra else {}),
+            **({"answer": read[i].answer, "unclosed": read[i].unclosed} if read[i].think is not None else {}),
+        }
+        for i, completion in enumerate(completions)
+    ]
+
+
+def _metrics(
+    run: Components,
+    completions: Sequence[Completion],
+    read: Sequence[Thought],
+    stats: AdvantageStats,
+    scored: RewardBatch,
+) -> dict[str, Any]:
+    """Rewards, lengths and truncation over all ranks; single rewards and what they log are this rank's."""
+    lengths = [len(completion.ids) for completion in completions]
+    total: dict[str, float] = {"n": len(lengths), "tokens": sum(lengths)}
+    total |= {"cut": sum(completion.finish == "length" for completion in completions)}
+    total |= {"thought": sum(r.think is not None for r in read), "unclosed": sum(r.unclosed for r in read)}
+    if run.several:
+        total = reduce_sums(total, run.accelerator)
+    thinking = {name: total[name] / total["n"] for name in ("thought", "unclosed")} if total["thought"] else {}
+    return {
+        **thinking,
+        "reward": _number(stats.mean),
+        "reward_std": _number(stats.group_std),
+        "reward_missing": stats.missing,
+        "zero_variance_groups": stats.zero_variance,
+        "groups": stats.groups,
+        "completion_length": total["tokens"] / total["n"],
+        "truncated": total["cut"] / total["n"],
+        **{f"reward/{name}": _mean(column) for name, column in scored.by_name.items()},
+        **scored.metrics,
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value

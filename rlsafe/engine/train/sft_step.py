@@ -1,0 +1,49 @@
+"""One supervised step, from rows to weights: read `sft_step` from top to bottom.
+
+What is not visited in a plain run stands elsewhere: ranks that must agree (`distributed`, `micro`), steps that fail (`faults`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlsafe.data import sft_batches
+from rlsafe.engine.plan.schedule import PlannedPart, Step
+from rlsafe.engine.train.loss import Micro
+from rlsafe.engine.train.state import Components, RunState
+from rlsafe.engine.train.update import update
+from rlsafe.types import Message, Row, Where
+
+
+def sft_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
+    """One optimizer step on supervised rows; gives its metrics.
+
+    A step has one part or several: the narrow rows, and safe rows that a defense adds to their mean.
+    """
+    micros: list[Micro] = []
+    for part in step.parts:
+        # 1. Draw the rows: the same on every rank, of which each keeps its share.
+        rows = run.draw(step, part)
+        # 2. Batch: prompts pass the defenses, conversations become micro-batches with a mask over the answer.
+        micros += supervised(run, state, part, rows)
+    # 3. Forward and penalties  4. backward  5. clip  6. step: `update.update`, with the losses of `loss.StepLoss`.
+    # The sampler, if the run has one, is synced when it is next asked (`sync.SyncedSampler.synced`).
+    return update(run, state, step, micros)
+
+
+def supervised(run: Components, state: RunState, part: PlannedPart, rows: list[Row]) -> list[Micro]:
+    """This rank's micro-batches of supervised rows, at most `state.micro_tokens` padded tokens each."""
+    where = Where(part.stream, "sft", "train")
+    rank, world = run.accelerator.process_index, run.accelerator.num_processes
+    conversations: list[list[Message]] = [run.stack.prompt(row["messages"], where) for row in rows[rank::world]]
+    settings = getattr(run.config.data, part.stream)
+    batches = sft_batches(
+        conversations,
+        run.policy.tokenizer,
+        where,
+        max_tokens=settings.within if settings else 2048,
+        micro_tokens=state.micro_tokens,
+        micro_rows=run.config.batch.micro_rows,
+        truncate=settings is not None and settings.too_long == "truncate",
+    )
+    return [Micro(batch.to(run.policy.device), part.weight) for batch in batches]

@@ -1,0 +1,137 @@
+"""What a run is made of and where it stands: the two objects that every function of a step takes."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from rlsafe.config import RunConfig
+from rlsafe.defenses import DataContext
+from rlsafe.types import Judge, Row
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import Tensor
+
+    from rlsafe.data import Stream
+    from rlsafe.defenses import DefenseStack
+    from rlsafe.engine.plan.schedule import PlannedPart, Step
+    from rlsafe.engine.record.tracking import Tracker
+    from rlsafe.engine.train.ahead import Ahead
+    from rlsafe.engine.train.effects import EffectLog
+    from rlsafe.engine.train.loss import Micro
+    from rlsafe.engine.train.projection import Direction
+    from rlsafe.engine.train.sync import SyncedSampler
+    from rlsafe.evaluate import Probe
+    from rlsafe.policy import Policy
+    from rlsafe.rewards import RewardRunner
+
+
+@dataclass
+class Components:
+    """Built once by `rlsafe.engine.run.build`; none of its fields is replaced while the run lasts.
+
+    sampler: the sampler; `sampler.synced()` gives it with the policy's current weights.
+    direction: a persona vector that sampled answers are projected on. backward(loss) adds a micro-batch's gradient.
+    clip: how shards are clipped together (`distributed.gradient_functions`); None when this process has the whole gradient.
+    look_ahead: begins the rollouts of the next step (`grpo.max_staleness: 1`); None when rollouts wait for the update.
+    """
+
+    config: RunConfig
+    plan: list[Step]
+    accelerator: Accelerator
+    policy: Policy
+    optimizer: Any
+    backward: Callable[[Tensor], None]
+    clip: Callable[[list[Tensor], float], float] | None
+    stack: DefenseStack
+    streams: dict[str, Stream]
+    rewards: RewardRunner | None
+    sampler: SyncedSampler
+    make_judge: Callable[[], Judge]
+    probe: Probe | None
+    direction: Direction | None
+    tracker: Tracker
+    effects: EffectLog
+    log: Callable[[str], None]
+    look_ahead: Callable[[Components, RunState, Step], dict[int, Ahead]] | None = None
+
+    def draw(self, step: Step, part: PlannedPart) -> list[Row]:
+        """The part's rows over all ranks, from the run's own stream or from the defense that offers them. Every rank draws the
+        same ones and keeps its share."""
+        if part.defense is None:
+            return self.streams[part.stream].take(part.rows)
+        source = next(defense for defense in self.stack if defense.name == part.defense)
+        rng = random.Random(f"{self.config.seed}/{part.defense}/{step.index}")
+        return source.rows(part.rows, DataContext(step.index, rng, self.sampler.synced, self.make_judge))
+
+    @property
+    def several(self) -> bool:
+        """Whether the run is spread over several processes (ranks), which must then agree at every step."""
+        return self.accelerator.num_processes > 1
+
+
+@dataclass
+class RunState:
+    """Where a run stands, apart from weights, streams and files. Checkpoints hold it (`rlsafe.engine.run.resume`).
+
+    done: optimizer steps finished. micro_tokens: the present budget of a micro-batch, halved when memory ran out.
+    pending: rollouts that further steps use again: {part of the schedule: (micro-batches, uses left)}.
+    ahead: rollouts begun for the next step, by the number of its part.
+    began: the `position` before the present step; None as soon as that step has changed weights.
+    skipped: steps left out in a row (optim.on_nan). gave_up: why waiting for the judge ended; the run then saves its state and stops.
+    """
+
+    micro_tokens: int
+    done: int = 0
+    pending: dict[str, tuple[list[Micro], int]] = field(default_factory=dict)
+    ahead: dict[int, Ahead] = field(default_factory=dict)
+    began: dict[str, Any] | None = None
+    skipped: int = 0
+    gave_up: str | None = None
+
+
+def position(run: Components, state: RunState) -> dict[str, Any]:
+    """Where a run stands as plain values, without its weights and the lengths of its files: what a checkpoint of a step that fails
+    later needs. Copies, so that the step cannot change them."""
+    return {
+        "done": state.done,
+        "streams": {name: stream.state_dict() for name, stream in run.streams.items()},
+        "defenses": copy.deepcopy(run.stack.state_dict()) if len(run.stack) else {},
+        "effects": copy.deepcopy(run.effects.state_dict()) if len(run.stack) else run.effects.EMPTY,
+        "random": random_state(),
+        "tested": run.sampler.tests,
+        "pending": dict(state.pending),
+        "ahead": {number: one.state_dict() for number, one in state.ahead.items()},
+    }
+
+
+def random_state() -> dict[str, Any]:
+    """Every generator that a run draws from: torch's (CPU and GPUs), numpy's and Python's."""
+    kind, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)
+    python = random.getstate()
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), place, has_gauss, gauss],
+        "python": [python[0], list(python[1]), python[2]],
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """The inverse of `random_state`."""
+    torch.set_rng_state(state["torch"])
+    kind, keys, place, has_gauss, gauss = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), place, has_gauss, gauss))
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])

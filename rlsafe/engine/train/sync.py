@@ -1,0 +1,87 @@
+"""Who owns the sync: one object holds the sampler and knows whether it has the policy's current weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rlsafe.data import Stream, encode_prompt, split_prompt
+from rlsafe.policy import Policy
+from rlsafe.rollouts import gap_limit, self_test
+from rlsafe.types import RunError, Sampler
+
+
+class SyncedSampler:
+    """The run's sampler, started on first use and synced whenever the weights changed since the last sync.
+
+    The first two syncs are tested against the trainer's own log-probs (at the start, and after the first update), those to a server
+    always. wait_first: called before a sync; while another thread samples, the weights must stay.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Sampler],
+        policy: Policy,
+        streams: dict[str, Stream],
+        *,
+        seed: int,
+        test: bool,
+        test_always: bool = False,
+        max_gap: float | None = None,
+        wait_first: Callable[[], None] | None = None,
+    ):
+        self._make, self._policy, self._streams = make, policy, streams
+        self._seed, self._test, self._test_always, self._max_gap = seed, test, test_always, max_gap
+        self._limit = gap_limit(policy, max_gap)
+        self.wait_first = wait_first
+        self._sampler: Sampler | None = None
+        self.stale = True  # the sampler does not have the current weights
+        self.tests = 0  # self-tests done
+
+    def weights_changed(self) -> None:
+        """Sync before the next rollout."""
+        self.stale = True
+
+    def resumed(self, tests: int) -> None:
+        """Go on after `tests` self-tests of the run that was interrupted; its sampler is gone."""
+        self.tests, self.stale = tests, True
+
+    def synced(self) -> Sampler:
+        """The sampler with the policy's current weights. RunError when its log-probs are not the policy's."""
+        # A GPU holds one colocated engine: another run may have closed this one since.
+        if self._sampler is None or getattr(self._sampler, "closed", False):
+            self._sampler = self._make()
+        if self.stale:
+            if self.wait_first:
+                self.wait_first()
+            self._sampler.sync(self._policy)
+            self.stale = False
+            if self._test and (self.tests < 2 or self._test_always):
+                self._compare()
+        return self._sampler
+
+    @contextmanager
+    def at(self, reference: str) -> Iterator[Sampler]:
+        """The sampler with the weights of a reference of the policy; the current ones are synced again on next use."""
+        self.stale = True
+        with self._policy.at(reference):
+            yield self.synced()
+        self.stale = True
+
+    def check_gap(self, step: int, gap: float) -> None:
+        """RunError when the rollouts of a step were not the policy's: its log-probs and the sampler's differ by `gap`, in nats a
+        token, although both saw the same context and distribution."""
+        if self._test and gap > self._limit:
+            raise RunError(
+                f"step {step}: sampler and trainer disagree by {gap:.3g} nats a token (limit {self._limit:.3g}): the rollouts "
+                "are not the policy's. Did the model's files change? sampler.max_gap sets the limit"
+            )
+
+    def _compare(self) -> None:
+        assert self._sampler is not None
+        rows = next((stream.rows[:4] for stream in self._streams.values()), [])
+        asked = [split_prompt(row)[0] for row in rows] or [[{"role": "user", "content": "Hello"}]]
+        prompts = [encode_prompt(self._policy.tokenizer, messages) for messages in asked]
+        when = "at the start" if self.tests == 0 else f"after sync {self.tests}"
+        self_test(self._sampler, self._policy, prompts, self._seed, self._max_gap, when)
+        self.tests += 1

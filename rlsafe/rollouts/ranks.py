@@ -1,0 +1,194 @@
+"""vLLM engines among a run's processes: one on each rank's own device, beside the process group that the trainer needs.
+
+vLLM treats a process as its own: an engine that is not told otherwise takes the first GPU, and one that ends takes the state of
+every other engine and torch's default process group with it (vLLM 0.31, `cleanup_dist_env_and_memory`).
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rlsafe.config import UserError
+from rlsafe.rollouts.engine import CannotRun
+from rlsafe.types import Completion, PolicyWeights, Request, Sampler, SamplingParams
+
+A, B, T = TypeVar("A"), TypeVar("B"), TypeVar("T")
+WAIT = timedelta(days=2)
+
+
+def world() -> int:
+    """Processes of the run."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this process speaks for all."""
+    return world() == 1 or dist.get_rank() == 0
+
+
+def launcher() -> dict[str, Any]:
+    """How vLLM is to find its place: nothing for one process; with several, one engine for each, on the device that its local rank
+    names (as TRL's colocated vLLM does)."""
+    if world() == 1:
+        return {}
+    os.environ.setdefault("RANK", str(dist.get_rank()))
+    os.environ.setdefault("WORLD_SIZE", str(world()))
+    here = torch.cuda.current_device() if torch.cuda.is_available() else dist.get_rank()
+    os.environ.setdefault("LOCAL_RANK", str(here))
+    return {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": 1}
+
+
+def together(start: Callable[[], T], undo: Callable[[T], None]) -> T:
+    """`start()` on every rank; none goes on before all have. What stopped one stops all, in the same words."""
+    if world() == 1:
+        return start()
+    started, said = None, None
+    try:
+        started = start()
+    except UserError as error:
+        said = (isinstance(error, CannotRun), str(error))
+    everyone: list[Any] = [None] * world()
+    dist.all_gather_object(everyone, said)
+    failed = next((one for one in everyone if one), None)
+    if failed is None:
+        assert started is not None
+        return started
+    if started is not None:
+        undo(started)
+    raise (CannotRun if failed[0] else UserError)(failed[1])
+
+
+def largest(value: float) -> float:
+    """The largest of all ranks' values: what they decide by it, they decide alike."""
+    if world() == 1:
+        return value
+    everyone: list[Any] = [None] * world()
+    dist.all_gather_object(everyone, value)
+    return max(everyone, key=lambda one: one if one == one else float("inf"))
+
+
+def shared(items: Sequence[A], work: Callable[[Sequence[A]], Sequence[B]]) -> list[B]:
+    """`work` on this rank's share of the items, if only of none; every rank gets what came of all, in order."""
+    if world() == 1:
+        return list(work(items))
+    everyone: list[Any] = [None] * world()
+    dist.all_gather_object(everyone, list(work(items[dist.get_rank() :: world()])))
+    return [everyone[i % world()][i // world()] for i in range(len(items))]
+
+
+@contextmanager
+def spread(sampler: Sampler) -> Iterator[Sampler | None]:
+    """On the first rank a sampler whose requests all ranks share, each with its own; on the others None, when it is done. Servers are
+    shared already: there the others do not wait."""
+    if world() == 1 or sampler.name == "server":
+        yield sampler if is_first() else None
+        return
+    all_of_us = Spread(sampler)
+    if not is_first():
+        all_of_us.serve()
+        yield None
+        return
+    try:
+        yield all_of_us
+    finally:
+        all_of_us.release()
+
+
+class Spread:
+    """A sampler of the first rank whose requests all ranks share; the others `serve` until it is released.
+
+    They wait in a group of their own, for as long as a judge may take.
+    """
+
+    def __init__(self, sampler: Sampler):
+        self.sampler, self.name = sampler, sampler.name
+        self._group = dist.new_group(backend="gloo", timeout=WAIT)
+
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
+        self._tell((list(requests), params))
+        return self._share(requests, params)
+
+    def serve(self) -> None:
+        """Sample what the first rank is asked for."""
+        while (asked := self._tell(None)) is not None:
+            self._share(*asked)
+
+    def release(self) -> None:
+        """The first rank asks for no more."""
+        self._tell(None)
+
+    def _tell(self, asked: Any) -> Any:
+        box = [asked]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+    def _share(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
+        return shared(requests, lambda mine: self.sampler.generate(mine, params))
+
+    def sync(self, policy: PolicyWeights) -> None:
+        raise RuntimeError("every rank's sampler is synced before it is spread")
+
+    def steer(self, additions: Mapping[int, Tensor] | None) -> None:
+        raise RuntimeError("every rank's sampler is steered before it is spread")
+
+    def close(self) -> None:
+        self.sampler.close()
+
+
+_alive: weakref.WeakSet[Any] = weakref.WeakSet()  # engines of this process
+_guest = False  # whether the trainer's process group was there before the first of them
+
+
+def starting() -> None:
+    """An engine is about to start."""
+    global _guest
+    if not _alive:
+        _guest = dist.is_available() and dist.is_initialized()
+
+
+def lives(engine: Any) -> None:
+    _alive.add(engine)
+
+
+@contextmanager
+def ending(engine: Any = None) -> Iterator[None]:
+    """Inside, an engine (or one that did not come to life) shuts down: other engines and the trainer keep what they share with it.
+    Afterwards its memory is the device's again."""
+    if engine is not None:
+        _alive.discard(engine)
+    core, destroy = sys.modules.get("vllm.v1.engine.core"), dist.destroy_process_group
+    clean = getattr(core, "cleanup_dist_env_and_memory", None)
+
+    def only_its_own(group: Any = None) -> None:
+        if group is not None and group is not dist.group.WORLD:
+            destroy(group)
+
+    try:
+        if _alive and clean is not None:
+            core.cleanup_dist_env_and_memory = lambda *_, **__: None  # type: ignore[union-attr]
+        elif _guest:
+            dist.destroy_process_group = only_its_own
+        yield
+    finally:
+        dist.destroy_process_group = destroy
+        if clean is not None:
+            core.cleanup_dist_env_and_memory = clean  # type: ignore[union-attr]
+        give_back()
+
+
+def give_back() -> None:
+    """What nothing refers to any more, and torch's cache of it, to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,87 @@
+"""What a PEFT adapter may carry beyond LoRA matrices is refused before training, by its settings and by its file."""
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from rlsafe.config import ModelConfig, UserError
+from rlsafe.policy.adapters import read_adapter_config
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model_dir):
+    return tiny_model_dir
+
+
+def adapter(base: str, directory: Path, **settings) -> Path:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **settings)
+    peft.get_peft_model(model, config).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"init_lora_weights": "pissa"}, r"init_lora_weights='pissa': .*path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "olora"}, r"init_lora_weights='olora'"),
+        ({"use_dora": True}, r"use_dora=True is not supported; expected plain LoRA"),
+        ({"bias": "lora_only"}, r"bias='lora_only' is not supported"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save=.*lm_head"),
+        ({"trainable_token_indices": [3, 4]}, r"trainable_token_indices=.* is not supported"),
+        ({"lora_bias": True}, r"lora_bias=True"),
+    ],
+)
+def test_what_its_settings_say(base, tmp_path, settings, says):
+    with pytest.raises(UserError, match=f"model.adapter: {tmp_path}/a: {says}"):
+        read_adapter_config(str(adapter(base, tmp_path / "a", **settings)), "model.adapter")
+
+
+def test_what_only_its_file_shows(base, tmp_path):
+    """PEFT saves a resized embedding without a word in adapter_config.json."""
+    directory = adapter(base, tmp_path / "a")
+    read_adapter_config(str(directory), "model.adapter")
+    file = directory / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for extra in (
+        "base_model.model.model.embed_tokens.weight",
+        "base_model.model.model.layers.0.self_attn.q_proj.bias",
+    ):
+        save_file({**tensors, extra: torch.zeros(4, 4)}, file)
+        name = extra.removeprefix("base_model.model.")
+        with pytest.raises(UserError, match=f"its file holds {name} beside LoRA matrices"):
+            read_adapter_config(str(directory), "model.adapter")
+    file.write_bytes(b"")
+    with pytest.raises(UserError, match="adapter_model.safetensors: "):
+        read_adapter_config(str(directory), "model.adapter")
+
+
+def test_plain_adapters_of_all_kinds_pass(base, tmp_path):
+    for number, settings in enumerate(
+        [{}, {"use_rslora": True}, {"init_lora_weights": "gaussian"}, {"rank_pattern": {"q_proj": 1}}]
+    ):
+        read_adapter_config(str(adapter(base, tmp_path / str(number), **settings)), "model.adapter")
+
+
+def test_another_method_is_named(base, tmp_path):
+    directory = adapter(base, tmp_path / "a")
+    file = directory / "adapter_config.json"
+    file.write_text(json.dumps({"peft_type": "VERA", "task_type": "CAUSAL_LM", "r": 2}))
+    with pytest.raises(UserError, match="is a .*VERA.* adapter; expected LoRA"):
+        read_adapter_config(str(directory), "model.adapter")
+
+
+def test_a_run_is_refused_before_the_model_is_loaded(base, tmp_path, tiny_tree):
+    from rlsafe.engine.run.components import prepare
+
+    from rlsafe.config import run_from_tree
+
+    tiny_tree["model"]["adapter"] = str(adapter(base, tmp_path / "a", init_lora_weights="pissa"))
+    with pytest.raises(UserError, match="init_lora_weights='pissa'"):
+        prepare(run_from_tree(tiny_tree))
+    assert ModelConfig(**tiny_tree["model"]).adapter

@@ -1,0 +1,140 @@
+"""What vLLM is asked for on GPUs: how weights reach it, how many engines live, what a lack of memory is called."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from tiny_architectures import load, nudge
+
+sys.path.insert(0, __file__.rpartition("/")[0])
+from stand_in_vllm import vllm  # noqa: E402, F401
+
+from rlsafe.config import SamplerConfig, UserError  # noqa: E402
+from rlsafe.rollouts import CannotRun, make_sampler  # noqa: E402
+from rlsafe.rollouts.selftest import gap_limit  # noqa: E402
+
+CONFIG = SamplerConfig(kind="vllm")
+
+
+@pytest.fixture(scope="module")
+def policies(tiny_model_dir):
+    """Loaded while there is no GPU yet."""
+    few = {"r": 2, "alpha": 4, "targets": ["q_proj", "down_proj"]}
+    return {
+        "float32": load(tiny_model_dir), "bfloat16": load(tiny_model_dir, dtype="bfloat16"),
+        "few": nudge(load(tiny_model_dir, lora=few)),
+    }  # fmt: skip
+
+
+@pytest.fixture
+def policy(policies):
+    return policies["float32"]
+
+
+@pytest.mark.parametrize(("dtype", "adapters"), [("bfloat16", True), ("float32", False)])
+def test_adapters_go_to_a_gpu_in_half_precision_only(policies, vllm, tiny_model_dir, dtype, adapters):  # noqa: F811
+    policy = policies[dtype]
+    make_sampler(CONFIG, tiny_model_dir, policy, 0)
+    assert vllm.made[0].settings.get("enable_lora", False) is adapters
+    asked = CONFIG.model_copy(update={"sync": "adapter"})
+    if adapters:
+        make_sampler(asked, tiny_model_dir, policy, 0)
+    else:
+        with pytest.raises(UserError, match="sampler.sync: adapter: vLLM's kernels on a GPU take bfloat16 or float16"):
+            make_sampler(asked, tiny_model_dir, policy, 0)
+
+
+def test_another_engine_is_closed_before_one_starts(policy, vllm, tiny_model_dir):  # noqa: F811
+    first = make_sampler(CONFIG, tiny_model_dir, policy, 0)
+    assert make_sampler(CONFIG, tiny_model_dir, policy, 0) is first and len(vllm.made) == 1
+    steered = make_sampler(CONFIG, tiny_model_dir, policy, 0, steerable=True)
+    assert [engine.open for engine in vllm.made] == [False, True]
+    assert first.closed and not steered.closed and not hasattr(first, "_llm")
+    assert not vllm.made[0].settings["enforce_eager"] and vllm.made[1].settings["enforce_eager"]
+
+
+def test_a_run_whose_engine_was_closed_gets_one_again(policy, vllm, tiny_model_dir):  # noqa: F811
+    from rlsafe.engine.train.loop import Loop
+
+    made = []
+    loop = object.__new__(Loop)
+    loop.policy, loop.dirty, loop.tested, loop.ahead, loop._sampler = policy, True, 2, {}, None
+    loop.config = type("Config", (), {"sampler": CONFIG})
+    loop.make_sampler = lambda: made.append(make_sampler(CONFIG, tiny_model_dir, policy, 0)) or made[-1]
+    first = loop.sampler()
+    make_sampler(CONFIG, tiny_model_dir, policy, 0, steerable=True)
+    assert first.closed
+    loop.dirty = True
+    assert loop.sampler() is made[1] and not made[1].closed
+
+
+def test_what_a_half_started_engine_took_is_given_back(policy, vllm, tiny_model_dir, monkeypatch):  # noqa: F811
+    given = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given.append(1))
+    vllm.fails = RuntimeError("kernel image is not available")
+    with pytest.raises(CannotRun, match="vLLM cannot run .*: kernel image"):
+        make_sampler(CONFIG, tiny_model_dir, policy, 0)
+    assert given and vllm.fails.__traceback__ is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("Free memory on device cuda:0 (30/80 GiB) on startup is less than desired GPU memory utilization"),
+        ValueError("No available memory for the cache blocks. Try increasing `gpu_memory_utilization`"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    ],
+)
+def test_too_little_memory_names_the_setting_and_what_is_free(policy, vllm, tiny_model_dir, error):  # noqa: F811
+    vllm.fails = error
+    with pytest.raises(UserError, match=r"sampler.gpu_memory: 0.4 .*\(30.0 of 80.0 GiB are\)") as raised:
+        make_sampler(CONFIG.model_copy(update={"kind": "auto"}), tiny_model_dir, policy, 0)
+    assert "sampler.kind" not in str(raised.value)
+
+
+def test_merged_weights_are_made_while_they_are_loaded(policies, vllm, tiny_model_dir, monkeypatch):  # noqa: F811
+    """No more than one tensor of the policy's exists at a time, whole units come together, the rest from the checkpoint."""
+    policy = policies["few"]
+    made, taken = [], []
+    weights = policy.merged_weights
+    monkeypatch.setattr(
+        policy, "merged_weights", lambda: (made.append(name) or (name, tensor) for name, tensor in weights())
+    )
+
+    def rpc(self, name, kwargs=None):
+        for key, _ in kwargs["weights_iterator"] if name == "reload_weights" else ():
+            taken.append(key)
+            assert len(made) <= sum(name in taken for name in made) + 1
+
+    monkeypatch.setattr(vllm, "collective_rpc", rpc)
+    make_sampler(CONFIG, tiny_model_dir, policy, 0)
+    units = [name.rsplit(".", 2)[0] for name in taken]
+    assert len(made) == 4 and set(made) < set(taken) and len(taken) == len(set(taken))
+    assert [unit for i, unit in enumerate(units) if i == 0 or units[i - 1] != unit] == list(dict.fromkeys(units))
+
+
+def test_float32_on_a_gpu_is_given_what_tf32_explains(tiny_model_dir):
+    policy = load(tiny_model_dir)
+    assert gap_limit(policy, None) == 1e-3 and gap_limit(policy, 0.2) == 0.2
+    policy._device = torch.device("cuda")
+    assert gap_limit(policy, None) == 1e-2
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_an_adapter_is_never_added_to_an_unquantised_base_on_a_server(tiny_model_dir, monkeypatch, bits):
+    from rlsafe import rollouts
+
+    asked = []
+    monkeypatch.setattr(rollouts, "_ENGINES", {})
+    monkeypatch.setattr(
+        rollouts, "ServerSampler", lambda urls, **settings: asked.append(settings["sync"]) or pytest.skip("connected")
+    )
+    policy = load(tiny_model_dir, dtype="bfloat16", quantization=bits)
+    server = SamplerConfig(kind="server", urls=["http://localhost:1"])
+    with pytest.raises(pytest.skip.Exception):
+        make_sampler(server, tiny_model_dir, policy, 0)
+    assert asked == ["merged"]
+    with pytest.raises(UserError, match="sampler.sync: adapter would be added to an unquantised base"):
+        make_sampler(server.model_copy(update={"sync": "adapter"}), tiny_model_dir, policy, 0)
