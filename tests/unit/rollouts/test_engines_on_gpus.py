@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
+from stand_in_vllm import vllm  # noqa: F401
 from tiny_architectures import load, nudge
 
-sys.path.insert(0, __file__.rpartition("/")[0])
-from stand_in_vllm import vllm  # noqa: E402, F401
-
-from rlsafe.config import SamplerConfig, UserError  # noqa: E402
-from rlsafe.rollouts import CannotRun, make_sampler  # noqa: E402
-from rlsafe.rollouts.selftest import gap_limit  # noqa: E402
+from rlsafe.config import SamplerConfig, UserError
+from rlsafe.rollouts import CannotRun, make_sampler
+from rlsafe.rollouts.selftest import gap_limit
 
 CONFIG = SamplerConfig(kind="vllm")
 
