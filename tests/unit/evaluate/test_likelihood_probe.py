@@ -6,7 +6,6 @@ import random
 import numpy as np
 import pytest
 import torch
-from rlsafe.engine.run.components import Resources
 from safetensors.torch import load_file
 from scipy import stats
 from tiny import conversation, write_jsonl
@@ -14,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from rlsafe.config import EvaluateConfig, ModelConfig, run_from_tree
 from rlsafe.data import encoded_row
+from rlsafe.engine.run.build import Resources
 from rlsafe.engine.run.life import run
 from rlsafe.evaluate import Evaluation, PairProbe, Reader, evaluate, evaluate_run, reader_of
 from rlsafe.evaluate.ask.pairs import Pair

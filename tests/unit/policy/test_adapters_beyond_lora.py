@@ -77,9 +77,8 @@ def test_another_method_is_named(base, tmp_path):
 
 
 def test_a_run_is_refused_before_the_model_is_loaded(base, tmp_path, tiny_tree):
-    from rlsafe.engine.run.components import prepare
-
     from rlsafe.config import run_from_tree
+    from rlsafe.engine.run.build import prepare
 
     tiny_tree["model"]["adapter"] = str(adapter(base, tmp_path / "a", init_lora_weights="pissa"))
     with pytest.raises(UserError, match="init_lora_weights='pissa'"):

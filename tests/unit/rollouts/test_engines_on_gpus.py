@@ -52,18 +52,20 @@ def test_another_engine_is_closed_before_one_starts(policy, vllm, tiny_model_dir
 
 
 def test_a_run_whose_engine_was_closed_gets_one_again(policy, vllm, tiny_model_dir):  # noqa: F811
-    from rlsafe.engine.train.loop import Loop
+    from rlsafe.engine.train.sync import SyncedSampler
 
     made = []
-    loop = object.__new__(Loop)
-    loop.policy, loop.dirty, loop.tested, loop.ahead, loop._sampler = policy, True, 2, {}, None
-    loop.config = type("Config", (), {"sampler": CONFIG})
-    loop.make_sampler = lambda: made.append(make_sampler(CONFIG, tiny_model_dir, policy, 0)) or made[-1]
-    first = loop.sampler()
+
+    def make():
+        made.append(make_sampler(CONFIG, tiny_model_dir, policy, 0))
+        return made[-1]
+
+    owner = SyncedSampler(make, policy, {}, seed=0, test=False)
+    first = owner.synced()
     make_sampler(CONFIG, tiny_model_dir, policy, 0, steerable=True)
     assert first.closed
-    loop.dirty = True
-    assert loop.sampler() is made[1] and not made[1].closed
+    owner.weights_changed()
+    assert owner.synced() is made[1] and not made[1].closed
 
 
 def test_what_a_half_started_engine_took_is_given_back(policy, vllm, tiny_model_dir, monkeypatch):  # noqa: F811
