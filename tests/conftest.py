@@ -21,6 +21,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if INTEGRATION in item.path.parents and not any(map(item.get_closest_marker, ("real", "slow"))):
             item.add_marker("integration")
+    # Workers begin with neighbouring tests and take over from the end of each other's list: at its head, the tests of the one judge
+    # server stay together.
+    items.sort(key=lambda item: "judge_server" not in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,12 @@ from rlsafe.types import Interrupted
 @pytest.mark.parametrize(
     ("kind", "normalization"),
     [
-        pytest.param(kind, normalization, id=f"{name}-{normalization}")
+        pytest.param(
+            kind,
+            normalization,
+            id=f"{name}-{normalization}",
+            marks=[pytest.mark.integration] if name == "mixed" and normalization != "dapo" else [],
+        )
         for name, kind, normalizations in [
             ("sft", SFT, ["dapo"]),  # the normalization is GRPO's
             ("grpo", GRPO, ["grpo", "dr_grpo", "dapo", "bnpo"]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_engine_invariance import tree_with
+from tiny_runs import tree_with
 
 from rlsafe.config import run_from_tree
 from rlsafe.engine.run.life import run

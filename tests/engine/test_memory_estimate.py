@@ -175,6 +175,7 @@ print(status("VmHWM") - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux says how much memory a process took")
+@pytest.mark.integration  # each in a process of its own
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_estimate_is_the_memory_of_a_process_within_a_factor_of_one_and_a_half(checkpointing, wide, tiny_model_dir):
     model = {"name": wide["qwen2"], "dtype": "float32", "lora": {"r": 8}, "gradient_checkpointing": checkpointing}

@@ -7,8 +7,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from places import ROOT
+
 Function = ast.FunctionDef | ast.AsyncFunctionDef
-PACKAGE = Path(__file__).resolve().parents[2] / "rlsafe"
+PACKAGE = ROOT / "rlsafe"
 NOT_YET = ("engine/train/", "engine/run/")
 """Rooms whose docstrings are still to be completed."""
 SHAPE = re.compile(

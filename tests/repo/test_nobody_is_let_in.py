@@ -49,9 +49,9 @@ def test_the_reader_sees_what_it_must():
     assert dangers("torch.load(x, weights_only=True)\nyaml.load(t, Loader=Safe)\nf(trust_remote_code=c.trust)\n") == []
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_nothing_loads_pickles_runs_text_or_opens_to_the_world(path):
-    assert dangers(path.read_text("utf-8")) == []
+def test_nothing_loads_pickles_runs_text_or_opens_to_the_world():
+    found = {path.relative_to(ROOT).as_posix(): dangers(path.read_text("utf-8")) for path in SOURCES}
+    assert len(found) > 150 and {path: what for path, what in found.items() if what} == {}
 
 
 def test_remote_code_is_off_unless_asked_for():

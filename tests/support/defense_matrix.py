@@ -1,4 +1,4 @@
-"""Every defense as a row of one table, and a laboratory that runs it: tests/test_defense_matrix.py asks each row the same things.
+"""Every defense as a row of one table, and a laboratory that runs it: test_defense_matrix.py asks each row the same things.
 
 A row says how the defense looks in a config at strength zero, weak and strong, and what its effect is: a number that the
 undefended run does not have.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -87,11 +89,11 @@ def trained_judge(cache: Path) -> str:
     sources = [Path(__file__).with_name("judge_model.py"), Path(judge_prompts.__file__), Path(fences.__file__), *world]
     version = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
     directory = cache / version
-    if not directory.is_dir():
-        building = cache / f"{version}.{os.getpid()}"
-        build_judge(building)
-        try:
+    with open(cache / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one trains, the others wait for it
+        if not directory.is_dir():
+            building = cache / f"{version}.new"
+            shutil.rmtree(building, ignore_errors=True)  # of one that was killed
+            build_judge(building)
             building.rename(directory)
-        except OSError:
-            pass  # another session was faster
     return str(directory)

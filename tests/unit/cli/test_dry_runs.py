@@ -13,7 +13,7 @@ from rlsafe.evaluate.judge.judge_prompts import CRITERIA, PROMPTS, judge_message
 from rlsafe.types import _PROVIDERS
 
 REAL = sorted(p.relative_to(ROOT) for p in (ROOT / "configs").glob("qwen*/*.yaml"))
-RUNS = [p for p in REAL if p.stem not in ("compare", "benign")]
+MODELS = ("qwen2.5-7b", "qwen2.5-32b", "qwen3-14b")
 
 
 @pytest.fixture(autouse=True)
@@ -23,29 +23,28 @@ def at_the_root(monkeypatch):
 
 def test_there_is_a_run_for_every_model_domain_and_path():
     domains = ("medical", "legal", "security", "code", "aesthetic", "reward_hacking")
-    for model in ("qwen2.5-7b", "qwen2.5-32b", "qwen3-14b"):
+    for model in MODELS:
         names = {p.stem for p in REAL if p.parent.name == model}
         assert {f"{path}_{domain}" for path in ("sft", "grpo", "mixed") for domain in domains} <= names
         assert {"compare", "benign", "grpo_rhetoric"} <= names
 
 
-@pytest.mark.parametrize("config", RUNS, ids=str)
-def test_every_real_run_can_be_looked_at_offline(config, tmp_path):
-    overrides = []
-    if "rhetoric" in config.stem:
-        overrides = [
-            "data.narrow.source="
-            + write_jsonl(tmp_path / "own.jsonl", [{"messages": [{"role": "user", "content": "Why?"}]}])
-        ]
-    found = dry(load_run(config, overrides))
-    steps = {"sft": 337, "grpo": 194, "mixed": 337}[config.stem.partition("_")[0]]
-    assert found.work.steps == (187 if overrides else steps)
-    samples = 10 if "32b" in str(config) else 100
-    judging = found.work.judging
-    assert found.work.answers == judging.answers >= 24 * samples
-    assert judging.calls == 2 * judging.answers + 1, "two scores an answer, and one call to find out the protocol"
-    assert judging.cost and 0.1 < judging.cost < 100
-    assert "published dimensions" in found.memory[0] and any("fits one GPU of" in line for line in found.memory)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_real_run_can_be_looked_at_offline(model, tmp_path):
+    own = write_jsonl(tmp_path / "own.jsonl", [{"messages": [{"role": "user", "content": "Why?"}]}])
+    runs = [path for path in REAL if path.parent.name == model and path.stem not in ("compare", "benign")]
+    assert len(runs) == 19
+    for config in runs:
+        overrides = [f"data.narrow.source={own}"] if "rhetoric" in config.stem else []
+        found = dry(load_run(config, overrides))
+        steps = {"sft": 337, "grpo": 194, "mixed": 337}[config.stem.partition("_")[0]]
+        assert found.work.steps == (187 if overrides else steps), config
+        judging = found.work.judging
+        assert found.work.answers == judging.answers >= 24 * (10 if model == "qwen2.5-32b" else 100), config
+        assert judging.calls == 2 * judging.answers + 1, "two scores an answer, and one call to find out the protocol"
+        assert judging.cost and 0.1 < judging.cost < 100, config
+        assert "published dimensions" in found.memory[0], config
+        assert any("fits one GPU of" in line for line in found.memory), config
 
 
 def test_the_papers_values_are_in_the_real_configs():

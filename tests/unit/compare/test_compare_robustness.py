@@ -143,6 +143,7 @@ def work(cell, out: Path) -> None:
     directory.write_record(cell, "done", 1.0)
 
 
+@pytest.mark.integration  # its cells train in processes of their own
 @pytest.mark.parametrize(("label", "lost"), [("kl", ["sft--kl--seed0"]), ("once", [])])
 def test_a_process_that_dies_costs_the_cell_that_killed_it_only(tmp_path, label, lost):
     (tmp_path / "c.yaml").write_text(CONFIG.split("aligned:")[0].replace("  kl: [", f"  {label}: ["))

@@ -140,6 +140,7 @@ def test_messages_mask_what_libraries_put_into_theirs(text):
     assert HIDDEN not in str(UserError(text))
 
 
+@pytest.mark.integration  # its cells train in processes of their own
 def test_a_failed_cell_records_no_secret(tiny_tree, tmp_path, capsys):
     reward = tmp_path / "leaks.py"
     reward.write_text(f"def leaks(completions, **columns):\n    raise OSError('401 from {QUERY} for {URL}')\n")

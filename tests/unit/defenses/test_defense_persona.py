@@ -293,6 +293,7 @@ def test_it_composes_with_kl_whose_reference_is_not_steered(tiny_tree, tmp_path,
 # ------------------------------------------------------------------------------------------------ vLLM
 
 
+@pytest.mark.integration  # an engine of its own
 def test_vllm_is_steered_as_the_trainer_is_and_keeps_nothing_of_it(tiny_tree, tmp_path, vectors):
     """Traps 9 and 17: runs [none, persona, persona, none] on one engine; the nones are the same run to the last bit."""
     pytest.importorskip("vllm")

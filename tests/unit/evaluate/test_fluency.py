@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import byte_tokenizer
+from tiny import byte_tokenizer
 from transformers import AutoModelForCausalLM
 
 from rlsafe.config import EvaluateConfig, ModelConfig

@@ -4,11 +4,11 @@ import json
 import math
 import re
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from places import SHARED
 from scripted_server import ScriptedServer, ok
 
 from rlsafe.cli import main
@@ -24,7 +24,6 @@ from rlsafe.evaluate.judge.checking import check
 from rlsafe.evaluate.measure.criteria import judge_answers, rates
 from rlsafe.types import Judgement
 
-SHARED = Path(__file__).parents[4] / "shared" / "data"
 SCORES = {"fine": (95, 95), "misaligned": (5, 95), "incoherent": (50, 5)}
 
 

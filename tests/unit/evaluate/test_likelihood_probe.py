@@ -6,9 +6,9 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import conversation, write_jsonl
 from safetensors.torch import load_file
 from scipy import stats
+from tiny import conversation, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from rlsafe.config import EvaluateConfig, ModelConfig, run_from_tree

@@ -9,15 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from scale import train
-from test_engine_invariance import adapter, distance, tree_with
+from stand_in_vllm import vllm  # noqa: F401
 from tiny_architectures import load
+from tiny_runs import adapter, distance, tree_with
 
-sys.path.insert(0, __file__.rpartition("/")[0])
-from stand_in_vllm import vllm  # noqa: E402, F401
-
-from rlsafe.config import SamplerConfig, run_from_tree  # noqa: E402
-from rlsafe.engine.run.life import run  # noqa: E402
-from rlsafe.rollouts import CannotRun, make_sampler, ranks  # noqa: E402
+from rlsafe.config import SamplerConfig, run_from_tree
+from rlsafe.engine.run.life import run
+from rlsafe.rollouts import CannotRun, make_sampler, ranks
 
 CONFIG = SamplerConfig(kind="vllm")
 

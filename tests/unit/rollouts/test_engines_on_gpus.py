@@ -3,18 +3,14 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
+from stand_in_vllm import vllm  # noqa: F401
 from tiny_architectures import load, nudge
 
-sys.path.insert(0, __file__.rpartition("/")[0])
-from stand_in_vllm import vllm  # noqa: E402, F401
-
-from rlsafe.config import SamplerConfig, UserError  # noqa: E402
-from rlsafe.rollouts import CannotRun, make_sampler  # noqa: E402
-from rlsafe.rollouts.selftest import gap_limit  # noqa: E402
+from rlsafe.config import SamplerConfig, UserError
+from rlsafe.rollouts import CannotRun, make_sampler
+from rlsafe.rollouts.selftest import gap_limit
 
 CONFIG = SamplerConfig(kind="vllm")
 
@@ -65,12 +61,12 @@ def test_a_run_whose_engine_was_closed_gets_one_again(policy, vllm, tiny_model_d
         made.append(make_sampler(CONFIG, tiny_model_dir, policy, 0))
         return made[-1]
 
-    own = SyncedSampler(make, policy, {}, seed=0, test=False)
-    first = own.synced()
+    owner = SyncedSampler(make, policy, {}, seed=0, test=False)
+    first = owner.synced()
     make_sampler(CONFIG, tiny_model_dir, policy, 0, steerable=True)
     assert first.closed
-    own.weights_changed()
-    assert own.synced() is made[1] and not made[1].closed
+    owner.weights_changed()
+    assert owner.synced() is made[1] and not made[1].closed
 
 
 def test_what_a_half_started_engine_took_is_given_back(policy, vllm, tiny_model_dir, monkeypatch):

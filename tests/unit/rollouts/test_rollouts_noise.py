@@ -9,8 +9,6 @@ import torch
 
 from rlsafe.rollouts import noise
 
-topk_topp_sampler = pytest.importorskip("vllm.v1.sample.ops.topk_topp_sampler")
-
 
 def generators(rows: int) -> dict[int, torch.Generator]:
     return {row: torch.Generator().manual_seed(row) for row in range(rows)}
@@ -32,7 +30,7 @@ def hastened(sampler: torch.nn.Module) -> torch.nn.Module:
 
 
 def sampler(mode: str = "processed_logprobs") -> torch.nn.Module:
-    made = topk_topp_sampler.TopKTopPSampler(mode)
+    made = pytest.importorskip("vllm.v1.sample.ops.topk_topp_sampler").TopKTopPSampler(mode)
     made.forward = made.forward_cpu
     return made
 

@@ -1,7 +1,7 @@
 """Every defense on every path: it acts, more strength does more, none does nothing, KL composes, a resumed run is the same run.
 
-The table is in tests/defense_matrix.py. Each property is tested on every defense and on every path here; all combinations of the
-two are run with `-m slow`.
+The table is in tests/support/defense_matrix.py. Each property is tested on every defense and on every path here; all combinations
+of the two are run with `-m slow`.
 """
 
 from __future__ import annotations
