@@ -14,7 +14,7 @@ from rlsafe.evaluate.judge.judge_prompts import CRITERIA, PROMPTS, judge_message
 from rlsafe.types import _PROVIDERS
 
 ROOT = Path(__file__).parent.parent
-REAL = sorted(p.relative_to(ROOT) for p in (ROOT / "configs").glob("qwen*/*.yaml"))
+REAL = sorted(p.relative_to(ROOT) for p in (ROOT / "configs").glob("qwen*/*.yaml") if "coder" not in str(p))
 RUNS = [p for p in REAL if p.stem not in ("compare", "benign")]
 
 
