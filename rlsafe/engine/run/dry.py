@@ -246,9 +246,10 @@ def _seconds(prepared: Prepared, evaluate: EvaluateConfig, work: Work) -> tuple[
         return (0.0, 0.0)
     frozen = any(need.reference for defense in prepared.defenses for need in defense.needs)
     load, grpo = Load(), config.grpo
+    mean = {name: _mean_tokens(prepared, name) for name in {part.stream for s in prepared.plan for part in s.parts}}
     for step in prepared.plan:
         for part in step.parts:
-            tokens = _mean_tokens(prepared, part.stream)
+            tokens = mean[part.stream]
             if part.path == "grpo":
                 completions, length = part.rows * grpo.generations, LENGTH * grpo.max_tokens
                 prompt = tokens / 2  # about: answers are as long as what is asked

@@ -12,7 +12,7 @@ from rlsafe.engine.run.dry import dry, dry_run
 from rlsafe.evaluate.judge.judge_prompts import CRITERIA, PROMPTS, judge_messages
 from rlsafe.types import _PROVIDERS
 
-REAL = sorted(p.relative_to(ROOT) for p in (ROOT / "configs").glob("qwen*/*.yaml"))
+REAL = sorted(p.relative_to(ROOT) for p in (ROOT / "configs").glob("qwen*/*.yaml") if "coder" not in str(p))
 MODELS = ("qwen2.5-7b", "qwen2.5-32b", "qwen3-14b")
 
 
