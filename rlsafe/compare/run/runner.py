@@ -26,6 +26,7 @@ from rlsafe.compare.verdicts.verdicts import PathTable
 from rlsafe.config import UserError, load_compare
 from rlsafe.config.secrets import scrub_secrets
 from rlsafe.data import read_once
+from rlsafe.engine.run.lock import hold, releasing
 from rlsafe.types import Interrupted
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Comparison:
         return verdict_table(self.tables, len(self.failed) - len(self.unscored), [note.shown for note in self.judges])
 
 
+@releasing
 def compare(
     config_path: str | Path,
     defenses: Sequence[str] | None = None,
@@ -81,6 +83,7 @@ def compare(
     own_out = config.run.get("out")
     name = Path(config_path).stem + ("-quick" if quick else "")
     directory = Directory(Path(out or own_out or Path("runs") / name))
+    hold(directory.out)
     directory.open(config)
     command = _command(config_path, defenses, paths, seeds, jobs, directory.out, overrides, quick, relapse, ray)
     if ray is not None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from rlsafe.config import DataConfig, RunConfig, UserError, about
+from rlsafe.config import DataConfig, RunConfig, UserError, about, nearest
 from rlsafe.data import Stream, load_rows, require_answers
 from rlsafe.defenses import Defense, DefenseStack, SetupContext
 from rlsafe.defenses import build as build_defenses
@@ -29,7 +29,7 @@ from rlsafe.evaluate.measure.measure import Material
 from rlsafe.policy import Policy
 from rlsafe.policy.adapters import read_adapter_config
 from rlsafe.policy.source import model_source
-from rlsafe.rewards import RewardRunner, load_reward
+from rlsafe.rewards import LoadedReward, RewardRunner, load_reward
 from rlsafe.rollouts import CANNOT_STEER, make_sampler
 from rlsafe.types import Judge, Row, Sampler, Where
 
@@ -113,8 +113,21 @@ def prepare(config: RunConfig, load: LoadStreams | None = None) -> Prepared:
     _check_adapter(config.model.adapter, uses_grpo)
     if uses_grpo:
         rewards = RewardRunner(loaded, config.grpo.on_error)
+        for name in sampled:
+            _check_where(loaded, rows[name], name)
     material = gather(config.evaluate) if config.evaluate.wanted else None
     return Prepared(config, plan, defenses, rows, rewards, notes, material)
+
+
+def _check_where(rewards: list[LoadedReward], rows: list[Row], name: str) -> None:
+    """UserError for a reward that is for rows of a column that the data lack. Empty: not on this machine, in a dry run."""
+    columns = [column for column in rows[0] if not column.startswith("_")] if rows else []
+    for reward in rewards:
+        for column in reward.where:
+            if columns and column not in columns:
+                raise UserError(
+                    f"reward {reward.name!r}: where: data.{name} has no column {column!r}{nearest(column, columns)}"
+                )
 
 
 def _check_adapter(adapter: str | None, uses_grpo: bool) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+
 import pytest
 import torch
 from stand_in_vllm import vllm  # noqa: F401
