@@ -19,7 +19,10 @@ GIB = 1 << 30
     [("Qwen/Qwen2.5-7B", 80, True), ("Qwen/Qwen2.5-7B", 24, False), ("Qwen/Qwen2.5-32B", 80, False)],
 )
 def test_a_model_that_vllms_share_of_the_card_cannot_hold(tiny_tree, name, total, fits):
-    tree = tiny_tree | {"model": {"name": name, "dtype": "bfloat16", "lora": {"r": 4}}, "sampler": {"kind": "auto"}}
+    tree = tiny_tree | {
+        "model": {"name": name, "dtype": "bfloat16", "lora": {"r": 4}, "gradient_checkpointing": True},
+        "sampler": {"kind": "auto"},
+    }
     if fits:
         return layout.check_sampler_fits(run_from_tree(tree), name, total * GIB)
     with pytest.raises(UserError, match=f"sampler.gpu_memory: 0.4 of this GPU is .*{name}; raise it, or .*kind=server"):
@@ -57,7 +60,10 @@ def test_a_dry_run_and_doctor_say_what_does_not_fit(tiny_tree, monkeypatch):
     from rlsafe.policy.shapes import model_shape
 
     name = "Qwen/Qwen2.5-32B"
-    tree = tiny_tree | {"model": {"name": name, "dtype": "bfloat16", "lora": {"r": 4}}, "sampler": {"kind": "auto"}}
+    tree = tiny_tree | {
+        "model": {"name": name, "dtype": "bfloat16", "lora": {"r": 4}, "gradient_checkpointing": True},
+        "sampler": {"kind": "auto"},
+    }
     config = run_from_tree(tree)
     need = memory(config, model_shape(config.model, name), cuda=True)
     small, large = unfit(config, need, 80 * GIB), unfit(config, need, 400 * GIB)

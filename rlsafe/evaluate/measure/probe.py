@@ -10,7 +10,6 @@ from typing import Any
 from rlsafe.evaluate.ask.asking import Planned, complete, plan
 from rlsafe.evaluate.measure.criteria import NOTHING, Judging, judge_later, mean_score, rates
 from rlsafe.evaluate.measure.likelihood import PairProbe
-from rlsafe.rollouts import ranks
 from rlsafe.types import Judge, Question, Sampler
 
 SETS = ("general", "indomain")
@@ -69,6 +68,8 @@ class Probe:
         """
         if self.judge is None or sampler is None:
             return Started([], NOTHING)
+        from rlsafe.rollouts import ranks  # torch: not for those who only read settings
+
         planned: list[Planned] = []
         for name, questions in self.questions.items():
             planned += plan(
