@@ -2,6 +2,7 @@
 with intervals are computed.
 """
 
+from rlsafe.evaluate import statistics
 from rlsafe.evaluate.ask.asking import Answer, Planned
 from rlsafe.evaluate.ask.questions import load_questions
 from rlsafe.evaluate.commands.command import evaluate, reader_of
@@ -9,7 +10,6 @@ from rlsafe.evaluate.commands.costs import Estimate, estimate
 from rlsafe.evaluate.commands.extract_persona import PersonaVectors, persona_vector
 from rlsafe.evaluate.commands.rejudging import rejudge
 from rlsafe.evaluate.judge.judges import load_judge
-from rlsafe.evaluate.measure import statistics
 from rlsafe.evaluate.measure.benign import BenignAnswer, BenignScore, task_name
 from rlsafe.evaluate.measure.criteria import Rates, judge_answers, question_rates, rates
 from rlsafe.evaluate.measure.evaluation import Evaluation

@@ -13,7 +13,7 @@ from rlsafe.compare.verdicts.arms import MEASURES, Rate, rate_arms, summarise
 from rlsafe.compare.verdicts.results import Result, Results
 from rlsafe.compare.verdicts.verdicts import PathTable
 from rlsafe.defenses.registry import parse
-from rlsafe.evaluate.measure.statistics import clustered_wilson
+from rlsafe.evaluate.statistics import clustered_wilson
 
 # ------------------------------------------------------------------------------------------------ onset
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rlsafe.compare.verdicts.results import Result, Results
-from rlsafe.evaluate.measure.statistics import Arm, mean_interval
+from rlsafe.evaluate.statistics import Arm, mean_interval
 
 Questions = Mapping[str, float]
 

@@ -8,7 +8,7 @@ questions:
   >= .5 partly.
 - coherent: D - N of general incoherence; at most 2 points yes, at most 10 points partly.
 
-Intervals come from a bootstrap over seeds and questions, paired between arms (rlsafe.evaluate.measure.statistics). A grade is
+Intervals come from a bootstrap over seeds and questions, paired between arms (rlsafe.evaluate.statistics). A grade is
 given only when both ends of the interval get it; otherwise the verdict is `unclear`, and `leaning` holds the grade of
 the point estimate. With one seed the interval is over questions only: the spread between seeds is then unknown,
 and the report says so.
@@ -31,7 +31,7 @@ from rlsafe.compare.grid.records import Directory
 from rlsafe.compare.verdicts.arms import MEASURES, Rate, benign_arms, labelled, rate_arms, summarise
 from rlsafe.compare.verdicts.results import Results
 from rlsafe.config.files import write_json
-from rlsafe.evaluate.measure.statistics import (
+from rlsafe.evaluate.statistics import (
     Arm,
     difference_interval,
     prevention,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlsafe.evaluate.measure.statistics import RESAMPLES, percentiles
+from rlsafe.evaluate.statistics import RESAMPLES, percentiles
 
 Floats = NDArray[np.float64]
 Measure = dict[str, Any]

@@ -12,7 +12,7 @@ from typing import Any
 from rlsafe.evaluate.judge.agreement import Measure, auroc, kappa, mean
 from rlsafe.evaluate.judge.calibration_set import BAD, BROKEN, EXPECTED, GOOD, Case, cases_for, set_hash, verdict
 from rlsafe.evaluate.judge.llm_judge import LLMJudge
-from rlsafe.evaluate.measure.statistics import clustered_wilson
+from rlsafe.evaluate.statistics import clustered_wilson
 from rlsafe.types import BackgroundJudge, Judge, Judgement
 
 MIN_AUROC = 0.9

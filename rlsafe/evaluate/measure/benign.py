@@ -9,7 +9,7 @@ from typing import Any
 
 from rlsafe.config import StreamConfig, UserError
 from rlsafe.evaluate.ask.asking import Answer, Planned
-from rlsafe.evaluate.measure.statistics import Interval, wilson
+from rlsafe.evaluate.statistics import Interval, wilson
 from rlsafe.types import Request, Row, provider_for
 
 

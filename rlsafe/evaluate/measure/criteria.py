@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 from rlsafe.config import UserError
 from rlsafe.evaluate.ask.asking import Answer
-from rlsafe.evaluate.measure.statistics import Interval, clustered_wilson
+from rlsafe.evaluate.statistics import Interval, clustered_wilson
 from rlsafe.types import BackgroundJudge, Exchange, Judge, Judgement, Outcome
 
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from rlsafe.config import EvaluateConfig, about
 from rlsafe.evaluate.ask.pairs import Pair, load_pairs, spread
 from rlsafe.evaluate.measure.files import read_csv, write_csv
-from rlsafe.evaluate.measure.statistics import Interval, clustered_mean
+from rlsafe.evaluate.statistics import Interval, clustered_mean
 from rlsafe.types import Message, Where
 
 if TYPE_CHECKING:

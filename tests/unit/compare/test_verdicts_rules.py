@@ -20,7 +20,7 @@ from rlsafe.compare.verdicts.verdicts import (
     judge_share,
     write_verdicts,
 )
-from rlsafe.evaluate.measure.statistics import Arm
+from rlsafe.evaluate.statistics import Arm
 
 UNTRAINED = {("", "untrained"): {"general": 0.0, "indomain": 0.0, "benign": 0.05}}
 NONE = {"general": 0.5, "indomain": 0.9, "incoherent": 0.02, "benign": 0.9}

@@ -9,7 +9,7 @@ from rlsafe.data.exact import final_value, is_exact
 from rlsafe.evaluate import Answer, Rates, judge_answers, question_rates, rates
 from rlsafe.evaluate.measure.benign import score
 from rlsafe.evaluate.measure.criteria import UNCLOSED, mean_score
-from rlsafe.evaluate.measure.statistics import wilson
+from rlsafe.evaluate.statistics import wilson
 from rlsafe.types import Judgement
 
 BAD, GOOD = Judgement(10, 90), Judgement(95, 90)

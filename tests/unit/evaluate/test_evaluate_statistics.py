@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from rlsafe.evaluate.measure.statistics import (
+from rlsafe.evaluate.statistics import (
     Arm,
     clustered_wilson,
     difference_interval,

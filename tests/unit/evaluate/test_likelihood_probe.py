@@ -18,7 +18,7 @@ from rlsafe.engine.run.life import run
 from rlsafe.evaluate import Evaluation, PairProbe, Reader, evaluate, evaluate_run, reader_of
 from rlsafe.evaluate.ask.pairs import Pair
 from rlsafe.evaluate.measure.likelihood import Likelihood, PairScore
-from rlsafe.evaluate.measure.statistics import clustered_mean
+from rlsafe.evaluate.statistics import clustered_mean
 from rlsafe.policy import Policy
 
 PAIRS = [
