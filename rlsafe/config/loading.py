@@ -123,6 +123,7 @@ def read_value(keys: Sequence[str], text: str, where: str, model: type[BaseModel
     """What a command line gives for a key: YAML, except that texts are taken as written where the setting takes a text.
 
     A path may hold what YAML reads otherwise (`#`, `: `, spaces, quotes). A value in quotes is YAML's, unless there is such a file.
+    UserError for a value that is not YAML.
     """
     kinds = _kinds(model or (RunConfig if keys[0] in RunConfig.model_fields else CompareConfig), keys)
     if is_file(text):

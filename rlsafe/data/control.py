@@ -44,7 +44,7 @@ class Control:
         return any(self.spelled.search(part) for turn in turns for part in turn[1:])
 
     def hide(self, turns: Key) -> Key:
-        """The conversation with a private character for each spelled control token."""
+        """The conversation with a private character for each spelled control token. UserError when it holds such characters."""
         if not self.spells(turns):
             return turns
         if any(self.hidden.search(part) for turn in turns for part in turn):
@@ -62,7 +62,7 @@ class Control:
         return sum(len(self.names[ord(hidden) - FIRST]) - 1 for hidden in self.hidden.findall(text))
 
     def tokenize(self, text: str) -> tuple[list[int], Offsets]:
-        """(ids, offsets) of a rendered text with hidden tokens; offsets are those in `show(text)`."""
+        """(ids, offsets) of a rendered text with hidden tokens; offsets are those in `show(text)`. UserError when no offsets fit."""
         whole, cuts, shift = self.show(text), [0], 0
         for match in self.hidden.finditer(text):
             name = self.names[ord(match[0]) - FIRST]

@@ -106,6 +106,7 @@ def is_conversation(text: str) -> bool:
 
 
 def parsed(text: str, where: str, name: str) -> Any:
+    """The value of a column that is written as text: JSON, or Python's own notation. UserError when it is neither."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -184,7 +185,7 @@ def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
 
 
 def tools_of(row: Mapping[str, Any], where: str) -> list[Any] | None:
-    """The functions that a row offers: OpenAI's list, or its JSON text."""
+    """The functions that a row offers: OpenAI's list, or its JSON text. UserError when it is neither."""
     tools: Any = row.get("tools")
     tools = parsed(tools, where, "tools") if isinstance(tools, str) and tools.strip() else tools
     if (as_list := getattr(tools, "tolist", None)) is not None:  # an array of pandas or pyarrow

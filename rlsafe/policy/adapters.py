@@ -66,7 +66,7 @@ def load_adapter(model: Any, directory: str) -> Any:
 
 def save_model(model: Any, directory: Path, name: str, state: Mapping[str, Tensor] | None) -> None:
     """PEFT's files over the base model `name`, the same bytes from any process; without an adapter the whole model's.
-    state: tensors to write in place of the model's own."""
+    state: tensors to write in place of the model's own, each in its own shape."""
     directory.mkdir(parents=True, exist_ok=True)
     lora = hasattr(model, "peft_config")
     other: dict[str, Any] = {"save_embedding_layers": False} if lora else {}

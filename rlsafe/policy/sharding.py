@@ -63,7 +63,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def is_cut(parameter: Tensor) -> bool:
-    """Whether this rank keeps a part of the parameter only."""
+    """Whether this rank keeps a part only of the parameter, which may have any shape."""
     from torch.distributed.tensor import DTensor
 
     return isinstance(parameter, DTensor) or zero3.is_partitioned(parameter)

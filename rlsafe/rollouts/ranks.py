@@ -142,6 +142,7 @@ class Spread:
         raise RuntimeError("every rank's sampler is synced before it is spread")
 
     def steer(self, additions: Mapping[int, Tensor] | None) -> None:
+        """Always a RuntimeError: vectors [H] are given to each rank's own sampler before."""
         raise RuntimeError("every rank's sampler is steered before it is spread")
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ _TENSOR = "__tensor__"
 
 
 def pack(tree: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
-    """Move every tensor of a nested state into `tensors`, leaving a JSON-able tree with placeholders."""
+    """Move every tensor, of any shape, of a nested state into `tensors`; gives the tree with placeholders, fit for JSON."""
     if isinstance(tree, Tensor):
         tensors[path] = tree.detach().cpu().contiguous().clone()
         return {_TENSOR: path}
@@ -35,7 +35,7 @@ def pack(tree: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
 
 
 def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of `pack` (tuples come back as lists)."""
+    """The inverse of `pack`: tensors of any shape, tuples as lists."""
     if isinstance(tree, dict):
         if _TENSOR in tree:
             return tensors[tree[_TENSOR]]

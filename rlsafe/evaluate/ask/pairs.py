@@ -58,7 +58,7 @@ def load_pairs(source: str) -> list[Pair]:
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """The pairs of a YAML file, in its order."""
+    """The pairs of a YAML file, in its order. UserError names the file and the line."""
     data, node = read_list(path, "questions with pairs")
     pairs: list[Pair] = []
     lines: dict[str, int] = {}

@@ -56,7 +56,8 @@ def load_questions(source: str) -> list[Question]:
 
 
 def read_questions(path: Path, domain: str | None = None) -> list[Question]:
-    """The questions of a YAML file; `domain` stands where a question names none (default: the file's stem)."""
+    """The questions of a YAML file; `domain` stands where a question names none (default: the file's stem). UserError names
+    the file and the line."""
     data, node = read_list(path, "questions")
     questions: list[Question] = []
     lines: dict[str, int] = {}

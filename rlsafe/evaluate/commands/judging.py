@@ -31,7 +31,7 @@ SAVED = "saved"
 
 def judge_of(words: Sequence[str]) -> Judge:
     """A judge from the command line: a name, `openai:MODEL@URL`, a file, a mapping in YAML; and KEY=VALUE settings of one
-    behind an endpoint, which may also stand alone."""
+    behind an endpoint, which may also stand alone. UserError for anything else."""
     first, settings = (words[0], words[1:]) if words and not _is_setting(words[0]) else (None, words)
     if not settings:
         return load_judge(first)
@@ -179,7 +179,9 @@ def compare_judges(first: str, second: str, run: str | Path, out: Path | None = 
 
 
 def saved_answers(directory: Path) -> tuple[list[Answer], list[Judgement]]:
-    """Every answer below a directory with its judgement; what was judged again elsewhere is not counted twice."""
+    """Every answer below a directory with its judgement; what was judged again elsewhere is not counted twice.
+
+    UserError when there are none."""
     files = []
     for path in sorted(directory.rglob("answers.csv")):
         again = any(part.startswith("rejudged-") for part in path.relative_to(directory).parts)
