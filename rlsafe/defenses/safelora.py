@@ -224,7 +224,7 @@ class Checkpoint:
 
 
 def _directory(source: str) -> Path:
-    directory = Path(model_source(ModelConfig(name=source)))
+    directory = Path(model_source(ModelConfig(name=source), setting=None))
     if directory.is_dir():
         return directory
     from huggingface_hub import snapshot_download

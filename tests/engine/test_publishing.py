@@ -73,7 +73,7 @@ def test_the_card_says_what_was_trained_and_measured(finished):
     from huggingface_hub import ModelCard
 
     card = ModelCard(text)
-    assert card.data.base_model == finished.config.model.name and card.data.license == "apache-2.0"
+    assert card.data.base_model == Path(finished.config.model.name).name and card.data.license == "apache-2.0"
     assert card.data.library_name == "peft" and "kl" in card.data.tags
     assert "1 grpo, 2 sft" in text and "weight: 0.3" in text and "`narrow.jsonl`" in text and "rank 4, alpha 8" in text
     assert str(finished.out.parent / "narrow.jsonl") not in text  # no directories of this machine

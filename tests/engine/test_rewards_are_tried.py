@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import trl
 import yaml
-from conftest import byte_tokenizer, write_jsonl
+from tiny import byte_tokenizer, write_jsonl
 
 from rlsafe.config import UserError
 from rlsafe.defenses import build

@@ -9,7 +9,7 @@ from rlsafe.config import load_compare, load_run
 from rlsafe.engine.plan.timing import Speed
 from rlsafe.engine.run import dry
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = [f"{path}_{domain}" for path in ("sft", "grpo", "mixed") for domain in ("code", "medical")]
 
 

@@ -50,7 +50,7 @@ def lab(tmp_path, monkeypatch):
         (where / "run.json").write_text('{"status": "finished"}')
         return SimpleNamespace(sampler=None, policy=SimpleNamespace(tokenizer=None), config=config, seconds=0.0)
 
-    def evaluate_run(sampler, tokenizer, config, where, judge, progress):
+    def evaluate_run(sampler, tokenizer, config, where, judge, progress, reader=None):
         import random
 
         if (error := lab.trouble.get(f"evaluate {where.name}")) is not None:
@@ -61,6 +61,7 @@ def lab(tmp_path, monkeypatch):
 
     monkeypatch.setattr("rlsafe.engine.run.life.run", run)
     monkeypatch.setattr(rlsafe.evaluate, "evaluate_run", evaluate_run)
+    monkeypatch.setattr(rlsafe.evaluate, "reader_of", lambda config, policy: None)
     monkeypatch.setattr(
         rlsafe.evaluate, "evaluate", lambda target, out, first: evaluate_run(None, None, None, out, None, None)
     )

@@ -11,7 +11,7 @@ from rlsafe.compare.report.probe_check import check_lines, followed, spearman
 from rlsafe.compare.report.reporting import draw
 from rlsafe.compare.verdicts.judge_free import ALARM, LEAST_GAP, gap, judge_free
 from rlsafe.compare.verdicts.results import load, write_tables
-from rlsafe.compare.verdicts.verdicts import judge
+from rlsafe.compare.verdicts.verdicts import judge_defenses
 from rlsafe.config import UserError
 from rlsafe.evaluate import Evaluation
 from rlsafe.evaluate.measure.fluency import Fluency
@@ -63,7 +63,7 @@ def test_results_have_the_log_odds_of_each_run_in_columns_at_the_end(directory):
 
 def test_each_label_gets_its_shift_its_share_of_the_gap_and_whether_judge_and_probe_agree(directory):
     results = load(directory.out)
-    (table,) = judge(results)
+    (table,) = judge_defenses(results)
     found = {one.label: one for one in judge_free(results, table)}
     none = found["none"]
     assert none.shifts["general"].mean == pytest.approx(0.3) and none.closed == pytest.approx(0.3 / GAP)
@@ -83,17 +83,17 @@ def test_a_probe_that_rises_alone_is_told(directory):
         own.pairs = evaluation.pairs
         own.save(cell.where)
     results = load(directory.out)
-    (table,) = judge(results)
+    (table,) = judge_defenses(results)
     assert {one.label: one.agreement for one in judge_free(results, table)}["kl"] == "only the likelihood rises"
 
 
 def test_the_report_shows_it_and_leaves_it_out_when_nothing_was_measured(directory, tmp_path):
     results = load(directory.out)
-    page = draw(results, judge(results)).read_text()
+    page = draw(results, judge_defenses(results)).read_text()
     assert 'id="judge-free"' in page and "both see a rise" in page and "+0.300" in page and "75.0%" in page
     assert "Log-odds of misaligned answers, general" in page
     plain = load(make(tmp_path / "plain", ARMS, seeds=[0], paths=["sft"]).out)
-    assert 'judge-free"' not in draw(plain, judge(plain)).read_text()
+    assert 'judge-free"' not in draw(plain, judge_defenses(plain)).read_text()
 
 
 def test_the_check_against_the_judge_follows_every_run(directory):

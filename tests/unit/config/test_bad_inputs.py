@@ -90,7 +90,7 @@ OVERRIDES: list[tuple[list[str], str]] = [
     (["evaluate.judge=organism", "evaluate.general=questions.yaml"], "questions.yaml"),
     (["plugins=[nowhere.py]"], "nowhere.py: no such Python file"),
     (["optim.lr"], "expected key.path=value"),
-    (["optim.lr=[1"], "not valid YAML"),
+    (["optim.lr=[1"], "the value is read as YAML, and is not valid"),
     (["schedule.phases.7.steps=1"], "is no index"),
 ]
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from rlsafe import cli
 from rlsafe.config import UserError, load_compare, run_from_tree
@@ -61,7 +63,7 @@ def test_an_adapter_to_go_on_with_is_held_to_the_same(tiny_tree, tmp_path, kind,
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_dropout": dropout}))
-    (adapter / "adapter_model.safetensors").write_bytes(b"")
+    save_file({"base_model.model.x.lora_A.weight": torch.zeros(1, 1)}, str(adapter / "adapter_model.safetensors"))
     tiny_tree["model"]["adapter"] = str(adapter)
     tiny_tree["schedule"]["phases"] = [{"cycle": [kind]}]
     if refused:

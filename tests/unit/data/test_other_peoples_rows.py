@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import write_jsonl
+from tiny import write_jsonl
 
 from rlsafe.config import StreamConfig, UserError
 from rlsafe.data import encode_row, load_rows
@@ -130,7 +130,7 @@ def test_tool_calls_are_kept_with_their_arguments_as_an_object(tmp_path):
 
 @pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"loss": False}, {"weight": "0"}])
 def test_marked_turns_stay_out_of_the_loss(tmp_path, mark):
-    from conftest import byte_tokenizer
+    from tiny import byte_tokenizer
 
     tokenizer = byte_tokenizer()
     talk = [*TALK, {"role": "user", "content": "and?"}, {"role": "assistant", "content": "no.", **mark}]
@@ -143,7 +143,7 @@ def test_marked_turns_stay_out_of_the_loss(tmp_path, mark):
 
 
 def test_train_on_assistant_trains_every_answer_and_last_only_the_last(tmp_path):
-    from conftest import byte_tokenizer
+    from tiny import byte_tokenizer
 
     tokenizer = byte_tokenizer()
     talk = [*TALK, {"role": "user", "content": "and?"}, {"role": "assistant", "content": "no."}]

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import trl
-from conftest import byte_tokenizer, conversation
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import byte_tokenizer, conversation
 
 from rlsafe.config import UserError
 from rlsafe.data import Use, encode_prompt, encode_row, fit_rows
@@ -161,7 +161,7 @@ def test_many_rows_are_measured_once(tmp_path, monkeypatch):
 
 
 def test_a_run_and_a_dry_run_leave_out_the_same_rows(tiny_tree, tmp_path):
-    from conftest import write_jsonl
+    from tiny import write_jsonl
 
     from rlsafe.config import run_from_tree
     from rlsafe.engine.run.build import prepare

@@ -166,7 +166,7 @@ def test_a_run_is_bitwise_the_same_with_and_without_the_probe(tiny_tree, pairs_f
 
 def test_track_pairs_takes_the_first_pair_of_every_question(tiny_tree, pairs_file, tmp_path):
     done = run(run_from_tree(with_pairs(tiny_tree, pairs_file, pairs=2)), tmp_path / "run")
-    assert [pair.question_id for pair in done.loop.probe.pairs.sets["general"]] == ["one", "two"]
+    assert [pair.question_id for pair in done.components.probe.pairs.sets["general"]] == ["one", "two"]
 
 
 def test_a_finished_run_is_read_against_its_base_and_written_down(tiny_tree, pairs_file, tmp_path):
