@@ -69,7 +69,7 @@ def cli(place: Place) -> Numbers:
         numbers[f"{name}: last loss"] = (losses[-1], all(math.isfinite(loss) for loss in losses))
         if gaps := [record["sampler_gap"] for record in done.metrics if record.get("sampler_gap") is not None]:
             numbers[f"{name}: sampler gap at top_p .9"] = (max(gaps), None)
-    eight = any("state1" in entry for entry in done.loop.optimizer.state.values())  # type: ignore[union-attr]
+    eight = any("state1" in entry for entry in done.components.optimizer.state.values())  # type: ignore[union-attr]
     numbers["8-bit moments"] = (eight, None)
 
     def stop(finished: int, total: int, record: dict[str, Any]) -> None:
