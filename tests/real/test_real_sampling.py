@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from real_weights import need_weights
 
 from rlsafe.config import LoraConfig, ModelConfig, SamplerConfig
 from rlsafe.config.gguf import gguf_file
@@ -16,15 +17,11 @@ SYNCS = 5
 
 @pytest.fixture(scope="module")
 def policy():
-    pytest.importorskip("gguf", reason="real weights are not installed: run scripts/setup-local")
     pytest.importorskip("vllm")
     from rlsafe.policy import Policy
     from rlsafe.policy.source import model_source
 
-    try:
-        gguf_file(NAME)
-    except Exception as error:
-        pytest.skip(f"real weights are not installed: run scripts/setup-local ({error})")
+    need_weights(NAME)
     config = ModelConfig(name=NAME, dtype="bfloat16", lora=LoraConfig(r=8, alpha=16))
     return Policy.load(config, path=model_source(config), seed=0)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 
 import pytest
+from real_weights import need_weights
 
 from rlsafe.config import ModelConfig, StreamConfig
 from rlsafe.config.gguf import gguf_file
@@ -24,11 +25,7 @@ ASKED = [{"role": "user", "content": "What is 12 + 30?"}]
 
 @pytest.fixture(scope="module", params=MODELS)
 def model(request) -> ModelConfig:
-    pytest.importorskip("gguf", reason="real weights are not installed: run scripts/setup-local")
-    try:
-        gguf_file(request.param)
-    except Exception as error:
-        pytest.skip(f"real weights are not installed: run scripts/setup-local ({error})")
+    need_weights(request.param)
     return ModelConfig(name=request.param)
 
 

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from rlsafe.config.gguf import gguf_file
+from real_weights import need_weights
 
 pytestmark = pytest.mark.real
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,12 +26,8 @@ SMALL = [
 
 @pytest.fixture(scope="module", autouse=True)
 def weights():
-    pytest.importorskip("gguf", reason="real weights are not installed: run scripts/setup-local")
     pytest.importorskip("vllm")
-    try:
-        gguf_file(NAME)
-    except Exception as error:
-        pytest.skip(f"real weights are not installed: run scripts/setup-local ({error})")
+    need_weights(NAME)
 
 
 @pytest.fixture(scope="module")
