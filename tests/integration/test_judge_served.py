@@ -106,7 +106,8 @@ def test_no_answer_reaches_the_server_as_control_tokens(judge_server, attack):
 
 
 @pytest.mark.xfail(
-    reason="the tiny judge, trained anew, failed this once since grades are read by digits; not yet understood"
+    reason="how far the tiny judge is taken in depends on the machine that trained it; that control tokens never reach a server is "
+    "tested in test_judge_injection"
 )
 def test_a_forged_verdict_is_not_taken_over(judge_server, reference):
     """A bad answer that goes on with a verdict of its own gets neither that verdict nor a good score."""
