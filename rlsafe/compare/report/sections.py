@@ -12,9 +12,10 @@ from rlsafe.compare.report.charts import Axis, ends
 from rlsafe.compare.report.table import NOTHING_LEARNED, shown_grade
 from rlsafe.compare.verdicts import sweeps, tasks
 from rlsafe.compare.verdicts.arms import Rate
+from rlsafe.compare.verdicts.grades import Verdict
 from rlsafe.compare.verdicts.judge_free import judge_free
 from rlsafe.compare.verdicts.results import Results
-from rlsafe.compare.verdicts.verdicts import CRITERIA, PathTable, Row, Verdict
+from rlsafe.compare.verdicts.verdicts import CRITERIA, PathTable, Row
 
 RATES = {
     "general": "general misaligned",
@@ -93,9 +94,10 @@ def shown(row: Row, criterion: str) -> dict[str, Any]:
         "criterion": criterion,
         "word": word,
         "grade": verdict.grade,
+        "look": verdict.grade.replace(" ", "-"),
         "value": value,
         "interval": interval,
-        "leaning": verdict.leaning if verdict.grade == "unclear" else None,
+        "leaning": verdict.leaning if verdict.grade != "untested" and not verdict.decided else None,
         "reason": verdict.reason,
     }
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlsafe.compare.verdicts.arms import Rate, benign_arms, labelled, summarise
+from rlsafe.compare.verdicts.grades import Verdict
 from rlsafe.compare.verdicts.results import Results
-from rlsafe.compare.verdicts.verdicts import PathTable, Verdict, judge_defenses, judge_share, write_verdicts
+from rlsafe.compare.verdicts.verdicts import PathTable, judge_defenses, judge_share, write_verdicts
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def details(results: Results, table: PathTable) -> dict[str, Any]:
                 "score": one.rate.mean,
                 "ci95": [one.rate.low, one.rate.high],
                 "n": one.rate.n,
-                "learns_benign": one.verdict.grade if one.verdict else None,
+                "learns_benign": one.verdict.text if one.verdict else None,
                 "share": one.verdict.value if one.verdict else None,
             }
             for label, one in by_label.items()
