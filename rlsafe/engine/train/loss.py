@@ -108,7 +108,7 @@ class StepLoss:
             return 0.0 * touch, {}
         view = ForwardView(batch, out, frozen)
         terms: dict[str, Tensor] = {batch.where.path: self._path_loss(micro, out, frozen)}
-        for defense, term, total in self.stack.penalties(view):
+        for defense, term, total in self.stack.penalties(view) if self.stack.active else ():
             denominator = self.counts[f"defense/{defense.name}"]
             if denominator:
                 weighted = terms[f"defense/{defense.name}/{term}"] = defense.weight * total / denominator
@@ -183,7 +183,7 @@ def count(micros: Sequence[Micro], stack: DefenseStack, grpo: GrpoConfig) -> Cou
         else:
             totals["grpo"] += float(grpo_count(batch.loss_mask, grpo.normalization, grpo.max_tokens))  # type: ignore[assignment]
             totals["grpo_tokens"] += float(batch.loss_mask.sum())  # type: ignore[assignment]
-        for name, value in stack.counts(batch).items():
+        for name, value in stack.counts(batch).items() if stack.active else ():
             totals[f"defense/{name}"] += value  # type: ignore[assignment]
     return totals
 
