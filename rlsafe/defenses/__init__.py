@@ -1,6 +1,6 @@
 """In-training defenses against emergent misalignment: the hook interface, the registry, and one file per defense."""
 
-from rlsafe.defenses.base import DataContext, Defense, Offer, SetupContext
+from rlsafe.defenses.base import DataContext, Defense, Gradients, Offer, SetupContext
 from rlsafe.defenses.registry import build, defense, find, load_module, names
 from rlsafe.defenses.stack import DefenseStack
 
@@ -8,6 +8,7 @@ __all__ = [
     "DataContext",
     "Defense",
     "DefenseStack",
+    "Gradients",
     "Offer",
     "SetupContext",
     "build",

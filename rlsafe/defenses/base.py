@@ -1,4 +1,4 @@
-"""The interface of a defense: optional hooks for prompts, data, activations, loss and weights.
+"""The interface of a defense: optional hooks for prompts, data, activations, loss, gradients and weights.
 
 Subclass `Defense`, override only what you use, register it with `@rlsafe.defense("name")`. Settings are the keyword arguments of
 `__init__`; their annotations are checked against the config, their defaults are written into the resolved one.
@@ -57,12 +57,28 @@ class Offer:
     fraction: rows added per training row (SFT) or per completion (GRPO), spread evenly; parts of a row add up over steps.
     weight: multiplies the rows' loss. On SFT they join the narrow rows' mean; on GRPO they are a supervised term of their own.
     every: added only in each k-th step. own_step: added as an optimizer step of their own, after that step.
+    rows: as many rows in each such step, besides the fraction.
+    aside: the rows have no cross-entropy: only the penalty of the defense that offers them sees them (`batch.owner`).
     """
 
-    fraction: float
+    fraction: float = 0.0
     weight: float = 1.0
     every: int = 1
     own_step: bool = False
+    rows: int = 0
+    aside: bool = False
+
+
+@dataclass
+class Gradients:
+    """The gradient of one optimizer step over all its micro-batches and ranks, before clipping.
+
+    step: {parameter: tensor in its own shape}, what the optimizer will get; change the tensors in place or put others there.
+    parts: the same for each part that `apart` names and that had rows in this step.
+    """
+
+    step: dict[str, Tensor]
+    parts: dict[str, dict[str, Tensor]]
 
 
 class Defense:
@@ -131,13 +147,25 @@ class Defense:
         that the engine can divide by the count over the whole step (all parts, micro-batches and ranks)."""
         return batch.loss_mask
 
+    apart: frozenset[str] | set[str] = frozenset()
+    """Parts of a step that `gradients` wants to see apart, each for one more backward where two share a micro-batch: the losses of
+    "narrow", "benign" or "safe" rows, "penalty" (of all defenses), "own" (this one's penalty, then no part of the step itself)."""
+
+    target_share: float | None = None
+    """Between 0 and 1: `weight` is not used; in each step the penalty's gradient is scaled to this share of the sum of its norm and
+    that of the rest. None: the penalty is a part of the loss."""
+
+    def gradients(self, policy: Policy, gradients: Gradients) -> None:
+        """Change the step's gradient, after accumulation and reduction and before clipping. Every rank calls it, with the same."""
+
     def weights(self, policy: Policy, moment: Literal["step", "end"]) -> bool:
         """Edit the weights after an optimizer step or at the end; True when something changed (the sampler is then synced)."""
         return False
 
     def effect(self) -> dict[str, float]:
         """{metric: value} of what the defense did since the last call. The engine itself measures penalties, gradient shares,
-        rows added and prompts changed; a defense that only steers or edits weights is checked for an effect by this alone."""
+        rows added and prompts changed; a defense that only steers or edits gradients
+        or weights is checked for an effect by this alone. Quantities named seen_... are observations and prove no effect."""
         return {}
 
     def report(self) -> dict[str, Any]:

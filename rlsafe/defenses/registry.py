@@ -16,6 +16,7 @@ from rlsafe.defenses.base import Defense
 
 _REGISTRY: dict[str, type[Defense]] = {}
 _BUILT_IN = {
+    "gradient-projection": "rlsafe.defenses.gradient_projection",
     "kl": "rlsafe.defenses.kl",
     "inoculation": "rlsafe.defenses.inoculation",
     "interleaving": "rlsafe.defenses.interleaving",
