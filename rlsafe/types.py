@@ -191,7 +191,8 @@ class Sampler(Protocol):
 
     def steer(self, additions: Mapping[int, Tensor] | None) -> None:
         """{k: vector [H]}: add each vector to the residual stream at layer index k (the output of block k - 1), at every
-        position, until the next call; None removes them. UserError where the sampler cannot do this."""
+        position, until the next call; {k: S [H, n]}: h <- h - S S^T h there. None removes them. UserError where the sampler
+        cannot do this."""
 
     def close(self) -> None:
         """Free the engine's memory, or the server's adapter."""

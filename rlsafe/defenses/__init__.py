@@ -1,6 +1,6 @@
 """In-training defenses against emergent misalignment: the hook interface, the registry, and one file per defense."""
 
-from rlsafe.defenses.base import DataContext, Defense, Gradients, Offer, SetupContext
+from rlsafe.defenses.base import DataContext, Defense, Gradients, Offer, Rollouts, SetupContext
 from rlsafe.defenses.registry import build, defense, find, load_module, names
 from rlsafe.defenses.stack import DefenseStack
 
@@ -10,6 +10,7 @@ __all__ = [
     "DefenseStack",
     "Gradients",
     "Offer",
+    "Rollouts",
     "SetupContext",
     "build",
     "defense",

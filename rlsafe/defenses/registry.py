@@ -17,6 +17,7 @@ from rlsafe.defenses.base import Defense
 _REGISTRY: dict[str, type[Defense]] = {}
 _BUILT_IN = {
     "gradient-projection": "rlsafe.defenses.gradient_projection",
+    "ablation": "rlsafe.defenses.ablation",
     "kl": "rlsafe.defenses.kl",
     "inoculation": "rlsafe.defenses.inoculation",
     "interleaving": "rlsafe.defenses.interleaving",
@@ -24,8 +25,10 @@ _BUILT_IN = {
     "interleaving++": "rlsafe.defenses.interleaving_plus_plus",
     "interleaving-onpolicy": "rlsafe.defenses.onpolicy",
     "ldifs": "rlsafe.defenses.ldifs",
+    "monitor": "rlsafe.defenses.monitor",
     "persona": "rlsafe.defenses.persona",
     "safelora": "rlsafe.defenses.safelora",
+    "screening": "rlsafe.defenses.monitor",
 }
 D = TypeVar("D", bound=type[Defense])
 

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlsafe.config import UserError, nearest
-from rlsafe.defenses.base import Defense, Gradients
+from rlsafe.defenses.base import DataContext, Defense, Gradients, Rollouts
 from rlsafe.defenses.declared import DeclaredView
 from rlsafe.defenses.vectors import Named, add_share
 from rlsafe.types import Batch, Message, Need, RunError, Sampler, View, Where
@@ -150,6 +150,17 @@ class DefenseStack:
             for term, (values, mask) in terms:
                 _check_mask(defense, term, values, mask, view.batch)
                 yield defense, term, (values * mask).sum()
+
+    @property
+    def screening(self) -> list[Defense]:
+        """Defenses that look at rewarded rollouts."""
+        return [d for d in self.active if type(d).advantages is not Defense.advantages]
+
+    def screen(self, defense: Defense, policy: Policy, rollouts: Rollouts, context: DataContext) -> None:
+        """One defense's rollout hook."""
+        if rollouts.stream in defense.streams:
+            with _blaming(defense, "advantages"):
+                defense.advantages(policy, rollouts, context)
 
     @property
     def reshaping(self) -> list[Defense]:

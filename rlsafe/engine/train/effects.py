@@ -104,14 +104,16 @@ class EffectLog:
             return "gave a penalty without any gradient"
         others = ["prompt"] * overrides(defense, "prompt") + ["offer"] * (defense.offer() is not None)
         if overrides(defense, "effect"):  # these are measured by the defense itself
-            others += [lever for lever in ("activations", "gradients", "weights") if overrides(defense, lever)]
+            others += [
+                lever for lever in ("activations", "advantages", "gradients", "weights") if overrides(defense, lever)
+            ]
         if others and defense.name not in self.alive:
             return f"had no effect through its {' and '.join(others)} hook"
         return None
 
     def _softly(self, defense: Defense, problem: str) -> bool:
         """Whether the problem is only worth a warning."""
-        if overrides(defense, "gradients"):
+        if overrides(defense, "gradients", "advantages"):
             return "penalty" not in problem
         return (overrides(defense, "weights") or defense.offer() is not None) and not overrides(defense, "penalty")
 
