@@ -12,12 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from rlsafe.config import UserError
-from rlsafe.data import Stream as Rows
-from rlsafe.defenses import directions
 from rlsafe.defenses.base import SetupContext
-from rlsafe.defenses.own_rows import pool
-from rlsafe.defenses.persona import fitting_vectors
+from rlsafe.defenses.directions import Source, at_random, orthonormal
 from rlsafe.defenses.registry import defense
 from rlsafe.defenses.steering import Steering
 from rlsafe.types import Batch, Stream
@@ -57,17 +53,8 @@ class Ablation(Steering):
         rollouts: bool = True,
         on: list[Stream] = ["narrow", "benign"],  # noqa: B006 - read only; shown as the default in configs
     ):
-        given = [
-            name for name, value in (("adapter", adapter), ("vectors", vectors), ("directions", directions)) if value
-        ]
-        if len(given) != 1:
-            raise UserError(
-                f"defense 'ablation': expected one of adapter, vectors and directions, got {' and '.join(given) or 'none'}"
-            )
-        if not layers or not components:
-            raise UserError("defense 'ablation': layers and components must not be empty")
-        self.adapter, self.vectors, self.file, self.components = adapter, vectors, directions, components
-        self.prompts, self.answers, self.source = prompts, answers, source
+        self.source = Source(adapter, vectors, directions, components, prompts, answers, source)
+        self.source.check("ablation", layers)
         self.share, self.control = share, control
         self.layers, self.rollouts, self.on, self.streams = tuple(layers), rollouts, on, tuple(on)
         self.removed: list[Tensor] = []
@@ -78,34 +65,16 @@ class Ablation(Steering):
 
     def setup(self, context: SetupContext) -> None:
         """Find the directions. UserError when they do not fit the model."""
-        policy = context.policy
-        if bad := [layer for layer in self.layers if not 0 <= layer <= policy.n_layers]:
-            raise UserError(f"defense 'ablation': layer {bad[0]}: expected 0 (embeddings) to {policy.n_layers}")
-        columns = self._columns(context)
+        columns = self.source.columns(self.name, self.layers, context)
         if self.control == "random":
-            columns = directions.at_random(columns, context.seed)
-        basis = {layer: directions.orthonormal(columns[layer]).to(policy.device) for layer in self.layers}
+            columns = at_random(columns, context.seed)
+        basis = {layer: orthonormal(columns[layer]).to(context.policy.device) for layer in self.layers}
         self._take(basis)
 
     def _take(self, basis: dict[int, Tensor]) -> None:
         """Keep the bases, and for the sampler S with h - S S^T h the same change: S = sqrt(share) Q."""
         self.basis = basis
         self.for_sampler = {layer: self.share**0.5 * q for layer, q in basis.items()}
-
-    def _columns(self, context: SetupContext) -> dict[int, Tensor]:
-        policy = context.policy
-        if self.vectors is not None:
-            return {k: fitting_vectors(self.name, self.vectors, k, policy)[k][:, None] for k in self.layers}
-        if self.file is not None:
-            return directions.from_file(self.file, self.layers, policy)
-        bad = f"path:{self.adapter}"
-        policy.check_reference(bad)
-        rows = Rows(pool(self.name, self.source, context), context.seed, f"defense/{self.name}")
-        chosen = rows.take(min(self.prompts, len(rows)))
-        if self.answers == "sampled":
-            chosen = directions.answered(policy, chosen, bad, context, self.name)
-        found = directions.differences(policy, chosen, bad, self.layers)
-        return {layer: directions.principal(of_layer, self.components) for layer, of_layer in found.items()}
 
     def hooks(self) -> dict[int, Addition]:
         return {layer: partial(self._ablate, q) for layer, q in self.basis.items()}

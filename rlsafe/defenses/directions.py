@@ -8,18 +8,68 @@ are thousands of times larger in many models, and would fill the first component
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlsafe.config import UserError, nearest
-from rlsafe.data import encode_prompt, read_completion, sft_batches, split_prompt
+from rlsafe.data import Stream, encode_prompt, read_completion, sft_batches, split_prompt
 from rlsafe.defenses.base import SetupContext
+from rlsafe.defenses.own_rows import pool
+from rlsafe.defenses.persona import fitting_vectors
 from rlsafe.types import Request, Row, SamplingParams, Where
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from rlsafe.policy import Policy
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a defense's directions come from: one of adapter, vectors and directions (a file).
+
+    adapter: one that was trained on the narrow task without a defense; `components` of the PCA of bad-minus-base states at the answers
+    to `prompts` of the `rows` (provider:spec or a file; None = data.safe). answers: `sampled` from the bad model, or the rows' own.
+    vectors: a persona-vector file or provider:name, one direction for each layer. directions: see `from_file`.
+    """
+
+    adapter: str | None
+    vectors: str | None
+    directions: str | None
+    components: Sequence[int]
+    prompts: int
+    answers: Literal["sampled", "rows"]
+    rows: str | None
+
+    def check(self, name: str, layers: Sequence[int]) -> None:
+        """UserError unless exactly one source and some layers are given. name: the defense's."""
+        ways = {"adapter": self.adapter, "vectors": self.vectors, "directions": self.directions}
+        given = [way for way, value in ways.items() if value]
+        if len(given) != 1:
+            raise UserError(
+                f"defense {name!r}: expected one of adapter, vectors and directions, got {' and '.join(given) or 'none'}"
+            )
+        if not layers or not self.components:
+            raise UserError(f"defense {name!r}: layers and components must not be empty")
+
+    def columns(self, name: str, layers: Sequence[int], context: SetupContext) -> dict[int, Tensor]:
+        """{k: [H, n]}. UserError when they do not fit the model."""
+        policy = context.policy
+        if bad := [layer for layer in layers if not 0 <= layer <= policy.n_layers]:
+            raise UserError(f"defense {name!r}: layer {bad[0]}: expected 0 (embeddings) to {policy.n_layers}")
+        if self.vectors is not None:
+            return {k: fitting_vectors(name, self.vectors, k, policy)[k][:, None] for k in layers}
+        if self.directions is not None:
+            return from_file(self.directions, layers, policy)
+        reference = f"path:{self.adapter}"
+        policy.check_reference(reference)
+        stream = Stream(pool(name, self.rows, context), context.seed, f"defense/{name}")
+        chosen = stream.take(min(self.prompts, len(stream)))
+        if self.answers == "sampled":
+            chosen = answered(policy, chosen, reference, context, name)
+        found = differences(policy, chosen, reference, layers)
+        return {layer: principal(of_layer, self.components) for layer, of_layer in found.items()}
 
 
 def orthonormal(columns: Tensor) -> Tensor:
@@ -71,14 +121,17 @@ def at_random(layers: Mapping[int, Tensor], seed: int) -> dict[int, Tensor]:
 
 
 def principal(differences: Tensor, components: Sequence[int]) -> Tensor:
-    """The chosen principal components of differences [N, H], centred: columns [H, len(components)], float32."""
+    """The chosen principal components of differences [N, H], centred: columns [H, len(components)], float32. A component's sign is
+    arbitrary; here the mean difference, bad minus base, lies on its positive side."""
     import torch
 
     centred = differences.double() - differences.double().mean(0)
     _, _, right = torch.linalg.svd(centred, full_matrices=False)
     if max(components) >= right.shape[0]:
         raise UserError(f"components: {max(components)}: {len(differences)} tokens give 0 to {right.shape[0] - 1}")
-    return right[list(components)].T.float()
+    chosen = right[list(components)]
+    signs = torch.where(chosen @ differences.double().mean(0) < 0, -1.0, 1.0)
+    return (chosen * signs[:, None]).T.float()
 
 
 def differences(

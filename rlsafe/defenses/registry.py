@@ -19,6 +19,7 @@ _BUILT_IN = {
     "gradient-projection": "rlsafe.defenses.gradient_projection",
     "ablation": "rlsafe.defenses.ablation",
     "kl": "rlsafe.defenses.kl",
+    "feature-block": "rlsafe.defenses.feature_block",
     "inoculation": "rlsafe.defenses.inoculation",
     "interleaving": "rlsafe.defenses.interleaving",
     "interleaving+": "rlsafe.defenses.interleaving_plus",

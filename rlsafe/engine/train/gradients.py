@@ -88,11 +88,12 @@ class PartGradients:
                 parts[name] = {key: grad for key, grad in mine.items() if grad is not None}
         for key, parameter in self._parameters.items():
             of_step = [part[key] for name, part in parts.items() if key in part and not name.startswith("own/")]
-            parameter.grad = (
-                torch.stack(of_step).sum(0) if len(of_step) > 1 else next((g.clone() for g in of_step), None)
-            )
-            if parameter.grad is None and any(key in part for part in parts.values()):
-                parameter.grad = torch.zeros_like(parameter)
+            if of_step:
+                parameter.grad = of_step[0].clone()
+                for gradient in of_step[1:]:
+                    parameter.grad += gradient
+            else:  # a step of nothing but an own penalty
+                parameter.grad = torch.zeros_like(parameter) if any(key in part for part in parts.values()) else None
         return {
             name: {key: whole(part[key]) if key in part else _zeros(p) for key, p in self._parameters.items()}
             for name, part in parts.items()

@@ -1,4 +1,4 @@
-"""Ablation: the directions are out of the stream, the PCs are those of the differences, training and rollouts agree, nothing remains."""
+"""Ablation: the directions are out of the stream, the PCs are the differences' own, rollouts agree with training."""
 
 from __future__ import annotations
 
@@ -157,6 +157,5 @@ def test_settings_that_make_no_sense_are_one_line(tiny_tree, tmp_path):
         with pytest.raises(UserError, match=says):
             run(
                 run_from_tree(tree_with(tiny_tree, {"defenses": [{"ablation": settings}]})),
-                tmp_path / "run",
-                overwrite=True,
+                tmp_path / "run" / says[:9],
             )

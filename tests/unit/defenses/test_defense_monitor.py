@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -141,8 +140,7 @@ def test_what_it_cannot_do_is_one_line(tiny_tree, tmp_path, hacked):
         with pytest.raises(UserError, match=says):
             run(
                 run_from_tree(tree_with(hacked, {"defenses": [{"screening": settings}]})),
-                tmp_path / "run",
-                overwrite=True,
+                tmp_path / "run" / says[:9],
             )
     tree = tree_with(tiny_tree, SFT, {"defenses": [{"monitor": {"by": "reward", "reward": "vowels"}}]})
     with pytest.raises(UserError, match="'monitor': acts on GRPO rollouts and the schedule has no GRPO steps"):
