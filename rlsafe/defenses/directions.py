@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlsafe.config import UserError, nearest
-from rlsafe.data import Stream, encode_prompt, read_completion, sft_batches, split_prompt
+from rlsafe.data import Stream, encode_prompt, read_completion, split_prompt
 from rlsafe.defenses.base import SetupContext
 from rlsafe.defenses.own_rows import pool
 from rlsafe.defenses.persona import fitting_vectors
@@ -139,6 +139,8 @@ def differences(
 ) -> dict[int, Tensor]:
     """{k: [N, H]} bad minus base at the N answer tokens of the rows, hooks off. bad: a reference of the policy, as "path:DIR"."""
     import torch
+
+    from rlsafe.data import sft_batches  # late: brings in torch
 
     where = Where("safe", "sft", "eval")
     found: dict[int, list[Any]] = {layer: [] for layer in layers}
