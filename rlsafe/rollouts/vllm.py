@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rlsafe.config import UserError
-from rlsafe.policy.taps import check_vector, decoder_blocks
+from rlsafe.policy.taps import check_vector, decoder_blocks, steered
 from rlsafe.rollouts import ranks
 from rlsafe.rollouts.engine import generation_threads, refusal, start_engine, weight_files
 from rlsafe.rollouts.noise import hasten
@@ -206,7 +206,7 @@ class VLLMSampler:
     # ------------------------------------------------------------------------------------------------ steering
 
     def steer(self, additions: Mapping[int, Tensor] | None) -> None:
-        """Add vectors [H] to the residual stream at all positions from now on; None removes them.
+        """Add vectors [H] to the residual stream at all positions from now on, or take the part in S [H, n] out; None ends it.
 
         UserError for layers or shapes that do not fit, or with CUDA graphs.
         """
@@ -307,15 +307,20 @@ def _steer_block(blocks: Any, layer: int, vector: Tensor) -> Any:
 
     def after(_: nn.Module, __: Any, output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
-        hidden = hidden + vector.to(hidden)
+        stream = hidden
+        if (
+            vector.dim() == 2 and isinstance(output, tuple) and output[1] is not None
+        ):  # a part is taken out of the whole sum
+            stream = hidden + output[1]
+        hidden = hidden + steered(vector, stream)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         if "hidden_states" in kwargs:
             hidden = kwargs["hidden_states"]
-            return args, kwargs | {"hidden_states": hidden + vector.to(hidden)}
+            return args, kwargs | {"hidden_states": hidden + steered(vector, hidden)}
         at = next(i for i, arg in enumerate(args) if isinstance(arg, Tensor) and arg.is_floating_point())
-        return (*args[:at], args[at] + vector.to(args[at]), *args[at + 1 :]), kwargs
+        return (*args[:at], args[at] + steered(vector, args[at]), *args[at + 1 :]), kwargs
 
     if layer == 0:
         return blocks[0].register_forward_pre_hook(before, with_kwargs=True)
