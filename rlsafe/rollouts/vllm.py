@@ -43,6 +43,7 @@ class VLLMSampler:
         sync: Literal["merged", "adapter"] = "merged",
         lora_rank: int | None = None,
         gpu_memory: float = 0.4,
+        tensor_parallel: int = 1,
         max_model_len: int | None = None,
         max_num_seqs: int = 256,
         tokenizer: Any = None,
@@ -52,6 +53,7 @@ class VLLMSampler:
     ):
         """Start the engine (seconds). UserError when vLLM is missing or cannot run the model.
 
+        tensor_parallel: neighbouring ranks that share it; all of them then make, sync, steer and ask it together.
         eager=False (CUDA graphs) is faster on a GPU but cannot be steered.
         """
         self.model_dir, self._sync, self._eager, self.closed = model_dir, sync, eager, False
@@ -79,7 +81,9 @@ class VLLMSampler:
             settings |= _lora_settings(lora_rank)
         ranks.starting()
         try:
-            self._llm, self.max_model_len = start_engine(settings | ranks.launcher(), max_model_len, gpu_memory)
+            place = ranks.launcher(tensor_parallel)
+            self._team = ranks.Team(tensor_parallel)
+            self._llm, self.max_model_len = start_engine(settings | place, max_model_len, gpu_memory)
         except UserError:
             with ranks.ending():
                 pass
@@ -110,11 +114,12 @@ class VLLMSampler:
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
         """One completion per request, in order. Log-probs may differ in their last bits with batch composition."""
+        check_lengths(requests, params, self.max_model_len, "the engine (sampler.max_model_len)")
+        return self._team.pooled(requests, lambda pool: self._generate(pool, params))
+
+    def _generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
         import vllm
 
-        if not requests:
-            return []
-        check_lengths(requests, params, self.max_model_len, "the engine (sampler.max_model_len)")
         settings = [
             vllm.SamplingParams(
                 temperature=params.temperature, top_p=params.top_p, max_tokens=params.max_tokens, seed=r.seed,
