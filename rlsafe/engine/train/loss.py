@@ -2,7 +2,7 @@
 
 A step is a list of micro-batches, possibly of several parts, possibly spread over ranks. Each term (supervised loss, GRPO
 surrogate, every defense's penalty) is a sum over its own tokens or rows divided by a count taken over all of them *before* the first
-forward. So results depend on neither accumulation, nor micro-batch size, nor world size (DESIGN.md section 2).
+forward. So results depend on neither accumulation, nor micro-batch size, nor world size (docs/architecture.md).
 """
 
 from __future__ import annotations
