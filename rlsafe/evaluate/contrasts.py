@@ -26,7 +26,8 @@ with D domains; parts below 0 count as 0; with two seeds nothing is taken off th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -132,7 +133,7 @@ class Sample:
 
     arms: Mapping[str, Arm]
     level: float = LEVEL
-    _variances: dict[tuple[str, ...], tuple[Floats, Floats, Floats, int]] = field(default_factory=dict)
+    _pairs: dict[tuple[str, str], Floats] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         widths = {arm.rates.shape[1] for arm in self.arms.values()}
@@ -153,54 +154,46 @@ class Sample:
         asked = np.any([~np.isnan(arm.rates).all(0) for arm in self.arms.values()], axis=0)
         return max(int(asked.sum()) - len(np.unique(self._domain[asked])), 1)
 
-    def _matrices(self, labels: tuple[str, ...]) -> tuple[Floats, Floats, Floats, int]:
-        """(covariances of the means [K, K] by seed, by question, of single answers; the fewest seeds of a part with several)."""
-        if labels not in self._variances:
-            k = len(labels)
-            of_seeds, of_answers = np.zeros((k, k)), np.zeros((k, k))
-            totals = np.array([self._parts[label].questions for label in labels])
-            of_questions = (totals * self._stretch) @ totals.T
-            for i, one in enumerate(labels):
-                for j, other in enumerate(labels):
-                    of_seeds[i, j], of_answers[i, j] = self._shared(one, other)
-            for i, label in enumerate(labels):
-                of_questions[i, i] = max(of_questions[i, i], self._parts[label].floor)
-            counts = [len(arm.rates) for label in labels if (arm := self.arms[label]).trained and len(arm.rates) > 1]
-            self._variances[labels] = of_seeds, of_questions, of_answers, min(counts, default=1)
-        return self._variances[labels]
+    def _pair(self, one: str, other: str) -> Floats:
+        """[3] covariance of two arms' means: by seed (over the seeds that both have), by question, of single answers."""
+        key = (min(one, other), max(one, other))
+        if key not in self._pairs:
+            a, b, left, right = self.arms[one], self.arms[other], self._parts[one], self._parts[other]
+            questions = float((left.questions * right.questions * self._stretch).sum())
+            if one == other:
+                questions = max(questions, left.floor)
+            seeds = noise = 0.0
+            common = [seed for seed in a.names if seed in b.names] if a.trained and b.trained else []
+            if (n := len(common)) > 1:
+                x, y = (np.array([part.seeds[seed] for seed in common]) for part in (left, right))
+                seeds = n / (n - 1) * float(((x - x.mean()) * (y - y.mean())).sum())
+                rows = ([arm.names.index(seed) for seed in common] for arm in (a, b))
+                both = left.answers[next(rows)] * right.answers[next(rows)]
+                noise = n / (n - 1) * float((both * self._stretch).sum())
+            self._pairs[key] = np.array([seeds, questions, noise])
+        return self._pairs[key]
 
-    def _shared(self, one: str, other: str) -> tuple[float, float]:
-        """Covariance of two arms' means over the seeds that both have: (whole seeds, single answers)."""
-        a, b = self.arms[one], self.arms[other]
-        common = [seed for seed in a.names if seed in b.names]
-        n = len(common)
-        if n < 2 or not (a.trained and b.trained):
-            return 0.0, 0.0
-        rows_a, rows_b = [a.names.index(seed) for seed in common], [b.names.index(seed) for seed in common]
-        left, right = self._parts[one], self._parts[other]
-        x, y = np.array([left.seeds[s] for s in common]), np.array([right.seeds[s] for s in common])
-        seeds = n / (n - 1) * float(((x - x.mean()) * (y - y.mean())).sum())
-        noise = n / (n - 1) * float((left.answers[rows_a] * right.answers[rows_b] * self._stretch).sum())
-        return seeds, noise
+    def _variances(self, labels: Sequence[str]) -> tuple[Floats, int]:
+        """(covariances [3, K, K] of the arms' means, the fewest seeds of those that have several)."""
+        matrix = np.array([[self._pair(one, other) for other in labels] for one in labels]).transpose(2, 0, 1)
+        counts = [len(arm.rates) for label in labels if (arm := self.arms[label]).trained and len(arm.rates) > 1]
+        return matrix, min(counts, default=1)
 
     def contrast(self, weights: Mapping[str, float]) -> tuple[float, float]:
         """(value, half width of its interval) of sum(weight * mean of the arm). NaN when an arm was not measured."""
         used = {label: weight for label, weight in weights.items() if weight}
-        labels, c = tuple(used), np.array(list(used.values()))
         value = float(sum(weight * self.arms[label].mean for label, weight in used.items()))
-        return value, self._half(labels, c)
+        covariances, seeds = self._variances(list(used))
+        c = np.array(list(used.values()))
+        return value, self._half(*map(float, c @ covariances @ c), seeds)
 
-    def _half(self, labels: tuple[str, ...], c: Floats) -> float:
-        of_seeds, of_questions, of_answers, seeds = self._matrices(labels)
-        v_seeds, v_questions, v_answers = (float(c @ m @ c) for m in (of_seeds, of_questions, of_answers))
-        t_questions = quantile(self.level, self._free_questions) ** 2
-        if seeds < 2:
-            return float(np.sqrt(t_questions * v_questions))
-        t_seeds, half = quantile(self.level, seeds - 1) ** 2, v_answers / 2
-        of_both = t_seeds * max(v_seeds - (half if seeds > 2 else 0.0), 0.0) + t_questions * max(
-            v_questions - half, 0.0
-        )
-        return float(np.sqrt(max(of_both, t_questions * v_questions)))
+    def _half(self, v_seeds: float, v_questions: float, v_answers: float, seeds: int) -> float:
+        t_questions, shared = quantile(self.level, self._free_questions) ** 2, v_answers / 2
+        least = t_questions * v_questions
+        if seeds > 1:
+            of_seeds = max(v_seeds - (shared if seeds > 2 else 0.0), 0.0) * quantile(self.level, seeds - 1) ** 2
+            least = max(least, of_seeds + t_questions * max(v_questions - shared, 0.0))
+        return math.sqrt(max(least, 0.0))
 
     def difference(self, one: str, other: str) -> Interval:
         """Interval of mean(one) - mean(other)."""
@@ -218,19 +211,20 @@ class Sample:
             return float("nan"), (float("nan"), float("nan"))
         if below <= half:
             return value, EVERYTHING
-        labels = tuple(dict.fromkeys((*top, *bottom)))
-        up = np.array([top.get(label, 0.0) for label in labels])
-        down = np.array([bottom.get(label, 0.0) for label in labels])
-        means = np.array([self.arms[label].mean for label in labels])
+        labels = list(dict.fromkeys((*top, *bottom)))
+        covariances, seeds = self._variances(labels)
+        up, down = (np.array([of.get(label, 0.0) for label in labels]) for of in (top, bottom))
+        over = value * below  # the numerator
+        squares = np.stack([up @ covariances @ up, up @ covariances @ down, down @ covariances @ down], 1).tolist()
 
         def inside(r: float) -> bool:
-            c = up - r * down
-            return abs(float(c @ means)) <= self._half(labels, c)
+            variances = [uu - 2 * r * ud + r * r * dd for uu, ud, dd in squares]
+            return abs(over - r * below) <= self._half(*variances, seeds)
 
         return value, (_edge(inside, value, -1.0), _edge(inside, value, 1.0))
 
 
-def _edge(inside, value: float, way: float) -> float:  # type: ignore[no-untyped-def]
+def _edge(inside: Callable[[float], bool], value: float, way: float) -> float:
     """The end of the interval around `value` in one direction: steps that double, then bisection."""
     step = 1e-4
     while inside(value + way * step):

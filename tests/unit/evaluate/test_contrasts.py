@@ -183,11 +183,11 @@ def test_the_difference_of_two_paths_shares():
 
 @pytest.mark.parametrize("seeds", [1, 3, 5, 10])
 def test_intervals_cover_the_truth_as_often_as_they_say(seeds):
-    """Beta-binomial worlds with domain, question and seed effects; 250 of each: a true .955 gives .92 to .985."""
+    """Beta-binomial worlds with domain, question and seed effects; 150 of each: a true .955 gives .91 or more."""
     from coverage import WORLDS, Drawn, covered
 
-    found = covered(Drawn(WORLDS[2]), seeds, 250, seed=1)
-    assert all(0.92 <= rate <= 0.992 for rate in found.values()), found
+    found = covered(Drawn(WORLDS[2]), seeds, 150, seed=1)
+    assert all(0.91 <= rate <= 0.995 for rate in found.values()), found
 
 
 def test_fast():
