@@ -109,3 +109,16 @@ def report(
     from rlsafe.compare import draw_report as draw
 
     show(f"report: {draw(directory, latex=latex)}")
+
+
+@app.command()
+def versus(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="a comparison directory")],
+    one: Annotated[str, typer.Argument(metavar="A", help="a defense")],
+    other: Annotated[str, typer.Argument(metavar="B", help="another")],
+) -> None:
+    """Is one defense better than another? Their difference on each path, with its interval."""
+    from rlsafe.compare import versus as compare_two
+    from rlsafe.compare.report.versus import versus_table
+
+    show(versus_table(compare_two(directory, one, other), one, other))

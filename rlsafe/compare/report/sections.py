@@ -12,6 +12,7 @@ from rlsafe.compare.report.charts import Axis, ends
 from rlsafe.compare.report.table import NOTHING_LEARNED, shown_grade
 from rlsafe.compare.verdicts import sweeps, tasks
 from rlsafe.compare.verdicts.arms import Rate
+from rlsafe.compare.verdicts.differences import Difference, turned, two_defenses
 from rlsafe.compare.verdicts.grades import Verdict
 from rlsafe.compare.verdicts.judge_free import judge_free
 from rlsafe.compare.verdicts.results import Results
@@ -57,6 +58,8 @@ def section(
         "table": table,
         "verdicts": [(label, [shown(row, c) for c in CRITERIA]) for label, row in table.rows.items() if row.verdicts],
         "measured": [key for key in RATES if any(key in row.rates for row in table.rows.values())],
+        "apart": both_ways(of_two := two_defenses(results, table)["prevents_em"]),
+        "apart_labels": list(dict.fromkeys(label for two in of_two for label in two)),
         "whiskers": whiskers(table, style, name, top),
         "judge_free": (free := judge_free(results, table)),
         "pair_sets": list(dict.fromkeys(name for one in free for name in one.shifts)),
@@ -72,6 +75,11 @@ def section(
         "signals": pages.signals(results, table),
         "costs": pages.costs(results, table),
     }
+
+
+def both_ways(found: Mapping[tuple[str, str], Difference]) -> dict[tuple[str, str], Difference]:
+    """(one, other) and (other, one) -> their difference."""
+    return {**found, **{(other, one): turned(difference) for (one, other), difference in found.items()}}
 
 
 def tops(tables: Sequence[PathTable]) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from rlsafe.compare.verdicts import differences
 from rlsafe.compare.verdicts.arms import Rate, benign_arms, labelled, summarise
 from rlsafe.compare.verdicts.grades import Verdict
 from rlsafe.compare.verdicts.results import Results
@@ -39,7 +40,12 @@ def scores(results: Results, table: PathTable) -> dict[str, dict[str, TaskScore]
 def judge_and_write(results: Results) -> list[PathTable]:
     """Compute every rate and verdict; write verdicts.json and verdict_details.json beside the results."""
     tables = judge_defenses(results)
-    write_verdicts(results.directory, tables, {table.key: details(results, table) for table in tables})
+    apart = differences.details(results, tables)
+    write_verdicts(
+        results.directory,
+        tables,
+        {table.key: {"tasks": details(results, table), **apart[table.key]} for table in tables},
+    )
     return tables
 
 

@@ -211,15 +211,15 @@ def _rows(results: Results, model: str, path: str) -> dict[str, Row]:
 
 
 def write_verdicts(
-    directory: Directory, tables: list[PathTable], tasks: Mapping[str, Mapping[str, Any]] | None = None
+    directory: Directory, tables: list[PathTable], more: Mapping[str, Mapping[str, Any]] | None = None
 ) -> None:
-    """verdicts.json (grades only) and verdict_details.json (numbers, intervals, reasons, rates; `tasks`: by table, every
-    benign task's)."""
+    """verdicts.json (grades only) and verdict_details.json (numbers, intervals, reasons, rates; `more`: by table, benign tasks and
+    differences)."""
     details = {
         t.key: {
             "model": t.model,
             "path": t.path,
-            "tasks": (tasks or {}).get(t.key, {}),
+            **(more or {}).get(t.key, {"tasks": {}}),
             "rows": {
                 label: {
                     **_details(row),
@@ -251,6 +251,8 @@ def _finite(tree: Any) -> Any:
     """The tree with None for infinities and NaN, which JSON does not have."""
     if isinstance(tree, dict):
         return {str(key): _finite(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_finite(value) for value in tree]
     if isinstance(tree, float) and not math.isfinite(tree):
         return None
     return tree
