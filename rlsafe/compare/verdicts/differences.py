@@ -1,8 +1,8 @@
 """How far two things lie apart, with an interval: two defenses on one path, and one defense on two paths (the headline).
 
-Both are differences of shares: of emergent misalignment prevented and of the narrow behaviour kept. Two defenses share their undefended run,
-so their difference is one contrast divided by none - untrained (Fieller); on two paths each has its own (delta method). Either way
-questions, and seeds of the same number, are paired. See rlsafe.evaluate.contrasts.
+Both are differences of shares: of emergent misalignment prevented and of the narrow behaviour kept. Two defenses share their
+undefended run, so their difference is one contrast divided by none - untrained (Fieller); on two paths each has its own (delta
+method). Either way questions, and seeds of the same number, are paired. See rlsafe.evaluate.contrasts.
 """
 
 from __future__ import annotations

@@ -177,7 +177,9 @@ def test_the_difference_of_two_paths_shares():
     value, (low, high) = share_difference(Sample(arms), ("d", "n", "u"), ("d2", "n2", "u"))
     assert value == pytest.approx(share(arms["d"], arms["n"], arms["u"]) - share(arms["d2"], arms["n2"], arms["u"]))
     assert low < -0.4 < high < 0
-    none = {**arms, "n2": around(0.001)}
+    hardly = np.zeros((3, 200))
+    hardly[0, 0] = 1.0
+    none = {**arms, "n2": Arm(hardly, 600)}
     assert share_difference(Sample(none), ("d", "n", "u"), ("d2", "n2", "u"))[1] == EVERYTHING
 
 
