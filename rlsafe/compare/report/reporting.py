@@ -99,6 +99,7 @@ def context(results: Results, tables: Sequence[PathTable]) -> dict[str, Any]:
         "nothing_learned": NOTHING_LEARNED,
         "plan": results.plan,
         "origins": origins.groups(results),
+        "unlike": origins.between_paths(results),
         "models": results.models,
         "paths": results.paths,
         "seeds": seeds,

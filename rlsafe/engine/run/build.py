@@ -285,4 +285,5 @@ def _probe(config: RunConfig, policy: Policy, resources: Resources) -> Probe | N
         settings.max_tokens,
         config.seed,
         PairProbe(pairs, reader) if pairs else None,
+        settings.temperature,
     )

@@ -30,7 +30,8 @@ class Probe:
 
     k_questions of each set are drawn once, so that points of a curve differ by the model and by sampling only;
     `samples` answers of each are drawn anew, with seeds of their own, at every step. pairs: answers that are given, whose
-    likelihood the training loop reads beside.
+    likelihood the training loop reads beside. temperature: the final evaluation's, so that a curve ends where that begins; None = the
+    questions' own.
     """
 
     def __init__(
@@ -44,9 +45,11 @@ class Probe:
         max_tokens: int,
         seed: int,
         pairs: PairProbe | None = None,
+        temperature: float | None = None,
     ):
         self.judge, self.tokenizer = judge, tokenizer
         self.samples, self.max_tokens, self.seed, self.pairs = samples, max_tokens, seed, pairs
+        self.temperature = temperature
         self.questions = {
             name: drawn(questions, k_questions, seed, name)
             for name, questions in zip(SETS, (general, indomain), strict=True)
@@ -73,8 +76,9 @@ class Probe:
         planned: list[Planned] = []
         for name, questions in self.questions.items():
             planned += plan(
-                self.tokenizer, questions, seed=self.seed, samples=self.samples, purpose=f"probe/{name}", step=step
-            )
+                self.tokenizer, questions, seed=self.seed, samples=self.samples, temperature=self.temperature,
+                purpose=f"probe/{name}", step=step,
+            )  # fmt: skip
         answers = ranks.shared(planned, lambda mine: complete(sampler, self.tokenizer, mine, self.max_tokens))
         dialogues: list[dict[str, Any]] = [
             {
