@@ -45,6 +45,7 @@ class Resources:
     on_start: Callable[[str], None] | None = None
 
     def judge(self, config: RunConfig) -> Judge:
+        """The judge that the config names, one for all runs. UserError when it names none, or one that cannot be had."""
         settings = config.evaluate
         if not settings.judged:
             raise UserError("evaluate.judge is not set and something needs a judge")
@@ -86,7 +87,7 @@ class Prepared:
 
 
 def prepare(config: RunConfig, load: LoadStreams | None = None) -> Prepared:
-    """Resolve every name in the config and load the data; all user errors that need no model are found here.
+    """Resolve every name in the config and load the data. UserError for all that is wrong and can be known without the model.
 
     load: reads the streams in another way (a dry run leaves out what would have to be downloaded).
     """

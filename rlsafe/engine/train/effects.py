@@ -47,7 +47,10 @@ class EffectLog:
         )
 
     def gradients(self, terms: Mapping[str, Tensor], parameters: list[Tensor]) -> dict[str, float]:
-        """Norm of each term's gradient in one micro-batch -> defense/<name>/grad_share (of the sum of norms)."""
+        """{defense/NAME/grad_share: share of the penalty's gradient norm in the sum of all terms' norms} in one micro-batch.
+
+        terms: {name: scalar with its graph}, such as sft, defense/kl/kl; parameters: each in its own shape.
+        """
         norms = {name: _norm(term, parameters) for name, term in terms.items()}
         total = sum(norms.values())
         shares = {}
@@ -110,6 +113,7 @@ class EffectLog:
         return None
 
     def state_dict(self) -> dict[str, object]:
+        """What a resumed run needs to judge the same levers at the same steps."""
         return {
             "steps": {name: dict(counter) for name, counter in self.steps.items()},
             "alive": sorted(self.alive),
@@ -117,6 +121,7 @@ class EffectLog:
         }
 
     def load_state_dict(self, state: Mapping) -> None:
+        """The inverse of `state_dict`."""
         self.steps = defaultdict(Counter, {name: Counter(counter) for name, counter in state["steps"].items()})
         self.alive, self.judged = set(state["alive"]), set(state["judged"])
 

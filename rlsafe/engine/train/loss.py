@@ -27,7 +27,7 @@ from rlsafe.losses import (
     truncated_correction,
 )
 from rlsafe.policy import Forwarded, ForwardPlan, Frozen, Policy
-from rlsafe.types import Batch, Need, pick
+from rlsafe.types import Batch, Need, Where, pick
 
 
 class NotFinite(Exception):
@@ -58,14 +58,17 @@ class ForwardView:
     frozen: dict[str, Frozen]
 
     @property
-    def where(self):
+    def where(self) -> Where:
+        """Where in the data flow the micro-batch stands."""
         return self.batch.where
 
     @property
     def logp(self) -> Tensor:
+        """[B, T] the policy's log-probs of the targets in nats, with gradient; 0 outside the loss mask."""
         return self.forwarded.logp
 
     def mask(self, kind: str) -> Tensor:
+        """[B, T] bool: "answer", the loss mask; "all", tokens that have a predecessor; "tokens", all but padding."""
         masks = {
             "answer": self.batch.loss_mask,
             "all": self.batch.predicted_mask,
@@ -74,14 +77,17 @@ class ForwardView:
         return masks[pick("mask", kind, masks)]
 
     def divergence(self, reference: str = "base") -> Tensor:
+        """[B, T] full-vocabulary KL(policy || reference) in nats, with gradient; 0 where no penalty wanted it."""
         return self.forwarded.kl[reference]
 
     def logprobs(self, reference: str = "base") -> Tensor:
+        """[B, T] the reference's log-probs of the targets in nats, without gradient; 0 outside the loss mask."""
         logp = self.frozen[reference].logp
         assert logp is not None
         return logp
 
     def hidden(self, layer: int, reference: str | None = None) -> Tensor:
+        """[B, T, H] states at layer index `layer` (0 = embeddings), the policy's with gradient or a reference's without."""
         return (self.forwarded.hidden if reference is None else self.frozen[reference].layers)[layer]
 
 

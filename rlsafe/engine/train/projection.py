@@ -31,7 +31,8 @@ class Direction:
 
 
 def named(config: RunConfig) -> tuple[str, int, str] | None:
-    """(vectors, layer, the setting they come from) that a run is followed along; None when it has no vector."""
+    """(vectors, layer, the setting they come from) that a run is followed along; None when it has no vector. UserError for a vector
+    without a layer."""
     if config.track.vector is not None:
         if config.track.layer is None:
             raise UserError("track.layer: required with track.vector; the layer whose states are projected")
@@ -44,7 +45,7 @@ def named(config: RunConfig) -> tuple[str, int, str] | None:
 
 
 def check(config: RunConfig) -> None:
-    """Find what is wrong with the vector's name or layer before any model is loaded."""
+    """UserError for a wrong name or layer of the vector, before any model is loaded."""
     found = named(config)
     if config.track.vector is None:
         if config.track.layer is not None:
