@@ -182,6 +182,7 @@ def build_run(
         clip=clip,
         stack=stack,
         streams=streams,
+        row_limits=fitted.limits,
         rewards=prepared.rewards,
         sampler=_sampler(prepared, policy, stack, streams, resources, log),
         make_judge=lambda: resources.judge(config),

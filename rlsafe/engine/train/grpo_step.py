@@ -24,7 +24,7 @@ from rlsafe.engine.plan.schedule import PlannedPart, Step
 from rlsafe.engine.train.loss import Micro, score_before, separate_gap
 from rlsafe.engine.train.micro import dummy, reduce_sums
 from rlsafe.engine.train.sft_step import supervised
-from rlsafe.engine.train.state import Components, RunState
+from rlsafe.engine.train.state import Components, RunState, tell_once
 from rlsafe.engine.train.update import update
 from rlsafe.losses import AdvantageStats, advantages
 from rlsafe.rewards import RewardBatch
@@ -70,7 +70,7 @@ def grpo_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
         metrics |= _metrics(run, completions, read, stats, scored)
         metrics["rollout_seconds"] = time.perf_counter() - started
         if ahead or run.several or run.config.grpo.iterations > 1 or not all(micro.same_context for micro in fresh):
-            metrics |= score_again(run, step, part, fresh, ahead.reference if ahead else None)
+            metrics |= score_again(run, state, step, part, fresh, ahead.reference if ahead else None)
         if run.config.grpo.max_staleness:  # optimizer steps since the weights that sampled
             metrics["staleness"] = int(ahead is not None)
         if run.config.grpo.iterations > 1:
@@ -226,7 +226,7 @@ def batched(
 
 
 def score_again(
-    run: Components, step: Step, part: PlannedPart, micros: Sequence[Micro], reference: str | None
+    run: Components, state: RunState, step: Step, part: PlannedPart, micros: Sequence[Micro], reference: str | None
 ) -> dict[str, float]:
     """Forwards without gradient before the update, for rollouts that need them; most do not. Gives metrics.
 
@@ -236,6 +236,10 @@ def score_again(
     reference: the snapshot of the policy that sampled, when that was one step ago. RunError when that gap says that the rollouts
     are not the policy's.
     """
+    correction = run.config.grpo.correction
+    if correction != "none" and not all(micro.same_context for micro in micros):
+        why = "a defense acts on its rollouts or on its training alone, so that sampler and gradient see different contexts"
+        tell_once(run, state, f"grpo.correction: {correction}: not applied to data.{part.stream}: {why}")
     old = run.config.grpo.iterations > 1 or reference is not None
     forwards = sum(old + (not micro.same_context) for micro in micros)
     # In a sharded model every forward is a collective: all ranks must run equally many, so they first agree on the number.

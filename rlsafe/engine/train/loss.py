@@ -23,7 +23,6 @@ from rlsafe.losses import (
     importance_ratio,
     k3,
     sampler_gap,
-    sft_values,
     truncated_correction,
 )
 from rlsafe.policy import Forwarded, ForwardPlan, Frozen, Policy
@@ -130,7 +129,7 @@ class StepLoss:
     def _path_loss(self, micro: Micro, out: Forwarded, frozen: dict[str, Frozen]) -> Tensor:
         batch, mask = micro.batch, micro.batch.loss_mask
         if batch.where.path == "sft":
-            rows = sft_values(out.logp) * mask
+            rows = -out.logp * mask  # the cross-entropy of each target, in nats
             if batch.row_weight is not None:
                 rows = rows * batch.row_weight[:, None]
             return micro.weight * rows.sum() / max(self.counts["sft"], 1.0)

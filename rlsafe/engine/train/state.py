@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 class Components:
     """Built once by `rlsafe.engine.run.build`; none of its fields is replaced while the run lasts.
 
+    row_limits: tokens that a supervised row of each stream may have, `max_tokens` or what the model takes.
     sampler: the sampler; `sampler.synced()` gives it with the policy's current weights.
     direction: a persona vector that sampled answers are projected on. backward(loss) adds a micro-batch's gradient.
     clip: how shards are clipped together (`distributed.gradient_functions`); None when this process has the whole gradient.
@@ -54,6 +55,7 @@ class Components:
     clip: Callable[[list[Tensor], float], float] | None
     stack: DefenseStack
     streams: dict[str, Stream]
+    row_limits: dict[str, int]
     rewards: RewardRunner | None
     sampler: SyncedSampler
     make_judge: Callable[[], Judge]
@@ -88,6 +90,7 @@ class RunState:
     ahead: rollouts begun for the next step, by the number of its part.
     began: the `position` before the present step; None as soon as that step has changed weights.
     skipped: steps left out in a row (optim.on_nan). gave_up: why waiting for the judge ended; the run then saves its state and stops.
+    told: what the log has been told by `tell_once`, in this process.
     """
 
     micro_tokens: int
@@ -97,6 +100,14 @@ class RunState:
     began: dict[str, Any] | None = None
     skipped: int = 0
     gave_up: str | None = None
+    told: set[str] = field(default_factory=set)
+
+
+def tell_once(run: Components, state: RunState, line: str) -> None:
+    """Log what is true of every step when it is first seen."""
+    if line not in state.told:
+        state.told.add(line)
+        run.log(line)
 
 
 def position(run: Components, state: RunState) -> dict[str, Any]:
