@@ -220,6 +220,9 @@ class Policy:
                 f"model.quantization: {self.config.quantization} weights cannot be sharded by FSDP2 or DeepSpeed; "
                 "use configs/accelerate/ddp.yaml, or no quantization"
             )
+        from rlsafe.policy.lora import unfuse
+
+        unfuse(self.core.model)  # parameters are gathered when their own module runs
         names = {id(p): name for name, p in self._parameters.items()}
         order = [names[id(p)] for p in self.core.parameters() if id(p) in names]
         if zero3:

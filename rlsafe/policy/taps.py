@@ -33,11 +33,20 @@ def decoder_blocks(decoder: nn.Module, n_layers: int, what: str = "the model") -
     return found[0]
 
 
+def steered(change: Tensor, hidden: Tensor) -> Tensor:
+    """What to add to hidden states [..., H]: the vector [H] itself, or for S [H, n] minus their part S S^T h, in float32 at least."""
+    if change.dim() == 1:
+        return change.to(hidden)
+    wide = hidden if hidden.dtype.itemsize >= 4 else hidden.float()
+    change = change.to(wide)
+    return -((wide @ change) @ change.T).to(hidden.dtype)
+
+
 def check_vector(vector: Tensor, layer: int, hidden_size: int, n_layers: int) -> None:
-    """UserError unless `vector` is a finite [H] and `layer` one of 0..n_layers."""
+    """UserError unless `vector` is a finite [H], or [H, n], and `layer` one of 0..n_layers."""
     if not 0 <= layer <= n_layers:
         raise UserError(f"steering layer {layer}: expected 0 (embeddings) to {n_layers} (output of the last block)")
-    if tuple(vector.shape) != (hidden_size,):
+    if tuple(vector.shape[:1]) != (hidden_size,) or vector.dim() > 2:
         raise UserError(f"steering vector of layer {layer}: expected shape [{hidden_size}], got {list(vector.shape)}")
     if not bool(torch.isfinite(vector).all()):
         raise UserError(f"steering vector of layer {layer}: holds NaN or infinite values")

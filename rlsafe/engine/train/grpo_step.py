@@ -23,6 +23,7 @@ from rlsafe.data.encode import read_text
 from rlsafe.engine.plan.schedule import PlannedPart, Step
 from rlsafe.engine.train.loss import Micro, score_before, separate_gap
 from rlsafe.engine.train.micro import dummy, reduce_sums
+from rlsafe.engine.train.screening import screen
 from rlsafe.engine.train.sft_step import supervised
 from rlsafe.engine.train.state import Components, RunState, tell_once
 from rlsafe.engine.train.update import update
@@ -62,6 +63,8 @@ def grpo_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
         # 3. Reward them. A reasoning model's answer is rewarded without its think block.
         read = [read_completion(run.policy.tokenizer, completion.ids) for completion in completions]
         scored = reward(run, step, part, asked, read, completions)
+        if run.stack.screening:  # defenses may penalise or drop some
+            scored = screen(run, step, part, asked, read, completions, scored)
         # 4. Advantages: each reward against those of the same prompt's other completions.
         values, valid, stats = group_advantages(run, scored.total)
         # 5. Batch them in the train context; completions without a reward are left out.

@@ -5,6 +5,7 @@ What is not visited in a plain run stands elsewhere: ranks that must agree (`dis
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from rlsafe.data import sft_batches
@@ -41,7 +42,8 @@ def supervised(run: Components, state: RunState, part: PlannedPart, rows: list[R
     conversations: list[list[Message]] = [row["messages"] for row in rows[rank::world]]
     if run.defended:
         conversations = [run.stack.prompt(messages, where) for messages in conversations]
-    settings = getattr(run.config.data, part.stream)
+    settings = getattr(run.config.data, part.stream, None)
+    owner = part.defense if part.stream == "aside" else None
     batches = sft_batches(
         conversations,
         run.policy.tokenizer,
@@ -51,4 +53,4 @@ def supervised(run: Components, state: RunState, part: PlannedPart, rows: list[R
         micro_rows=run.config.batch.micro_rows,
         truncate=settings is not None and settings.too_long == "truncate",
     )
-    return [Micro(batch.to(run.policy.device), part.weight) for batch in batches]
+    return [Micro(replace(batch, owner=owner).to(run.policy.device), part.weight) for batch in batches]
