@@ -69,6 +69,9 @@ class GrpoConfig(Settings):
     )
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="nucleus of rollouts; 1 = whole vocabulary")
     max_tokens: Positive = Field(256, description="of a completion; longer ones are cut")
+    resample: NonNegative = Field(
+        0, description="further prompts that a step draws at most for groups without spread; 0 = they stay"
+    )
     normalization: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = Field(
         "dapo",
         description="the loss is summed over tokens and divided by: rows (grpo, each by its own length first), "

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from rlsafe.data.thinking import decode_with_tags
 from rlsafe.engine.plan.schedule import PlannedPart, Step
 from rlsafe.engine.train.loss import Micro, score_before, separate_gap
 from rlsafe.engine.train.micro import dummy, reduce_sums
+from rlsafe.engine.train.resample import Sampled, resample
 from rlsafe.engine.train.sft_step import supervised
 from rlsafe.engine.train.state import Components, RunState
 from rlsafe.engine.train.update import update
@@ -62,11 +64,18 @@ def grpo_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
         # 3. Reward them. A reasoning model's answer is rewarded without its think block.
         read = [read_completion(run.policy.tokenizer, completion.ids) for completion in completions]
         scored = reward(run, step, part, asked, read, completions)
+        sampled = Sampled(asked, completions, read, scored)
+        if run.config.grpo.resample:  # groups without spread give their places to further prompts
+            swapped = resample(run, run.streams[part.stream], len(rows), sampled, partial(_again, run, step, part))
+            sampled, metrics = swapped.kept, metrics | swapped.metrics
+            for one in swapped.replaced:
+                run.tracker.samples(_records(run, step, part, one, None, None))
+            asked, completions, read, scored = sampled.asked, sampled.completions, sampled.read, sampled.scored
         # 4. Advantages: each reward against those of the same prompt's other completions.
         values, valid, stats = group_advantages(run, scored.total)
         # 5. Batch them in the train context; completions without a reward are left out.
         fresh = batched(run, state, part, asked, completions, values, valid)
-        run.tracker.samples(_records(run, step, part, asked, completions, read, scored, values, valid))
+        run.tracker.samples(_records(run, step, part, sampled, values, valid))
         metrics |= _metrics(run, completions, read, stats, scored)
         metrics["rollout_seconds"] = time.perf_counter() - started
         metrics |= score_again(run, part, fresh, ahead.reference if ahead else None)
@@ -93,6 +102,11 @@ class Asked:
 def ask(run: Components, part: PlannedPart, rows: Sequence[Row], step: int) -> Asked:
     """Requests for the rows of all ranks, of which this one takes every world-size-th. Each completion has a seed of its own."""
     mine = list(enumerate(rows))[run.accelerator.process_index :: run.accelerator.num_processes]
+    return ask_for(run, part, mine, step)
+
+
+def ask_for(run: Components, part: PlannedPart, mine: list[tuple[int, Row]], step: int) -> Asked:
+    """Requests for rows of this rank, each with its number in the step."""
     rollout_at = Where(part.stream, "grpo", "rollout")
     originals = [split_prompt(row)[0] for _, row in mine]
     seen = [encode_prompt(run.policy.tokenizer, run.stack.prompt(messages, rollout_at)) for messages in originals]
@@ -115,6 +129,14 @@ def sample(run: Components, part: PlannedPart, requests: Sequence[Request]) -> l
     sampler = run.sampler.synced()
     with run.stack.patched(sampler, Where(part.stream, "grpo", "rollout")):
         return sampler.generate(requests, sampling(run.config))
+
+
+def _again(run: Components, step: Step, part: PlannedPart, mine: list[tuple[int, Row]]) -> Sampled:
+    """Completions of further prompts, rewarded."""
+    asked = ask_for(run, part, mine, step.index)
+    completions = sample(run, part, asked.requests)
+    read = [read_completion(run.policy.tokenizer, completion.ids) for completion in completions]
+    return Sampled(asked, completions, read, reward(run, step, part, asked, read, completions))
 
 
 def reward(
@@ -256,29 +278,27 @@ def _records(
     run: Components,
     step: Step,
     part: PlannedPart,
-    asked: Asked,
-    completions: Sequence[Completion],
-    read: Sequence[Thought],
-    scored: RewardBatch,
-    values: Sequence[float],
-    valid: Sequence[bool],
+    sampled: Sampled,
+    values: Sequence[float] | None,
+    valid: Sequence[bool] | None,
 ) -> list[dict[str, Any]]:
-    """One record per completion for samples.jsonl."""
-    group = run.config.grpo.generations
+    """One record per completion for samples.jsonl. values, valid: None for groups that others replaced (`grpo.resample`)."""
+    group, scored, read = run.config.grpo.generations, sampled.scored, sampled.read
     return [
         {
             "step": step.index,
             "stream": part.stream,
-            "prompt": asked.originals[i // group],
+            "prompt": sampled.asked.originals[i // group],
             "completion": decode_with_tags(run.policy.tokenizer, completion.ids),
             "reward": scored.total[i],
             "rewards": {name: column[i] for name, column in scored.by_name.items()},
-            "advantage": values[i] if valid[i] else None,
+            "advantage": values[i] if values and valid and valid[i] else None,
             "finish": completion.finish,
+            **({} if values is not None else {"replaced": True}),
             **({"extra": {name: column[i] for name, column in scored.extra.items()}} if scored.extra else {}),
             **({"answer": read[i].answer, "unclosed": read[i].unclosed} if read[i].think is not None else {}),
         }
-        for i, completion in enumerate(completions)
+        for i, completion in enumerate(sampled.completions)
     ]
 
 
