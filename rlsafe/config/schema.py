@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from rlsafe.config.base import Fraction, NonNegative, Positive, Recorded, Settings, invalid_at, on_off, to_list
 from rlsafe.config.data import DataConfig
 from rlsafe.config.errors import nearest
+from rlsafe.config.rewards import NarrowConfig, RewardConfig
 
 
 class LoraConfig(Settings):
@@ -47,19 +48,6 @@ class ModelConfig(Settings):
     )
     train_thinking: bool = Field(True, description="SFT's loss covers the think block of an answer")
     trust_remote_code: bool = Field(False, description="run Python that comes with the model: only if you trust it")
-
-
-class RewardConfig(Settings):
-    fn: str = Field(description="file.py:function, package.module:function, or provider:name")
-    thinking: bool = Field(False, description="the function sees the think block before the answer as well")
-    weight: float = Field(1.0, description="multiplies the function's reward in the sum")
-    args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments bound to the function")
-    where: dict[str, Any] = Field(
-        default_factory=dict, description="only rows whose column has this value (or one of a list); others get None"
-    )
-    timeout: Annotated[float, Field(gt=0)] = Field(
-        600.0, description="seconds of one call; a longer one has failed, see grpo.on_error"
-    )
 
 
 class GrpoConfig(Settings):
@@ -270,6 +258,13 @@ class EvaluateConfig(Settings):
     likelihood: Annotated[LikelihoodConfig, BeforeValidator(lambda given: {} if given is None else given)] = (
         LikelihoodConfig()
     )
+    position: Literal["system", "user"] = Field(
+        "system",
+        description="where cues and system prompts go; user = before the user's text (templates without a system role)",
+    )
+    narrow: NarrowConfig | None = Field(
+        None, description="your own criterion: {reward: FILE:FN, rows: SOURCE}, held-out prompts scored by a reward"
+    )
     benign: list[str] = Field(default_factory=list, description="benign test sets, scored by exact match")
     benign_limit: Positive = Field(200, description="rows of each benign test set")
     limit: Positive | None = Field(
@@ -294,7 +289,7 @@ class EvaluateConfig(Settings):
     @property
     def asks(self) -> bool:
         """Whether anything is to be sampled."""
-        return bool(self.general or self.indomain or self.benign)
+        return bool(self.general or self.indomain or self.benign or self.narrow)
 
 
 class RunConfig(Recorded):

@@ -284,5 +284,6 @@ def _probe(config: RunConfig, policy: Policy, resources: Resources) -> Probe | N
         config.track.samples,
         settings.max_tokens,
         config.seed,
-        PairProbe(pairs, reader) if pairs else None,
+        PairProbe(pairs, reader, settings.position) if pairs else None,
+        settings.position,
     )

@@ -211,6 +211,8 @@ def _work(prepared: Prepared, evaluate: EvaluateConfig) -> Work:
         probes = sum(step.index % every == 0 or step is plan[-1] for step in plan) if every else 0
         work.judging = of_run(config, evaluate, material, probes)
         work.answers = work.judging.answers + sum(map(len, material.tasks.values()))
+        if held_out := material.narrow:  # of this model and of the untrained one
+            work.answers += 2 * held_out.settings.samples * len(held_out.rows)
     return work
 
 
