@@ -20,7 +20,7 @@ from rlsafe.engine.plan.schedule import Step, make_plan
 from rlsafe.engine.record.tracking import Tracker
 from rlsafe.engine.run.layout import check_layout
 from rlsafe.engine.run.rows import usable
-from rlsafe.engine.train import ahead, distributed, gradients, projection
+from rlsafe.engine.train import ahead, distributed, gradients, projection, resample
 from rlsafe.engine.train.effects import EffectLog
 from rlsafe.engine.train.state import Components, RunState
 from rlsafe.engine.train.sync import SyncedSampler
@@ -97,6 +97,7 @@ def prepare(config: RunConfig, load: LoadStreams | None = None) -> Prepared:
     model_path(config)
     projection.check(config)
     ahead.check(config)
+    resample.check(config)
     stack = DefenseStack(defenses)
     plan = make_plan(config, {d.name: offer for d in stack if (offer := d.offer()) is not None})
     sampled = {part.stream for step in plan for part in step.parts if part.path == "grpo"}
@@ -286,5 +287,6 @@ def _probe(config: RunConfig, policy: Policy, resources: Resources) -> Probe | N
         config.track.samples,
         settings.max_tokens,
         config.seed,
-        PairProbe(pairs, reader) if pairs else None,
+        PairProbe(pairs, reader, settings.position) if pairs else None,
+        settings.position,
     )

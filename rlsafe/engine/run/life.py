@@ -257,6 +257,10 @@ def train(
     return finished
 
 
+EVALUATION = ("evaluation.json", "answers.csv", "benign_answers.csv", "likelihood.csv", "narrow_answers.csv")
+"""What an evaluation leaves in a run's directory."""
+
+
 def _evaluated(finished: Run, resources: Resources) -> Evaluation | None:
     """What the trained model answers, judged, and written into the run's directory; None on ranks that only help to answer."""
     from rlsafe.evaluate import evaluate_run, reader_of
@@ -291,7 +295,7 @@ def _existing(directory: Path, settings: RunConfig, resume: bool, overwrite: boo
     if not status and any(directory.iterdir()) and not overwrite:
         raise UserError(f"{directory}: not empty and not a run of rlsafe; choose another --out, or --overwrite")
     if resume and status.get("status") == "finished" and goes_on(directory, settings):
-        for name in ("evaluation.json", "answers.csv", "benign_answers.csv"):  # of the model as it was
+        for name in EVALUATION:  # of the model as it was
             (directory / name).unlink(missing_ok=True)
         return None
     if resume and status.get("status") == "finished":
@@ -311,7 +315,7 @@ def _existing(directory: Path, settings: RunConfig, resume: bool, overwrite: boo
         )
     for name in ("checkpoints", "tensorboard", "adapter", "model"):
         shutil.rmtree(directory / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "samples.jsonl", "evaluation.json", "answers.csv", "benign_answers.csv", "run.json"):
+    for name in ("metrics.jsonl", "samples.jsonl", *EVALUATION, "run.json"):
         (directory / name).unlink(missing_ok=True)
     return None
 

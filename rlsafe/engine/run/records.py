@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from rlsafe.config import RunConfig, UserError, load_run
 from rlsafe.config.files import replacing
+
+log = logging.getLogger("rlsafe")
 
 if TYPE_CHECKING:
     from rlsafe.engine.plan.schedule import Step
@@ -32,6 +35,9 @@ def read_record(directory: Path, resume: bool = False, overwrite: bool = False) 
         problem = "is empty" if file.stat().st_size == 0 else f"cannot be read ({type(error).__name__})"
     found = checkpoint.saved(directory / "checkpoints")
     if overwrite or (resume and found):
+        log.warning(
+            "%s %s: it is written again%s", file, problem, "" if overwrite else f", going on from {found[-1].name}"
+        )
         return {"status": "running"}
     way = f"go on from {found[-1].name} with --resume, or start over with" if found else "start over with"
     raise UserError(f"{file}: {problem}, as after a crash or on a full disk; {way} --overwrite")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rlsafe.config import ModelConfig, RunConfig, UserError
 from rlsafe.data import Use, fit_rows
+from rlsafe.data.rendered import additions
 from rlsafe.defenses import Defense, DefenseStack
 from rlsafe.engine.run.templates import check_defenses, check_evaluation
 from rlsafe.types import Message, Row, Where
@@ -40,6 +41,7 @@ def usable(prepared: Prepared, tokenizer: Any, context: int | None, say: Callabl
     """
     found = Rows()
     config = prepared.config
+    found.notes += additions(tokenizer)
     check_defenses(tokenizer, _rewriters(prepared.defenses), [cast(Name, name) for name in prepared.rows])
     if prepared.material is not None:
         check_evaluation(tokenizer, config.evaluate, prepared.material)

@@ -210,22 +210,3 @@ def count(micros: Sequence[Micro], stack: DefenseStack, grpo: GrpoConfig) -> Cou
 def engine_needs(grpo: GrpoConfig, uses_grpo: bool) -> set[Need]:
     """What the loop itself needs from the frozen forward: the k3 term of the GRPO loss, nothing else."""
     return {Need("logprobs", "base")} if grpo.beta and uses_grpo else set()
-
-
-def score_before(policy: Policy, micro: Micro, grpo: GrpoConfig) -> None:
-    """Fill in `old_logp`, for a rollout that is used again or is older than the weights. With top_p < 1 the sampler's log-probs are
-    those of a nucleus: its mass under the same weights puts them on the scale of `old_logp`, of the whole vocabulary."""
-    batch = micro.batch
-    batch.old_logp, mass = policy.score_nucleus(batch, grpo.temperature, grpo.top_p)
-    if micro.same_context and batch.sampler_logp is not None:
-        batch.sampler_logp = batch.sampler_logp + mass
-
-
-def separate_gap(policy: Policy, batch: Batch, grpo: GrpoConfig) -> tuple[float, float]:
-    """(sum |trainer - sampler|, tokens) of a batch whose rollout context differs from its train context: one more forward,
-    behind the prompt that the sampler saw; the caller installs the activation hooks that the rollout had."""
-    seen = batch.rollout or batch
-    assert seen.sampler_logp is not None
-    logp, mass = policy.score_nucleus(seen, grpo.temperature, grpo.top_p)
-    gap, tokens = sampler_gap(logp, seen.sampler_logp + mass, seen.loss_mask)
-    return float(gap), float(tokens)
