@@ -104,15 +104,15 @@ class RunState:
 
 
 def tell_once(run: Components, state: RunState, line: str) -> None:
-    """Log what is true of every step when it is first seen."""
+    """Log a line the first time that it is true; later steps would only repeat it."""
     if line not in state.told:
         state.told.add(line)
         run.log(line)
 
 
 def position(run: Components, state: RunState) -> dict[str, Any]:
-    """Where a run stands as plain values, without its weights and the lengths of its files: what a checkpoint of a step that fails
-    later needs. Copies, so that the step cannot change them."""
+    """Where a run stands before a step, as plain values: with the weights, which a step that fails has not changed, enough for a
+    checkpoint. Copies, so that the step cannot change them."""
     return {
         "done": state.done,
         "streams": {name: stream.state_dict() for name, stream in run.streams.items()},
