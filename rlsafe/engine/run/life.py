@@ -16,8 +16,8 @@ from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from rlsafe.config import RunConfig, UserError, check_out, dump_yaml, load_run
+from rlsafe.config.lock import hold, releasing
 from rlsafe.engine.run.interrupts import ended_early, stop_requests, stops_at_once
-from rlsafe.engine.run.lock import hold, releasing
 from rlsafe.engine.run.records import goes_on, read_record
 from rlsafe.rewards import spread
 from rlsafe.types import Interrupted, RunError
