@@ -60,7 +60,7 @@ def test_whoever_writes_a_directory_is_refused_before_it_loads_anything(tmp_path
     """Evaluation, judging again and the scoring of safe rows, like training."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "answers.csv").write_text("question_id\n")
-    (tmp_path / "questions.yaml").write_text("- {id: a, paraphrases: [why?]}\n")
+    (tmp_path / "questions.yaml").write_text("- {id: a, paraphrases: ['why?']}\n")
     monkeypatch.setattr(rejudging, "load_saved", lambda *_: (None, None))
     monkeypatch.setattr(scoring, "load_compare", lambda *_: None)
     monkeypatch.setattr(scoring, "selection_of", lambda _: None)

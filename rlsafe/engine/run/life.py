@@ -84,6 +84,10 @@ class Run:
         )
         lines.append("last: " + ", ".join(f"{name} {last[name]:.4g}" for name in shown if name in last))
         lines += [f"note: {line}" for line in spread.summary(self.metrics)]
+        if lost := sum(record.get("rows_left_out", 0) for record in self.metrics):
+            lines.append(
+                f"note: {lost} times a row was too long with what defenses added in its step, and was left out"
+            )
         return lines + [f"note: {note}" for note in self.notes]
 
 

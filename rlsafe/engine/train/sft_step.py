@@ -15,6 +15,8 @@ from rlsafe.engine.train.state import Components, RunState
 from rlsafe.engine.train.update import update
 from rlsafe.types import Message, Row, Where
 
+LONGEST = 2048  # tokens of a row that a defense brings along, where no stream's settings say
+
 
 def sft_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
     """One optimizer step on supervised rows; gives its metrics.
@@ -45,9 +47,11 @@ def supervised(run: Components, state: RunState, part: PlannedPart, rows: list[R
         conversations,
         run.policy.tokenizer,
         where,
-        max_tokens=settings.within if settings else 2048,
+        max_tokens=settings.within if settings else min(LONGEST, run.policy.core.max_length or LONGEST),
         micro_tokens=state.micro_tokens,
         micro_rows=run.config.batch.micro_rows,
         truncate=settings is not None and settings.too_long == "truncate",
     )
+    # Rows were measured before the run; a defense may since have added more to some.
+    state.left_out += len(conversations) - sum(len(batch.ids) for batch in batches)
     return [Micro(replace(batch, owner=owner).to(run.policy.device), part.weight) for batch in batches]
