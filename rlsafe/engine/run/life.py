@@ -240,6 +240,7 @@ def train(
         )  # fmt: skip
     questions = finished.config.evaluate
     if questions.wanted:
+        from rlsafe.engine.record.tracking import track_evaluation
         from rlsafe.evaluate import evaluate_run, reader_of
         from rlsafe.evaluate.ask.journal import identity
         from rlsafe.rollouts import ranks
@@ -258,6 +259,7 @@ def train(
                         weights=identity(finished.config, directory),
                         reader=reader_of(finished.config, finished.policy, whole=whole),
                     )  # fmt: skip
+                    track_evaluation(directory, len(finished.metrics), finished.evaluation)
     return finished
 
 

@@ -1,4 +1,4 @@
-"""Any conversation in any format, from the file to the tokens: what the tokenizer's own `apply_chat_template` renders, and which turns count."""
+"""Any conversation in any format, from file to tokens: the tokenizer's own `apply_chat_template`, and which turns count."""
 
 import json
 
