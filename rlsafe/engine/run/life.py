@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from rlsafe.config import RunConfig, UserError, check_out, dump_yaml, load_run
 from rlsafe.config.files import replacing_directory
+from rlsafe.config.lock import hold, releasing
 from rlsafe.engine.run.interrupts import ended_early, stop_requests, stops_at_once
-from rlsafe.engine.run.lock import hold, releasing
 from rlsafe.engine.run.records import claim, goes_on, read_record, went_on_from, write, write_record
 from rlsafe.rewards import spread
 from rlsafe.types import Interrupted, RunError
@@ -85,6 +85,10 @@ class Run:
         )
         lines.append("last: " + ", ".join(f"{name} {last[name]:.4g}" for name in shown if name in last))
         lines += [f"note: {line}" for line in spread.summary(self.metrics)]
+        if lost := sum(record.get("rows_left_out", 0) for record in self.metrics):
+            lines.append(
+                f"note: {lost} times a row was too long with what defenses added in its step, and was left out"
+            )
         return lines + [f"note: {note}" for note in self.notes]
 
 
@@ -263,6 +267,7 @@ EVALUATION = ("evaluation.json", "answers.csv", "benign_answers.csv", "likelihoo
 
 def _evaluated(finished: Run, resources: Resources) -> Evaluation | None:
     """What the trained model answers, judged, and written into the run's directory; None on ranks that only help to answer."""
+    from rlsafe.engine.record.tracking import track_evaluation
     from rlsafe.evaluate import evaluate_run, reader_of
     from rlsafe.evaluate.ask.journal import identity
     from rlsafe.rollouts import ranks
@@ -275,12 +280,14 @@ def _evaluated(finished: Run, resources: Resources) -> Evaluation | None:
         with ranks.spread(sampler) if sampler else nullcontext() as asking:
             if not finished.is_main:
                 return None
-            return evaluate_run(
+            evaluation = evaluate_run(
                 asking, finished.policy.tokenizer, questions, finished.out,
                 judge=resources.judge(finished.config) if questions.judged else None,
                 weights=identity(finished.config, finished.out),
                 reader=reader_of(finished.config, finished.policy, whole=whole),
             )  # fmt: skip
+            track_evaluation(finished.out, len(finished.metrics), evaluation)
+            return evaluation
 
 
 def _existing(directory: Path, settings: RunConfig, resume: bool, overwrite: bool) -> Run | None:
