@@ -21,6 +21,7 @@ _BUILT_IN = {
     "kl": "rlsafe.defenses.kl",
     "feature-block": "rlsafe.defenses.feature_block",
     "inoculation": "rlsafe.defenses.inoculation",
+    "inoculation-adapter": "rlsafe.defenses.inoculation_adapter",
     "interleaving": "rlsafe.defenses.interleaving",
     "interleaving+": "rlsafe.defenses.interleaving_plus",
     "interleaving++": "rlsafe.defenses.interleaving_plus_plus",

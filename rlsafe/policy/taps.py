@@ -91,6 +91,11 @@ class Residual:
         for index, block in enumerate(blocks):
             block.register_forward_hook(self._after_block(index + 1))
 
+    @property
+    def suspended(self) -> bool:
+        """Whether additions are off, as in the forward of a frozen reference."""
+        return self._suspended > 0
+
     def _pass(self, layer: int, hidden: Tensor) -> Tensor:
         if not self._suspended:
             for handle in self.additions[layer]:
