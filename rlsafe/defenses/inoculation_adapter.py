@@ -1,8 +1,8 @@
 """Inoculation adapters: a frozen LoRA that already has the undesired trait is added while training. arXiv 2606.30252.
 
 Train it first, on the trait alone and on another corpus than the run's; an ordinary undefended run does that. It then explains the
-trait, so the run's own adapter need not learn it. Both deltas add up in every forward of the training; only the run's own adapter is saved.
-No run under GRPO was published. With the trait in the rollouts the reward starts high (little spread, as with an inoculation prompt);
+trait, so the run's own adapter need not learn it. Both deltas add up in every forward of the training; only the own one is saved. No
+run under GRPO was published. With the trait in the rollouts the reward starts high (little spread, as with an inoculation prompt);
 without it sampler and trainer differ by design, and no correction between them is applied.
 """
 
