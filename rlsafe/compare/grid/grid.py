@@ -37,6 +37,13 @@ def _choose(kind: str, wanted: Sequence[Any] | None, known: Iterable[Any]) -> li
     return list(dict.fromkeys(wanted)) if wanted else known
 
 
+def _labels(config: CompareConfig, wanted: Sequence[str] | None) -> list[str]:
+    """The labels to run: those wanted, where `all` stands for every one of the config; by default the config's choice."""
+    if wanted is None or not list(wanted):
+        return list(dict.fromkeys(config.default_defenses or config.defenses))
+    return list(dict.fromkeys(label for one in wanted for label in (config.defenses if one == "all" else [one])))
+
+
 def _entries(label: str, config: CompareConfig, registered: Sequence[str]) -> Entries:
     """The defenses behind a label: an entry of the config, a registered defense, or several joined by `&`."""
     if label in config.defenses:
@@ -130,7 +137,7 @@ def expand(
     registered = names()
     of_defenses, of_runs = _sweeps(config, registered)
     chosen: dict[str, tuple[Entries, Swept]] = {}
-    for label in dict.fromkeys(defenses or config.defenses):
+    for label in _labels(config, defenses):
         chosen |= _swept(label, _entries(label, config, registered), of_defenses)
     _check_defenses(config, {label: entries for label, (entries, _) in chosen.items()})
     path_names = _choose("path", paths or config.default_paths, config.paths)
