@@ -24,6 +24,9 @@ class LoraConfig(Settings):
     dropout: Fraction = Field(0.0, description="of the adapter's input; must be 0 with GRPO steps")
     rslora: bool = Field(True, description="scale by alpha / sqrt(r) instead of alpha / r")
     targets: str | list[str] = Field("all-linear", description="which modules: their names, or all-linear")
+    fused: Literal["auto"] | bool = Field(
+        "auto", description="one operation a layer, less rounding; auto = where it is faster; false = PEFT's own order"
+    )
 
 
 class ModelConfig(Settings):
@@ -201,6 +204,10 @@ class SamplerConfig(Settings):
         600.0, description="kind server: seconds to go on trying servers that do not answer"
     )
     gpu_memory: Fraction = Field(0.4, description="vLLM's share of the GPU's memory")
+    tensor_parallel: Positive = Field(
+        1,
+        description="processes of the run that share one vLLM engine, each with a part of its weights (not for servers)",
+    )
     max_model_len: Positive | None = Field(
         None, description="tokens of prompt and completion; null = 4096 or the model's"
     )
@@ -215,6 +222,11 @@ class SamplerConfig(Settings):
     def _urls_of_a_server(self) -> SamplerConfig:
         if (self.kind == "server") != bool(self.urls):
             raise ValueError("'kind: server' takes 'urls' (addresses of vLLM servers), and no other kind does")
+        if self.tensor_parallel > 1 and self.kind in ("server", "transformers"):
+            raise ValueError(
+                f"'tensor_parallel' splits an engine over the run's processes, which kind {self.kind!r} does not have"
+                + ("; start the server with --tensor-parallel-size" if self.kind == "server" else "")
+            )
         return self
 
 

@@ -75,7 +75,10 @@ def make_sampler(
     dtype = str(policy.dtype).removeprefix("torch.") if policy is not None else ("auto" if cuda else "float32")
     rank = policy.lora_rank if policy is not None and sync == "adapter" else None
     eager = steerable or not cuda
-    key = (model_dir, dtype, sync, rank, config.gpu_memory, config.max_model_len, config.max_num_seqs, eager)
+    key = (
+        *(model_dir, dtype, sync, rank, config.gpu_memory, config.tensor_parallel),
+        *(config.max_model_len, config.max_num_seqs, eager),
+    )
     if key not in _ENGINES:
         if progress:
             progress("starting vLLM (some seconds, once)")
@@ -83,7 +86,7 @@ def make_sampler(
             _close_others()
         start = partial(
             VLLMSampler, model_dir, dtype=dtype, sync=sync, lora_rank=rank, gpu_memory=config.gpu_memory,
-            max_model_len=config.max_model_len, max_num_seqs=config.max_num_seqs,
+            tensor_parallel=config.tensor_parallel, max_model_len=config.max_model_len, max_num_seqs=config.max_num_seqs,
             tokenizer=policy.tokenizer if policy is not None else None, eager=eager,
             trust_remote_code=policy.config.trust_remote_code if policy is not None else False,
         )  # fmt: skip

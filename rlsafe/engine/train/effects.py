@@ -1,4 +1,4 @@
-"""What each defense really did, measured; and the check that none silently did nothing (DESIGN.md section 3)."""
+"""What each defense really did, measured; and the check that none silently did nothing (docs/architecture.md)."""
 
 from __future__ import annotations
 

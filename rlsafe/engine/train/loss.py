@@ -2,7 +2,7 @@
 
 A step is a list of micro-batches, possibly of several parts, possibly spread over ranks. Each term (supervised loss, GRPO
 surrogate, every defense's penalty) is a sum over its own tokens or rows divided by a count taken over all of them *before* the first
-forward. So results depend on neither accumulation, nor micro-batch size, nor world size (DESIGN.md section 2).
+forward. So results depend on neither accumulation, nor micro-batch size, nor world size (docs/architecture.md).
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class StepLoss:
         terms: dict[str, Tensor] = {}
         if batch.owner is None:  # rows set aside have their owner's penalty only
             terms[batch.where.path] = self._path_loss(micro, out, frozen)
-        for defense, term, total in self.stack.penalties(view):
+        for defense, term, total in self.stack.penalties(view) if self.stack.active else ():
             denominator = self.counts[f"defense/{defense.name}"]
             if denominator:
                 weighted = terms[f"defense/{defense.name}/{term}"] = defense.weight * total / denominator
@@ -197,7 +197,7 @@ def count(micros: Sequence[Micro], stack: DefenseStack, grpo: GrpoConfig) -> Cou
         else:
             totals["grpo"] += float(grpo_count(batch.loss_mask, grpo.normalization, grpo.max_tokens))  # type: ignore[assignment]
             totals["grpo_tokens"] += float(batch.loss_mask.sum())  # type: ignore[assignment]
-        for name, value in stack.counts(batch).items():
+        for name, value in stack.counts(batch).items() if stack.active else ():
             totals[f"defense/{name}"] += value  # type: ignore[assignment]
     return totals
 

@@ -36,7 +36,9 @@ def supervised(run: Components, state: RunState, part: PlannedPart, rows: list[R
     """This rank's micro-batches of supervised rows, at most `state.micro_tokens` padded tokens each."""
     where = Where(part.stream, "sft", "train")
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
-    conversations: list[list[Message]] = [run.stack.prompt(row["messages"], where) for row in rows[rank::world]]
+    conversations: list[list[Message]] = [row["messages"] for row in rows[rank::world]]
+    if run.defended:
+        conversations = [run.stack.prompt(messages, where) for messages in conversations]
     settings = getattr(run.config.data, part.stream, None)
     owner = part.defense if part.stream == "aside" else None
     batches = sft_batches(
