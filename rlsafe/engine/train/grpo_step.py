@@ -63,7 +63,7 @@ def grpo_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
         # 3. Reward them. A reasoning model's answer is rewarded without its think block.
         read = [read_completion(run.policy.tokenizer, completion.ids) for completion in completions]
         scored = reward(run, step, part, asked, read, completions)
-        if run.stack.screening:  # defenses may penalise or drop some
+        if run.defended and run.stack.screening:  # defenses may penalise or drop some
             scored = screen(run, step, part, asked, read, completions, scored)
         # 4. Advantages: each reward against those of the same prompt's other completions.
         values, valid, stats = group_advantages(run, scored.total)
