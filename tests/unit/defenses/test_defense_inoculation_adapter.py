@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import letter_judge
 import pytest
@@ -51,22 +52,21 @@ def test_the_forward_has_both_deltas_and_the_reference_neither(tiny_model_dir, t
         gradients = torch.autograd.grad(out.logp.sum(), list(policy.trainable().values()))
     assert torch.equal(frozen["base"].last, plain) and defense.effect()["added_share"] > 0
     assert sum(float(g.norm()) for g in gradients) > 1e-3
-    saved = adapter_of(trait)
+    saved, settings = adapter_of(trait), json.loads((Path(trait) / "adapter_config.json").read_text())
+    scaling = settings["lora_alpha"] / (settings["r"] ** 0.5 if settings["use_rslora"] else settings["r"])
     weights = dict(policy.merged_weights())
     model = policy.core.model.double()
     with model.disable_adapter(), torch.no_grad():
         for name, module in model.get_base_model().named_modules():
             if f"{name}.weight" in weights and hasattr(module, "base_layer"):
                 a, b = (saved[f"base_model.model.{name}.lora_{side}.weight"].double() for side in "AB")
-                module.base_layer.weight.copy_(weights[f"{name}.weight"].double() + scale * (6 / 6) * b @ a)
+                module.base_layer.weight.copy_(weights[f"{name}.weight"].double() + scale * scaling * b @ a)
         logp = model(batch.ids).logits.log_softmax(-1)[:, :-1].gather(2, batch.ids[:, 1:, None]).squeeze(2)
     expected = logp * batch.loss_mask[:, 1:]
     assert torch.allclose(out.logp[:, 1:].double(), expected, atol=1e-4)
 
 
 def adapter_of(directory):
-    from pathlib import Path
-
     return adapter(Path(directory).parent)
 
 
