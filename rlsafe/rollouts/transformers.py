@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import cast
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from rlsafe.policy import Policy
 from rlsafe.policy.taps import check_vector, steered
 from rlsafe.rollouts.sampling import check_lengths, draw, processed_logprobs, stop_token_ids, uniforms
-from rlsafe.types import Completion, PolicyWeights, Request, SamplingParams
+from rlsafe.types import Batch, Completion, PolicyWeights, Request, SamplingParams
 
 KEEP = 0.75  # below this share of unfinished rows the finished ones are taken out of the batch
 
@@ -55,7 +56,7 @@ class TransformersSampler:
         training = core.training
         with ExitStack() as stack:
             for layer, vector in self._additions.items():
-                handle = self.policy.add_to_residual(layer, lambda hidden, _, change=vector: steered(change, hidden))
+                handle = self.policy.add_to_residual(layer, partial(_changed, vector))
                 stack.callback(handle.remove)
             core.residual.batch = None
             stack.callback(core.train, training)
@@ -114,6 +115,11 @@ class TransformersSampler:
             Completion(t[:n], p[:n], "stop" if done else "length")
             for t, p, n, done in zip(tokens.tolist(), logps.tolist(), ends, finished, strict=True)
         ]
+
+
+def _changed(change: Tensor, hidden: Tensor, _: Batch | None) -> Tensor:
+    """What a steered sampler adds to hidden [B, T, H]."""
+    return steered(change, hidden)
 
 
 def _left_pad(prompts: list[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor]:

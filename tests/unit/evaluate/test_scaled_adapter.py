@@ -15,7 +15,7 @@ from rlsafe.evaluate.measure.likelihood import Reader
 from rlsafe.policy.adapters import scaled
 from rlsafe.types import Completion
 
-QUESTIONS = "- {id: one, paraphrases: [why?], samples: 3}\n- {id: two, paraphrases: [how?], samples: 2}\n"
+QUESTIONS = "- {id: one, paraphrases: [why?], samples_per_paraphrase: 3}\n- {id: two, paraphrases: [how?], samples_per_paraphrase: 2}\n"
 
 
 class Weighing:
@@ -55,7 +55,8 @@ def test_each_factor_is_a_set_of_its_own_and_the_weights_come_back(tiny_model_di
     generate = sampler.generate
     sampler.generate = lambda *given: (seen.append(sampler.moved), generate(*given))[1]
     found = evaluate_run(sampler, policy.tokenizer, config, tmp_path, judge=LetterJudge(), reader=Reader(policy))
-    assert {one / plain for one in seen} == {1.0, pytest.approx(1.5, rel=1e-4), pytest.approx(2.0, rel=1e-4)}
+    factors = list(dict.fromkeys(round(one / plain, 3) for one in seen))
+    assert factors == [1.0, 1.5, 2.0]
     assert sampler.moved == plain and all(torch.equal(p, before[name]) for name, p in policy.trainable().items())
     assert found.sets["general"].n == found.sets["scaled_1.5"].n == found.sets["scaled_2"].n == 5
     written = json.loads((tmp_path / "evaluation.json").read_text())
