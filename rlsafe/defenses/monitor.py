@@ -38,6 +38,8 @@ class Flagging(Defense):
     accuracy: below 1, each verdict is turned over with probability 1 - accuracy (seeded), as the monitors of published work err.
     """
 
+    paths = frozenset({"grpo"})
+
     def __init__(
         self,
         by: By,

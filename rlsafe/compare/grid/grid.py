@@ -14,7 +14,7 @@ from rlsafe.compare.grid.selection import Selection
 from rlsafe.config import CompareConfig, RunConfig, StreamConfig, UserError, nearest
 from rlsafe.defenses import build as build_defenses
 from rlsafe.defenses import load_module, names
-from rlsafe.defenses.registry import parse
+from rlsafe.defenses.registry import find, parse
 
 __all__ = ["Cell", "expand", "selection_of"]
 
@@ -147,6 +147,7 @@ def expand(
         raise UserError("relapse: there are no narrow runs to go on from (narrow: false)")
     cells: list[Cell] = []
     relapses: list[Cell] = []
+    idle: set[str] = set()
     for model, one in models.items():
         arms = Arms(config, model, one.key, one.tree, one.sweep, one.swept, alone=len(models) == 1)
         if config.narrow or config.benign:
@@ -155,18 +156,29 @@ def expand(
             for path in path_names:
                 if config.narrow:
                     narrow = [arms.narrow(path, label, entries, seed, by) for label, (entries, by) in chosen.items()]
+                    idle |= {cell.defense for cell in narrow if not _acts(cell)}
+                    narrow = [cell for cell in narrow if _acts(cell)]
                     cells += narrow
                     cells += [arms.aligned(path, seed)] if config.aligned is not None else []
                     if after:
                         relapses.append(arms.relapse(path, seed, after, None))
                         relapses += [arms.relapse(path, seed, after, cell) for cell in narrow]
                 if config.benign and (config.benign.seeds is None or seeds or seed in config.benign.seeds):
-                    cells += [
+                    benign = [
                         arms.benign(path, label, entries, seed, task, by)
                         for task in config.benign.tasks
                         for label, (entries, by) in chosen.items()
                     ]
+                    cells += [cell for cell in benign if _acts(cell)]
+    if nowhere := sorted(idle - {cell.defense for cell in cells}):
+        raise UserError(f"defense {nowhere[0]!r} acts on none of the paths {', '.join(path_names)}")
     return cells + relapses
+
+
+def _acts(cell: Cell) -> bool:
+    """Whether every defense of the cell can act on some path of its schedule: screening has no rollouts to screen under SFT."""
+    paths = {part.path for parts in cell.config.schedule.used_kinds.values() for part in parts}
+    return all(find(name).paths & paths for entry in cell.config.defenses for name, _ in parse(entry))
 
 
 def _check_defenses(config: CompareConfig, chosen: Mapping[str, Entries]) -> None:

@@ -64,7 +64,7 @@ class EffectLog:
         """The own measures of every defense after one step."""
         metrics: dict[str, float] = {}
         for defense in self.stack:
-            if defense.name not in self.stack.waiting:
+            if defense.name not in self.stack.waiting | self.stack.off:
                 self.steps[defense.name][path] += 1
             measured = dict(defense.effect())
             if overrides(defense, "prompt"):
