@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from rlsafe.policy import Policy
 from rlsafe.policy.taps import check_vector, steered
 from rlsafe.rollouts.sampling import check_lengths, draw, processed_logprobs, stop_token_ids, uniforms
-from rlsafe.types import Batch, Completion, PolicyWeights, Request, SamplingParams
+from rlsafe.types import Completion, PolicyWeights, Request, SamplingParams
 
 KEEP = 0.75  # below this share of unfinished rows the finished ones are taken out of the batch
 
@@ -56,7 +55,7 @@ class TransformersSampler:
         training = core.training
         with ExitStack() as stack:
             for layer, vector in self._additions.items():
-                handle = self.policy.add_to_residual(layer, partial(_changed, vector))
+                handle = self.policy.add_to_residual(layer, _addition(vector))
                 stack.callback(handle.remove)
             core.residual.batch = None
             stack.callback(core.train, training)
@@ -117,9 +116,9 @@ class TransformersSampler:
         ]
 
 
-def _changed(change: Tensor, hidden: Tensor, _: Batch | None) -> Tensor:
-    """What a steered sampler adds to hidden [B, T, H]."""
-    return steered(change, hidden)
+def _addition(vector: Tensor) -> Callable[[Tensor, Any], Tensor]:
+    """What `add_to_residual` adds for a vector [H], or for [H, n] whose part is taken out."""
+    return lambda hidden, _: steered(vector, hidden)
 
 
 def _left_pad(prompts: list[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor]:
