@@ -20,7 +20,7 @@ from rlsafe.engine.plan.schedule import Step, make_plan
 from rlsafe.engine.record.tracking import Tracker
 from rlsafe.engine.run.layout import check_layout
 from rlsafe.engine.run.rows import usable
-from rlsafe.engine.train import ahead, distributed, gradients, projection
+from rlsafe.engine.train import ahead, distributed, gradients, projection, resample
 from rlsafe.engine.train.effects import EffectLog
 from rlsafe.engine.train.state import Components, RunState
 from rlsafe.engine.train.sync import SyncedSampler
@@ -45,6 +45,7 @@ class Resources:
     on_start: Callable[[str], None] | None = None
 
     def judge(self, config: RunConfig) -> Judge:
+        """The judge that the config names, one for all runs. UserError when it names none, or one that cannot be had."""
         settings = config.evaluate
         if not settings.judged:
             raise UserError("evaluate.judge is not set and something needs a judge")
@@ -86,7 +87,7 @@ class Prepared:
 
 
 def prepare(config: RunConfig, load: LoadStreams | None = None) -> Prepared:
-    """Resolve every name in the config and load the data; all user errors that need no model are found here.
+    """Resolve every name in the config and load the data. UserError for all that is wrong and can be known without the model.
 
     load: reads the streams in another way (a dry run leaves out what would have to be downloaded).
     """
@@ -96,6 +97,7 @@ def prepare(config: RunConfig, load: LoadStreams | None = None) -> Prepared:
     model_path(config)
     projection.check(config)
     ahead.check(config)
+    resample.check(config)
     stack = DefenseStack(defenses)
     plan = make_plan(config, stack.offers())
     _check_when(stack, plan, len(config.schedule.phases))
@@ -194,6 +196,7 @@ def build_run(
         clip=clip,
         stack=stack,
         streams=streams,
+        row_limits=fitted.limits,
         rewards=prepared.rewards,
         sampler=_sampler(prepared, policy, stack, streams, resources, log),
         make_judge=lambda: resources.judge(config),
@@ -296,5 +299,6 @@ def _probe(config: RunConfig, policy: Policy, resources: Resources) -> Probe | N
         config.track.samples,
         settings.max_tokens,
         config.seed,
-        PairProbe(pairs, reader) if pairs else None,
+        PairProbe(pairs, reader, settings.position) if pairs else None,
+        settings.position,
     )

@@ -15,6 +15,9 @@ from rlsafe.engine.train.state import Components, RunState
 from rlsafe.engine.train.update import update
 from rlsafe.types import Message, Row, Where
 
+BROUGHT = 2048
+"""Tokens that a row may have which a defense brings along, of a stream that the config's data lack."""
+
 
 def sft_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
     """One optimizer step on supervised rows; gives its metrics.
@@ -45,7 +48,7 @@ def supervised(run: Components, state: RunState, part: PlannedPart, rows: list[R
         conversations,
         run.policy.tokenizer,
         where,
-        max_tokens=settings.within if settings else 2048,
+        max_tokens=run.row_limits.get(part.stream, BROUGHT),
         micro_tokens=state.micro_tokens,
         micro_rows=run.config.batch.micro_rows,
         truncate=settings is not None and settings.too_long == "truncate",

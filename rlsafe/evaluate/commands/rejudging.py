@@ -35,6 +35,7 @@ def rejudge(
         chosen.check(first=True, asked=as_exchanges(answers))
     after = Evaluation(benign=before.benign, benign_answers=before.benign_answers, answers=answers, notes=notes)
     after.pairs, after.fluency = before.pairs, before.fluency  # of the model and its answers, whoever judges
+    after.narrow_answers = before.narrow_answers
     after.judgements = judge_answers(answers, chosen)
     first = before.settings.get("judge")
     after.settings = {**before.settings, "judge": chosen.name, "rejudged_from": first}
