@@ -274,6 +274,9 @@ class EvaluateConfig(Settings):
     general: str | None = Field(None, description="provider:spec or a YAML question file")
     indomain: str | None = Field(None, description="likewise: held-out questions of the trained domain")
     cue: str | None = Field(None, description="system prompt of the conditional probe: text or provider:name")
+    scale: list[Annotated[float, Field(gt=0)]] = Field(
+        default_factory=list, description="the general questions once more with the adapter times each of these: 1.5, 2"
+    )
     likelihood: Annotated[LikelihoodConfig, BeforeValidator(lambda given: {} if given is None else given)] = (
         LikelihoodConfig()
     )

@@ -99,7 +99,8 @@ def prepare(config: RunConfig, load: LoadStreams | None = None) -> Prepared:
     ahead.check(config)
     resample.check(config)
     stack = DefenseStack(defenses)
-    plan = make_plan(config, {d.name: offer for d in stack if (offer := d.offer()) is not None})
+    plan = make_plan(config, stack.offers())
+    _check_when(stack, plan, len(config.schedule.phases))
     sampled = {part.stream for step in plan for part in step.parts if part.path == "grpo"}
     if config.sampler.kind == "server" and any(stack.steers(Where(stream, "grpo", "rollout")) for stream in sampled):
         raise UserError(CANNOT_STEER)
@@ -119,6 +120,17 @@ def prepare(config: RunConfig, load: LoadStreams | None = None) -> Prepared:
             _check_where(loaded, rows[name], name)
     material = gather(config.evaluate) if config.evaluate.wanted else None
     return Prepared(config, plan, defenses, rows, rewards, notes, material)
+
+
+def _check_when(stack: DefenseStack, plan: list[Step], phases: int) -> None:
+    """UserError for a defense that acts in no step."""
+    for one in stack:
+        if unknown := [number for number in one.when.phases or () if number >= phases]:
+            raise UserError(f"defense {one.name!r}: phases: {unknown[0]}: the schedule has {phases}, 0 to {phases - 1}")
+        if plan and not any((step.index, step.phase) in one.when for step in plan):
+            raise UserError(
+                f"defense {one.name!r}: from_step: {one.when.from_step}: acts in no step; the run has {len(plan)}"
+            )
 
 
 def _check_where(rewards: list[LoadedReward], rows: list[Row], name: str) -> None:
