@@ -224,10 +224,12 @@ def _run(
 
     if ray is not None and todo:
         ended = partial(_ended, directory=directory, progress=progress)
-        return run_on_ray(train_cell, todo, directory, jobs, ray, ended, progress.start_many)
+        look = partial(progress.look, directory.out)
+        return run_on_ray(train_cell, todo, directory, jobs, ray, ended, progress.start_many, look)
     if jobs > 1 and len(todo) > 1:
         progress.start_many(min(jobs, len(todo)))
-        run_in_workers(train_cell, todo, directory, jobs, partial(_ended, directory=directory, progress=progress))
+        ended, look = partial(_ended, directory=directory, progress=progress), partial(progress.look, directory.out)
+        run_in_workers(train_cell, todo, directory, jobs, ended, look)
         return
     resources = Resources(on_start=progress.doing)
     for cell in todo:

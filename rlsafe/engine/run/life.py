@@ -118,7 +118,8 @@ def run(
     resumed = _resumed(out) if resume else []
     _claim(out, resumed)
     if not saved:  # what a run without any checkpoint left behind
-        shutil.rmtree(out / "tensorboard", ignore_errors=True)
+        for name in ("tensorboard", "trackers"):
+            shutil.rmtree(out / name, ignore_errors=True)
     components, state = build_run(
         prepared, out, resources or Resources(), notes.append,
         offset=saved.get("offset"), first_step=saved.get("done", 0),
@@ -287,7 +288,7 @@ def _existing(directory: Path, settings: RunConfig, resume: bool, overwrite: boo
         raise UserError(
             f"{directory}: holds an unfinished run with checkpoints; use --resume to go on or --overwrite to start over"
         )
-    for name in ("checkpoints", "tensorboard", "adapter", "model"):
+    for name in ("checkpoints", "tensorboard", "trackers", "adapter", "model"):
         shutil.rmtree(directory / name, ignore_errors=True)
     for name in ("metrics.jsonl", "samples.jsonl", "evaluation.json", "answers.csv", "benign_answers.csv", "run.json"):
         (directory / name).unlink(missing_ok=True)
