@@ -24,6 +24,9 @@ class LoraConfig(Settings):
     dropout: Fraction = Field(0.0, description="of the adapter's input; must be 0 with GRPO steps")
     rslora: bool = Field(True, description="scale by alpha / sqrt(r) instead of alpha / r")
     targets: str | list[str] = Field("all-linear", description="which modules: their names, or all-linear")
+    fused: Literal["auto"] | bool = Field(
+        "auto", description="one operation a layer, less rounding; auto = where it is faster; false = PEFT's own order"
+    )
 
 
 class ModelConfig(Settings):

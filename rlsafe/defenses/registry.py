@@ -16,15 +16,20 @@ from rlsafe.defenses.base import Defense
 
 _REGISTRY: dict[str, type[Defense]] = {}
 _BUILT_IN = {
+    "gradient-projection": "rlsafe.defenses.gradient_projection",
+    "ablation": "rlsafe.defenses.ablation",
     "kl": "rlsafe.defenses.kl",
+    "feature-block": "rlsafe.defenses.feature_block",
     "inoculation": "rlsafe.defenses.inoculation",
     "interleaving": "rlsafe.defenses.interleaving",
     "interleaving+": "rlsafe.defenses.interleaving_plus",
     "interleaving++": "rlsafe.defenses.interleaving_plus_plus",
     "interleaving-onpolicy": "rlsafe.defenses.onpolicy",
     "ldifs": "rlsafe.defenses.ldifs",
+    "monitor": "rlsafe.defenses.monitor",
     "persona": "rlsafe.defenses.persona",
     "safelora": "rlsafe.defenses.safelora",
+    "screening": "rlsafe.defenses.monitor",
 }
 D = TypeVar("D", bound=type[Defense])
 

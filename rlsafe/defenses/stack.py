@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlsafe.config import UserError, nearest
-from rlsafe.defenses.base import Defense
+from rlsafe.defenses.base import DataContext, Defense, Gradients, Rollouts
 from rlsafe.defenses.declared import DeclaredView
+from rlsafe.defenses.vectors import Named, add_share
 from rlsafe.types import Batch, Message, Need, RunError, Sampler, View, Where
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from rlsafe.policy import Policy
 
+PARTS = ("narrow", "benign", "safe", "penalty", "own")  # what `apart` may name
 NAMED = ("base", "start", "grpo_start")  # references beside step:N and path:DIR
 
 
@@ -33,6 +35,7 @@ class DefenseStack:
                 f"defenses: the name {sorted(duplicates)[0]!r} is used twice; give the classes different names"
             )
         _check_claims(self.active)
+        _check_apart(self.active)
         _check_edits(self.active)
         _check_steering(self.active)
 
@@ -133,16 +136,56 @@ class DefenseStack:
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """Per defense, how many tokens or rows of this batch its penalty averages over."""
-        return {defense.name: float(defense.penalty_mask(batch).sum()) for defense in self.penalized}
+        return {defense.name: float(defense.penalty_mask(batch).sum()) for defense in self._penalizing(batch)}
+
+    def _penalizing(self, batch: Batch) -> list[Defense]:
+        """Those whose penalty sees this batch: rows set aside are their owner's alone."""
+        return [defense for defense in self.penalized if batch.owner in (None, defense.name)]
 
     def penalties(self, view: View) -> Iterator[tuple[Defense, str, Tensor]]:
         """(defense, term name, scalar sum of values over the mask) of one micro-batch, without the defense's weight."""
-        for defense in self.penalized:
+        for defense in self._penalizing(view.batch):
             with _blaming(defense, "penalty"):
                 terms = list(defense.penalty(DeclaredView(view, defense.needs)).items())
             for term, (values, mask) in terms:
                 _check_mask(defense, term, values, mask, view.batch)
                 yield defense, term, (values * mask).sum()
+
+    @property
+    def screening(self) -> list[Defense]:
+        """Defenses that look at rewarded rollouts."""
+        return [d for d in self.active if type(d).advantages is not Defense.advantages]
+
+    def screen(self, defense: Defense, policy: Policy, rollouts: Rollouts, context: DataContext) -> None:
+        """One defense's rollout hook."""
+        if rollouts.stream in defense.streams:
+            with _blaming(defense, "advantages"):
+                defense.advantages(policy, rollouts, context)
+
+    @property
+    def reshaping(self) -> list[Defense]:
+        """Defenses that have a say in the gradient of a step."""
+        return [d for d in self.active if type(d).gradients is not Defense.gradients or d.target_share is not None]
+
+    @property
+    def own(self) -> set[str]:
+        """Defenses whose penalty is no part of the loss: its gradient is shown to them, or scaled to a share of the step's."""
+        return {d.name for d in self.reshaping if "own" in d.apart or d.target_share is not None}
+
+    def gradients(self, policy: Policy, step: Named, parts: Mapping[str, Named]) -> dict[str, float]:
+        """Change `step`: add each penalty that has a `target_share`, then every gradient hook, in order, on what those before it
+        made of it. parts["own/NAME"] is the defense NAME's own. Gives metrics."""
+        metrics: dict[str, float] = {}
+        for defense, share in [(d, d.target_share) for d in self.reshaping if d.target_share is not None]:
+            own = parts.get(f"own/{defense.name}")
+            metrics[f"defense/{defense.name}/weight"] = add_share(step, own, share) if own else 0.0
+        for defense in self.reshaping:
+            seen = {name: parts[name] for name in defense.apart & parts.keys()}
+            if f"own/{defense.name}" in parts and "own" in defense.apart:
+                seen["own"] = parts[f"own/{defense.name}"]
+            with _blaming(defense, "gradients"):
+                defense.gradients(policy, Gradients(step, seen))
+        return metrics
 
     def after_step(self, policy: Policy, moment: Literal["step", "end"]) -> bool:
         """Run the weight hooks; True when any changed the weights."""
@@ -178,6 +221,15 @@ def _check_claims(defenses: Sequence[Defense]) -> None:
                     "the other does; remove one"
                 )
             owners[claim] = defense.name
+
+
+def _check_apart(defenses: Sequence[Defense]) -> None:
+    for defense in defenses:
+        for part in sorted(defense.apart):
+            if part not in PARTS:
+                raise UserError(
+                    f"defense {defense.name!r}: apart names the unknown part {part!r}{nearest(part, PARTS)}"
+                )
 
 
 def _check_edits(defenses: Sequence[Defense]) -> None:

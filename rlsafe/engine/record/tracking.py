@@ -9,6 +9,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,16 +85,13 @@ class Tracker:
         written once they are ready, in order; training goes on.
         """
         self.metrics.append(record)
-        if self.write and (line := running(self.metrics[-1001:])):
+        taught_nothing = record.get("groups", -1) == record.get("zero_variance_groups")
+        if self.write and taught_nothing and (line := running(self.metrics[-1001:])):
             log.warning(line)
-
-        def put() -> None:
-            if late is not None:
-                record.update(late.finish())
-            if self.write:
-                self._put_step(record)
-
-        self._in_order(put, late.done if late else None)
+        if late is not None:
+            self._in_order(lambda: self._put_step(record, late), late.done)
+        elif self.write:
+            self._in_order(partial(self._put_step, record))
 
     def collect(self, wait: bool = False) -> None:
         """Write the lines whose late numbers are ready; wait=True: wait for all of them. `arrived` counts late numbers."""
@@ -107,13 +105,18 @@ class Tracker:
                 self._writing = False
 
     def _in_order(self, put: Callable[[], None], done: Callable[[], bool] | None = None) -> None:
-        if self._writing:  # called from inside a write
+        """`put()` now, unless it or something before it waits for late numbers."""
+        if self._writing or (done is None and not self._queue):
             put()
         else:
             self._queue.append((put, done))
             self.collect()
 
-    def _put_step(self, record: dict[str, Any]) -> None:
+    def _put_step(self, record: dict[str, Any], late: Late | None = None) -> None:
+        if late is not None:
+            record.update(late.finish())
+        if not self.write:
+            return
         self._line("metrics.jsonl", record)
         values = dict(scalars(record))
         for tag, value in values.items() if self._board else ():
@@ -123,14 +126,8 @@ class Tracker:
 
     def samples(self, records: Iterable[dict[str, Any]]) -> None:
         """Every sampled completion, one JSON object a line."""
-        kept = list(records)
-
-        def put() -> None:
-            for record in kept:
-                self._line("samples.jsonl", record)
-
-        if self.write:
-            self._in_order(put)
+        for record in records if self.write else ():
+            self._in_order(partial(self._line, "samples.jsonl", record))
 
     def dialogues(self, dialogues: Iterable[Mapping[str, Any]], step: int) -> None:
         """Judged dialogues as TensorBoard text, and as tables of trackers that have tables."""

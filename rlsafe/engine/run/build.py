@@ -21,7 +21,7 @@ from rlsafe.engine.record.trackers import BOARD, Trackers, check_trackers
 from rlsafe.engine.record.tracking import Tracker
 from rlsafe.engine.run.layout import check_layout
 from rlsafe.engine.run.rows import usable
-from rlsafe.engine.train import ahead, distributed, projection
+from rlsafe.engine.train import ahead, distributed, gradients, projection
 from rlsafe.engine.train.effects import EffectLog
 from rlsafe.engine.train.state import Components, RunState
 from rlsafe.engine.train.sync import SyncedSampler
@@ -172,6 +172,7 @@ def build_run(
         log(note)
     streams = {name: Stream(rows, config.seed, name) for name, rows in fitted.streams.items()}
     stack = DefenseStack(prepared.defenses)
+    gradients.check(stack, policy)
     probe = _probe(config, policy, resources)
     run = Components(
         config=config,

@@ -9,7 +9,8 @@ from rlsafe.config.trees import flatten
 
 NEUTRAL = (
     *("out", "checkpoint", "batch.micro_tokens", "batch.micro_rows", "model.gradient_checkpointing"),
-    *("sampler.urls", "sampler.adapter_dir", "sampler.patience", "sampler.gpu_memory", "sampler.max_num_seqs"),
+    *("model.lora.fused", "sampler.urls", "sampler.adapter_dir", "sampler.patience"),
+    *("sampler.gpu_memory", "sampler.max_num_seqs"),
     *("optim.on_nan", "grpo.on_error", "track.texts", "evaluate.judge", "evaluate.judges"),
 )
 """Settings that may change between a run's beginning and its end: they decide how it runs, not what it learns."""

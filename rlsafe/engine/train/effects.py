@@ -54,7 +54,8 @@ class EffectLog:
         for defense in self.stack.penalized:
             own = sum(norm for name, norm in norms.items() if name.startswith(f"defense/{defense.name}/"))
             if any(name.startswith(f"defense/{defense.name}/") for name in norms):
-                shares[f"defense/{defense.name}/grad_share"] = own / total if total else 0.0
+                if len(norms) > 1:  # rows set aside have nothing else in their micro-batch
+                    shares[f"defense/{defense.name}/grad_share"] = own / total if total else 0.0
                 if own > 0:
                     self.alive.add(f"{defense.name}/penalty")
         return shares
@@ -72,7 +73,7 @@ class EffectLog:
                 measured.setdefault(
                     "rows_added", float(rows_added.get(defense.name, 0))
                 )  # planned, unless it knows better
-            if any(measured.values()):
+            if any(value for quantity, value in measured.items() if not quantity.startswith("seen_")):
                 self.alive.add(defense.name)
             metrics |= {f"defense/{defense.name}/{quantity}": value for quantity, value in measured.items()}
         return metrics
@@ -87,8 +88,7 @@ class EffectLog:
             if not due or defense.name in self.judged:
                 continue
             if problem := self._problem(defense):
-                judged_softly = overrides(defense, "weights") or overrides(defense, "offer")
-                if judged_softly and not overrides(defense, "penalty"):
+                if self._softly(defense, problem):
                     if not at_end:
                         continue  # its moment may come later in the run
                     self.warn(f"defense {defense.name!r} {problem}")
@@ -102,12 +102,20 @@ class EffectLog:
     def _problem(self, defense: Defense) -> str | None:
         if overrides(defense, "penalty") and f"{defense.name}/penalty" not in self.alive:
             return "gave a penalty without any gradient"
-        others = [lever for lever in ("prompt", "offer") if overrides(defense, lever)]
-        if overrides(defense, "effect"):  # these two are measured by the defense itself
-            others += [lever for lever in ("activations", "weights") if overrides(defense, lever)]
+        others = ["prompt"] * overrides(defense, "prompt") + ["offer"] * (defense.offer() is not None)
+        if overrides(defense, "effect"):  # these are measured by the defense itself
+            others += [
+                lever for lever in ("activations", "advantages", "gradients", "weights") if overrides(defense, lever)
+            ]
         if others and defense.name not in self.alive:
             return f"had no effect through its {' and '.join(others)} hook"
         return None
+
+    def _softly(self, defense: Defense, problem: str) -> bool:
+        """Whether the problem is only worth a warning."""
+        if overrides(defense, "gradients", "advantages"):
+            return "penalty" not in problem
+        return (overrides(defense, "weights") or defense.offer() is not None) and not overrides(defense, "penalty")
 
     def state_dict(self) -> dict[str, object]:
         return {

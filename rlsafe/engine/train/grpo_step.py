@@ -19,10 +19,11 @@ from accelerate.utils import gather_object
 
 from rlsafe.config import RunConfig
 from rlsafe.data import Rollout, Thought, encode_prompt, pad_id, read_completion, rollout_batches, split_prompt
-from rlsafe.data.thinking import decode_with_tags
+from rlsafe.data.encode import read_text
 from rlsafe.engine.plan.schedule import PlannedPart, Step
 from rlsafe.engine.train.loss import Micro, score_before, separate_gap
 from rlsafe.engine.train.micro import dummy, reduce_sums
+from rlsafe.engine.train.screening import screen
 from rlsafe.engine.train.sft_step import supervised
 from rlsafe.engine.train.state import Components, RunState
 from rlsafe.engine.train.update import update
@@ -62,6 +63,8 @@ def grpo_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
         # 3. Reward them. A reasoning model's answer is rewarded without its think block.
         read = [read_completion(run.policy.tokenizer, completion.ids) for completion in completions]
         scored = reward(run, step, part, asked, read, completions)
+        if run.stack.screening:  # defenses may penalise or drop some
+            scored = screen(run, step, part, asked, read, completions, scored)
         # 4. Advantages: each reward against those of the same prompt's other completions.
         values, valid, stats = group_advantages(run, scored.total)
         # 5. Batch them in the train context; completions without a reward are left out.
@@ -69,7 +72,8 @@ def grpo_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
         run.tracker.samples(_records(run, step, part, asked, completions, read, scored, values, valid))
         metrics |= _metrics(run, completions, read, stats, scored)
         metrics["rollout_seconds"] = time.perf_counter() - started
-        metrics |= score_again(run, part, fresh, ahead.reference if ahead else None)
+        if ahead or run.several or run.config.grpo.iterations > 1 or not all(micro.same_context for micro in fresh):
+            metrics |= score_again(run, step, part, fresh, ahead.reference if ahead else None)
         if run.config.grpo.max_staleness:  # optimizer steps since the weights that sampled
             metrics["staleness"] = int(ahead is not None)
         if run.config.grpo.iterations > 1:
@@ -95,13 +99,20 @@ def ask(run: Components, part: PlannedPart, rows: Sequence[Row], step: int) -> A
     mine = list(enumerate(rows))[run.accelerator.process_index :: run.accelerator.num_processes]
     rollout_at = Where(part.stream, "grpo", "rollout")
     originals = [split_prompt(row)[0] for _, row in mine]
-    seen = [encode_prompt(run.policy.tokenizer, run.stack.prompt(messages, rollout_at)) for messages in originals]
+    seen = _encoded(run, originals, rollout_at)
     requests = [
         Request(ids, request_seed(run.config.seed, f"rollout/{part.stream}", step, number, sample))
         for (number, _), ids in zip(mine, seen, strict=True)
         for sample in range(run.config.grpo.generations)
     ]
     return Asked(mine, originals, seen, requests)
+
+
+def _encoded(run: Components, prompts: Sequence[list[Message]], where: Where) -> list[list[int]]:
+    """Token ids of each prompt, after the defenses' prompt hooks at `where`."""
+    if run.defended:
+        prompts = [run.stack.prompt(messages, where) for messages in prompts]
+    return [encode_prompt(run.policy.tokenizer, messages) for messages in prompts]
 
 
 def sampling(config: RunConfig) -> SamplingParams:
@@ -113,7 +124,8 @@ def sample(run: Components, part: PlannedPart, requests: Sequence[Request]) -> l
     """Completions by the current weights under the hooks that rollouts have. With no requests too: other ranks may wait for this
     one's shards."""
     sampler = run.sampler.synced()
-    with run.stack.patched(sampler, Where(part.stream, "grpo", "rollout")):
+    hooks = run.stack.patched(sampler, Where(part.stream, "grpo", "rollout")) if run.defended else nullcontext()
+    with hooks:
         return sampler.generate(requests, sampling(run.config))
 
 
@@ -196,7 +208,7 @@ def batched(
     """Micro-batches of the valid completions, at most `state.micro_tokens` padded tokens each."""
     group, tokenizer = run.config.grpo.generations, run.policy.tokenizer
     train_at, rollout_at = (Where(part.stream, "grpo", phase) for phase in ("train", "rollout"))
-    trained = [encode_prompt(tokenizer, run.stack.prompt(messages, train_at)) for messages in asked.originals]
+    trained = _encoded(run, asked.originals, train_at)
     items = [
         Rollout(
             prompt_ids=trained[i // group],
@@ -209,20 +221,23 @@ def batched(
         for i, completion in enumerate(completions)
     ]
     batches = rollout_batches(items, train_at, pad_id(tokenizer), state.micro_tokens, run.config.batch.micro_rows)
-    steered = run.stack.steers_differently(train_at, rollout_at)
+    steered = run.defended and run.stack.steers_differently(train_at, rollout_at)
     return [
         Micro(batch.to(run.policy.device), part.weight, same_context=batch.rollout is None and not steered)
         for batch in batches
     ]
 
 
-def score_again(run: Components, part: PlannedPart, micros: Sequence[Micro], reference: str | None) -> dict[str, float]:
-    """Forwards without gradient before the update, for rollouts that need them; most do not.
+def score_again(
+    run: Components, step: Step, part: PlannedPart, micros: Sequence[Micro], reference: str | None
+) -> dict[str, float]:
+    """Forwards without gradient before the update, for rollouts that need them; most do not. Gives metrics.
 
     - Rollouts that several updates use, or that older weights sampled, keep `old_logp` [B, T], the denominator of their ratio.
     - Where the sampler's context differs from the train context, the sampler's gap is taken in the sampler's context.
 
-    reference: the snapshot of the policy that sampled, when that was one step ago.
+    reference: the snapshot of the policy that sampled, when that was one step ago. RunError when that gap says that the rollouts
+    are not the policy's.
     """
     old = run.config.grpo.iterations > 1 or reference is not None
     forwards = sum(old + (not micro.same_context) for micro in micros)
@@ -246,7 +261,9 @@ def score_again(run: Components, part: PlannedPart, micros: Sequence[Micro], ref
     total = reduce_sums(apart, run.accelerator)
     if not total.get("tokens"):
         return {}
-    return {"sampler_gap": total["gap"] / total["tokens"]}
+    gap = total["gap"] / total["tokens"]
+    run.sampler.check_gap(step.index, gap)
+    return {"sampler_gap": gap}
 
 
 # ------------------------------------------------------------------------------------------------ what is written down
@@ -270,7 +287,7 @@ def _records(
             "step": step.index,
             "stream": part.stream,
             "prompt": asked.originals[i // group],
-            "completion": decode_with_tags(run.policy.tokenizer, completion.ids),
+            "completion": read[i].answer if read[i].think is None else read_text(run.policy.tokenizer, completion.ids),
             "reward": scored.total[i],
             "rewards": {name: column[i] for name, column in scored.by_name.items()},
             "advantage": values[i] if valid[i] else None,

@@ -27,7 +27,7 @@ def train_steps(run: Components, state: RunState) -> Iterator[dict[str, Any]]:
         step = run.plan[state.done]
         started = time.perf_counter()
         state.began = position(run, state)
-        if len(run.stack):
+        if run.defended:
             _take_references(run, step)
         metrics = grpo_step(run, state, step) if step.path == "grpo" else sft_step(run, state, step)
         state.done += 1
@@ -35,7 +35,7 @@ def train_steps(run: Components, state: RunState) -> Iterator[dict[str, Any]]:
         # Before the last probe, which shows the weights that are saved.
         if last and run.stack.after_step(run.policy, "end"):
             run.sampler.weights_changed()
-        if len(run.stack):
+        if run.defended:
             metrics |= run.effects.step(step.path, Counter({p.defense: p.rows for p in step.parts if p.defense}))
         late = None
         if _probes(run, step, last):
@@ -46,7 +46,7 @@ def train_steps(run: Components, state: RunState) -> Iterator[dict[str, Any]]:
         run.tracker.step(record, late)
         if run.probe:
             _take_in_judgements(run, state)
-        if len(run.stack):
+        if run.defended:
             if run.several:
                 run.effects.seen(union(run.effects.alive, run.accelerator))
             run.effects.check()

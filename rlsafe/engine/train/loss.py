@@ -104,20 +104,27 @@ class StepLoss:
         top_p = self.grpo.top_p if rollout and micro.same_context and batch.old_logp is None else 1.0
         out = policy.forward(batch, self.plan, frozen, temperature, entropy=rollout, top_p=top_p)
         if micro.dummy:
-            touch = out.logp.sum() + sum(kl.sum() for kl in out.kl.values()) + sum(h.sum() for h in out.hidden.values())
-            return 0.0 * touch, {}
+            return _nothing(out), {}
         view = ForwardView(batch, out, frozen)
-        terms: dict[str, Tensor] = {batch.where.path: self._path_loss(micro, out, frozen)}
-        for defense, term, total in self.stack.penalties(view):
+        terms: dict[str, Tensor] = {}
+        if batch.owner is None:  # rows set aside have their owner's penalty only
+            terms[batch.where.path] = self._path_loss(micro, out, frozen)
+        for defense, term, total in self.stack.penalties(view) if self.stack.active else ():
             denominator = self.counts[f"defense/{defense.name}"]
             if denominator:
                 weighted = terms[f"defense/{defense.name}/{term}"] = defense.weight * total / denominator
-                self.sums["loss/penalties"] += float(weighted.detach())
+                if defense.name in self.stack.own:  # its gradient goes elsewhere, see `train.gradients`
+                    self.sums["loss"] -= float(weighted.detach())
+                else:
+                    self.sums["loss/penalties"] += float(weighted.detach())
                 self.sums[f"defense/{defense.name}/{term}"] += float(total.detach()) / denominator
+        if not terms:  # set aside for a penalty whose reference does not exist yet
+            return _nothing(out), {}
         loss = torch.stack([term for term in terms.values()]).sum()
         if self.world == 1:  # several ranks find it at the same step in the norm of their common gradient
             _check_finite(batch, terms)
-        self.sums[f"loss/{batch.where.path}"] += float(terms[batch.where.path].detach())
+        if batch.owner is None:
+            self.sums[f"loss/{batch.where.path}"] += float(terms[batch.where.path].detach())
         self.sums["loss"] += float(loss.detach())
         return loss * self.world, terms  # DDP averages gradients over ranks; the counts are already global
 
@@ -163,6 +170,11 @@ class StepLoss:
         return micro.weight * (values * weights).sum() / max(self.counts["grpo"], 1.0)
 
 
+def _nothing(out: Forwarded) -> Tensor:
+    """A zero that every output had a part in, so that its backward runs through all that others' do."""
+    return 0.0 * (out.logp.sum() + sum(kl.sum() for kl in out.kl.values()) + sum(h.sum() for h in out.hidden.values()))
+
+
 def _check_finite(batch: Batch, terms: dict[str, Tensor]) -> None:
     values = {"advantages": batch.advantages, "sampler's log-probs": batch.sampler_logp}
     values |= {f"{name} loss" if "/" not in name else f"penalty {name}": term for name, term in terms.items()}
@@ -178,12 +190,14 @@ def count(micros: Sequence[Micro], stack: DefenseStack, grpo: GrpoConfig) -> Cou
         if micro.dummy:
             continue
         batch = micro.batch
-        if batch.where.path == "sft":
+        if batch.owner is not None:
+            pass  # no cross-entropy, so no part of its mean
+        elif batch.where.path == "sft":
             totals["sft"] += float(batch.loss_mask.sum())  # type: ignore[assignment]
         else:
             totals["grpo"] += float(grpo_count(batch.loss_mask, grpo.normalization, grpo.max_tokens))  # type: ignore[assignment]
             totals["grpo_tokens"] += float(batch.loss_mask.sum())  # type: ignore[assignment]
-        for name, value in stack.counts(batch).items():
+        for name, value in stack.counts(batch).items() if stack.active else ():
             totals[f"defense/{name}"] += value  # type: ignore[assignment]
     return totals
 

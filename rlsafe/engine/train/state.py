@@ -41,6 +41,8 @@ class Components:
     direction: a persona vector that sampled answers are projected on. backward(loss) adds a micro-batch's gradient.
     clip: how shards are clipped together (`distributed.gradient_functions`); None when this process has the whole gradient.
     look_ahead: begins the rollouts of the next step (`grpo.max_staleness: 1`); None when rollouts wait for the update.
+    defended: whether any defense acts in this run; without one none of the stack's hooks is called.
+    several: whether the run is spread over several processes (ranks), which must then agree at every step.
     """
 
     config: RunConfig
@@ -61,6 +63,11 @@ class Components:
     effects: EffectLog
     log: Callable[[str], None]
     look_ahead: Callable[[Components, RunState, Step], dict[int, Ahead]] | None = None
+    defended: bool = field(init=False)
+    several: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.defended, self.several = len(self.stack) > 0, self.accelerator.num_processes > 1
 
     def draw(self, step: Step, part: PlannedPart) -> list[Row]:
         """The part's rows over all ranks, from the run's own stream or from the defense that offers them. Every rank draws the
@@ -70,11 +77,6 @@ class Components:
         source = next(defense for defense in self.stack if defense.name == part.defense)
         rng = random.Random(f"{self.config.seed}/{part.defense}/{step.index}")
         return source.rows(part.rows, DataContext(step.index, rng, self.sampler.synced, self.make_judge))
-
-    @property
-    def several(self) -> bool:
-        """Whether the run is spread over several processes (ranks), which must then agree at every step."""
-        return self.accelerator.num_processes > 1
 
 
 @dataclass
@@ -103,8 +105,8 @@ def position(run: Components, state: RunState) -> dict[str, Any]:
     return {
         "done": state.done,
         "streams": {name: stream.state_dict() for name, stream in run.streams.items()},
-        "defenses": copy.deepcopy(run.stack.state_dict()) if len(run.stack) else {},
-        "effects": copy.deepcopy(run.effects.state_dict()) if len(run.stack) else run.effects.EMPTY,
+        "defenses": copy.deepcopy(run.stack.state_dict()) if run.defended else {},
+        "effects": copy.deepcopy(run.effects.state_dict()) if run.defended else run.effects.EMPTY,
         "random": random_state(),
         "tested": run.sampler.tests,
         "pending": dict(state.pending),

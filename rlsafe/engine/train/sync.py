@@ -15,7 +15,8 @@ class SyncedSampler:
     """The run's sampler, started on first use and synced whenever the weights changed since the last sync.
 
     The first two syncs are tested against the trainer's own log-probs (at the start, and after the first update), those to a server
-    always. wait_first: called before a sync; while another thread samples, the weights must stay.
+    always. make: starts the sampler, with the policy's current weights. wait_first: called before a sync; while another thread
+    samples, the weights must stay.
     """
 
     def __init__(
@@ -48,17 +49,20 @@ class SyncedSampler:
 
     def synced(self) -> Sampler:
         """The sampler with the policy's current weights. RunError when its log-probs are not the policy's."""
+        sampler, fresh = self._sampler, False
         # A GPU holds one colocated engine: another run may have closed this one since.
-        if self._sampler is None or getattr(self._sampler, "closed", False):
-            self._sampler = self._make()
+        if sampler is None or getattr(sampler, "closed", False):
+            sampler, fresh = self._make(), True
+            self._sampler = sampler
         if self.stale:
             if self.wait_first:
                 self.wait_first()
-            self._sampler.sync(self._policy)
+            if not fresh:
+                sampler.sync(self._policy)
             self.stale = False
             if self._test and (self.tests < 2 or self._test_always):
                 self._compare()
-        return self._sampler
+        return sampler
 
     @contextmanager
     def at(self, reference: str) -> Iterator[Sampler]:

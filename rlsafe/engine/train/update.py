@@ -15,6 +15,7 @@ from rlsafe.engine.plan.schedule import Step
 from rlsafe.engine.train import faults
 from rlsafe.engine.train.distributed import anywhere
 from rlsafe.engine.train.effects import gradient_shares
+from rlsafe.engine.train.gradients import PartGradients, reshape
 from rlsafe.engine.train.loss import Micro, NotFinite, StepLoss, count, engine_needs
 from rlsafe.engine.train.micro import even_out, reduce_sums
 from rlsafe.engine.train.state import Components, RunState
@@ -47,33 +48,42 @@ def update(run: Components, state: RunState, step: Step, micros: list[Micro]) ->
 
 
 def _update(run: Components, state: RunState, step: Step, micros: list[Micro]) -> dict[str, Any]:
-    plan = _plan(frozenset(run.stack.needs | engine_needs(run.config.grpo, step.path == "grpo")))
+    needs = run.stack.needs if run.defended else set()
+    plan = _plan(frozenset(needs | engine_needs(run.config.grpo, step.path == "grpo")))
     counts: Mapping[str, float] = count(micros, run.stack, run.config.grpo)
     if run.several:  # every rank runs as many micro-batches, and divides by the counts over all of them
         micros = even_out(micros, run.accelerator, run.policy)
         counts = reduce_sums(counts, run.accelerator)
     loss = StepLoss(run.config.grpo, run.stack, plan, counts, run.accelerator.num_processes)
-    measure = len(run.stack) > 0 and run.effects.due(step.index, run.config.track.every)
+    measure = run.defended and run.effects.due(step.index, run.config.track.every)
     leaves = run.policy.leaves() if measure else []
     shares: dict[str, float] = {}
+    parts = PartGradients.of(run)  # None unless a defense reads parts of the gradient apart
     for number, micro in enumerate(micros):
         temperature = run.config.grpo.temperature if micro.batch.where.path == "grpo" else 1.0
         frozen = run.policy.frozen(micro.batch, plan, temperature) if plan.frozen else {}
-        reduces = number == len(micros) - 1 or run.policy.is_sharded  # ranks add up their gradients after the last one
+        reduces = (
+            number == len(micros) - 1 and not parts
+        ) or run.policy.is_sharded  # ranks add up their gradients after the last one
         with (
             nullcontext() if reduces else run.accelerator.no_sync(run.policy.module),
-            run.stack.activations(run.policy, micro.batch.where),
+            run.stack.activations(run.policy, micro.batch.where) if run.defended else nullcontext(),
         ):
             # Forward and penalties: each term is divided by its count over the whole step.
             total, terms = loss.forward(run.policy, micro, frozen)
             if measure:
-                missing = len(terms) > 1 and len(shares) < len(run.stack.penalized)
+                missing = any(name.startswith("defense/") for name in terms) and len(shares) < len(run.stack.penalized)
                 shares |= gradient_shares(run.effects, terms if missing else {}, total, leaves, run.policy.is_sharded)
             # Backward.
-            run.backward(total)
+            if parts:
+                parts.backward(micro, total, terms)
+            else:
+                run.backward(total)
+    if run.stack.reshaping:  # Defenses that change the gradient, before clipping.
+        shares |= reshape(run, parts)
     metrics = _metrics(run, step, micros, loss)
     norm = _step(run, state, step, micros)
-    if run.stack.after_step(run.policy, "step"):
+    if run.defended and run.stack.after_step(run.policy, "step"):
         run.sampler.weights_changed()
     return {"lr": step.lr, "grad_norm": norm} | metrics | shares
 
