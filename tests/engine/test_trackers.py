@@ -81,9 +81,9 @@ def test_tensorboard_is_the_default_and_can_be_left_out(recorder, tiny_tree, tmp
     assert run_from_tree(tiny_tree).track.to == ["tensorboard"]
     run(with_trackers(tiny_tree, to="recorder"), tmp_path / "run")
     assert not (tmp_path / "run" / "tensorboard").exists() and len(recorder.started[0].logged) == 4
-    from rlsafe.engine.record.verify_run import verify
+    from rlsafe.engine.record.verify_run import verify_run
 
-    assert not [line for line in verify(tmp_path / "run").differences if "ensor" in line]
+    assert not [line for line in verify_run(tmp_path / "run").differences if "ensor" in line]
 
 
 def test_dialogues_are_tables(recorder, tiny_tree, tmp_path):

@@ -31,7 +31,8 @@ def test_results_and_verdicts_are_tables(comparison):
     table = comparison.evaluation
     assert {"untrained", "none", "kl"} == set(table["defense"]) and table["general_misaligned"].between(0, 1).all()
     verdicts = comparison.verdicts.set_index(["path", "defense"])
-    assert verdicts.loc[("sft", "none"), "prevents_em"].startswith("no")
+    judged = comparison.tables[0].rows["kl"].verdicts
+    assert verdicts.loc[("sft", "kl"), "keeps_narrow"] == judged["keeps_narrow"].grade
     assert ("grpo", "kl") not in verdicts.index
 
 
