@@ -72,6 +72,17 @@ class Arm:
         """The arm at one of its bounds, 0 or 1; itself when it has none."""
         return self if self.bounds is None else replace(self, rates=self.bounds[end], bounds=None)
 
+    def only(self, seeds: Sequence[int]) -> Arm:
+        """The rows of some seeds; a reference without training stays as it is."""
+        if not self.trained or set(self.names) <= set(seeds):
+            return self
+        rows = [row for row, seed in enumerate(self.names) if seed in seeds]
+        bounds = (self.bounds[0][rows], self.bounds[1][rows]) if self.bounds else None
+        answers = round(self.answers * len(rows) / len(self.rates))
+        return replace(
+            self, rates=self.rates[rows], answers=answers, seeds=tuple(self.names[r] for r in rows), bounds=bounds
+        )
+
     @property
     def names(self) -> tuple[int, ...]:
         """The seed of each row."""

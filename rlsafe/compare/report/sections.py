@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from rlsafe.compare.report import charts, pages, plots, why
 from rlsafe.compare.report.charts import Axis, ends
-from rlsafe.compare.report.table import NOTHING_LEARNED, shown_grade
+from rlsafe.compare.report.table import NOTHING_LEARNED, mean_text, shown_grade
 from rlsafe.compare.verdicts import sweeps, tasks
 from rlsafe.compare.verdicts.arms import Rate
 from rlsafe.compare.verdicts.differences import Difference, turned, two_defenses
@@ -60,6 +60,7 @@ def section(
         "measured": [key for key in RATES if any(key in row.rates for row in table.rows.values())],
         "apart": both_ways(of_two := two_defenses(results, table)["prevents_em"]),
         "apart_labels": list(dict.fromkeys(label for two in of_two for label in two)),
+        "rewarded": _rewarded(table),
         "whiskers": whiskers(table, style, name, top),
         "judge_free": (free := judge_free(results, table)),
         "pair_sets": list(dict.fromkeys(name for one in free for name in one.shifts)),
@@ -80,6 +81,12 @@ def section(
 def both_ways(found: Mapping[tuple[str, str], Difference]) -> dict[tuple[str, str], Difference]:
     """(one, other) and (other, one) -> their difference."""
     return {**found, **{(other, one): turned(difference) for (one, other), difference in found.items()}}
+
+
+def _rewarded(table: PathTable) -> dict[str, str]:
+    """Label -> the mean reward of held-out prompts with its interval; {} where `evaluate.narrow` is not set."""
+    found = {label: mean_text(row.rates.get("narrow")) for label, row in table.rows.items()}
+    return found if any(found.values()) else {}
 
 
 def tops(tables: Sequence[PathTable]) -> dict[str, float]:

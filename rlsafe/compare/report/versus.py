@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from rlsafe.compare.verdicts.arms import labelled, rate_arms
-from rlsafe.compare.verdicts.differences import QUANTITIES, Difference, apart
+from rlsafe.compare.verdicts.arms import labelled
+from rlsafe.compare.verdicts.differences import QUANTITIES, Difference, apart, arms_of
 from rlsafe.compare.verdicts.results import load
 from rlsafe.compare.verdicts.verdicts import judge_defenses
 from rlsafe.config import UserError
@@ -32,7 +32,7 @@ def versus(directory: str | Path, one: str, other: str) -> dict[str, dict[str, D
         if {one, other} <= set(table.defenses):
             cells = labelled(results, table.model, table.path)
             found[table.key] = {
-                criterion: apart(Sample(rate_arms(cells, rate)), one, other, criterion == "prevents_em")
+                criterion: apart(Sample(arms_of(cells, rate)), one, other, criterion == "prevents_em")
                 for criterion, (rate, _) in QUANTITIES.items()
             }
     if not found:

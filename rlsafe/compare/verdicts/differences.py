@@ -14,6 +14,7 @@ from typing import Any
 
 from rlsafe.compare.verdicts.arms import labelled, rate_arms
 from rlsafe.compare.verdicts.grades import ONE_SEED
+from rlsafe.compare.verdicts.narrow import narrow_arms, narrow_behaviour
 from rlsafe.compare.verdicts.results import Result, Results
 from rlsafe.compare.verdicts.verdicts import PathTable, one_seed
 from rlsafe.evaluate.contrasts import EVERYTHING, Arm, Sample, share_difference
@@ -52,6 +53,12 @@ class Difference:
         return asdict(self) | {"word": self.word}
 
 
+def arms_of(cells: Mapping[str, Sequence[Result]], rate: str) -> dict[str, Arm]:
+    """The arms of one rate; of the narrow behaviour, rewards where they were measured, as the verdict."""
+    arms = rate_arms(cells, rate)
+    return narrow_behaviour(narrow_arms(cells), arms)[0] if rate == "indomain" else arms
+
+
 def _signed(prevents: bool, value: float, ends: Interval) -> tuple[float, Interval]:
     """A difference of shares that remain, as one of shares prevented: the other way round."""
     return (-value, (-ends[1], -ends[0])) if prevents else (value, ends)
@@ -76,7 +83,7 @@ def two_defenses(results: Results, table: PathTable) -> dict[str, dict[tuple[str
     """Criterion -> (one, other) -> how far they lie apart, for every two defenses of a (model, path)."""
     cells, found = labelled(results, table.model, table.path), {}
     for criterion, (rate, _) in QUANTITIES.items():
-        sample = Sample(rate_arms(cells, rate))
+        sample = Sample(arms_of(cells, rate))
         defenses = [label for label in table.defenses if label != "none"]
         every = {
             two: apart(sample, *two, prevents=criterion == "prevents_em") for two in itertools.combinations(defenses, 2)
@@ -118,7 +125,7 @@ def _two_paths(results: Results, one: PathTable, other: PathTable) -> TwoPaths:
             cells[label if label == "untrained" else f"{table.path}/{label}"] = of_label
     found: dict[str, dict[str, Difference]] = {}
     for criterion, (rate, _) in QUANTITIES.items():
-        sample = Sample(rate_arms(cells, rate))
+        sample = Sample(arms_of(cells, rate))
         found[criterion] = dict(_by_label(sample, shared, one.path, other.path, prevents=criterion == "prevents_em"))
     return TwoPaths(one.model, one.path, other.path, found)
 
