@@ -39,7 +39,10 @@ def compare(
     overrides: Overrides = None,
     defenses: Defenses = None,
     paths: Paths = None,
-    seeds: Annotated[str | None, typer.Option(metavar="N,N", help="e.g. 0,1,2")] = None,
+    seeds: Annotated[str | None, typer.Option(metavar="N,N", help="e.g. 0,1,2 or 0-9")] = None,
+    decide: Annotated[
+        bool, typer.Option("--decide", help="add seeds at looks fixed in advance, until the verdicts are decided")
+    ] = False,
     jobs: Annotated[int, typer.Option(min=0, metavar="N", help="cells at a time; 0 = what suits the machine")] = 0,
     relapse: Relapse = None,
     backend: Annotated[str, typer.Option(metavar="NAME", help="who runs the cells: local, ray")] = "local",
@@ -63,9 +66,9 @@ def compare(
         chosen = (names("--defenses", defenses), names("--paths", paths), numbers("--seeds", seeds))
         return show(dry_compare(config, *chosen, overrides or [], quick, relapse, verbose))
     from rlsafe.compare import compare as run_compare
-    from rlsafe.compare import ray_cluster
+    from rlsafe.compare import compare_decided, ray_cluster
 
-    comparison = run_compare(
+    comparison = (compare_decided if decide else run_compare)(
         config,
         defenses=names("--defenses", defenses),
         paths=names("--paths", paths),

@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from rlsafe.compare.report.verify_comparison import verify_comparison
     from rlsafe.compare.report.versus import versus
     from rlsafe.compare.run.backends_ray import ray_cluster
+    from rlsafe.compare.run.deciding import compare_decided
     from rlsafe.compare.run.runner import Comparison, compare
     from rlsafe.compare.run.scoring import select
 
 _PUBLIC = {
     "Comparison": "rlsafe.compare.run.runner",
     "compare": "rlsafe.compare.run.runner",
+    "compare_decided": "rlsafe.compare.run.deciding",
     "dry_compare": "rlsafe.compare.grid.dry",
     "ray_cluster": "rlsafe.compare.run.backends_ray",
     "draw_report": "rlsafe.compare.report.reporting",
@@ -30,6 +32,7 @@ _PUBLIC = {
 __all__ = [
     "Comparison",
     "compare",
+    "compare_decided",
     "draw_report",
     "dry_compare",
     "ray_cluster",

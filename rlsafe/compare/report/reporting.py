@@ -17,6 +17,7 @@ from rlsafe.compare.report.judges import judge_notes
 from rlsafe.compare.report.table import NOTHING_LEARNED, SYMBOLS, TITLES
 from rlsafe.compare.verdicts.differences import QUANTITIES, two_paths
 from rlsafe.compare.verdicts.judge_free import ALARM
+from rlsafe.compare.verdicts.looks import Looks
 from rlsafe.compare.verdicts.results import REWARD_WINDOW, Results, write_tables
 from rlsafe.compare.verdicts.sweeps import GOALS, sweeps
 from rlsafe.compare.verdicts.tasks import judge_and_write
@@ -105,6 +106,7 @@ def context(results: Results, tables: Sequence[PathTable]) -> dict[str, Any]:
         "nothing_learned": NOTHING_LEARNED,
         "plan": results.plan,
         "origins": origins.groups(results),
+        "looks": looks.sentence() if (looks := Looks.load(results.directory.out)) else "",
         "unlike": origins.between_paths(results),
         "models": results.models,
         "paths": results.paths,

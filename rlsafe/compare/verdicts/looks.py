@@ -1,24 +1,25 @@
 """Looking at a comparison before all seeds have run, without deciding too often: fixed looks, each with its part of the error.
 
-`rlsafe compare CONFIG --seeds 0-9 --decide` looks after 3, 5 and 10 seeds (of those given), and a defense whose verdicts are all one
-single grade gets no further seeds. The error of .05 is spent over the looks as Lan & DeMets (1983) do in Pocock's manner, alpha ln(1 + (e - 1) t) at the
-share t of the seeds; what a look adds is the level of its intervals, so that over all looks no interval misses more often than
-alpha (Bonferroni, a little conservative). What stopped is judged on the seeds it stopped with, none's too.
-
-Within a table Holm's (1979) step-down correction says which decided verdicts hold together (`holm`).
+`rlsafe compare CONFIG --seeds 0-9 --decide` looks after 3, 5 and 10 seeds (of those given), and a defense whose verdicts are all
+one single grade gets no further seeds. The error of .05 is spent over the looks as Lan & DeMets (1983) do in Pocock's manner:
+alpha ln(1 + (e - 1) t) by the share t of the seeds. What a look adds to it is the error of that look's intervals, so that over all
+looks no interval misses more often than alpha (Bonferroni, a little conservative). What stopped is judged on the seeds it stopped
+with, none's too. Within a table Holm's (1979) step-down correction says which decided verdicts hold together (`holm`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from rlsafe.compare.verdicts.grades import Verdict
 from rlsafe.config.files import read_json, write_json
 from rlsafe.evaluate.statistics import LEVEL
 
+Name = TypeVar("Name", bound=Hashable)
 FILE = "looks.json"
 COUNTS = (3, 5, 10, 20)
 """After how many seeds there is a look; and after all of them."""
@@ -38,11 +39,13 @@ def levels(planned: Sequence[int], alpha: float = 1 - LEVEL) -> list[float]:
 @dataclass
 class Looks:
     """seeds: in the order in which they are added. taken: number of looks so far. stopped: "TABLE DEFENSE" -> the look (0, 1, ...) at
-    which it was decided."""
+    which it was decided; judged: all that were.
+    """
 
     seeds: list[int]
     taken: int = 0
     stopped: dict[str, int] = field(default_factory=dict)
+    judged: list[str] = field(default_factory=list)
 
     @property
     def planned(self) -> list[int]:
@@ -66,16 +69,17 @@ class Looks:
         """Note what this look decides. verdicts: table -> defense -> criterion -> verdict at this look's level."""
         for table, of_label in verdicts.items():
             for label, found in of_label.items():
+                name = f"{table} {label}"
+                if name not in self.judged:
+                    self.judged.append(name)
                 tested = [verdict for verdict in found.values() if verdict.grade != "untested"]
                 if label != "none" and tested and all(verdict.decided for verdict in tested):
-                    self.stopped.setdefault(f"{table} {label}", self.taken - 1)
+                    self.stopped.setdefault(name, self.taken - 1)
 
     def sentence(self) -> str:
         """For the report."""
-        at = ", ".join(
-            f"{count} seeds (level {100 * level:.1f}%)"
-            for count, level in zip(self.planned, levels(self.planned), strict=True)
-        )
+        both = zip(self.planned, levels(self.planned), strict=True)
+        at = ", ".join(f"{count} seeds (level {100 * level:.1f}%)" for count, level in both)
         return (
             f"Looks fixed in advance: {at}; {self.taken} taken, {len(self.stopped)} defenses decided early. Together they miss at most "
             f"{100 * (1 - LEVEL):.0f}% of the time for each verdict."
@@ -93,7 +97,7 @@ class Looks:
     def load(cls, out: Path) -> Looks | None:
         """Those of a comparison directory; None when it was run without `--decide`."""
         tree = read_json(out / FILE)
-        return cls(tree["seeds"], tree["taken"], tree["stopped"]) if tree else None
+        return cls(tree["seeds"], tree["taken"], tree["stopped"], tree["judged"]) if tree else None
 
 
 def p_value(judged: Callable[[float], Verdict]) -> float:
@@ -105,9 +109,9 @@ def p_value(judged: Callable[[float], Verdict]) -> float:
     return high
 
 
-def holm(p: Mapping[str, float], alpha: float = 1 - LEVEL) -> set[str]:
+def holm(p: Mapping[Name, float], alpha: float = 1 - LEVEL) -> set[Name]:
     """Names of the verdicts that hold together at `alpha`."""
-    held: set[str] = set()
+    held: set[Name] = set()
     for place, (name, value) in enumerate(sorted(p.items(), key=lambda item: item[1])):
         if value > alpha / (len(p) - place):
             break
