@@ -10,16 +10,16 @@ Three seeds give the seeds' part two degrees of freedom, however many questions 
 Student's t with Satterthwaite's degrees of freedom) undercovers by up to 6 points there, so each part takes its own, as in
 Graybill & Wang's (1980) and Howe's (1974) limits for sums of variances:
 
-    half width^2 = t_{S-1}^2 (V_seeds - V_answers / 2) + t_{Q-D}^2 (V_questions - V_answers / 2),   at least t_{Q-D}^2 V_questions
+    half width^2 = t_{S-1}^2 (V_seeds - c V_answers / 2) + t_{Q-D}^2 (V_questions - V_answers / 2),   at least t_{Q-D}^2 V_questions
 
-with D domains; parts below 0 count as 0; with two seeds nothing is taken off their part. Simulated coverage: docs/evaluation.md
-(`scripts/bench coverage`). With one seed there is no seeds' part: the interval then holds for that seed, over questions only.
+with D domains and c = (S - 2) / (S - 1): an estimate from few seeds gets little taken off. Parts below 0 count as 0.
+Simulated coverage: docs/evaluation.md (`scripts/bench coverage`). With one seed there is no seeds' part: the interval then holds for that seed, over questions only.
 
 - one rate (`rate_interval`): Wilson's interval with the effective size p (1 - p) z^2 / (half width)^2 (Korn & Graubard 1998), so that
   it stays inside [0, 1] and open where no answer, or every answer, met the criterion.
-- a share of an effect (`ratio_interval`): Fieller's (1954), the values r for which the contrast numerator - r denominator
+- a share of an effect (`Sample.ratio`): Fieller's (1954), the values r for which the contrast numerator - r denominator
   does not differ from 0. Prevention is 1 - such a share, the difference of two defenses in prevention another one.
-- a difference of shares with different denominators (`linear_ratio`): the delta method, the linearised contrast.
+- a difference of shares with different denominators (`share_difference`): the delta method, the linearised contrast.
 - where hardly any answer met the criterion, the observed variance is too small, at worst 0. An arm's V_questions is at least the
   binomial variance with one success and one failure added, as Agresti & Caffo (2000) do for differences; domain by domain.
 """
@@ -202,7 +202,7 @@ class Sample:
         t_questions, shared = quantile(self.level, self._free_questions) ** 2, v_answers / 2
         least = t_questions * v_questions
         if seeds > 1:
-            of_seeds = max(v_seeds - (shared if seeds > 2 else 0.0), 0.0) * quantile(self.level, seeds - 1) ** 2
+            of_seeds = max(v_seeds - shared * (seeds - 2) / (seeds - 1), 0.0) * quantile(self.level, seeds - 1) ** 2
             least = max(least, of_seeds + t_questions * max(v_questions - shared, 0.0))
         return math.sqrt(max(least, 0.0))
 
