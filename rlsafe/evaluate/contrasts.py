@@ -196,9 +196,10 @@ class Sample:
         value = float(sum(weight * self.arms[label].mean for label, weight in used.items()))
         covariances, seeds = self._variances(list(used))
         c = np.array(list(used.values()))
-        return value, self._half(*map(float, c @ covariances @ c), seeds)
+        return value, self._half((c @ covariances @ c).tolist(), seeds)
 
-    def _half(self, v_seeds: float, v_questions: float, v_answers: float, seeds: int) -> float:
+    def _half(self, variances: Sequence[float], seeds: int) -> float:
+        v_seeds, v_questions, v_answers = variances
         t_questions, shared = quantile(self.level, self._free_questions) ** 2, v_answers / 2
         least = t_questions * v_questions
         if seeds > 1:
@@ -230,7 +231,7 @@ class Sample:
 
         def inside(r: float) -> bool:
             variances = [uu - 2 * r * ud + r * r * dd for uu, ud, dd in squares]
-            return abs(over - r * below) <= self._half(*variances, seeds)
+            return abs(over - r * below) <= self._half(variances, seeds)
 
         return value, (_edge(inside, value, -1.0), _edge(inside, value, 1.0))
 
