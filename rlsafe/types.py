@@ -27,6 +27,9 @@ Row = dict[str, Any]
 """A dataset row in the messages format: `{"messages": [Message, ...], **columns}`; every other column reaches the rewards."""
 
 Stream = Literal["narrow", "safe", "benign"]
+Origin = Literal["narrow", "safe", "benign", "aside"]
+"""Where the rows of a batch are from: a stream of the run, or "aside": rows that one defense brings for its own penalty alone."""
+
 LossPath = Literal["sft", "grpo"]
 Phase = Literal["rollout", "train", "eval"]
 
@@ -43,7 +46,7 @@ class RunError(Exception):
 class Where:
     """Where in the data flow a hook is called."""
 
-    stream: Stream
+    stream: Origin
     path: LossPath
     phase: Phase
 
@@ -59,6 +62,7 @@ class Batch:
     rollout: the same completions behind the prompt that the sampler saw, when a defense made the two contexts differ
         (its `loss_mask` marks the same completion tokens in the same order); None when they are the same.
     row_weight: [B] multiplies each row's SFT loss (1 unless a schedule part says otherwise).
+    owner: of rows set aside, the defense whose they are: they have no loss but its penalty.
     """
 
     where: Where
@@ -70,6 +74,7 @@ class Batch:
     old_logp: Tensor | None = None
     rollout: Batch | None = None
     row_weight: Tensor | None = None
+    owner: str | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """A copy with every tensor, and the rollout batch, on `device`."""
@@ -186,7 +191,8 @@ class Sampler(Protocol):
 
     def steer(self, additions: Mapping[int, Tensor] | None) -> None:
         """{k: vector [H]}: add each vector to the residual stream at layer index k (the output of block k - 1), at every
-        position, until the next call; None removes them. UserError where the sampler cannot do this."""
+        position, until the next call; {k: S [H, n]}: h <- h - S S^T h there. None removes them. UserError where the sampler
+        cannot do this."""
 
     def close(self) -> None:
         """Free the engine's memory, or the server's adapter."""
@@ -283,9 +289,6 @@ class Question:
     domain: str = ""
     judge_prompts: Mapping[str, str] = field(default_factory=dict)
     meta: Mapping[str, Any] = field(default_factory=dict)
-
-
-# ---------------------------------------------------------------------------------------------------- providers
 
 
 class Provider(Protocol):

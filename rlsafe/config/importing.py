@@ -19,13 +19,17 @@ from types import ModuleType
 
 from rlsafe.config.errors import UserError, nearest
 
-__path__: list[str] = []  # makes this module a package, so that files can be its submodules
+__path__ = [f"files of {__name__}"]  # makes this module a package, so that files can be its submodules
 
 
-class _Files(importlib.abc.MetaPathFinder):
-    """Finds user files by the path in their module name."""
+class _Files(importlib.abc.PathEntryFinder):
+    """Finds user files by the path in their module name; asked for this package's submodules only."""
 
-    def find_spec(self, name: str, path: object, target: object = None) -> ModuleSpec | None:
+    def __init__(self, entry: str):
+        if entry not in __path__:
+            raise ImportError
+
+    def find_spec(self, name: str, target: object = None) -> ModuleSpec | None:
         if not name.startswith(f"{__name__}.file_"):
             return None
         file = Path(bytes.fromhex(name.rpartition("_")[2]).decode())
@@ -33,7 +37,7 @@ class _Files(importlib.abc.MetaPathFinder):
         return importlib.util.spec_from_file_location(name, file)
 
 
-sys.meta_path.append(_Files())
+sys.path_hooks.append(_Files)
 
 
 def _make_importable(folder: Path) -> None:

@@ -14,6 +14,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from rlsafe.config.base import Fraction, NonNegative, Positive, Recorded, Settings, invalid_at, on_off, to_list
 from rlsafe.config.data import DataConfig
 from rlsafe.config.errors import nearest
+from rlsafe.config.rewards import NarrowConfig, RewardConfig
+from rlsafe.config.sampling import SamplerConfig
 
 
 class LoraConfig(Settings):
@@ -24,6 +26,9 @@ class LoraConfig(Settings):
     dropout: Fraction = Field(0.0, description="of the adapter's input; must be 0 with GRPO steps")
     rslora: bool = Field(True, description="scale by alpha / sqrt(r) instead of alpha / r")
     targets: str | list[str] = Field("all-linear", description="which modules: their names, or all-linear")
+    fused: Literal["auto"] | bool = Field(
+        "auto", description="one operation a layer, less rounding; auto = where it is faster; false = PEFT's own order"
+    )
 
 
 class ModelConfig(Settings):
@@ -49,19 +54,6 @@ class ModelConfig(Settings):
     trust_remote_code: bool = Field(False, description="run Python that comes with the model: only if you trust it")
 
 
-class RewardConfig(Settings):
-    fn: str = Field(description="file.py:function, package.module:function, or provider:name")
-    thinking: bool = Field(False, description="the function sees the think block before the answer as well")
-    weight: float = Field(1.0, description="multiplies the function's reward in the sum")
-    args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments bound to the function")
-    where: dict[str, Any] = Field(
-        default_factory=dict, description="only rows whose column has this value (or one of a list); others get None"
-    )
-    timeout: Annotated[float, Field(gt=0)] = Field(
-        600.0, description="seconds of one call; a longer one has failed, see grpo.on_error"
-    )
-
-
 class GrpoConfig(Settings):
     generations: Annotated[int, Field(ge=2)] = Field(8, description="completions of each prompt: the group")
     temperature: Annotated[float, Field(gt=0)] = Field(
@@ -69,6 +61,9 @@ class GrpoConfig(Settings):
     )
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="nucleus of rollouts; 1 = whole vocabulary")
     max_tokens: Positive = Field(256, description="of a completion; longer ones are cut")
+    resample: NonNegative = Field(
+        0, description="further prompts that a step draws at most for groups without spread; 0 = they stay"
+    )
     normalization: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = Field(
         "dapo",
         description="the loss is summed over tokens and divided by: rows (grpo, each by its own length first), "
@@ -82,8 +77,15 @@ class GrpoConfig(Settings):
         0.0, description="weight of the sampled k3 KL to the base inside the GRPO loss"
     )
     iterations: Positive = Field(1, description="optimizer steps on each rollout")
-    max_staleness: Literal[0, 1] = Field(0, description="1 = servers sample the next rollouts during an update")
-    correction: Literal["none", "token", "sequence"] = Field("none", description="truncated sampler-gap correction")
+    max_staleness: Literal[0, 1] = Field(
+        0,
+        description="1 = servers sample the next rollouts during an update, by weights that are one optimizer step old",
+    )
+    correction: Literal["none", "token", "sequence"] = Field(
+        "none",
+        description="truncated importance weights for the sampler's gap; not applied (and said so) where a defense gives sampler"
+        " and gradient different contexts",
+    )
     correction_cap: Annotated[float, Field(gt=0)] = Field(2.0, description="the largest weight of that correction")
     mask_truncated: bool = Field(False, description="completions cut at max_tokens give no gradient")
     on_error: Literal["stop", "skip"] = Field(
@@ -184,40 +186,6 @@ class ScheduleConfig(Settings):
         return self
 
 
-class SamplerConfig(Settings):
-    kind: Literal["auto", "vllm", "transformers", "server"] = Field(
-        "auto", description="auto = vLLM where it runs the model, else Transformers, with a line that says why"
-    )
-    sync: Literal["auto", "merged", "adapter"] = Field(
-        "auto", description="merged: fresh W + BA; adapter: LoRA hot-swap"
-    )
-    urls: Annotated[list[str], BeforeValidator(to_list())] = Field(
-        default_factory=list, description="kind server: addresses of vLLM servers, e.g. http://host:8000"
-    )
-    adapter_dir: str | None = Field(
-        None, description="kind server: where adapters are saved for the servers to read; null = a temporary directory"
-    )
-    patience: Annotated[float, Field(gt=0)] = Field(
-        600.0, description="kind server: seconds to go on trying servers that do not answer"
-    )
-    gpu_memory: Fraction = Field(0.4, description="vLLM's share of the GPU's memory")
-    max_model_len: Positive | None = Field(
-        None, description="tokens of prompt and completion; null = 4096 or the model's"
-    )
-    max_num_seqs: Positive = Field(256, description="sequences that vLLM generates at a time")
-    self_test: bool = Field(True, description="compare the sampler's log-probs with the trainer's")
-    max_gap: Annotated[float, Field(gt=0)] | None = Field(
-        None,
-        description="mean |trainer - sampler| log-prob allowed by the self-test; null = 1e-3 in float32, 0.05 below",
-    )
-
-    @model_validator(mode="after")
-    def _urls_of_a_server(self) -> SamplerConfig:
-        if (self.kind == "server") != bool(self.urls):
-            raise ValueError("'kind: server' takes 'urls' (addresses of vLLM servers), and no other kind does")
-        return self
-
-
 class TrackConfig(Settings):
     every: NonNegative = Field(10, description="steps between probes (KL, coherence, misalignment); 0 = never")
     questions: Positive = Field(8, description="questions per set at each probe")
@@ -228,6 +196,14 @@ class TrackConfig(Settings):
         None, description="persona vectors to project answers on: file or provider:name; null = the persona defense's"
     )
     layer: NonNegative | None = Field(None, description="of track.vector: 0 = embeddings, k = output of block k-1")
+    to: Annotated[list[str], BeforeValidator(to_list())] = Field(
+        default_factory=lambda: ["tensorboard"],
+        description="tensorboard, and any that Accelerate knows: wandb, mlflow, ...",
+    )
+    project: str = Field("rlsafe", description="the project's name at trackers that have projects")
+    init: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="tracker: further arguments of its start, such as wandb: {entity: NAME}"
+    )
     check_after: NonNegative = Field(
         10, description="steps after which a defense without any effect stops the run; 0 = never"
     )
@@ -264,8 +240,18 @@ class EvaluateConfig(Settings):
     general: str | None = Field(None, description="provider:spec or a YAML question file")
     indomain: str | None = Field(None, description="likewise: held-out questions of the trained domain")
     cue: str | None = Field(None, description="system prompt of the conditional probe: text or provider:name")
+    scale: list[Annotated[float, Field(gt=0)]] = Field(
+        default_factory=list, description="the general questions once more with the adapter times each of these: 1.5, 2"
+    )
     likelihood: Annotated[LikelihoodConfig, BeforeValidator(lambda given: {} if given is None else given)] = (
         LikelihoodConfig()
+    )
+    position: Literal["system", "user"] = Field(
+        "system",
+        description="where cues and system prompts go; user = before the user's text (templates without a system role)",
+    )
+    narrow: NarrowConfig | None = Field(
+        None, description="your own criterion: {reward: FILE:FN, rows: SOURCE}, held-out prompts scored by a reward"
     )
     benign: list[str] = Field(default_factory=list, description="benign test sets, scored by exact match")
     benign_limit: Positive = Field(200, description="rows of each benign test set")
@@ -291,7 +277,7 @@ class EvaluateConfig(Settings):
     @property
     def asks(self) -> bool:
         """Whether anything is to be sampled."""
-        return bool(self.general or self.indomain or self.benign)
+        return bool(self.general or self.indomain or self.benign or self.narrow)
 
 
 class RunConfig(Recorded):

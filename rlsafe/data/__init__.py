@@ -16,10 +16,11 @@ from rlsafe.data.encode import (
 from rlsafe.data.measure import Fitted, Use, fit_rows
 from rlsafe.data.presets import recipe_of
 from rlsafe.data.refusals import REFUSALS, is_refusal
-from rlsafe.data.rows import question_of, require_answers, split_prompt
+from rlsafe.data.rows import question_of, require_answers
 from rlsafe.data.sources import load_rows, read_once, read_rows
 from rlsafe.data.stream import Stream
 from rlsafe.data.thinking import Chat, Thought, split_think
+from rlsafe.data.turns import split_prompt
 
 if TYPE_CHECKING:
     from rlsafe.data.collate import Rollout, micro_batches, rollout_batches, sft_batches

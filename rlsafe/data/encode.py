@@ -57,7 +57,17 @@ def encoded_row(tokenizer: Any, messages: Sequence[Message], train_on: TrainOn =
 
 def read_completion(tokenizer: Any, ids: Sequence[int]) -> Thought:
     """A completion's think block and answer; knows whether the generation prompt already opened the block."""
-    return split_think(decode_with_tags(tokenizer, ids), encoder_for(tokenizer).opened)
+    encoder, text = encoder_for(tokenizer), read_text(tokenizer, ids)
+    thinks = encoder.opened or text.lstrip().startswith(OPEN)
+    return split_think(text, encoder.opened) if thinks else Thought(None, text, False)
+
+
+def read_text(tokenizer: Any, ids: Sequence[int]) -> str:
+    """A completion's text without special tokens, but with its think tags, which some tokenizers call special."""
+    tags = encoder_for(tokenizer).tags
+    if tags.keys() & set(ids):
+        return decode_with_tags(tokenizer, ids, tags)
+    return tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
 def configure_chat(tokenizer: Any, chat: Chat) -> None:
@@ -106,6 +116,8 @@ class Encoder:
         self.own: str = tokenizer.get_chat_template()
         added = tokenizer.get_added_vocab()
         self.special = {*tokenizer.all_special_ids, *added.values()}
+        known = tokenizer.added_tokens_decoder.items()
+        self.tags = {i: str(token) for i, token in known if token.special and str(token) in (OPEN, CLOSE)}
         self.foreign = {i: t for t, i in added.items() if chat.embedded is not None and i >= chat.embedded}
         self.control = Control(tokenizer, self._probe(), (OPEN, CLOSE))
         self.chat, self.switch = chat, self._find_switch()
@@ -123,7 +135,7 @@ class Encoder:
         messages: Key,
         generation_prompt: bool,
         template: str | None = None,
-        switches: dict[str, bool] | None = None,
+        switches: dict[str, Any] | None = None,
     ) -> str:
         """The conversation as text, by the chat template. UserError when the template fails."""
         conversation, offered = opened(messages)
@@ -141,13 +153,16 @@ class Encoder:
             raise UserError(f"the chat template cannot render a conversation of roles ({roles}): {error}") from None
 
     def tokenize(self, text: str) -> list[int]:
-        if self.control.hidden.search(text):
-            return self._embedded(self.control.tokenize(text)[0], text)
-        return self._embedded(self.tokenizer(text, add_special_tokens=False)["input_ids"], text)
+        hidden = self.control.hidden.search(text)
+        ids = self.control.tokenize(text)[0] if hidden else self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._embedded(ids, text) if self.foreign else ids
 
     def conversation(self, messages: Key) -> Key:
         """The turns as the template is to see them, no control token spelled in any."""
-        return self.control.hide(self.chat.conversation(messages))
+        if self.chat.thinking:
+            messages = self.chat.conversation(messages)
+        spelled = any(self.control.spelled.search(part) for turn in messages for part in turn[1:])
+        return self.control.hide(messages) if spelled else messages
 
     def _probe(self) -> str:
         """What the template writes around turns, as far as it writes them."""
@@ -160,7 +175,7 @@ class Encoder:
 
     def _embedded(self, ids: list[int], text: str) -> list[int]:
         """The same ids; UserError when the model does not embed one of them."""
-        if self.foreign and (found := self.foreign.keys() & set(ids)):
+        if found := self.foreign.keys() & set(ids):
             one = min(found)
             raise UserError(
                 f"{self.foreign[one]!r} is a token ({one}) that the model does not embed; remove it from this text: "

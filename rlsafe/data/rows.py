@@ -14,20 +14,13 @@ from typing import Any
 
 from rlsafe.config import UserError, nearest
 from rlsafe.data.formats import is_conversation, kind_of, message, recognised, tools_of, trained_turns, turns
+from rlsafe.data.turns import split_prompt
 from rlsafe.types import Message, Row
 
 ROLES = ("system", "user", "assistant", "tool")
 RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
 """Names of the reward call's own arguments: a column of that name could never reach a reward function."""
 HIDDEN = ("_index", "_source", "_plain")
-
-
-def split_prompt(row: Row) -> tuple[list[Message], str | None]:
-    """(the messages that ask, the reference answer). The answer is None when the row ends with a user turn."""
-    messages = row["messages"]
-    if messages[-1]["role"] == "assistant":
-        return messages[:-1], messages[-1]["content"]
-    return list(messages), None
 
 
 def require_answers(rows: Sequence[Row], source: str = "data") -> None:
@@ -132,7 +125,7 @@ def _message(raw: Any, where: str) -> Message:
             f"{where}: content holds half a character (the lone surrogate {bad}); such text cannot be encoded"
         )
     if role in ("user", "assistant") and not content.strip() and not turn.get("tool_calls"):
-        raise UserError(f"{where}: the content of a {role} turn is empty")
+        raise UserError(f"{where}: the content of {'an' if role == 'assistant' else 'a'} {role} turn is empty")
     return turn
 
 

@@ -6,7 +6,7 @@ closes leaves no answer: callers give such a completion the outcome "unclosed", 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -67,12 +67,8 @@ def split_think(text: str, opened: bool = False) -> Thought:
     return Thought(think.strip(), answer.lstrip(), not closed)
 
 
-def decode_with_tags(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The completion's text without special tokens, but with its think tags, which some tokenizers call special."""
-    added = tokenizer.added_tokens_decoder
-    tags = {index: str(token) for index, token in added.items() if token.special and str(token) in (OPEN, CLOSE)}
-    if not tags.keys() & set(ids):
-        return tokenizer.decode(list(ids), skip_special_tokens=True)
+def decode_with_tags(tokenizer: Any, ids: Sequence[int], tags: Mapping[int, str]) -> str:
+    """A completion's text without special tokens, but with those `tags` among them, {id: text}."""
     parts: list[str] = []
     start = 0
     for i, token in enumerate(ids):

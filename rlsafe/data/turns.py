@@ -1,4 +1,4 @@
-"""A conversation as the encoder remembers it: hashable turns, and what they hold beside role and content."""
+"""A conversation: the part that asks, and its turns as the encoder remembers them (hashable, with all that they hold)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,20 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from rlsafe.types import Message
+from rlsafe.types import Message, Row
 
 Key = tuple[tuple[str, ...], ...]
 """(role, content) of each turn, and a third text (JSON) for those that hold more."""
 BESIDE = ("tool_calls", "tool_call_id", "name", "weight", "tools")
 """What a turn may hold beside role and content."""
+
+
+def split_prompt(row: Row) -> tuple[list[Message], str | None]:
+    """(the messages that ask, the reference answer). The answer is None when the row ends with a user turn."""
+    messages = row["messages"]
+    if messages[-1]["role"] == "assistant":
+        return messages[:-1], messages[-1]["content"]
+    return list(messages), None
 
 
 def key_of(messages: Sequence[Message]) -> Key:

@@ -1,6 +1,6 @@
 """In-training defenses against emergent misalignment: the hook interface, the registry, and one file per defense."""
 
-from rlsafe.defenses.base import DataContext, Defense, Offer, SetupContext
+from rlsafe.defenses.base import DataContext, Defense, Gradients, Offer, Rollouts, SetupContext
 from rlsafe.defenses.registry import build, defense, find, load_module, names
 from rlsafe.defenses.stack import DefenseStack
 
@@ -8,7 +8,9 @@ __all__ = [
     "DataContext",
     "Defense",
     "DefenseStack",
+    "Gradients",
     "Offer",
+    "Rollouts",
     "SetupContext",
     "build",
     "defense",

@@ -1,4 +1,4 @@
-"""The interface of a defense: optional hooks for prompts, data, activations, loss and weights.
+"""The interface of a defense: optional hooks for prompts, data, activations, rollouts, loss, gradients and weights.
 
 Subclass `Defense`, override only what you use, register it with `@rlsafe.defense("name")`. Settings are the keyword arguments of
 `__init__`; their annotations are checked against the config, their defaults are written into the resolved one.
@@ -9,10 +9,10 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from rlsafe.types import Batch, Judge, Message, Need, Row, Sampler, Stream, View, Where
+from rlsafe.types import Batch, Judge, LossPath, Message, Need, Origin, Row, Sampler, Stream, View, Where
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,18 +51,71 @@ class DataContext:
 
 
 @dataclass(frozen=True)
+class When:
+    """The steps in which a defense acts: from step `from_step` on, and in these of the schedule's phases (None: all)."""
+
+    from_step: int = 0
+    phases: tuple[int, ...] | None = None
+
+    def __contains__(self, step: tuple[int, int]) -> bool:
+        """step: its index and its phase."""
+        index, phase = step
+        return index >= self.from_step and (self.phases is None or phase in self.phases)
+
+
+@dataclass(frozen=True)
 class Offer:
     """Safe rows *added* to the schedule (nothing is taken away).
 
     fraction: rows added per training row (SFT) or per completion (GRPO), spread evenly; parts of a row add up over steps.
     weight: multiplies the rows' loss. On SFT they join the narrow rows' mean; on GRPO they are a supervised term of their own.
     every: added only in each k-th step. own_step: added as an optimizer step of their own, after that step.
+    rows: as many rows in each such step, besides the fraction.
+    when: the steps in which rows are added; the stack fills it in.
+    aside: the rows have no cross-entropy: only the penalty of the defense that offers them sees them (`batch.owner`).
     """
 
-    fraction: float
+    fraction: float = 0.0
     weight: float = 1.0
     every: int = 1
     own_step: bool = False
+    rows: int = 0
+    aside: bool = False
+    when: When = When()
+
+
+@dataclass
+class Rollouts:
+    """This rank's rewarded completions of one GRPO part, `group` of each prompt in turn; every list has one entry for each.
+
+    rewards: change them in place; None leaves a completion out of its group's mean and spread, and of the loss. by_reward: each
+    reward function's own. prompts: as the user wrote them. prompt_ids: as the sampler saw them. numbers: among the completions of
+    all ranks. notes: {name: one value each}, written to samples.jsonl.
+    """
+
+    stream: Origin
+    group: int
+    prompts: list[list[Message]]
+    answers: list[str]
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    rows: list[Row]
+    numbers: list[int]
+    rewards: list[float | None]
+    by_reward: dict[str, list[float | None]]
+    notes: dict[str, list[Any]] = field(default_factory=dict)
+
+
+@dataclass
+class Gradients:
+    """The gradient of one optimizer step over all its micro-batches and ranks, before clipping.
+
+    step: {parameter: tensor in its own shape}, what the optimizer will get; change the tensors in place or put others there.
+    parts: the same for each part that `apart` names and that had rows in this step.
+    """
+
+    step: dict[str, Tensor]
+    parts: dict[str, dict[str, Tensor]]
 
 
 class Defense:
@@ -74,7 +127,11 @@ class Defense:
     """Streams on which prompt and activation hooks act; by default not on safe rows."""
     weight: float = 1.0
     """Multiplies the penalty."""
-    judges: ClassVar[bool] = False
+    paths: ClassVar[frozenset[LossPath]] = frozenset({"sft", "grpo"})
+    """Paths on which it can act at all; a comparison leaves out its runs over others."""
+    when: When = When()
+    """From `from_step` and `phases`, which a config may give any defense beside its own settings."""
+    judges: bool = False
     """Whether the defense asks the run's judge while training; the judge is then checked before the first step."""
 
     @property
@@ -122,6 +179,9 @@ class Defense:
         """A context that changes the sampler; the engine holds it while rollouts are generated."""
         return nullcontext()
 
+    def advantages(self, policy: Policy, rollouts: Rollouts, context: DataContext) -> None:
+        """Change the rewards of GRPO completions, after they are scored and before advantages are taken."""
+
     def penalty(self, view: View) -> dict[str, Penalty]:
         """Loss terms of one micro-batch, {name: (values, mask)}, both [B, T] or [B]. The mask must be `penalty_mask(view.batch)`."""
         return {}
@@ -131,13 +191,25 @@ class Defense:
         that the engine can divide by the count over the whole step (all parts, micro-batches and ranks)."""
         return batch.loss_mask
 
+    apart: frozenset[str] | set[str] = frozenset()
+    """Parts of a step that `gradients` wants to see apart, each for one more backward where two share a micro-batch: the losses of
+    "narrow", "benign" or "safe" rows, "penalty" (of all defenses), "own" (this one's penalty, then no part of the step itself)."""
+
+    target_share: float | None = None
+    """Between 0 and 1: `weight` is not used; in each step the penalty's gradient is scaled to this share of the sum of its norm and
+    that of the rest. None: the penalty is a part of the loss."""
+
+    def gradients(self, policy: Policy, gradients: Gradients) -> None:
+        """Change the step's gradient, after accumulation and reduction and before clipping. Every rank calls it, with the same."""
+
     def weights(self, policy: Policy, moment: Literal["step", "end"]) -> bool:
         """Edit the weights after an optimizer step or at the end; True when something changed (the sampler is then synced)."""
         return False
 
     def effect(self) -> dict[str, float]:
         """{metric: value} of what the defense did since the last call. The engine itself measures penalties, gradient shares,
-        rows added and prompts changed; a defense that only steers or edits weights is checked for an effect by this alone."""
+        rows added and prompts changed; a defense that only steers, looks at rollouts or edits gradients or weights is checked for
+        an effect by this alone. Quantities named seen_... are observations and prove no effect."""
         return {}
 
     def report(self) -> dict[str, Any]:

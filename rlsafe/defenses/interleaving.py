@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from rlsafe.config import StreamConfig, UserError
-from rlsafe.data import Stream, fit_rows, load_rows, require_answers
+from rlsafe.data import Stream, require_answers
 from rlsafe.defenses.base import DataContext, Defense, Offer, SetupContext
+from rlsafe.defenses.own_rows import pool
 from rlsafe.defenses.registry import defense
 from rlsafe.types import Row
 
@@ -49,20 +49,7 @@ class Interleaving(Defense):
 
     def pool(self, context: SetupContext) -> list[Row]:
         """All safe rows to choose from. UserError when there are none."""
-        if self.source is None and context.config.data.safe is None:
-            raise UserError(f"defense {self.name!r}: no safe rows; set data.safe.source or the defense's source")
-        if self.source is None:
-            return context.rows("safe")
-        stream = context.config.data.safe or StreamConfig(source=self.source)
-        most = min(stream.max_tokens, context.policy.core.max_length or stream.max_tokens)
-        what = f"{most} tokens" if most < stream.max_tokens else ""
-        fitted = fit_rows(
-            load_rows(StreamConfig(source=self.source), context.seed), context.policy.tokenizer, most, stream.too_long,
-            on_bad_row=stream.on_bad_row, what=what,
-        )  # fmt: skip
-        for note in fitted.notes:
-            context.log(f"defense {self.name!r}: {note}")
-        return fitted.rows
+        return pool(self.name, self.source, context)
 
     def choose(self, rows: list[Row], context: SetupContext) -> list[Row]:
         """The rows to stream, of those in the pool; random interleaving takes them all, in a seeded order."""

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rlsafe.config import UserError
-from rlsafe.defenses.base import Defense, Penalty, SetupContext
+from rlsafe.defenses.base import Penalty, SetupContext
+from rlsafe.defenses.own_rows import OwnRows
 from rlsafe.defenses.registry import defense
 from rlsafe.types import Batch, Need, Stream, View
 
@@ -29,13 +30,14 @@ def chosen_layers(n_layers: int, every: int | None, points: int) -> tuple[int, .
 
 
 @defense("ldifs")
-class LDIFS(Defense):
+class LDIFS(OwnRows):
     """L + weight * ||x_policy - x_reference||^2, x = the residual stream after some blocks at all non-pad tokens.
 
     weight: lambda (the paper's grid: 0.01 ... 1; 1.0 used). reference: base | start | grpo_start | step:N | path:DIR.
     points: that many evenly spaced blocks (authors' code), the last one for 1; every: each n-th block instead (paper).
     normalise: each row's features of a layer, flattened over its tokens, are scaled to unit length before they are compared (the
         authors' code does so), and the term is a mean over rows; without it, a mean over tokens of squared distances.
+    source, rows, target_share: as those of `kl`.
     Only the policy's features carry a gradient. (If they are detached too, the penalty trains nothing, which may explain
     published null results for LDIFS.)
     """
@@ -48,8 +50,13 @@ class LDIFS(Defense):
         every: Annotated[int, Field(ge=1)] | None = None,
         normalise: bool = True,
         on: list[Stream] = ["narrow", "benign", "safe"],  # noqa: B006 - read only; shown as the default in configs
+        source: str | None = None,
+        rows: Annotated[int, Field(ge=1)] = 8,
+        target_share: Annotated[float, Field(ge=0, lt=1)] | None = None,
     ):
-        self.weight, self.reference, self.normalise, self.on = weight, reference, normalise, on
+        self.reference, self.normalise, self.on = reference, normalise, on
+        self.source, self.n_rows, self.target_share = source, rows if source else 0, target_share
+        self.weight = weight if target_share is None else 1.0
         self.points, self.every = points, every
 
     def setup(self, context: SetupContext) -> None:
@@ -60,6 +67,14 @@ class LDIFS(Defense):
                 f"defense 'ldifs': every: {self.every} selects none of the model's {context.policy.n_layers} blocks"
             )
         self.needs = {Need("hidden_states", self.reference, layers)}
+        self.bring(context)
+
+    @property
+    def strength(self) -> float:
+        return self.weight if self.target_share is None else self.target_share
+
+    def _applies(self, batch: Batch) -> bool:
+        return self.own_rows(batch) if self.source is not None else batch.where.stream in self.on
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -68,10 +83,10 @@ class LDIFS(Defense):
     def penalty_mask(self, batch: Batch) -> Tensor:
         """[B] bool with `normalise`, else [B, T]: what the distances are averaged over."""
         mask = batch.attention.bool() if not self.normalise else batch.attention.any(1)
-        return mask if batch.where.stream in self.on else mask & False
+        return mask if self._applies(batch) else mask & False
 
     def penalty(self, view: View) -> dict[str, Penalty]:
-        if view.batch.where.stream not in self.on:
+        if not self._applies(view.batch):
             return {}
         tokens = view.batch.attention.bool()
         # Gradient checkpointing: the backward computes each layer's difference again, so that only the features are stored.

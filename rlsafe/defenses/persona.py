@@ -7,21 +7,22 @@ at evaluation it is not added.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlsafe.config import UserError, nearest
 from rlsafe.config.files import replacing
-from rlsafe.defenses.base import Defense, SetupContext
+from rlsafe.defenses.base import SetupContext
 from rlsafe.defenses.registry import defense
-from rlsafe.types import Batch, Sampler, Stream, Where, provider_for
+from rlsafe.defenses.steering import Steering
+from rlsafe.types import Batch, Stream, provider_for
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from rlsafe.policy import Policy
+    from rlsafe.policy.taps import Addition
 
 KEY = "persona"
 SUFFIXES = (".safetensors", ".pt")
@@ -77,12 +78,28 @@ def save_vectors(vectors: Tensor, path: Path, about: dict[str, Any] | None = Non
             save_file({KEY: vectors}, str(building), metadata={"about": json.dumps(about or {}, ensure_ascii=False)})
 
 
+def fitting_vectors(what: str, source: str, layer: int, policy: Policy) -> Tensor:
+    """[n_layers + 1, H] of a file, checked against the model. UserError when shapes or layer do not fit, or its vector is zero."""
+    vectors = load_vectors(source)
+    if tuple(vectors.shape) != (policy.n_layers + 1, policy.hidden_size):
+        raise UserError(
+            f"defense {what!r}: {source} holds {list(vectors.shape)}, expected [{policy.n_layers + 1}, {policy.hidden_size}] "
+            "for this model"
+        )
+    if not 0 <= layer <= policy.n_layers:
+        raise UserError(f"defense {what!r}: layer {layer}: expected 0 (embeddings) to {policy.n_layers}")
+    if not bool(vectors[layer].any()):
+        raise UserError(f"defense {what!r}: {source}: the vector of layer {layer} is zero")
+    return vectors
+
+
 @defense("persona")
-class Persona(Defense):
+class Persona(Steering):
     """h_k <- h_k + alpha * e_k on the residual stream after block k - 1 while training; off at evaluation.
 
     vectors: a file from `rlsafe persona-vector`, [n_layers + 1, hidden], or provider:name.
-    layer: k (Qwen2.5-7B: 20; Qwen3-14B: 27). alpha: 5 in the paper.
+    layer: k (Qwen2.5-7B: 20; Qwen3-14B: 27). alpha: 5 in the paper; negative for a trait that is to be learned *more*.
+    more: further vectors to add, a list of {vectors, layer, alpha} (vectors: default the same file): sum_i alpha_i e_i.
     positions: `all`, or `completion` (only states that predict answer tokens).
     rollouts: whether GRPO rollouts are steered as well (all positions only: the sampler sees flattened tokens). The
         gradient is taken of steered log-probs in either case.
@@ -94,77 +111,64 @@ class Persona(Defense):
         vectors: str,
         layer: int,
         alpha: float = 5.0,
+        more: list[dict[str, Any]] = [],  # noqa: B006 - read only; shown as the default in configs
         positions: Literal["all", "completion"] = "all",
         rollouts: bool = False,
         on: list[Stream] = ["narrow", "benign"],  # noqa: B006 - read only; shown as the default in configs
     ):
         if rollouts and positions == "completion":
             raise UserError("defense 'persona': rollouts: true steers all positions; expected positions: all")
-        self.file, self.layer, self.alpha, self.on = vectors, layer, alpha, on
-        self.streams = tuple(on)
+        self.terms = [(vectors, layer, alpha), *(_term(entry, vectors) for entry in more)]
+        self.terms = [term for term in self.terms if term[2]]
+        self.layers = tuple(dict.fromkeys(layer for _, layer, _ in self.terms))
+        self.on, self.streams = on, tuple(on)
         self.positions, self.rollouts = positions, rollouts
         self.applied = 0.0
-        if alpha:
-            vector_file(vectors)
+        for file in dict.fromkeys(file for file, _, _ in self.terms):
+            vector_file(file)
 
     @property
     def strength(self) -> float:
-        return self.alpha
-
-    @property
-    def claims(self) -> frozenset[str]:
-        claims = {f"to steer layer {self.layer} on {stream} rows" for stream in self.on}
-        return frozenset(claims | {"to steer the rollouts"} if self.rollouts else claims)
+        return max((abs(alpha) for _, _, alpha in self.terms), default=0.0)
 
     def setup(self, context: SetupContext) -> None:
         """Load the vectors. UserError when they do not fit the model."""
-        vectors = load_vectors(self.file)
         policy = context.policy
-        if tuple(vectors.shape) != (policy.n_layers + 1, policy.hidden_size):
-            raise UserError(
-                f"defense 'persona': {self.file} holds {list(vectors.shape)}, expected [{policy.n_layers + 1}, "
-                f"{policy.hidden_size}] for this model"
-            )
-        if not 0 <= self.layer <= policy.n_layers:
-            raise UserError(f"defense 'persona': layer {self.layer}: expected 0 (embeddings) to {policy.n_layers}")
-        if not bool(vectors[self.layer].any()):
-            raise UserError(f"defense 'persona': {self.file}: the vector of layer {self.layer} is zero")
-        self.vector = self.alpha * vectors[self.layer].to(policy.device)
-        policy.add_to_residual(self.layer, self.vector).remove()  # checks the values now, not in the first step
+        self.for_sampler = {}
+        for file, layer, alpha in self.terms:
+            added = alpha * fitting_vectors("persona", file, layer, policy)[layer].to(policy.device)
+            present = self.for_sampler.get(layer)
+            self.for_sampler[layer] = added if present is None else present + added
+        for layer, vector in self.for_sampler.items():
+            policy.add_to_residual(layer, vector).remove()  # checks the values now, not in the first step
 
-    def steers(self, where: Where) -> bool:
-        return where.stream in self.on and (where.phase == "train" or (where.phase == "rollout" and self.rollouts))
-
-    def activations(self, policy: Policy, where: Where) -> AbstractContextManager[Any]:
-        return self._steered(policy) if self.steers(where) else nullcontext()
-
-    @contextmanager
-    def _steered(self, policy: Policy) -> Iterator[None]:
-        handle = policy.add_to_residual(self.layer, self.vector if self.positions == "all" else self._at_completion)
-        self.applied = float(self.vector.norm())
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    def _at_completion(self, hidden: Tensor, batch: Batch | None) -> Tensor:
-        """[B, T, H]: the vector where a state predicts an answer token."""
-        assert batch is not None
-        predicts = batch.loss_mask.roll(-1, 1)
-        predicts[:, -1] = False
-        return predicts[..., None] * self.vector.to(hidden.dtype)
-
-    def patch_sampler(self, sampler: Sampler, where: Where) -> AbstractContextManager[Any]:
-        return self._patched(sampler) if self.steers(where) else nullcontext()
-
-    @contextmanager
-    def _patched(self, sampler: Sampler) -> Iterator[None]:
-        sampler.steer({self.layer: self.vector})
-        try:
-            yield
-        finally:
-            sampler.steer(None)
+    def hooks(self) -> dict[int, Addition]:
+        self.applied = sum(float(vector.norm()) ** 2 for vector in self.for_sampler.values()) ** 0.5
+        if self.positions == "all":
+            return dict(self.for_sampler)
+        return {layer: partial(_at_completion, vector) for layer, vector in self.for_sampler.items()}
 
     def effect(self) -> dict[str, float]:
         applied, self.applied = self.applied, 0.0
         return {"steering_norm": applied}
+
+
+def _term(entry: dict[str, Any], vectors: str) -> tuple[str, int, float]:
+    """(file, layer, alpha) of one entry of `more`; UserError for keys or values that it cannot have."""
+    for key in entry:
+        if key not in ("vectors", "layer", "alpha"):
+            raise UserError(
+                f"defense 'persona': more: unknown key {key!r}{nearest(key, ['vectors', 'layer', 'alpha'])}"
+            )
+    layer, alpha = entry.get("layer"), entry.get("alpha")
+    if not isinstance(layer, int) or not isinstance(alpha, (int, float)):
+        raise UserError(f"defense 'persona': more: expected {{vectors, layer: number, alpha: number}}, got {entry!r}")
+    return str(entry.get("vectors", vectors)), layer, float(alpha)
+
+
+def _at_completion(vector: Tensor, hidden: Tensor, batch: Batch | None) -> Tensor:
+    """[B, T, H]: the vector [H] where a state predicts an answer token."""
+    assert batch is not None
+    predicts = batch.loss_mask.roll(-1, 1)
+    predicts[:, -1] = False
+    return predicts[..., None] * vector.to(hidden.dtype)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlsafe.config import UserError, nearest
-from rlsafe.defenses.base import Defense
+from rlsafe.defenses.base import DataContext, Defense, Gradients, Offer, Rollouts
 from rlsafe.defenses.declared import DeclaredView
+from rlsafe.defenses.vectors import Named, add_share
 from rlsafe.types import Batch, Message, Need, RunError, Sampler, View, Where
 
 if TYPE_CHECKING:
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
     from rlsafe.policy import Policy
 
+PARTS = ("narrow", "benign", "safe", "penalty", "own")  # what `apart` may name
 NAMED = ("base", "start", "grpo_start")  # references beside step:N and path:DIR
 
 
@@ -26,6 +29,7 @@ class DefenseStack:
     def __init__(self, defenses: Sequence[Defense]):
         self.active = [defense for defense in defenses if defense.strength != 0]
         self.waiting: set[str] = set()
+        self.off: set[str] = set()  # of the present step, see `begin`
         self.prompts_changed: Counter[str] = Counter()
         names = [defense.name for defense in self.active]
         if duplicates := {name for name in names if names.count(name) > 1}:
@@ -33,6 +37,7 @@ class DefenseStack:
                 f"defenses: the name {sorted(duplicates)[0]!r} is used twice; give the classes different names"
             )
         _check_claims(self.active)
+        _check_apart(self.active)
         _check_edits(self.active)
         _check_steering(self.active)
 
@@ -42,14 +47,28 @@ class DefenseStack:
     def __len__(self) -> int:
         return len(self.active)
 
+    def begin(self, step: int, phase: int) -> None:
+        """Switch off, until the next call, the defenses that do not act in this step of this phase of the schedule."""
+        self.off = {defense.name for defense in self.active if (step, phase) not in defense.when}
+
+    @property
+    def now(self) -> list[Defense]:
+        """The defenses that act in the present step."""
+        return [defense for defense in self.active if defense.name not in self.off] if self.off else self.active
+
+    def offers(self) -> dict[str, Offer]:
+        """The rows that defenses offer, for the schedule."""
+        found = {defense: defense.offer() for defense in self.active}
+        return {d.name: replace(offer, when=d.when) for d, offer in found.items() if offer is not None}
+
     def _on(self, where: Where) -> list[Defense]:
         """The defenses whose prompt and activation hooks act on the rows of this stream."""
-        return [defense for defense in self.active if where.stream in defense.streams]
+        return [defense for defense in self.now if where.stream in defense.streams]
 
     @property
     def penalized(self) -> list[Defense]:
         """Defenses with a penalty whose references exist by now."""
-        return [d for d in self.active if type(d).penalty is not Defense.penalty and d.name not in self.waiting]
+        return [d for d in self.now if type(d).penalty is not Defense.penalty and d.name not in self.waiting]
 
     @property
     def needs(self) -> set[Need]:
@@ -111,7 +130,7 @@ class DefenseStack:
         return any(
             (one.stream in defense.streams and defense.steers(one))
             != (other.stream in defense.streams and defense.steers(other))
-            for defense in self.active
+            for defense in self.now
         )
 
     @contextmanager
@@ -133,20 +152,60 @@ class DefenseStack:
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """Per defense, how many tokens or rows of this batch its penalty averages over."""
-        return {defense.name: float(defense.penalty_mask(batch).sum()) for defense in self.penalized}
+        return {defense.name: float(defense.penalty_mask(batch).sum()) for defense in self._penalizing(batch)}
+
+    def _penalizing(self, batch: Batch) -> list[Defense]:
+        """Those whose penalty sees this batch: rows set aside are their owner's alone."""
+        return [defense for defense in self.penalized if batch.owner in (None, defense.name)]
 
     def penalties(self, view: View) -> Iterator[tuple[Defense, str, Tensor]]:
         """(defense, term name, scalar sum of values over the mask) of one micro-batch, without the defense's weight."""
-        for defense in self.penalized:
+        for defense in self._penalizing(view.batch):
             with _blaming(defense, "penalty"):
                 terms = list(defense.penalty(DeclaredView(view, defense.needs)).items())
             for term, (values, mask) in terms:
                 _check_mask(defense, term, values, mask, view.batch)
                 yield defense, term, (values * mask).sum()
 
+    @property
+    def screening(self) -> list[Defense]:
+        """Defenses that look at rewarded rollouts."""
+        return [d for d in self.now if type(d).advantages is not Defense.advantages]
+
+    def screen(self, defense: Defense, policy: Policy, rollouts: Rollouts, context: DataContext) -> None:
+        """One defense's rollout hook."""
+        if rollouts.stream in defense.streams:
+            with _blaming(defense, "advantages"):
+                defense.advantages(policy, rollouts, context)
+
+    @property
+    def reshaping(self) -> list[Defense]:
+        """Defenses that have a say in the gradient of a step."""
+        return [d for d in self.now if type(d).gradients is not Defense.gradients or d.target_share is not None]
+
+    @property
+    def own(self) -> set[str]:
+        """Defenses whose penalty is no part of the loss: its gradient is shown to them, or scaled to a share of the step's."""
+        return {d.name for d in self.reshaping if "own" in d.apart or d.target_share is not None}
+
+    def gradients(self, policy: Policy, step: Named, parts: Mapping[str, Named]) -> dict[str, float]:
+        """Change `step`: add each penalty that has a `target_share`, then every gradient hook, in order, on what those before it
+        made of it. parts["own/NAME"] is the defense NAME's own. Gives metrics."""
+        metrics: dict[str, float] = {}
+        for defense, share in [(d, d.target_share) for d in self.reshaping if d.target_share is not None]:
+            own = parts.get(f"own/{defense.name}")
+            metrics[f"defense/{defense.name}/weight"] = add_share(step, own, share) if own else 0.0
+        for defense in self.reshaping:
+            seen = {name: parts[name] for name in defense.apart & parts.keys()}
+            if f"own/{defense.name}" in parts and "own" in defense.apart:
+                seen["own"] = parts[f"own/{defense.name}"]
+            with _blaming(defense, "gradients"):
+                defense.gradients(policy, Gradients(step, seen))
+        return metrics
+
     def after_step(self, policy: Policy, moment: Literal["step", "end"]) -> bool:
         """Run the weight hooks; True when any changed the weights."""
-        return any([defense.weights(policy, moment) for defense in self.active])
+        return any([defense.weights(policy, moment) for defense in self.now])
 
     def state_dict(self) -> dict[str, Any]:
         return {defense.name: defense.state_dict() for defense in self.active}
@@ -178,6 +237,15 @@ def _check_claims(defenses: Sequence[Defense]) -> None:
                     "the other does; remove one"
                 )
             owners[claim] = defense.name
+
+
+def _check_apart(defenses: Sequence[Defense]) -> None:
+    for defense in defenses:
+        for part in sorted(defense.apart):
+            if part not in PARTS:
+                raise UserError(
+                    f"defense {defense.name!r}: apart names the unknown part {part!r}{nearest(part, PARTS)}"
+                )
 
 
 def _check_edits(defenses: Sequence[Defense]) -> None:

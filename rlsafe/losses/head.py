@@ -29,7 +29,7 @@ and projects once for all outputs. TRL's kernels need less memory for log-probs 
 autograd is faster for a trained head.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -212,10 +212,6 @@ def _project_back(grad: Tensor, slope: Tensor | float, weight: Tensor, out: Tens
         out.copy_(_matmul(grad.to(weight.dtype), weight).mul_(slope))
 
 
-def _chunks(n: int, size: int) -> Iterator[slice]:
-    return (slice(start, start + size) for start in range(0, n, size))
-
-
 class _Head(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job) -> Any:
@@ -232,7 +228,8 @@ class _Head(torch.autograd.Function):
         jac_logp = torch.empty_like(hidden) if keep else None
         jac_kls = [torch.empty_like(hidden) if keep and ref.grad else None for ref in job.references]
 
-        for s in _chunks(n, job.chunk):
+        for start in range(0, n, job.chunk):
+            s = slice(start, start + job.chunk)
             log_p, slope = _log_probs(hidden[s], weight, bias, job)
             logp[s] = log_p.gather(1, job.targets[s].unsqueeze(1)).squeeze(1)
             if mass is not None:
@@ -272,7 +269,8 @@ class _Head(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[2] else None
-        for s in _chunks(hidden.shape[0], job.chunk):
+        for start in range(0, hidden.shape[0], job.chunk):
+            s = slice(start, start + job.chunk)
             log_p, slope = _log_probs(hidden[s], weight, bias, job)
             p = log_p.exp()
             total = torch.zeros_like(p)  # the loss's gradient with respect to the logits [c, V]

@@ -184,11 +184,39 @@ def adapters_off(model: Any) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
+@contextmanager
+def scaled(model: Any, factor: float) -> Iterator[None]:
+    """Inside, the adapter's update is `factor` times what it is: every B is. UserError without an adapter."""
+    factors = [layer.lora_B[ADAPTER].weight for layer in adapter_layers(model).values()]
+    if not factors:
+        raise UserError("evaluate.scale: scales an adapter, and a fully trained model has none; set evaluate.scale=[]")
+    before = [b.detach().clone() for b in factors]
+    with torch.no_grad():
+        for b in factors:
+            b.mul_(factor)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for b, value in zip(factors, before, strict=True):
+                b.copy_(value)
+
+
 @torch.no_grad()
 def merged(model: Any) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, W + scale * B A [out, in]) of every adapted weight, added in float32 and rounded once.
 
-    The base stays as it is, so that merging again and again adds no rounding error.
+    The base stays as it is, so that merging again and again adds no rounding error. In the model's order: a sampler loads a
+    block's part at once.
+    """
+    for name, layer in adapter_layers(model).items():
+        weight = layer.get_base_layer().weight
+        yield f"{name}.weight", (weight.float() + layer.get_delta_weight(ADAPTER).float()).to(weight.dtype)
+
+
+@torch.no_grad()
+def merged_apart(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """`merged`, [out, in], of a model whose weights do not lie there as they are: sharded ones are gathered first (a collective).
 
     Over a quantised base W is the dequantised weight, and layers without an adapter are given too: a sampler that loaded
     the original checkpoint then computes with the same quantised weights as the trainer.

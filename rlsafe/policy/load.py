@@ -131,6 +131,10 @@ def load_model(config: ModelConfig, path: str, seed: int, device: torch.device, 
         model = load_adapter(model, config.adapter)
     elif config.lora is not None:
         model = attach_lora(model, config.lora, seed)
+    if config.lora is not None:
+        from rlsafe.policy.lora import fuse
+
+        fuse(model, config.lora.fused)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model if quantized or in_host_memory else model.to(device)

@@ -32,7 +32,10 @@ class Outputs(NamedTuple):
 
 
 class PolicyModule(nn.Module):
-    """A causal LM (plain or PEFT-wrapped) with the head taken apart from the decoder."""
+    """A causal LM (plain or PEFT-wrapped) with the language-model head, `output`, taken apart from the decoder."""
+
+    decoder: Any
+    output: nn.Linear
 
     def __init__(self, model: Any, what: str = "the model"):
         super().__init__()
@@ -43,21 +46,12 @@ class PolicyModule(nn.Module):
         self.softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2, 3
         self.logit_scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
         self.logit_scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
-        # In lists, so that PyTorch does not register these modules a second time: `model` already holds their parameters.
-        self._decoder = [base.get_decoder()]
-        self._head = [base.get_output_embeddings()]
-        if self._head[0] is None or not hasattr(self._head[0], "weight"):
+        decoder, output = base.get_decoder(), base.get_output_embeddings()
+        if output is None or not hasattr(output, "weight"):
             raise UserError(f"{what}: has no output embeddings; expected a causal language model")
+        # Past PyTorch, which would register these modules a second time: `model` already holds their parameters.
+        vars(self).update(decoder=decoder, output=output)
         self.residual = Residual(decoder_blocks(self.decoder, self.n_layers, what), self.hidden_size)
-
-    @property
-    def decoder(self) -> Any:
-        return self._decoder[0]
-
-    @property
-    def output(self) -> nn.Linear:
-        """The language-model head."""
-        return self._head[0]
 
     def hidden_states(self, ids: Tensor) -> Tensor:
         """Final-norm hidden states [B, T, H] of right-padded ids.
@@ -119,11 +113,25 @@ class PolicyModule(nn.Module):
         temperature: float = 1.0, layers: Sequence[int] = (), with_entropy: bool = False, top_p: float = 1.0,
     ) -> Outputs:  # fmt: skip
         """ids [B, T]; positions [N] index the flattened [B * T] states that predict targets [N]."""
-        with self.residual.tap(layers) as tapped:
+        taps: AbstractContextManager[dict[int, Tensor]] = self.residual.tap(layers) if layers else nullcontext({})
+        with taps as tapped:
             last = self.hidden_states(ids)
         states = last.flatten(0, 1).index_select(0, positions)
         out = self.apply_head(states, targets, references, temperature, with_entropy, top_p)
         return Outputs(out.logp, out.kls, out.entropy, dict(tapped), out.log_mass)
+
+
+def scatter(values: Tensor, positions: Tensor, shape: torch.Size) -> Tensor:
+    """values [N] of the predicting states at flat `positions` -> [B, T]: each at its target, one to the right."""
+    out = values.new_zeros(shape.numel())
+    return out.index_put((positions + 1,), values).view(shape)
+
+
+def predicting(mask: Tensor) -> Tensor:
+    """Flat indices [N] into B * T of the states that predict the masked targets [B, T]; index 0 is never a target."""
+    mask = mask.bool().clone()
+    mask[:, 0] = False
+    return mask.flatten().nonzero().squeeze(1) - 1
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from rlsafe.types import Batch, Need
@@ -88,16 +87,3 @@ class Forwarded:
     hidden: dict[int, Tensor]
     entropy: Tensor | None
     log_mass: Tensor | None = None
-
-
-def scatter(values: Tensor, positions: Tensor, shape: torch.Size) -> Tensor:
-    """values [N] of the predicting states at flat `positions` -> [B, T]: each at its target, one to the right."""
-    out = values.new_zeros(shape.numel())
-    return out.index_put((positions + 1,), values).view(shape)
-
-
-def predicting(mask: Tensor) -> Tensor:
-    """Flat indices [N] into B * T of the states that predict the masked targets [B, T]; index 0 is never a target."""
-    mask = mask.bool().clone()
-    mask[:, 0] = False
-    return mask.flatten().nonzero().squeeze(1) - 1

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from rlsafe.config import ModelConfig, UserError
 from rlsafe.policy import sharding
-from rlsafe.policy.adapters import adapter_layers, merged, save_model
+from rlsafe.policy.adapters import adapter_layers, merged, merged_apart, save_model
 from rlsafe.policy.load import check_tokenizer, load_model, load_tokenizer, no_progress_bar
-from rlsafe.policy.module import PolicyModule, verify_head
-from rlsafe.policy.plan import Forwarded, ForwardPlan, Frozen, predicting, scatter
+from rlsafe.policy.module import PolicyModule, predicting, scatter, verify_head
+from rlsafe.policy.plan import Forwarded, ForwardPlan, Frozen
 from rlsafe.policy.quantize import quantized_as
 from rlsafe.policy.references import References
 from rlsafe.policy.taps import Addition, Handle, decoder_blocks
@@ -27,13 +27,19 @@ class Policy:
 
     `module` is what the trainer wraps (`policy.module = accelerator.prepare(policy.module)`); gradient forwards go
     through it. Frozen forwards and scoring go through the unwrapped module, unless it is sharded.
+
+    is_lora: whether an adapter is trained, or the whole model. quantized_as: in how many bits the frozen base is stored; None when
+    it is not packed. is_sharded: whether every rank keeps a shard of the parameters only (FSDP2, ZeRO-3; see `shard`).
     """
 
     def __init__(self, config: ModelConfig, model: Any, tokenizer: Any):
         self.config, self.tokenizer = config, tokenizer
         self.core = PolicyModule(model, f"model.name: {config.name}")
         self.module: nn.Module = self.core
-        self._sharded = False
+        self.is_lora = hasattr(model, "peft_config")
+        packed = (bits for module in self.core.modules() if (bits := quantized_as(module)))
+        self.quantized_as: Literal["4bit", "8bit"] | None = next(packed, None)
+        self.is_sharded = False
         self._device: torch.device | None = None  # where the shards are gathered: offloaded, they rest elsewhere
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._references = References(self.core, self._parameters, starts_from_adapter=config.adapter is not None)
@@ -84,15 +90,6 @@ class Policy:
         """The Hugging Face model, without the PEFT wrapper."""
         model = self.core.model
         return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-    @property
-    def is_lora(self) -> bool:
-        return hasattr(self.core.model, "peft_config")
-
-    @property
-    def quantized_as(self) -> Literal["4bit", "8bit"] | None:
-        """In how many bits the frozen base is stored; None when it is not packed."""
-        return next((bits for module in self.core.modules() if (bits := quantized_as(module))), None)
 
     @property
     def is_quantized(self) -> bool:
@@ -155,7 +152,7 @@ class Policy:
         out = self.module(
             self.core.outputs, batch.ids, positions, targets, references, temperature, plan.layers, entropy, top_p
         )
-        if self._sharded:
+        if self.is_sharded:
             out = sharding.joined(self.core, out)
         shape = batch.ids.shape
         logp = scatter(out.logp, positions, shape)
@@ -213,11 +210,6 @@ class Policy:
 
     # ------------------------------------------------------------------------------------------------ sharding
 
-    @property
-    def is_sharded(self) -> bool:
-        """Whether every rank keeps a shard of the parameters only (FSDP2, ZeRO-3)."""
-        return self._sharded
-
     def shard(self, device: torch.device, offload: bool = False, zero3: bool = False) -> None:
         """Cut all parameters over the ranks (FSDP2, or ZeRO-3), references included. UserError for a quantised base.
 
@@ -228,6 +220,9 @@ class Policy:
                 f"model.quantization: {self.config.quantization} weights cannot be sharded by FSDP2 or DeepSpeed; "
                 "use configs/accelerate/ddp.yaml, or no quantization"
             )
+        from rlsafe.policy.lora import unfuse
+
+        unfuse(self.core.model)  # parameters are gathered when their own module runs
         names = {id(p): name for name, p in self._parameters.items()}
         order = [names[id(p)] for p in self.core.parameters() if id(p) in names]
         if zero3:
@@ -236,7 +231,7 @@ class Policy:
             sharding.shard_module(self.core, decoder_blocks(self.core.decoder, self.n_layers), device, offload)
         self._parameters.update(zip(order, (p for p in self.core.parameters() if p.requires_grad), strict=True))
         self._references.reload()
-        self._sharded, self._device = True, device
+        self.is_sharded, self._device = True, device
 
     def leaves(self) -> list[Tensor]:
         """The tensors to take gradients of, each in its own shape: the trained parameters, or under FSDP2 the gathered copies."""
@@ -296,7 +291,8 @@ class Policy:
     def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, value in its own shape) of every weight that training changes, as fresh tensors."""
         if self.is_lora:
-            yield from merged(self.core.model)
+            apart = self.is_sharded or self.quantized_as is not None
+            yield from (merged_apart if apart else merged)(self.core.model)
         else:
             yield from ((name, sharding.whole(p).detach().clone()) for name, p in self._parameters.items())
 

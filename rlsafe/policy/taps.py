@@ -33,11 +33,20 @@ def decoder_blocks(decoder: nn.Module, n_layers: int, what: str = "the model") -
     return found[0]
 
 
+def steered(change: Tensor, hidden: Tensor) -> Tensor:
+    """What to add to hidden states [..., H]: the vector [H] itself, or for S [H, n] minus their part S S^T h, in float32 at least."""
+    if change.dim() == 1:
+        return change.to(hidden)
+    wide = hidden if hidden.dtype.itemsize >= 4 else hidden.float()
+    change = change.to(wide)
+    return -((wide @ change) @ change.T).to(hidden.dtype)
+
+
 def check_vector(vector: Tensor, layer: int, hidden_size: int, n_layers: int) -> None:
-    """UserError unless `vector` is a finite [H] and `layer` one of 0..n_layers."""
+    """UserError unless `vector` is a finite [H], or [H, n], and `layer` one of 0..n_layers."""
     if not 0 <= layer <= n_layers:
         raise UserError(f"steering layer {layer}: expected 0 (embeddings) to {n_layers} (output of the last block)")
-    if tuple(vector.shape) != (hidden_size,):
+    if tuple(vector.shape[:1]) != (hidden_size,) or vector.dim() > 2:
         raise UserError(f"steering vector of layer {layer}: expected shape [{hidden_size}], got {list(vector.shape)}")
     if not bool(torch.isfinite(vector).all()):
         raise UserError(f"steering vector of layer {layer}: holds NaN or infinite values")
@@ -58,6 +67,7 @@ class Handle:
         """Take the addition out; doing it twice is harmless."""
         present = self._owner.additions[self.layer]
         self._owner.additions[self.layer] = [handle for handle in present if handle is not self]
+        self._owner.hook_blocks()
 
 
 @dataclass(eq=False)
@@ -67,20 +77,34 @@ class _Tap:
 
 
 class Residual:
-    """Additions to, and taps on, the residual stream of one decoder; one permanent hook per block does both.
+    """Additions to, and taps on, the residual stream of one decoder. While there are any, one hook per block does both.
 
     A tap gets the stream after the additions of its layer, with its gradient.
     """
 
     def __init__(self, blocks: nn.ModuleList, hidden_size: int):
-        self.n_layers, self.hidden_size = len(blocks), hidden_size
+        self.n_layers, self.hidden_size, self._blocks = len(blocks), hidden_size, list(blocks)
         self.additions: dict[int, list[Handle]] = {k: [] for k in range(self.n_layers + 1)}
         self.batch: Batch | None = None
         self._taps: list[_Tap] = []
         self._suspended = 0
-        blocks[0].register_forward_pre_hook(self._at_embeddings, with_kwargs=True)
-        for index, block in enumerate(blocks):
-            block.register_forward_hook(self._after_block(index + 1))
+        self._hooks: list[Any] = []
+
+    def hook_blocks(self) -> None:
+        """Hook the blocks if anything is added or tapped, else leave them alone."""
+        wanted = bool(self._taps) or any(self.additions.values())
+        if wanted and not self._hooks:
+            self._hooks = [self._blocks[0].register_forward_pre_hook(self._at_embeddings, with_kwargs=True)]
+            for index, block in enumerate(self._blocks):  # before FSDP2's own hooks, which free the block's weights
+                self._hooks.append(block.register_forward_hook(self._after_block(index + 1), prepend=True))
+        elif not wanted:
+            while self._hooks:
+                self._hooks.pop().remove()
+
+    @property
+    def suspended(self) -> bool:
+        """Whether additions are off, as in the forward of a frozen reference."""
+        return self._suspended > 0
 
     def _pass(self, layer: int, hidden: Tensor) -> Tensor:
         if not self._suspended:
@@ -113,6 +137,7 @@ class Residual:
         check_vector(vector, layer, self.hidden_size, self.n_layers)
         handle = Handle(layer, addition.detach() if isinstance(addition, Tensor) else addition, self)
         self.additions[layer].append(handle)
+        self.hook_blocks()
         return handle
 
     @contextmanager
@@ -129,11 +154,13 @@ class Residual:
             yield tap.hidden
             return
         self._taps.append(tap)
+        self.hook_blocks()
         try:
             yield tap.hidden
         finally:
             # Stop collecting before the backward, where gradient checkpointing computes blocks again and would overwrite these.
             self._taps.remove(tap)
+            self.hook_blocks()
 
     @contextmanager
     def off(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from rlsafe.config import nearest
 from rlsafe.rewards.limits import TooSlow, call_within, wait_for
-from rlsafe.rewards.loading import LoadedReward, parameters
+from rlsafe.rewards.loading import LoadedReward
 from rlsafe.types import Message
 
 Scores = list[float | None]
@@ -90,7 +90,7 @@ class OneCall:
             "log_extra": self.logs.column,
         }
         columns = {name: [values[i] for i in self.rows] for name, values in data.columns.items()}
-        return functools.partial(_call, self.reward.fn, arguments, columns)
+        return functools.partial(_call, self.reward, arguments, columns)
 
     def begin(self, texts: bool) -> None:
         if self.rows:
@@ -120,6 +120,8 @@ class OneCall:
             return BadReward(str(error))
         except Exception as error:
             return error
+        if len(self.rows) == n:
+            return scores
         self.logs.extra = {name: _spread(values, self.rows, n) for name, values in self.logs.extra.items()}
         return _spread(scores, self.rows, n)
 
@@ -152,9 +154,9 @@ async def _awaited(call: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
     return await call()
 
 
-def _call(fn: Callable[..., Any], arguments: dict[str, Any], columns: dict[str, list[Any]]) -> Any:
-    """Call `fn` with what it names, or with everything when it takes `**kwargs`; bound arguments stay bound."""
-    named, takes_all = parameters(fn)
+def _call(reward: LoadedReward, arguments: dict[str, Any], columns: dict[str, list[Any]]) -> Any:
+    """Call the function with what it names, or with everything when it takes `**kwargs`; bound arguments stay bound."""
+    fn, (named, takes_all) = reward.fn, reward.takes
     bound = fn.keywords if isinstance(fn, functools.partial) else {}
     offered = {name: value for name, value in {**columns, **arguments}.items() if name not in bound}
     given = {name: value for name, value in offered.items() if takes_all or name in named}

@@ -32,6 +32,11 @@ class LoadedReward:
     where: Mapping[str, Any] = field(default_factory=dict)
     timeout: float = 600.0
 
+    @functools.cached_property
+    def takes(self) -> tuple[dict[str, bool], bool]:
+        """What `fn` can be given by name, see `parameters`."""
+        return parameters(self.fn)
+
     def wants(self, column: str, value: Any) -> bool:
         """Whether `where` lets a row with this value in."""
         wanted = self.where[column]

@@ -75,7 +75,11 @@ class RewardRunner:
         """
         n = len(completions)
         data = BatchData(prompts, completions, completion_ids, columns, plain or [False] * n, trainer_state)
-        calls = {name: OneCall(name, reward, self._rows(name, data), data) for name, reward in self.rewards.items()}
+        everyone = list(range(n))
+        calls = {
+            name: OneCall(name, reward, self._rows(name, data) if reward.where else everyone, data)
+            for name, reward in self.rewards.items()
+        }
         try:
             for name, call in calls.items():  # the async ones are under way while the sync ones run
                 if self.rewards[name].is_async:
@@ -104,14 +108,17 @@ class RewardRunner:
     def _outcome(self, call: OneCall) -> Scores | Exception:
         """The checked rewards, or the exception that stood in their way: one failure must not take the others along.
 
-        A function that reads messages fails on the texts that TRL's contract has for plain prompts: on the first batch it is asked
-        again with messages, and gets them from then on.
+        A function that reads messages fails on the texts that TRL's contract has for plain prompts. Unless it has scored some
+        before, it is asked again with messages, and gets them from then on.
         """
         name = call.name
         texts = self.texts.get(name, True)
         result = call.outcome(texts)
-        if not (isinstance(result, Exception) and texts and name not in self.texts and call.has_plain):
-            self.texts.setdefault(name, texts)
+        if not isinstance(result, Exception):
+            if call.has_plain and any(value is not None for value in result):  # else it may not have looked at any
+                self.texts.setdefault(name, texts)
+            return result
+        if not (texts and name not in self.texts and call.has_plain):
             return result
         if not isinstance(result, (TypeError, AttributeError, KeyError, IndexError)):
             return result
@@ -131,17 +138,23 @@ class RewardRunner:
                 batch.by_name[name] = [None] * n
                 continue
             batch.by_name[name] = result
-        used = {name: log for name, log in logs.items() if name not in batch.failed}
-        batch.extra = {name: list(values) for name, values in merged({f: log.extra for f, log in used.items()}).items()}
-        for metric, values in merged({function: log.metrics for function, log in used.items()}).items():
-            if known := [value for value in values if math.isfinite(value)]:
-                batch.metrics[metric] = sum(known) / len(known)
+        used = {name: log for name, log in logs.items() if (log.metrics or log.extra) and name not in batch.failed}
+        if used:
+            self._log(batch, used)
         if not batch.failed:
             weights = [reward.weight for reward in self.rewards.values()]
             for row, parts in enumerate(zip(*batch.by_name.values(), strict=True)):
                 scored = [weight * part for weight, part in zip(weights, parts, strict=True) if part is not None]
                 batch.total[row] = sum(scored) if scored else None
         return batch
+
+    def _log(self, batch: RewardBatch, logs: Mapping[str, Logs]) -> None:
+        """What the functions logged, under names that are no number of the run's own."""
+        extra = merged({name: log.extra for name, log in logs.items()})
+        batch.extra = {name: list(values) for name, values in extra.items()}
+        for metric, values in merged({name: log.metrics for name, log in logs.items()}).items():
+            if known := [value for value in values if math.isfinite(value)]:
+                batch.metrics[metric] = sum(known) / len(known)
 
     def _failed(self, name: str, error: Exception) -> None:
         if isinstance(error, UserError):

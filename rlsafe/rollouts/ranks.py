@@ -39,16 +39,41 @@ def is_first() -> bool:
     return world() == 1 or dist.get_rank() == 0
 
 
-def launcher() -> dict[str, Any]:
-    """How vLLM is to find its place: nothing for one process; with several, one engine for each, on the device that its local rank
-    names (as TRL's colocated vLLM does)."""
+def launcher(parallel: int = 1) -> dict[str, Any]:
+    """How vLLM is to find its place: nothing for one process; with several, one engine for each, or for each `parallel` neighbours, on
+    the device that its local rank names (as TRL's colocated vLLM does). UserError when the processes cannot be shared out so."""
+    if world() % parallel:
+        raise UserError(
+            f"sampler.tensor_parallel: {parallel} processes share an engine, and the run has {world()}; expected a multiple "
+            f"(accelerate launch --num_processes {parallel})"
+        )
     if world() == 1:
         return {}
     os.environ.setdefault("RANK", str(dist.get_rank()))
     os.environ.setdefault("WORLD_SIZE", str(world()))
     here = torch.cuda.current_device() if torch.cuda.is_available() else dist.get_rank()
     os.environ.setdefault("LOCAL_RANK", str(here))
-    return {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": 1}
+    return {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": parallel}
+
+
+class Team:
+    """The processes that share one engine. Each must be asked for the same at the same time: they pool their requests."""
+
+    def __init__(self, size: int):
+        self.size, self.rank = size, 0
+        if size > 1:
+            self.rank = dist.get_rank() % size
+            self._group, _ = dist.new_subgroups(size, backend="gloo")
+
+    def pooled(self, mine: Sequence[A], work: Callable[[Sequence[A]], Sequence[B]]) -> list[B]:
+        """`work` on the items of all, of which this process gets what came of its own. With no items too: others may have some."""
+        if self.size == 1:
+            return list(work(mine)) if mine else []
+        everyone: list[Any] = [None] * self.size
+        dist.all_gather_object(everyone, list(mine), group=self._group)
+        items = [item for share in everyone for item in share]
+        first = sum(len(share) for share in everyone[: self.rank])
+        return list(work(items))[first : first + len(mine)] if items else []
 
 
 def together(start: Callable[[], T], undo: Callable[[T], None]) -> T:

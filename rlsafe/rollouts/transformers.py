@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from rlsafe.policy import Policy
-from rlsafe.policy.taps import check_vector
+from rlsafe.policy.taps import check_vector, steered
 from rlsafe.rollouts.sampling import check_lengths, draw, processed_logprobs, stop_token_ids, uniforms
 from rlsafe.types import Completion, PolicyWeights, Request, SamplingParams
 
@@ -35,7 +35,8 @@ class TransformersSampler:
         self.policy = cast(Policy, policy)
 
     def steer(self, additions: Mapping[int, Tensor] | None) -> None:
-        """Add vectors [H] to the residual stream while generating; training forwards are not touched. None removes."""
+        """Add vectors [H] to the residual stream while generating, or take the part in S [H, n] out of it; training forwards are not
+        touched. None ends it."""
         for layer, vector in (additions or {}).items():
             check_vector(vector, layer, self.policy.hidden_size, self.policy.n_layers)
         self._additions = dict(additions or {})
@@ -54,7 +55,8 @@ class TransformersSampler:
         training = core.training
         with ExitStack() as stack:
             for layer, vector in self._additions.items():
-                stack.callback(self.policy.add_to_residual(layer, vector).remove)
+                handle = self.policy.add_to_residual(layer, _addition(vector))
+                stack.callback(handle.remove)
             core.residual.batch = None
             stack.callback(core.train, training)
             core.train(False)
@@ -112,6 +114,11 @@ class TransformersSampler:
             Completion(t[:n], p[:n], "stop" if done else "length")
             for t, p, n, done in zip(tokens.tolist(), logps.tolist(), ends, finished, strict=True)
         ]
+
+
+def _addition(vector: Tensor) -> Callable[[Tensor, Any], Tensor]:
+    """What `add_to_residual` adds for a vector [H], or for [H, n] whose part is taken out."""
+    return lambda hidden, _: steered(vector, hidden)
 
 
 def _left_pad(prompts: list[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor]:

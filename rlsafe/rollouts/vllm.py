@@ -9,13 +9,14 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from rlsafe.config import UserError
-from rlsafe.policy.taps import check_vector, decoder_blocks
+from rlsafe.policy.taps import check_vector, decoder_blocks, steered
 from rlsafe.rollouts import ranks
 from rlsafe.rollouts.engine import generation_threads, refusal, start_engine, weight_files
 from rlsafe.rollouts.noise import hasten
@@ -43,6 +44,7 @@ class VLLMSampler:
         sync: Literal["merged", "adapter"] = "merged",
         lora_rank: int | None = None,
         gpu_memory: float = 0.4,
+        tensor_parallel: int = 1,
         max_model_len: int | None = None,
         max_num_seqs: int = 256,
         tokenizer: Any = None,
@@ -52,6 +54,7 @@ class VLLMSampler:
     ):
         """Start the engine (seconds). UserError when vLLM is missing or cannot run the model.
 
+        tensor_parallel: neighbouring ranks that share it; all of them then make, sync, steer and ask it together.
         eager=False (CUDA graphs) is faster on a GPU but cannot be steered.
         """
         self.model_dir, self._sync, self._eager, self.closed = model_dir, sync, eager, False
@@ -61,6 +64,7 @@ class VLLMSampler:
         self._hooks: list[Any] = []
         self._adapter: Any = None
         self._adapters = 0
+        self._files = weight_files(model_dir)
         self._loaded: set[str] = set()  # parts of the model (see `unit_of`) whose weights differ from the checkpoint's
         settings: dict[str, Any] = {
             "model": model_dir,
@@ -77,22 +81,32 @@ class VLLMSampler:
         }
         if sync == "adapter":
             settings |= _lora_settings(lora_rank)
+        self._start(settings, tensor_parallel, max_model_len, gpu_memory)
+        if not torch.cuda.is_available():
+            self._llm.collective_rpc(hasten)
+        self._threads = generation_threads(sum(file.stat().st_size for file in self._files) // 4)
+        self._try(gpu_memory)
+
+    def _start(self, settings: dict[str, Any], parallel: int, max_model_len: int | None, gpu_memory: float) -> None:
+        """Start the engine on this rank's device, or on those of `parallel` neighbours."""
         ranks.starting()
         try:
-            self._llm, self.max_model_len = start_engine(settings | ranks.launcher(), max_model_len, gpu_memory)
+            place = ranks.launcher(parallel)
+            self._team = ranks.Team(parallel)
+            self._llm, self.max_model_len = start_engine(settings | place, max_model_len, gpu_memory)
         except UserError:
             with ranks.ending():
                 pass
             raise
         ranks.lives(self)
         self._model = _model_of(self._llm)
-        if not torch.cuda.is_available():
-            self._llm.collective_rpc(hasten)
-        self._threads = generation_threads(sum(file.stat().st_size for file in weight_files(model_dir)) // 4)
-        try:  # kernels that do not support a shape fail here, not in the first step
+
+    def _try(self, gpu_memory: float) -> None:
+        """Sample one token: kernels that do not support a shape fail now, not in the first step."""
+        try:
             self.generate([Request([1], 0)], SamplingParams(max_tokens=1))
         except Exception as error:
-            said = refusal(model_dir, error, gpu_memory)
+            said = refusal(self.model_dir, error, gpu_memory)
             error.__traceback__ = None
             self.close()
             raise said from None
@@ -110,11 +124,12 @@ class VLLMSampler:
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
         """One completion per request, in order. Log-probs may differ in their last bits with batch composition."""
+        check_lengths(requests, params, self.max_model_len, "the engine (sampler.max_model_len)")
+        return self._team.pooled(requests, lambda pool: self._generate(pool, params))
+
+    def _generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
         import vllm
 
-        if not requests:
-            return []
-        check_lengths(requests, params, self.max_model_len, "the engine (sampler.max_model_len)")
         settings = [
             vllm.SamplingParams(
                 temperature=params.temperature, top_p=params.top_p, max_tokens=params.max_tokens, seed=r.seed,
@@ -159,7 +174,7 @@ class VLLMSampler:
         now: set[str] = set()
         changed = changed if first is None else itertools.chain([first], changed)
         with self._own_threads(), ExitStack() as files:
-            weights = self._weights(changed, now, _checkpoint(self.model_dir, files))
+            weights = self._weights(changed, now, _checkpoint(self._files, files))
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             if not all(IN_BLOCK.fullmatch(unit) for unit in self._loaded):
                 _repack_tied_head(self._model)
@@ -199,7 +214,7 @@ class VLLMSampler:
     # ------------------------------------------------------------------------------------------------ steering
 
     def steer(self, additions: Mapping[int, Tensor] | None) -> None:
-        """Add vectors [H] to the residual stream at all positions from now on; None removes them.
+        """Add vectors [H] to the residual stream at all positions from now on, or take the part in S [H, n] out; None ends it.
 
         UserError for layers or shapes that do not fit, or with CUDA graphs.
         """
@@ -268,13 +283,13 @@ def unit_of(name: str) -> str:
     return block[0] if block else name.rpartition(".")[0]
 
 
-def _checkpoint(model_dir: str, files: ExitStack) -> dict[str, dict[str, Callable[[], Tensor]]]:
+def _checkpoint(paths: Sequence[Path], files: ExitStack) -> dict[str, dict[str, Callable[[], Tensor]]]:
     """{unit: {tensor's name: how to read it}}, which for a large model takes seconds; `files` keeps them open."""
     from safetensors import safe_open
 
     units: dict[str, dict[str, Callable[[], Tensor]]] = {}
-    for file in weight_files(model_dir):
-        tensors = files.enter_context(safe_open(str(file), framework="pt"))
+    for path in paths:
+        tensors = files.enter_context(safe_open(str(path), framework="pt"))
         for name in tensors.keys():  # noqa: SIM118 (no mapping)
             units.setdefault(unit_of(name), {})[name] = partial(tensors.get_tensor, name)
     return units
@@ -300,15 +315,20 @@ def _steer_block(blocks: Any, layer: int, vector: Tensor) -> Any:
 
     def after(_: nn.Module, __: Any, output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
-        hidden = hidden + vector.to(hidden)
+        stream = hidden
+        if (
+            vector.dim() == 2 and isinstance(output, tuple) and output[1] is not None
+        ):  # a part is taken out of the whole sum
+            stream = hidden + output[1]
+        hidden = hidden + steered(vector, stream)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         if "hidden_states" in kwargs:
             hidden = kwargs["hidden_states"]
-            return args, kwargs | {"hidden_states": hidden + vector.to(hidden)}
+            return args, kwargs | {"hidden_states": hidden + steered(vector, hidden)}
         at = next(i for i, arg in enumerate(args) if isinstance(arg, Tensor) and arg.is_floating_point())
-        return (*args[:at], args[at] + vector.to(args[at]), *args[at + 1 :]), kwargs
+        return (*args[:at], args[at] + steered(vector, args[at]), *args[at + 1 :]), kwargs
 
     if layer == 0:
         return blocks[0].register_forward_pre_hook(before, with_kwargs=True)

@@ -12,9 +12,12 @@ import world
 from race import Clock
 
 
-def rlsafe_run(clock: Clock, *, tree: dict[str, Any], rows: list[dict[str, Any]], block: int = 1) -> None:
-    """The real engine; a unit is `block` steps. GRPO steps with vLLM in process also report the seconds of weight sync and
-    generation."""
+def rlsafe_run(
+    clock: Clock, *, tree: dict[str, Any], rows: list[dict[str, Any]], block: int = 1,
+    completions: int = world.PROMPTS * world.GROUP,
+) -> None:  # fmt: skip
+    """The real engine; a unit is `block` steps. GRPO steps (`completions` each) with vLLM in process also report the seconds of
+    weight sync and generation."""
     import rlsafe.rollouts.vllm as vllm_room
     from rlsafe.config import RunConfig
     from rlsafe.engine.run.life import run
@@ -30,7 +33,7 @@ def rlsafe_run(clock: Clock, *, tree: dict[str, Any], rows: list[dict[str, Any]]
 
         def stepped(done: int, steps: int, record: dict[str, Any]) -> None:
             grpo = "completion_length" in record
-            tokens.append(record["completion_length"] * world.PROMPTS * world.GROUP if grpo else record["tokens"])
+            tokens.append(record["completion_length"] * completions if grpo else record["tokens"])
             if done % block == 0:
                 taken = dict(spent)
                 spent.update(dict.fromkeys(spent, 0.0))
@@ -179,8 +182,11 @@ def trl_grpo(clock: Clock, *, model: str, rows: list[dict[str, Any]], max_tokens
             trainer.train()
 
 
-def trl_sft(clock: Clock, *, model: str, rows: list[dict[str, Any]], batch: int, **settings: Any) -> None:
-    """TRL's SFTTrainer in float32 with its defaults but for `settings`; the loss is on the answers, as in rlsafe."""
+def trl_sft(
+    clock: Clock, *, model: str, rows: list[dict[str, Any]], batch: int, dtype: str = "float32",
+    lora: dict[str, Any] = world.LORA, **settings: Any,
+) -> None:  # fmt: skip
+    """TRL's SFTTrainer with its defaults but for `settings`; the loss is on the answers, as in rlsafe."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -204,12 +210,12 @@ def trl_sft(clock: Clock, *, model: str, rows: list[dict[str, Any]], batch: int,
         config = SFTConfig(
             output_dir=scratch, use_cpu=True, bf16=False, report_to="none", save_strategy="no", logging_steps=10**6,
             disable_tqdm=True, max_steps=100_000, learning_rate=world.LR, lr_scheduler_type="constant",
-            per_device_train_batch_size=batch, model_init_kwargs={"dtype": "float32"}, **settings,
+            per_device_train_batch_size=batch, model_init_kwargs={"dtype": dtype}, **settings,
         )  # fmt: skip
         trainer = Counting(
             model, args=config, processing_class=AutoTokenizer.from_pretrained(model), callbacks=[Each()],
             train_dataset=Dataset.from_list(split),
-            peft_config=LoraConfig(r=world.LORA["r"], lora_alpha=world.LORA["alpha"], target_modules="all-linear"),
+            peft_config=LoraConfig(r=lora["r"], lora_alpha=lora["alpha"], use_rslora=lora["rslora"], target_modules="all-linear"),
         )  # fmt: skip
         assert torch.get_num_threads() > 0
         trainer.train()

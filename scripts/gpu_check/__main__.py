@@ -10,6 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,10 +26,13 @@ NEEDS = (
     *("openai", "httpx2", "httpcore2", "jiter", "distro", "anyio", "sniffio", "tensorboard", "absl-py", "protobuf", "grpcio"),
     *("werkzeug", "docstring-parser", "bandit", "stevedore"),
     *("markdown", "tensorboard-data-server", "typer", "rich", "shellingham", "datasets", "dill", "multiprocess", "xxhash", "fsspec"),
+    "bitsandbytes",
 )  # fmt: skip
 LIMITS = {"cli": 150, "update": 120, "vllm": 120}
 LIMIT = 45  # seconds of the other checks
 PACKED = 64 << 20  # bytes
+WHEELS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_24", "manylinux_2_17", "manylinux2014", "manylinux1")
+CUDA = "cuda130"  # the gpu set's
 
 
 def main() -> int:
@@ -36,10 +41,14 @@ def main() -> int:
     parser.add_argument("--only", default="", help=f"of {','.join(checks.ALL)}")
     parser.add_argument("--json", type=Path, help="where the record goes")
     parser.add_argument("--pack", type=Path, help="put what a bare machine lacks into this directory instead")
+    parser.add_argument(
+        "--python", default="", help="with --pack: that machine's Python (3.12), when it is another than this one's"
+    )
+    parser.add_argument("--without", default="", help="with --pack: packages that are there already (name,name)")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.pack:
-        return pack(chosen.pack)
+        return pack(chosen.pack, chosen.python, chosen.without.split(","))
     if chosen.one:
         print("\n" + json.dumps(result_of(chosen.one, chosen.tiny)))
         return 0
@@ -73,7 +82,8 @@ def in_process(name: str) -> dict[str, Any]:
         return json.loads(done.stdout.strip().splitlines()[-1])
     except (IndexError, ValueError):
         tail = (done.stderr.strip().splitlines() or [""])[-1]
-        return {"state": "failed", "what": f"its process ended with {done.returncode}: {tail[:200]}", "numbers": {}}
+        what = f"its process ended with {done.returncode}: {tail[:200]}"
+        return {"state": "failed", "what": what, "numbers": {}, "trace": done.stderr[-6000:]}
 
 
 def result_of(name: str, tiny: bool) -> dict[str, Any]:
@@ -97,7 +107,8 @@ def result_of(name: str, tiny: bool) -> dict[str, Any]:
     except (Missing, ImportError) as error:
         return {"state": "not run", "what": str(error), "numbers": {}}
     except Exception as error:
-        return {"state": "failed", "what": f"{type(error).__name__}: {str(error).strip()[:300]}", "numbers": {}}
+        what = f"{type(error).__name__}: {str(error).strip()[:300]}"
+        return {"state": "failed", "what": what, "numbers": {}, "trace": traceback.format_exc()[-6000:]}
     finally:
         if tiny:
             signal.alarm(0)
@@ -128,9 +139,9 @@ def machine() -> dict[str, Any]:
     return {"device": device, "python": platform.python_version(), "versions": versions}
 
 
-def pack(directory: Path) -> int:
-    """Install the packages of NEEDS, as this environment has them, into `directory`."""
-    pins = [f"{name}=={version(name)}" for name in NEEDS if _here(name)]
+def pack(directory: Path, python: str = "", without: Sequence[str] = ()) -> int:
+    """Install the packages of NEEDS, as this environment has them, into `directory`, for `python` (this one, when empty)."""
+    pins = [f"{name}=={version(name)}" for name in NEEDS if _here(name) and name not in without]
     command = [
         sys.executable,
         "-m",
@@ -141,9 +152,14 @@ def pack(directory: Path) -> int:
         "--no-compile",
         "--target",
         str(directory),
-        *pins,
     ]
-    subprocess.run(command, check=True)
+    if python:
+        command += ["--only-binary=:all:", "--implementation=cp", f"--python-version={python}"]
+        command += [f"--platform={kind}_{platform.machine()}" for kind in WHEELS]
+    subprocess.run([*command, *pins], check=True)
+    for library in directory.glob("bitsandbytes/libbitsandbytes_*.so"):
+        if CUDA not in library.name and "cpu" not in library.name:
+            library.unlink()  # 20 MiB for each older CUDA
     size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
     print(f"{len(pins)} packages, {size / 2**20:.0f} MiB, in {directory}")
     return 0 if size <= PACKED else 1

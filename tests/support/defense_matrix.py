@@ -188,6 +188,7 @@ def table(directory: Path) -> list[Case]:
     prompts = [f"organism:inoculation-{strength}" for strength in ("medium", "strong")]
     few, many, rows = 0.1, 0.6, ("rows_added",)
     plus, live = {"scores": scores, "top": 0.5}, {"min_aligned": 20, "source_model": "live"}
+    projection = {"rows": 3}
     return [
         Case("kl", graded({}, "weight", 0, 3.0, 100.0), lambda n, d: n.from_base() - d.from_base(),
              ("full", "grad_share"), resuming={"reference": "step:2", "mask": "answer"}),
@@ -208,6 +209,14 @@ def table(directory: Path) -> list[Case]:
              resuming={"fraction": 0.4}),
         Case("interleaving-onpolicy", graded(live, "fraction", 0, few, many), onpolicy_rows, (*rows, "kept"), label="live",
              resuming={"fraction": 0.4}),
+        Case("kl", graded({"source": str(directory / "safe.jsonl"), "mask": "answer"}, "target_share", 0, 0.2, 0.8),
+             lambda n, d: n.from_base() - d.from_base(), ("full", "weight", "rows_added"), label="kl-aside"),
+        Case("gradient-projection", graded(projection, "strength", 0, 0.2, 1.0), learned_safe, ("guide", "added_norm")),
+        Case("gradient-projection", graded(projection | {"method": "trusted", "rank": 2}, "strength", 0, 0.2, 0.9), change,
+             ("guide", "removed_norm"), label="trusted", resuming={"window": 3}),
+        Case("ablation", graded({"layers": [1], "vectors": vectors}, "share", 0, 0.3, 1.0), change, ("removed_share",)),
+        Case("feature-block", graded({"layer": 1, "vectors": vectors}, "weight", 0, 1.0, 100.0), change,
+             ("excess", "grad_share"), resuming={"reference": "step:2"}),
     ]  # fmt: skip
 
 

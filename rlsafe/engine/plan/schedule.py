@@ -14,7 +14,7 @@ from functools import cached_property
 from rlsafe.config import RunConfig, UserError
 from rlsafe.config.schema import Part, PhaseConfig
 from rlsafe.defenses import Offer
-from rlsafe.types import LossPath, Stream
+from rlsafe.types import LossPath, Origin
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class PlannedPart:
     defense: the name of the defense that supplies the rows; None = the run's data stream.
     """
 
-    stream: Stream
+    stream: Origin
     path: LossPath
     rows: int
     weight: float = 1.0
@@ -119,14 +119,16 @@ def _with_offers(config: RunConfig, drafts: Sequence[Draft], offers: Mapping[str
         )
         own: list[Draft] = []
         for name, offer in offers.items():
-            owed[name] += offer.fraction * units  # type: ignore[assignment]
+            if (number - 1, phase) not in offer.when:
+                continue
+            owed[name] += offer.fraction * units + (offer.rows if units else 0)  # type: ignore[assignment]
             if number % offer.every:
                 continue
             rows = int(owed[name] + 1e-9)
             if rows == 0:
                 continue
             owed[name] -= rows
-            added = PlannedPart("safe", "sft", rows, offer.weight, name)
+            added = PlannedPart("aside" if offer.aside else "safe", "sft", rows, offer.weight, name)
             if offer.own_step:
                 own.append((phase, f"defense/{name}", (added,)))
             else:

@@ -1,4 +1,4 @@
-"""What differs between the settings of two runs, and whether it matters."""
+"""Settings in which two runs differ, apart from those that do not change what is learned."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from rlsafe.config.trees import flatten
 
 NEUTRAL = (
     *("out", "checkpoint", "batch.micro_tokens", "batch.micro_rows", "model.gradient_checkpointing"),
-    *("sampler.urls", "sampler.adapter_dir", "sampler.patience", "sampler.gpu_memory", "sampler.max_num_seqs"),
+    *("model.lora.fused", "sampler.urls", "sampler.adapter_dir", "sampler.patience"),
+    *("sampler.gpu_memory", "sampler.max_num_seqs"),
     *("optim.on_nan", "grpo.on_error", "track.texts", "evaluate.judge", "evaluate.judges"),
 )
 """Settings that may change between a run's beginning and its end: they decide how it runs, not what it learns."""
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], most: int = 5) -> list[str]:
-    """`key: old, now new` of every setting that differs and matters."""
+    """`key: was OLD, now NEW` for every setting that differs and may change what is learned; at most `most` of them are named."""
     one, other = flatten(before), flatten(now)
     keys = [key for key in {**one, **other} if one.get(key, ...) != other.get(key, ...) and not _neutral(key)]
     lines = [f"{key}: was {_shown(one, key)}, now {_shown(other, key)}" for key in keys[:most]]

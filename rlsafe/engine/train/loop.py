@@ -27,7 +27,8 @@ def train_steps(run: Components, state: RunState) -> Iterator[dict[str, Any]]:
         step = run.plan[state.done]
         started = time.perf_counter()
         state.began = position(run, state)
-        if len(run.stack):
+        if run.defended:
+            run.stack.begin(step.index, step.phase)
             _take_references(run, step)
         metrics = grpo_step(run, state, step) if step.path == "grpo" else sft_step(run, state, step)
         state.done += 1
@@ -35,10 +36,10 @@ def train_steps(run: Components, state: RunState) -> Iterator[dict[str, Any]]:
         # Before the last probe, which shows the weights that are saved.
         if last and run.stack.after_step(run.policy, "end"):
             run.sampler.weights_changed()
-        if len(run.stack):
+        if run.defended:
             metrics |= run.effects.step(step.path, Counter({p.defense: p.rows for p in step.parts if p.defense}))
         late = None
-        if _probes(run, step, last):
+        if run.probe and (last or step.index % run.config.track.every == 0):
             late, probed = _probe(run, state, step)
             metrics |= probed
         metrics["seconds"] = time.perf_counter() - started
@@ -46,7 +47,7 @@ def train_steps(run: Components, state: RunState) -> Iterator[dict[str, Any]]:
         run.tracker.step(record, late)
         if run.probe:
             _take_in_judgements(run, state)
-        if len(run.stack):
+        if run.defended:
             if run.several:
                 run.effects.seen(union(run.effects.alive, run.accelerator))
             run.effects.check()
@@ -62,11 +63,6 @@ def _take_references(run: Components, step: Step) -> None:
     if f"step:{step.index}" in wanted:
         run.policy.snapshot(f"step:{step.index}")
     run.stack.await_references(run.policy.has_reference)
-
-
-def _probes(run: Components, step: Step, last: bool) -> bool:
-    every = run.config.track.every
-    return run.probe is not None and every > 0 and (step.index % every == 0 or last)
 
 
 def _probe(run: Components, state: RunState, step: Step) -> tuple[Late, dict[str, Any]]:

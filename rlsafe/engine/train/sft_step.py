@@ -5,6 +5,7 @@ What is not visited in a plain run stands elsewhere: ranks that must agree (`dis
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from rlsafe.data import sft_batches
@@ -13,6 +14,9 @@ from rlsafe.engine.train.loss import Micro
 from rlsafe.engine.train.state import Components, RunState
 from rlsafe.engine.train.update import update
 from rlsafe.types import Message, Row, Where
+
+BROUGHT = 2048
+"""Tokens that a row may have which a defense brings along, of a stream that the config's data lack."""
 
 
 def sft_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
@@ -35,15 +39,20 @@ def supervised(run: Components, state: RunState, part: PlannedPart, rows: list[R
     """This rank's micro-batches of supervised rows, at most `state.micro_tokens` padded tokens each."""
     where = Where(part.stream, "sft", "train")
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
-    conversations: list[list[Message]] = [run.stack.prompt(row["messages"], where) for row in rows[rank::world]]
-    settings = getattr(run.config.data, part.stream)
+    conversations: list[list[Message]] = [row["messages"] for row in rows[rank::world]]
+    if run.defended:
+        conversations = [run.stack.prompt(messages, where) for messages in conversations]
+    settings = getattr(run.config.data, part.stream, None)
+    owner = part.defense if part.stream == "aside" else None
     batches = sft_batches(
         conversations,
         run.policy.tokenizer,
         where,
-        max_tokens=settings.within if settings else 2048,
+        max_tokens=run.row_limits.get(part.stream, min(BROUGHT, run.policy.core.max_length or BROUGHT)),
         micro_tokens=state.micro_tokens,
         micro_rows=run.config.batch.micro_rows,
         truncate=settings is not None and settings.too_long == "truncate",
     )
-    return [Micro(batch.to(run.policy.device), part.weight) for batch in batches]
+    # Rows were measured before the run; a defense may since have added more to some.
+    state.left_out += len(conversations) - sum(len(batch.ids) for batch in batches)
+    return [Micro(replace(batch, owner=owner).to(run.policy.device), part.weight) for batch in batches]

@@ -37,10 +37,13 @@ if TYPE_CHECKING:
 class Components:
     """Built once by `rlsafe.engine.run.build`; none of its fields is replaced while the run lasts.
 
+    row_limits: tokens that a supervised row of each stream may have, `max_tokens` or what the model takes.
     sampler: the sampler; `sampler.synced()` gives it with the policy's current weights.
     direction: a persona vector that sampled answers are projected on. backward(loss) adds a micro-batch's gradient.
     clip: how shards are clipped together (`distributed.gradient_functions`); None when this process has the whole gradient.
     look_ahead: begins the rollouts of the next step (`grpo.max_staleness: 1`); None when rollouts wait for the update.
+    defended: whether any defense acts in this run; without one none of the stack's hooks is called.
+    several: whether the run is spread over several processes (ranks), which must then agree at every step.
     """
 
     config: RunConfig
@@ -52,6 +55,7 @@ class Components:
     clip: Callable[[list[Tensor], float], float] | None
     stack: DefenseStack
     streams: dict[str, Stream]
+    row_limits: dict[str, int]
     rewards: RewardRunner | None
     sampler: SyncedSampler
     make_judge: Callable[[], Judge]
@@ -61,6 +65,11 @@ class Components:
     effects: EffectLog
     log: Callable[[str], None]
     look_ahead: Callable[[Components, RunState, Step], dict[int, Ahead]] | None = None
+    defended: bool = field(init=False)
+    several: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.defended, self.several = len(self.stack) > 0, self.accelerator.num_processes > 1
 
     def draw(self, step: Step, part: PlannedPart) -> list[Row]:
         """The part's rows over all ranks, from the run's own stream or from the defense that offers them. Every rank draws the
@@ -71,11 +80,6 @@ class Components:
         rng = random.Random(f"{self.config.seed}/{part.defense}/{step.index}")
         return source.rows(part.rows, DataContext(step.index, rng, self.sampler.synced, self.make_judge))
 
-    @property
-    def several(self) -> bool:
-        """Whether the run is spread over several processes (ranks), which must then agree at every step."""
-        return self.accelerator.num_processes > 1
-
 
 @dataclass
 class RunState:
@@ -85,7 +89,9 @@ class RunState:
     pending: rollouts that further steps use again: {part of the schedule: (micro-batches, uses left)}.
     ahead: rollouts begun for the next step, by the number of its part.
     began: the `position` before the present step; None as soon as that step has changed weights.
+    left_out: supervised rows of the present step, on this rank, that were too long with what defenses added.
     skipped: steps left out in a row (optim.on_nan). gave_up: why waiting for the judge ended; the run then saves its state and stops.
+    told: what the log has been told by `tell_once`, in this process.
     """
 
     micro_tokens: int
@@ -95,16 +101,25 @@ class RunState:
     began: dict[str, Any] | None = None
     skipped: int = 0
     gave_up: str | None = None
+    left_out: int = 0
+    told: set[str] = field(default_factory=set)
+
+
+def tell_once(run: Components, state: RunState, line: str) -> None:
+    """Log a line the first time that it is true; later steps would only repeat it."""
+    if line not in state.told:
+        state.told.add(line)
+        run.log(line)
 
 
 def position(run: Components, state: RunState) -> dict[str, Any]:
-    """Where a run stands as plain values, without its weights and the lengths of its files: what a checkpoint of a step that fails
-    later needs. Copies, so that the step cannot change them."""
+    """Where a run stands before a step, as plain values: with the weights, which a step that fails has not changed, enough for a
+    checkpoint. Copies, so that the step cannot change them."""
     return {
         "done": state.done,
         "streams": {name: stream.state_dict() for name, stream in run.streams.items()},
-        "defenses": copy.deepcopy(run.stack.state_dict()) if len(run.stack) else {},
-        "effects": copy.deepcopy(run.effects.state_dict()) if len(run.stack) else run.effects.EMPTY,
+        "defenses": copy.deepcopy(run.stack.state_dict()) if run.defended else {},
+        "effects": copy.deepcopy(run.effects.state_dict()) if run.defended else run.effects.EMPTY,
         "random": random_state(),
         "tested": run.sampler.tests,
         "pending": dict(state.pending),

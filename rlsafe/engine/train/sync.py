@@ -12,10 +12,11 @@ from rlsafe.types import RunError, Sampler
 
 
 class SyncedSampler:
-    """The run's sampler, started on first use and synced whenever the weights changed since the last sync.
+    """The run's sampler, started on first use and synced when it is asked for and the weights have changed since the last sync.
 
-    The first two syncs are tested against the trainer's own log-probs (at the start, and after the first update), those to a server
-    always. wait_first: called before a sync; while another thread samples, the weights must stay.
+    make: starts the sampler, with the policy's current weights. test: compare the sampler's log-probs with the trainer's at the
+    start and after the first update (with test_always after every sync: a server may fail later). wait_first: called before a sync,
+    to wait for other threads that still sample with the old weights.
     """
 
     def __init__(
@@ -39,26 +40,29 @@ class SyncedSampler:
         self.tests = 0  # self-tests done
 
     def weights_changed(self) -> None:
-        """Sync before the next rollout."""
+        """Note that the sampler's weights are old now: `synced` will sync it."""
         self.stale = True
 
     def resumed(self, tests: int) -> None:
-        """Go on after `tests` self-tests of the run that was interrupted; its sampler is gone."""
+        """Start from a checkpoint, whose run had done `tests` self-tests and has left no sampler."""
         self.tests, self.stale = tests, True
 
     def synced(self) -> Sampler:
         """The sampler with the policy's current weights. RunError when its log-probs are not the policy's."""
+        sampler, fresh = self._sampler, False
         # A GPU holds one colocated engine: another run may have closed this one since.
-        if self._sampler is None or getattr(self._sampler, "closed", False):
-            self._sampler = self._make()
+        if sampler is None or getattr(sampler, "closed", False):
+            sampler, fresh = self._make(), True
+            self._sampler = sampler
         if self.stale:
             if self.wait_first:
                 self.wait_first()
-            self._sampler.sync(self._policy)
+            if not fresh:
+                sampler.sync(self._policy)
             self.stale = False
             if self._test and (self.tests < 2 or self._test_always):
                 self._compare()
-        return self._sampler
+        return sampler
 
     @contextmanager
     def at(self, reference: str) -> Iterator[Sampler]:

@@ -15,6 +15,7 @@ from rlsafe.engine.plan.schedule import Step
 from rlsafe.engine.train import faults
 from rlsafe.engine.train.distributed import anywhere
 from rlsafe.engine.train.effects import gradient_shares
+from rlsafe.engine.train.gradients import PartGradients, reshape
 from rlsafe.engine.train.loss import Micro, NotFinite, StepLoss, count, engine_needs
 from rlsafe.engine.train.micro import even_out, reduce_sums
 from rlsafe.engine.train.state import Components, RunState
@@ -28,11 +29,12 @@ def update(run: Components, state: RunState, step: Step, micros: list[Micro]) ->
     It is begun again with halved micro-batches while memory does not suffice. A step with NaN or Inf in it changes no weight: its
     batch is saved, and it stops the run or is left out (optim.on_nan). See `rlsafe.engine.train.faults`.
     """
+    dropped, state.left_out = state.left_out, 0
     if run.look_ahead:
         state.ahead = run.look_ahead(run, state, step)
     while True:
         try:
-            metrics = _update(run, state, step, micros)
+            metrics = _update(run, state, step, micros, dropped)
             state.skipped = 0
             return metrics
         except NotFinite as error:
@@ -46,34 +48,44 @@ def update(run: Components, state: RunState, step: Step, micros: list[Micro]) ->
         micros = faults.halved(run, state, step, micros, complaint)
 
 
-def _update(run: Components, state: RunState, step: Step, micros: list[Micro]) -> dict[str, Any]:
-    plan = _plan(frozenset(run.stack.needs | engine_needs(run.config.grpo, step.path == "grpo")))
+def _update(run: Components, state: RunState, step: Step, micros: list[Micro], dropped: int) -> dict[str, Any]:
+    needs = run.stack.needs if run.defended else set()
+    plan = _plan(frozenset(needs | engine_needs(run.config.grpo, step.path == "grpo")))
     counts: Mapping[str, float] = count(micros, run.stack, run.config.grpo)
     if run.several:  # every rank runs as many micro-batches, and divides by the counts over all of them
         micros = even_out(micros, run.accelerator, run.policy)
         counts = reduce_sums(counts, run.accelerator)
     loss = StepLoss(run.config.grpo, run.stack, plan, counts, run.accelerator.num_processes)
-    measure = len(run.stack) > 0 and run.effects.due(step.index, run.config.track.every)
+    measure = run.defended and run.effects.due(step.index, run.config.track.every)
     leaves = run.policy.leaves() if measure else []
     shares: dict[str, float] = {}
+    parts = PartGradients.of(run) if run.defended else None  # when a defense reads parts of the gradient apart
     for number, micro in enumerate(micros):
         temperature = run.config.grpo.temperature if micro.batch.where.path == "grpo" else 1.0
         frozen = run.policy.frozen(micro.batch, plan, temperature) if plan.frozen else {}
-        reduces = number == len(micros) - 1 or run.policy.is_sharded  # ranks add up their gradients after the last one
+        last = number == len(micros) - 1
+        # Ranks add up their gradients under the last backward; shards under each one; parts by themselves (`gradients`).
+        reduces = run.policy.is_sharded or (last and not parts)
         with (
             nullcontext() if reduces else run.accelerator.no_sync(run.policy.module),
-            run.stack.activations(run.policy, micro.batch.where),
+            run.stack.activations(run.policy, micro.batch.where) if run.defended else nullcontext(),
         ):
             # Forward and penalties: each term is divided by its count over the whole step.
             total, terms = loss.forward(run.policy, micro, frozen)
             if measure:
-                missing = len(terms) > 1 and len(shares) < len(run.stack.penalized)
+                missing = any(name.startswith("defense/") for name in terms) and len(shares) < len(run.stack.penalized)
                 shares |= gradient_shares(run.effects, terms if missing else {}, total, leaves, run.policy.is_sharded)
             # Backward.
-            run.backward(total)
-    metrics = _metrics(run, step, micros, loss)
+            if parts:
+                parts.backward(micro, total, terms)
+            else:
+                run.backward(total)
+    loss.check()
+    if run.defended and run.stack.reshaping:  # Defenses that change the gradient, before clipping.
+        shares |= reshape(run, parts)
+    metrics = _metrics(run, step, micros, loss, dropped)
     norm = _step(run, state, step, micros)
-    if run.stack.after_step(run.policy, "step"):
+    if run.defended and run.stack.after_step(run.policy, "step"):
         run.sampler.weights_changed()
     return {"lr": step.lr, "grad_norm": norm} | metrics | shares
 
@@ -105,11 +117,13 @@ def _step(run: Components, state: RunState, step: Step, micros: Sequence[Micro])
     return norm
 
 
-def _metrics(run: Components, step: Step, micros: Sequence[Micro], loss: StepLoss) -> dict[str, Any]:
+def _metrics(run: Components, step: Step, micros: Sequence[Micro], loss: StepLoss, dropped: int = 0) -> dict[str, Any]:
     """What the micro-batches summed up, over all ranks, under the names that metrics.jsonl has. RunError when sampler and trainer
     disagree: then nothing is learned from these rollouts."""
     sums = Counter(loss.sums)
     sums["tokens"] = sum(micro.batch.tokens for micro in micros if not micro.dummy)
+    if dropped:
+        sums["rows_left_out"] = dropped
     total: dict[str, float] = reduce_sums(sums, run.accelerator) if run.several else dict(sums)
     tokens = total.pop("tokens")
     metrics: dict[str, Any] = {"loss": total.pop("loss", 0.0), "tokens": tokens}

@@ -13,9 +13,10 @@ from stand_in_vllm import vllm  # noqa: F401
 from tiny_architectures import load
 from tiny_runs import adapter, distance, tree_with
 
-from rlsafe.config import SamplerConfig, run_from_tree
+from rlsafe.config import SamplerConfig, UserError, run_from_tree
 from rlsafe.engine.run.life import run
 from rlsafe.rollouts import CannotRun, make_sampler, ranks
+from rlsafe.types import Request, SamplingParams
 
 CONFIG = SamplerConfig(kind="vllm")
 
@@ -46,6 +47,42 @@ def test_each_rank_has_an_engine_on_its_own_device(policy, vllm, two, tiny_model
     make_sampler(CONFIG, tiny_model_dir, policy, 0)
     settings = vllm.made[0].settings
     assert settings["distributed_executor_backend"] == "external_launcher" and settings["tensor_parallel_size"] == 1
+
+
+def test_ranks_that_share_an_engine_pool_their_requests(policy, vllm, two, tiny_model_dir, monkeypatch):
+    monkeypatch.setattr(dist, "new_subgroups", lambda size, **_: ("the team", []))
+    monkeypatch.setattr(
+        dist, "all_gather_object", lambda into, mine, group=None: into.__setitem__(slice(None), [mine, mine])
+    )
+    sampler = make_sampler(CONFIG.model_copy(update={"tensor_parallel": 2}), tiny_model_dir, policy, 0)
+    assert vllm.made[0].settings["tensor_parallel_size"] == 2
+    asked = []
+    monkeypatch.setattr(
+        sampler, "_generate", lambda pool, _: asked.append([r.seed for r in pool]) or [r.seed for r in pool]
+    )
+
+    def gather(into, mine, group=None):
+        assert group == "the team"
+        into[:] = [[Request([1], 7), Request([2], 8)], mine]
+
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    assert sampler.generate([Request([3], 9)], SamplingParams(max_tokens=1)) == [9]
+    assert sampler.generate([], SamplingParams(max_tokens=1)) == []
+    assert asked == [[7, 8, 9], [7, 8]]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_processes_that_cannot_share_an_engine_are_told(policy, vllm, tiny_model_dir, size):
+    with pytest.raises(
+        UserError, match=rf"sampler.tensor_parallel: {size} processes share an engine, and the run has 1"
+    ):
+        make_sampler(CONFIG.model_copy(update={"tensor_parallel": size}), tiny_model_dir, policy, 0)
+
+
+@pytest.mark.parametrize("more", [{"kind": "transformers"}, {"kind": "server", "urls": ["http://localhost:1"]}])
+def test_other_samplers_have_no_engine_to_share(more):
+    with pytest.raises(ValueError, match="tensor_parallel"):
+        SamplerConfig(tensor_parallel=2, **more)
 
 
 def test_one_process_names_no_executor(policy, vllm, tiny_model_dir):
@@ -89,12 +126,13 @@ def test_ranks_judge_a_gap_alike(two):
 
 
 @pytest.mark.slow
-def test_two_processes_with_an_engine_each_train_what_one_trains(tiny_tree, tmp_path):
+@pytest.mark.parametrize("shared", [1, 2])
+def test_two_processes_with_an_engine_each_or_one_for_both_train_what_one_trains(tiny_tree, tmp_path, shared):
     pytest.importorskip("vllm")
     grpo = {"schedule": {"steps": 2, "phases": [{"cycle": ["grpo"]}]}, "sampler": {"kind": "vllm"}}
     tree = tree_with(tiny_tree, grpo, {"optim": {"lr": 1e-3}})
     run(run_from_tree(tree), tmp_path / "one")
-    printed = train("cpu_ddp", tree, tmp_path / "two")
+    printed = train("cpu_ddp", tree_with(tree, {"sampler": {"tensor_parallel": shared}}), tmp_path / "two")
     assert "Traceback" not in printed
     assert distance(adapter(tmp_path / "one"), adapter(tmp_path / "two")) < 2e-5
 

@@ -1,0 +1,63 @@
+"""What defenses share that change the residual stream while training: `persona` adds to it, `ablation` takes directions out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from rlsafe.defenses.base import Defense
+from rlsafe.types import Sampler, Stream, Where
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlsafe.policy import Policy
+    from rlsafe.policy.taps import Addition
+
+
+class Steering(Defense):
+    """Base class: `hooks()` says what is added where while training, `for_sampler` (set in `setup`) what a sampler is told.
+
+    layers: those that are changed. on: streams whose forward passes are. rollouts: whether GRPO rollouts are changed as well.
+    """
+
+    layers: tuple[int, ...] = ()
+    on: list[Stream]
+    rollouts: bool = False
+    for_sampler: dict[int, Tensor]
+
+    @property
+    def claims(self) -> frozenset[str]:
+        claims = {f"to steer layer {layer} on {stream} rows" for layer in self.layers for stream in self.on}
+        return frozenset(claims | {"to steer the rollouts"} if self.rollouts else claims)
+
+    def hooks(self) -> dict[int, Addition]:
+        """{layer: what is added to its hidden states}."""
+        raise NotImplementedError
+
+    def steers(self, where: Where) -> bool:
+        return where.stream in self.on and (where.phase == "train" or (where.phase == "rollout" and self.rollouts))
+
+    def activations(self, policy: Policy, where: Where) -> AbstractContextManager[Any]:
+        return self._hooked(policy) if self.steers(where) else nullcontext()
+
+    @contextmanager
+    def _hooked(self, policy: Policy) -> Iterator[None]:
+        handles = [policy.add_to_residual(layer, addition) for layer, addition in self.hooks().items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def patch_sampler(self, sampler: Sampler, where: Where) -> AbstractContextManager[Any]:
+        return self._patched(sampler) if self.steers(where) else nullcontext()
+
+    @contextmanager
+    def _patched(self, sampler: Sampler) -> Iterator[None]:
+        sampler.steer(self.for_sampler)
+        try:
+            yield
+        finally:
+            sampler.steer(None)

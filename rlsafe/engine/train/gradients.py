@@ -1,0 +1,126 @@
+"""The gradient lever: what a step's gradient consists of, apart where a defense asks, and the defenses' changes to it.
+
+Nothing here runs unless a defense overrides `gradients`. One that looks only at the whole step costs no backward. Parts are kept apart
+by pointing every parameter's `.grad` at the part's own tensors while its terms are run backward: one forward as always, and one more
+backward for each further part in the same micro-batch (`retain_graph`). DDP then adds ranks up here, once per part, instead of under
+the last backward; FSDP2 reduces in each backward, so all ranks take the same parts in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rlsafe.config import UserError
+from rlsafe.defenses import DefenseStack
+from rlsafe.engine.train.distributed import offloads, union
+from rlsafe.engine.train.loss import Micro
+from rlsafe.engine.train.state import Components
+from rlsafe.policy import Policy
+from rlsafe.policy.sharding import shard_like, whole
+from rlsafe.policy.zero3 import engine_of
+
+REST = "rest"  # all that no defense asked to see apart
+
+
+def check(stack: DefenseStack, policy: Policy) -> None:
+    """UserError for a defense that changes gradients, where no process has them whole."""
+    where = "DeepSpeed ZeRO-3" if engine_of(policy.core) else "FSDP2 with fsdp_offload_params" if offloads() else None
+    if policy.is_sharded and where and stack.reshaping:
+        raise UserError(
+            f"defense {stack.reshaping[0].name!r} changes gradients, which are not whole under {where}; expected "
+            "configs/accelerate/ddp.yaml or fsdp2.yaml"
+        )
+
+
+class PartGradients:
+    """One step's gradient in parts."""
+
+    def __init__(self, run: Components):
+        self._run = run
+        self._parameters = run.policy.trainable()
+        self._own = run.stack.own
+        self._wanted = {part for d in run.stack.reshaping for part in d.apart} - {"own"}
+        self._kept: dict[str, dict[str, Tensor | None]] = {}
+
+    @classmethod
+    def of(cls, run: Components) -> PartGradients | None:
+        """None when no defense asks for parts: one backward of the whole loss will do."""
+        return cls(run) if run.stack.own or any(defense.apart for defense in run.stack.reshaping) else None
+
+    def backward(self, micro: Micro, total: Tensor, terms: Mapping[str, Tensor]) -> None:
+        """Add one micro-batch to the parts. total: its loss (scalar); terms: what it is the sum of, on this rank; none in a dummy."""
+        sharded, world = self._run.policy.is_sharded, self._run.accelerator.num_processes
+        sums: dict[str, Tensor] = {}
+        for name, term in terms.items():
+            part = self._part(micro, name)
+            sums[part] = sums[part] + term if part in sums else term
+        names = sorted(union(sums or [REST], self._run.accelerator) if sharded else sums or [REST])
+        for number, name in enumerate(names):
+            loss = sums.get(name, 0.0 * total) * (world if sharded else 1)  # FSDP2 averages, `whole_parts` adds
+            mine = self._kept.setdefault(name, dict.fromkeys(self._parameters))
+            for key, parameter in self._parameters.items():
+                parameter.grad = mine[key]
+            self._run.accelerator.backward(loss, retain_graph=number + 1 < len(names))
+            for key, parameter in self._parameters.items():
+                mine[key], parameter.grad = parameter.grad, None
+
+    def _part(self, micro: Micro, term: str) -> str:
+        if not term.startswith("defense/"):
+            return micro.batch.where.stream if micro.batch.where.stream in self._wanted else REST
+        owner = term.removeprefix("defense/").rpartition("/")[0]
+        if owner in self._own:
+            return f"own/{owner}"
+        return "penalty" if "penalty" in self._wanted else REST
+
+    def finish(self) -> dict[str, dict[str, Tensor]]:
+        """{part: {parameter: gradient in its own shape}} over all ranks; the parameters' `.grad` is then their sum without `own`."""
+        accelerator, sharded = self._run.accelerator, self._run.policy.is_sharded
+        names = sorted(union(self._kept, accelerator))
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name in names:
+            mine = self._kept.get(name, {})
+            if accelerator.num_processes > 1 and not sharded:
+                parts[name] = _added(mine, self._parameters, self._run)
+            else:
+                parts[name] = {key: grad for key, grad in mine.items() if grad is not None}
+        for key, parameter in self._parameters.items():
+            of_step = [part[key] for name, part in parts.items() if key in part and not name.startswith("own/")]
+            if of_step:
+                parameter.grad = of_step[0].clone()
+                for gradient in of_step[1:]:
+                    parameter.grad += gradient
+            else:  # a step of nothing but an own penalty
+                parameter.grad = torch.zeros_like(parameter) if any(key in part for part in parts.values()) else None
+        return {
+            name: {key: whole(part[key]) if key in part else _zeros(p) for key, p in self._parameters.items()}
+            for name, part in parts.items()
+            if name != REST
+        }
+
+
+def _added(mine: Mapping[str, Tensor | None], parameters: Mapping[str, Tensor], run: Components) -> dict[str, Tensor]:
+    """One part summed over the ranks of DDP, in one collective."""
+    given = [(mine.get(key), p) for key, p in parameters.items()]
+    flat = torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in given])
+    flat = run.accelerator.reduce(flat, reduction="sum")
+    pieces = flat.split([p.numel() for p in parameters.values()])
+    return {key: piece.view_as(p) for (key, p), piece in zip(parameters.items(), pieces, strict=True)}
+
+
+def _zeros(parameter: Tensor) -> Tensor:
+    return torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+
+
+@torch.no_grad()
+def reshape(run: Components, parts: PartGradients | None) -> dict[str, float]:
+    """Let the defenses change the step's gradient; the parameters' `.grad` is then what they made of it. Gives metrics."""
+    seen = parts.finish() if parts else {}
+    given = {key: p for key, p in run.policy.trainable().items() if p.grad is not None}
+    step = {key: whole(p.grad) for key, p in given.items()}  # type: ignore[arg-type]
+    metrics = run.stack.gradients(run.policy, step, seen)
+    for key, parameter in given.items():
+        parameter.grad = shard_like(step[key], parameter) if run.policy.is_sharded else step[key]
+    return metrics

