@@ -113,7 +113,8 @@ class PolicyModule(nn.Module):
         temperature: float = 1.0, layers: Sequence[int] = (), with_entropy: bool = False, top_p: float = 1.0,
     ) -> Outputs:  # fmt: skip
         """ids [B, T]; positions [N] index the flattened [B * T] states that predict targets [N]."""
-        with self.residual.tap(layers) if layers else nullcontext({}) as tapped:
+        taps: AbstractContextManager[dict[int, Tensor]] = self.residual.tap(layers) if layers else nullcontext({})
+        with taps as tapped:
             last = self.hidden_states(ids)
         states = last.flatten(0, 1).index_select(0, positions)
         out = self.apply_head(states, targets, references, temperature, with_entropy, top_p)

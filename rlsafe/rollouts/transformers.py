@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class TransformersSampler:
         training = core.training
         with ExitStack() as stack:
             for layer, vector in self._additions.items():
-                handle = self.policy.add_to_residual(layer, lambda hidden, _, change=vector: steered(change, hidden))
+                handle = self.policy.add_to_residual(layer, _addition(vector))
                 stack.callback(handle.remove)
             core.residual.batch = None
             stack.callback(core.train, training)
@@ -114,6 +114,11 @@ class TransformersSampler:
             Completion(t[:n], p[:n], "stop" if done else "length")
             for t, p, n, done in zip(tokens.tolist(), logps.tolist(), ends, finished, strict=True)
         ]
+
+
+def _addition(vector: Tensor) -> Callable[[Tensor, Any], Tensor]:
+    """What `add_to_residual` adds for a vector [H], or for [H, n] whose part is taken out."""
+    return lambda hidden, _: steered(vector, hidden)
 
 
 def _left_pad(prompts: list[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -99,7 +99,28 @@ class StepLoss:
     plan: ForwardPlan
     counts: Mapping[str, float]  # denominators over the whole step, see `count`
     world: int = 1
-    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _added: list[tuple[str, Tensor, float]] = field(default_factory=list)
+    _finite: list[tuple[str, Tensor]] = field(default_factory=list)
+
+    @property
+    def sums(self) -> dict[str, float]:
+        """What the micro-batches so far add up to. Their numbers stay on the device until here: reading each would make the host wait
+        for the device several times a micro-batch."""
+        total: dict[str, float] = defaultdict(float)
+        values = _read([value for _, value, _ in self._added])
+        for (name, _, scale), value in zip(self._added, values, strict=True):
+            total[name] += value / scale
+        return total
+
+    def check(self) -> None:
+        """NotFinite, naming what was NaN or infinite in any micro-batch. To be called before the weights change."""
+        flags = _read([flag for _, flag in self._finite])
+        wrong = dict.fromkeys(name for (name, _), flag in zip(self._finite, flags, strict=True) if not flag)
+        if wrong:
+            raise NotFinite(f"{', '.join(wrong)}: NaN or Inf")
+
+    def _add(self, name: str, value: Tensor, scale: float = 1.0) -> None:
+        self._added.append((name, value.detach(), scale))
 
     def forward(self, policy: Policy, micro: Micro, frozen: dict[str, Frozen]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of one micro-batch (a scalar, to be summed over the step) and its terms."""
@@ -119,18 +140,18 @@ class StepLoss:
             if denominator:
                 weighted = terms[f"defense/{defense.name}/{term}"] = defense.weight * total / denominator
                 if defense.name in self.stack.own:  # its gradient goes elsewhere, see `train.gradients`
-                    self.sums["loss"] -= float(weighted.detach())
+                    self._add("loss", -weighted)
                 else:
-                    self.sums["loss/penalties"] += float(weighted.detach())
-                self.sums[f"defense/{defense.name}/{term}"] += float(total.detach()) / denominator
+                    self._add("loss/penalties", weighted)
+                self._add(f"defense/{defense.name}/{term}", total, denominator)
         if not terms:  # set aside for a penalty whose reference does not exist yet
             return _nothing(out), {}
         loss = torch.stack([term for term in terms.values()]).sum()
         if self.world == 1:  # several ranks find it at the same step in the norm of their common gradient
-            _check_finite(batch, terms)
+            self._finite += _finite(batch, terms)
         if batch.owner is None:
-            self.sums[f"loss/{batch.where.path}"] += float(terms[batch.where.path].detach())
-        self.sums["loss"] += float(loss.detach())
+            self._add(f"loss/{batch.where.path}", terms[batch.where.path])
+        self._add("loss", loss)
         return loss * self.world, terms  # DDP averages gradients over ranks; the counts are already global
 
     def _path_loss(self, micro: Micro, out: Forwarded, frozen: dict[str, Frozen]) -> Tensor:
@@ -144,11 +165,11 @@ class StepLoss:
         old = out.logp.detach() if batch.old_logp is None else batch.old_logp
         correction = None
         if micro.same_context and (sampled := batch.sampler_logp) is not None:
-            if out.log_mass is not None:  # else `score_before` did it
+            if out.log_mass is not None:  # else `rescoring` added it
                 sampled = sampled + out.log_mass
             gap, tokens = sampler_gap(old, sampled, mask)
-            self.sums["gap_sum"] += float(gap)
-            self.sums["gap_tokens"] += float(tokens)
+            self._add("gap_sum", gap)
+            self._add("gap_tokens", tokens)
             if self.grpo.correction != "none":
                 correction = truncated_correction(old, sampled, mask, self.grpo.correction_cap, self.grpo.correction)
         values, info = grpo_values(
@@ -166,12 +187,12 @@ class StepLoss:
             assert reference is not None
             penalty = k3(out.logp, reference, importance_ratio(out.logp, old, mask, self.grpo.level))
             values = values + self.grpo.beta * penalty
-            self.sums["k3_sum"] += float((penalty.detach() * mask).sum())
+            self._add("k3_sum", (penalty.detach() * mask).sum())
         weights = grpo_weights(mask, self.grpo.normalization)
         assert out.entropy is not None
-        self.sums["entropy_sum"] += float((out.entropy * mask).sum())
+        self._add("entropy_sum", (out.entropy * mask).sum())
         for name, value in info.items():
-            self.sums[f"grpo/{name}"] += float(value)
+            self._add(f"grpo/{name}", value)
         return micro.weight * (values * weights).sum() / max(self.counts["grpo"], 1.0)
 
 
@@ -180,12 +201,22 @@ def _nothing(out: Forwarded) -> Tensor:
     return 0.0 * (out.logp.sum() + sum(kl.sum() for kl in out.kl.values()) + sum(h.sum() for h in out.hidden.values()))
 
 
-def _check_finite(batch: Batch, terms: dict[str, Tensor]) -> None:
+def _finite(batch: Batch, terms: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """(what, whether all of it is finite) of one micro-batch."""
     values = {"advantages": batch.advantages, "sampler's log-probs": batch.sampler_logp}
     values |= {f"{name} loss" if "/" not in name else f"penalty {name}": term for name, term in terms.items()}
-    wrong = [name for name, value in values.items() if value is not None and not bool(value.isfinite().all())]
-    if wrong:
-        raise NotFinite(f"{', '.join(wrong)}: NaN or Inf")
+    return [(name, value.detach().isfinite().all()) for name, value in values.items() if value is not None]
+
+
+def _read(scalars: Sequence[Tensor]) -> list[float]:
+    """Scalars of any type and device, with one transfer for each device."""
+    if not scalars:
+        return []
+    devices = {scalar.device for scalar in scalars}
+    if len(devices) > 1:
+        return [float(scalar) for scalar in scalars]
+    values: list[float] = torch.stack([scalar.double() for scalar in scalars]).tolist()
+    return values
 
 
 def count(micros: Sequence[Micro], stack: DefenseStack, grpo: GrpoConfig) -> Counter[str]:

@@ -79,6 +79,7 @@ def _update(run: Components, state: RunState, step: Step, micros: list[Micro]) -
                 parts.backward(micro, total, terms)
             else:
                 run.backward(total)
+    loss.check()
     if run.defended and run.stack.reshaping:  # Defenses that change the gradient, before clipping.
         shares |= reshape(run, parts)
     metrics = _metrics(run, step, micros, loss)
