@@ -6,7 +6,7 @@ import atexit
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from rlsafe.config import SamplerConfig, UserError
 from rlsafe.policy import Policy
@@ -69,7 +69,7 @@ def make_sampler(
 
 
 def _colocated(
-    config: SamplerConfig, sync: str, model_dir: str, policy: Policy | None, steerable: bool,
+    config: SamplerConfig, sync: Literal["auto", "merged", "adapter"], model_dir: str, policy: Policy | None, steerable: bool,
     progress: Callable[[str], None] | None,
 ) -> VLLMSampler:  # fmt: skip
     """This process's engine for the model and these settings, unsteered: one that runs already, else a new one."""

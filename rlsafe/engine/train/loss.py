@@ -131,6 +131,7 @@ class StepLoss:
         out = policy.forward(batch, self.plan, frozen, temperature, entropy=rollout, top_p=top_p)
         if micro.dummy:
             return _nothing(out), {}
+        self._add("tokens", batch.attention.sum())
         view = ForwardView(batch, out, frozen)
         terms: dict[str, Tensor] = {}
         if batch.owner is None:  # rows set aside have their owner's penalty only
