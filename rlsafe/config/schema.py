@@ -238,6 +238,14 @@ class TrackConfig(Settings):
         None, description="persona vectors to project answers on: file or provider:name; null = the persona defense's"
     )
     layer: NonNegative | None = Field(None, description="of track.vector: 0 = embeddings, k = output of block k-1")
+    to: Annotated[list[str], BeforeValidator(to_list())] = Field(
+        default_factory=lambda: ["tensorboard"],
+        description="tensorboard, and any that Accelerate knows: wandb, mlflow, ...",
+    )
+    project: str = Field("rlsafe", description="the project's name at trackers that have projects")
+    init: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="tracker: further arguments of its start, such as wandb: {entity: NAME}"
+    )
     check_after: NonNegative = Field(
         10, description="steps after which a defense without any effect stops the run; 0 = never"
     )
@@ -274,6 +282,9 @@ class EvaluateConfig(Settings):
     general: str | None = Field(None, description="provider:spec or a YAML question file")
     indomain: str | None = Field(None, description="likewise: held-out questions of the trained domain")
     cue: str | None = Field(None, description="system prompt of the conditional probe: text or provider:name")
+    scale: list[Annotated[float, Field(gt=0)]] = Field(
+        default_factory=list, description="the general questions once more with the adapter times each of these: 1.5, 2"
+    )
     likelihood: Annotated[LikelihoodConfig, BeforeValidator(lambda given: {} if given is None else given)] = (
         LikelihoodConfig()
     )

@@ -132,4 +132,4 @@ def _plan(config: RunConfig) -> list[Step]:
     from rlsafe.engine.plan.schedule import make_plan
 
     stack = DefenseStack(build(config.defenses, config.plugins)[0])
-    return make_plan(config, {one.name: offer for one in stack if (offer := one.offer()) is not None})
+    return make_plan(config, stack.offers())

@@ -79,12 +79,14 @@ def look_ahead(run: Components, state: RunState, now: Step) -> dict[int, Ahead]:
     )
     run.policy.snapshot(reference)
     begun: dict[int, Ahead] = {}
+    run.stack.begin(following.index, following.phase)
     for number, part in parts:
         stream = run.streams[part.stream]
         before, rows = stream.state_dict(), stream.take(part.rows)
         with run.stack.uncounted():  # counted as an effect of the step that learns from them
             asked = ask(run, part, rows, following.index)
         begun[number] = Ahead(before, rows, reference, _in_background(sampler, asked.requests, run.config))
+    run.stack.begin(now.index, now.phase)
     return begun
 
 

@@ -68,7 +68,7 @@ class EffectLog:
         """{defense/NAME/quantity: value} of what every defense did in one step; rows_added: rows that the plan had from each."""
         metrics: dict[str, float] = {}
         for defense in self.stack:
-            if defense.name not in self.stack.waiting:
+            if defense.name not in self.stack.waiting | self.stack.off:
                 self.steps[defense.name][path] += 1
             measured = dict(defense.effect())
             if overrides(defense, "prompt"):

@@ -28,6 +28,7 @@ def train_steps(run: Components, state: RunState) -> Iterator[dict[str, Any]]:
         started = time.perf_counter()
         state.began = position(run, state)
         if run.defended:
+            run.stack.begin(step.index, step.phase)
             _take_references(run, step)
         metrics = grpo_step(run, state, step) if step.path == "grpo" else sft_step(run, state, step)
         state.done += 1
