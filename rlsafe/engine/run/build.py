@@ -217,8 +217,8 @@ def build_run(
 
 
 def _tracker(config: RunConfig, out: Path, write: bool, **resumed: Any) -> Tracker:
-    board = BOARD in config.track.to
-    return Tracker(out, write=write, board=board, others=lambda: Trackers(config, out), **resumed)
+    others = partial(Trackers, config, out) if set(config.track.to) - {BOARD} else None
+    return Tracker(out, write=write, board=BOARD in config.track.to, others=others, **resumed)
 
 
 def _load_policy(config: RunConfig, accelerator: Accelerator) -> Policy:
