@@ -77,9 +77,14 @@ class GrpoConfig(Settings):
         0.0, description="weight of the sampled k3 KL to the base inside the GRPO loss"
     )
     iterations: Positive = Field(1, description="optimizer steps on each rollout")
-    max_staleness: Literal[0, 1] = Field(0, description="1 = servers sample rollouts one optimizer step ahead")
+    max_staleness: Literal[0, 1] = Field(
+        0,
+        description="1 = servers sample the next rollouts during an update, by weights that are one optimizer step old",
+    )
     correction: Literal["none", "token", "sequence"] = Field(
-        "none", description="truncated weights for the sampler's gap; none where a defense makes its context another"
+        "none",
+        description="truncated importance weights for the sampler's gap; not applied (and said so) where a defense gives sampler"
+        " and gradient different contexts",
     )
     correction_cap: Annotated[float, Field(gt=0)] = Field(2.0, description="the largest weight of that correction")
     mask_truncated: bool = Field(False, description="completions cut at max_tokens give no gradient")
