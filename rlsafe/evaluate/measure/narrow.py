@@ -98,6 +98,13 @@ class NarrowMaterial:
     runner: RewardRunner
     problem: str = ""
 
+    def check(self) -> None:
+        """UserError when the reward asks a grader that cannot be reached."""
+        from rlsafe.rewards import check_grader
+
+        for reward in self.runner.rewards.values():
+            check_grader(reward.fn)
+
 
 def load(settings: NarrowConfig, seed: int) -> NarrowMaterial:
     """Rows after a seeded shuffle, at most `settings.limit`, and the reward. UserError for what is wrong with either."""
