@@ -58,7 +58,7 @@ def run_cell(cell: Cell, directory: Directory, resources: Resources, progress: P
                 progress=progress.doing if progress else None,
                 reader=reader_of(run.config, run.policy),
             )
-            track_evaluation(where, len(run.metrics), found)
+            track_evaluation(where, len(run.records), found)
         directory.write_record(cell, "done", time.monotonic() - started, **({} if trained else peak.read()))
     except (KeyboardInterrupt, Interrupted):
         raise

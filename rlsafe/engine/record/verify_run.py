@@ -16,6 +16,7 @@ from typing import Any
 
 from rlsafe.config import UserError, load_run
 from rlsafe.engine.record.provenance import RECORDED, fingerprints
+from rlsafe.engine.record.trackers import BOARD
 from rlsafe.engine.record.tracking import FINAL, scalars
 from rlsafe.evaluate.commands.verify_evaluation import evaluation_differences
 from rlsafe.evaluate.measure.hashing import file_hash
@@ -60,7 +61,8 @@ def verify_run(run: str | Path) -> Verification:
     done.add(f"{len(metrics)} steps", lines)
     if record.get("processes", 1) == 1:  # with more, samples.jsonl holds those of the first process only
         done.add(f"{len(samples)} samples", list(_sampled(metrics, samples)))
-    done.add("TensorBoard", list(_board(out, metrics)))
+    if BOARD in load_run(out / "config.yaml").track.to:
+        done.add("TensorBoard", list(_board(out, metrics)))
     if (out / "evaluation.json").is_file():
         done.add("evaluation.json", evaluation_differences(out))
     elif load_run(out / "config.yaml").evaluate.wanted:

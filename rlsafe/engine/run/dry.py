@@ -50,6 +50,7 @@ class Work:
         )  # fmt: skip
 
     def lines(self) -> list[str]:
+        """What there is to do, for people: steps, training, rewards, answers, judging."""
         trained = [f"about {short(self.sft_tokens)} tokens by supervision"] if self.sft_tokens else []
         if self.completions:
             most = f"at most {short(self.completion_tokens)} tokens"

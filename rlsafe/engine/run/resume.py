@@ -77,7 +77,7 @@ def _settings(saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def restore(run: Components, state: RunState, saved: Mapping[str, Any]) -> None:
-    """Put freshly built components and their state where `saved` was taken."""
+    """Set freshly built components and their state to where the run was when the checkpoint `saved` was written."""
     run.policy.load_state_dict(saved["policy"])
     run.policy.load_reference_state(saved["references"])
     load_optimizer(run.optimizer, saved["optimizer"])

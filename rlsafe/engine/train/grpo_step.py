@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -21,9 +20,9 @@ from accelerate.utils import gather_object
 from rlsafe.config import RunConfig
 from rlsafe.data import Rollout, Thought, encode_prompt, pad_id, read_completion, rollout_batches, split_prompt
 from rlsafe.engine.plan.schedule import PlannedPart, Step
-from rlsafe.engine.train.loss import Micro, score_before, separate_gap
-from rlsafe.engine.train.micro import dummy, reduce_sums
+from rlsafe.engine.train.loss import Micro
 from rlsafe.engine.train.resample import Sampled, resample
+from rlsafe.engine.train.rescoring import score_again
 from rlsafe.engine.train.rollout_records import records, step_metrics
 from rlsafe.engine.train.screening import screen
 from rlsafe.engine.train.sft_step import supervised
@@ -77,7 +76,7 @@ def grpo_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
         metrics |= step_metrics(run, sampled.completions, sampled.read, stats, sampled.scored)
         metrics["rollout_seconds"] = time.perf_counter() - started
         if ahead or run.several or run.config.grpo.iterations > 1 or not all(micro.same_context for micro in fresh):
-            metrics |= score_again(run, step, part, fresh, ahead.reference if ahead else None)
+            metrics |= score_again(run, state, step, part, fresh, ahead.reference if ahead else None)
         if run.config.grpo.max_staleness:  # optimizer steps since the weights that sampled
             metrics["staleness"] = int(ahead is not None)
         if run.config.grpo.iterations > 1:
@@ -150,7 +149,7 @@ def rewarded(
     """The completions with their rewards, of which defenses may penalise or drop some."""
     read = [read_completion(run.policy.tokenizer, completion.ids) for completion in completions]
     scored = reward(run, step, part, asked, read, completions)
-    if run.stack.screening:
+    if run.defended and run.stack.screening:
         scored = screen(run, step, part, asked, read, completions, scored)
     return Sampled(asked, completions, read, scored)
 
@@ -252,41 +251,3 @@ def batched(
         Micro(batch.to(run.policy.device), part.weight, same_context=batch.rollout is None and not steered)
         for batch in batches
     ]
-
-
-def score_again(
-    run: Components, step: Step, part: PlannedPart, micros: Sequence[Micro], reference: str | None
-) -> dict[str, float]:
-    """Forwards without gradient before the update, for rollouts that need them; most do not. Gives metrics.
-
-    - Rollouts that several updates use, or that older weights sampled, keep `old_logp` [B, T], the denominator of their ratio.
-    - Where the sampler's context differs from the train context, the sampler's gap is taken in the sampler's context.
-
-    reference: the snapshot of the policy that sampled, when that was one step ago. RunError when that gap says that the rollouts
-    are not the policy's.
-    """
-    old = run.config.grpo.iterations > 1 or reference is not None
-    forwards = sum(old + (not micro.same_context) for micro in micros)
-    # In a sharded model every forward is a collective: all ranks must run equally many, so they first agree on the number.
-    most = max(gather_object([forwards])) if run.policy.is_sharded else forwards
-    if not most and not run.several:
-        return {}
-    train_at, rollout_at = (Where(part.stream, "grpo", phase) for phase in ("train", "rollout"))
-    apart: Counter[str] = Counter()
-    with run.policy.at(reference) if reference else nullcontext():
-        for micro in micros:
-            if old:
-                with run.stack.activations(run.policy, train_at):
-                    score_before(run.policy, micro, run.config.grpo)
-            if not micro.same_context:
-                with run.stack.activations(run.policy, rollout_at):
-                    gap, tokens = separate_gap(run.policy, micro.batch, run.config.grpo)
-                apart.update({"gap": gap, "tokens": tokens})  # type: ignore[arg-type]
-        for _ in range(most - forwards):
-            run.policy.score(dummy(run.policy, micros).batch)
-    total = reduce_sums(apart, run.accelerator)
-    if not total.get("tokens"):
-        return {}
-    gap = total["gap"] / total["tokens"]
-    run.sampler.check_gap(step.index, gap)
-    return {"sampler_gap": gap}

@@ -23,11 +23,10 @@ from rlsafe.losses import (
     importance_ratio,
     k3,
     sampler_gap,
-    sft_values,
     truncated_correction,
 )
 from rlsafe.policy import Forwarded, ForwardPlan, Frozen, Policy
-from rlsafe.types import Batch, Need, pick
+from rlsafe.types import Batch, Need, Where, pick
 
 
 class NotFinite(Exception):
@@ -58,14 +57,17 @@ class ForwardView:
     frozen: dict[str, Frozen]
 
     @property
-    def where(self):
+    def where(self) -> Where:
+        """Where in the data flow the micro-batch stands."""
         return self.batch.where
 
     @property
     def logp(self) -> Tensor:
+        """[B, T] the policy's log-probs of the targets in nats, with gradient; 0 outside the loss mask."""
         return self.forwarded.logp
 
     def mask(self, kind: str) -> Tensor:
+        """[B, T] bool: "answer", the loss mask; "all", tokens that have a predecessor; "tokens", all but padding."""
         masks = {
             "answer": self.batch.loss_mask,
             "all": self.batch.predicted_mask,
@@ -74,14 +76,17 @@ class ForwardView:
         return masks[pick("mask", kind, masks)]
 
     def divergence(self, reference: str = "base") -> Tensor:
+        """[B, T] full-vocabulary KL(policy || reference) in nats, with gradient; 0 where no penalty wanted it."""
         return self.forwarded.kl[reference]
 
     def logprobs(self, reference: str = "base") -> Tensor:
+        """[B, T] the reference's log-probs of the targets in nats, without gradient; 0 outside the loss mask."""
         logp = self.frozen[reference].logp
         assert logp is not None
         return logp
 
     def hidden(self, layer: int, reference: str | None = None) -> Tensor:
+        """[B, T, H] states at layer index `layer` (0 = embeddings), the policy's with gradient or a reference's without."""
         return (self.forwarded.hidden if reference is None else self.frozen[reference].layers)[layer]
 
 
@@ -152,7 +157,7 @@ class StepLoss:
     def _path_loss(self, micro: Micro, out: Forwarded, frozen: dict[str, Frozen]) -> Tensor:
         batch, mask = micro.batch, micro.batch.loss_mask
         if batch.where.path == "sft":
-            rows = sft_values(out.logp) * mask
+            rows = -out.logp * mask  # the cross-entropy of each target, in nats
             if batch.row_weight is not None:
                 rows = rows * batch.row_weight[:, None]
             return micro.weight * rows.sum() / max(self.counts["sft"], 1.0)
@@ -236,22 +241,3 @@ def count(micros: Sequence[Micro], stack: DefenseStack, grpo: GrpoConfig) -> Cou
 def engine_needs(grpo: GrpoConfig, uses_grpo: bool) -> set[Need]:
     """What the loop itself needs from the frozen forward: the k3 term of the GRPO loss, nothing else."""
     return {Need("logprobs", "base")} if grpo.beta and uses_grpo else set()
-
-
-def score_before(policy: Policy, micro: Micro, grpo: GrpoConfig) -> None:
-    """Fill in `old_logp`, for a rollout that is used again or is older than the weights. With top_p < 1 the sampler's log-probs are
-    those of a nucleus: its mass under the same weights puts them on the scale of `old_logp`, of the whole vocabulary."""
-    batch = micro.batch
-    batch.old_logp, mass = policy.score_nucleus(batch, grpo.temperature, grpo.top_p)
-    if micro.same_context and batch.sampler_logp is not None:
-        batch.sampler_logp = batch.sampler_logp + mass
-
-
-def separate_gap(policy: Policy, batch: Batch, grpo: GrpoConfig) -> tuple[float, float]:
-    """(sum |trainer - sampler|, tokens) of a batch whose rollout context differs from its train context: one more forward,
-    behind the prompt that the sampler saw; the caller installs the activation hooks that the rollout had."""
-    seen = batch.rollout or batch
-    assert seen.sampler_logp is not None
-    logp, mass = policy.score_nucleus(seen, grpo.temperature, grpo.top_p)
-    gap, tokens = sampler_gap(logp, seen.sampler_logp + mass, seen.loss_mask)
-    return float(gap), float(tokens)

@@ -15,7 +15,8 @@ from rlsafe.engine.train.state import Components, RunState
 from rlsafe.engine.train.update import update
 from rlsafe.types import Message, Row, Where
 
-LONGEST = 2048  # tokens of a row that a defense brings along, where no stream's settings say
+BROUGHT = 2048
+"""Tokens that a row may have which a defense brings along, of a stream that the config's data lack."""
 
 
 def sft_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def supervised(run: Components, state: RunState, part: PlannedPart, rows: list[R
         conversations,
         run.policy.tokenizer,
         where,
-        max_tokens=settings.within if settings else min(LONGEST, run.policy.core.max_length or LONGEST),
+        max_tokens=run.row_limits.get(part.stream, min(BROUGHT, run.policy.core.max_length or BROUGHT)),
         micro_tokens=state.micro_tokens,
         micro_rows=run.config.batch.micro_rows,
         truncate=settings is not None and settings.too_long == "truncate",

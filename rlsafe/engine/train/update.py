@@ -59,13 +59,13 @@ def _update(run: Components, state: RunState, step: Step, micros: list[Micro], d
     measure = run.defended and run.effects.due(step.index, run.config.track.every)
     leaves = run.policy.leaves() if measure else []
     shares: dict[str, float] = {}
-    parts = PartGradients.of(run)  # None unless a defense reads parts of the gradient apart
+    parts = PartGradients.of(run) if run.defended else None  # when a defense reads parts of the gradient apart
     for number, micro in enumerate(micros):
         temperature = run.config.grpo.temperature if micro.batch.where.path == "grpo" else 1.0
         frozen = run.policy.frozen(micro.batch, plan, temperature) if plan.frozen else {}
-        reduces = (
-            number == len(micros) - 1 and not parts
-        ) or run.policy.is_sharded  # ranks add up their gradients after the last one
+        last = number == len(micros) - 1
+        # Ranks add up their gradients under the last backward; shards under each one; parts by themselves (`gradients`).
+        reduces = run.policy.is_sharded or (last and not parts)
         with (
             nullcontext() if reduces else run.accelerator.no_sync(run.policy.module),
             run.stack.activations(run.policy, micro.batch.where) if run.defended else nullcontext(),
@@ -81,7 +81,7 @@ def _update(run: Components, state: RunState, step: Step, micros: list[Micro], d
             else:
                 run.backward(total)
     loss.check()
-    if run.stack.reshaping:  # Defenses that change the gradient, before clipping.
+    if run.defended and run.stack.reshaping:  # Defenses that change the gradient, before clipping.
         shares |= reshape(run, parts)
     metrics = _metrics(run, step, micros, loss, dropped)
     norm = _step(run, state, step, micros)

@@ -151,6 +151,8 @@ def evaluate_run(
         answers, journal = complete_resumable(sampler, tokenizer, planned, config.max_tokens, directory, weights, say)
     else:
         answers = complete(sampler, tokenizer, planned, config.max_tokens)
+    if config.scale and sampler is not None and "general" in material.questions:
+        answers = [*answers, *_scaled(sampler, reader, tokenizer, config, material, say)]
     evaluation = Evaluation(settings=_settings(sampler, config, material))
     _grade_benign(evaluation, answers, material)
     asked = (*(f"benign/{task}" for task in material.tasks), narrow.SET)
@@ -181,6 +183,33 @@ def evaluate_run(
         saved = f"; the answers are in {out}, score them later with: rlsafe evaluate {out} --rejudge" if out else ""
         raise RunError(material.judge.gave_up + saved)
     return evaluation
+
+
+def _scaled(
+    sampler: Sampler, reader: Reader | None, tokenizer: Any, config: EvaluateConfig, material: Material, say: Progress
+) -> list[Answer]:
+    """Answers to the general questions by the model with its adapter scaled up, in sets `scaled_<factor>`: misalignment that training
+    only hid comes back there (arXiv 2602.07852). UserError where the policy cannot be scaled."""
+    from rlsafe.policy.adapters import scaled  # late: brings in torch
+    from rlsafe.rollouts import ranks
+
+    if reader is None or isinstance(sampler, ranks.Spread):
+        raise UserError(
+            "evaluate.scale: needs the whole policy in one process; rlsafe evaluate RUN evaluate.scale=[2] has it"
+        )
+    answers: list[Answer] = []
+    for factor in config.scale:
+        purpose = f"scaled_{factor:g}"
+        planned = plan(
+            tokenizer, material.questions["general"], purpose=purpose, seed=config.seed, samples=config.samples,
+            temperature=config.temperature,
+        )  # fmt: skip
+        say(f"sampling {len(planned)} answers with the adapter times {factor:g}")
+        with scaled(reader.policy.core.model, factor):
+            sampler.sync(reader.policy)
+            answers += complete(sampler, tokenizer, planned, config.max_tokens)
+    sampler.sync(reader.policy)
+    return answers
 
 
 def _grade_benign(evaluation: Evaluation, answers: Sequence[Answer], material: Material) -> None:
