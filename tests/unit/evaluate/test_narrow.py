@@ -154,7 +154,7 @@ def test_held_out_prompts_that_are_trained_on_or_too_long_are_told_before_traini
     assert "evaluate.narrow: 3 of 3 prompts are trained on (the first: " in said
     long = tree_with(tree, {"evaluate": {**tree["evaluate"], "max_tokens": 500}})
     with pytest.raises(
-        UserError, match=r"evaluate.narrow: .*held.jsonl:1: a prompt of \d+ tokens leaves no room .* 512 tokens"
+        UserError, match=r"evaluate.narrow: .*held.jsonl:\d: a prompt of \d+ tokens leaves no room .* 512 tokens"
     ):
         dry_run(run_from_tree(long), tmp_path / "run")
 
