@@ -167,6 +167,7 @@ def evaluate_run(
     note_judge(evaluation, material.judge)
     if out is not None:
         evaluation.save(out)
+        narrow.track(Path(out), evaluation.narrow)
     if journal is not None:
         journal.close()
     if isinstance(material.judge, BackgroundJudge) and material.judge.gave_up:
