@@ -307,5 +307,6 @@ def _probe(config: RunConfig, policy: Policy, resources: Resources) -> Probe | N
         settings.max_tokens,
         config.seed,
         PairProbe(pairs, reader, settings.position) if pairs else None,
+        settings.temperature,
         settings.position,
     )

@@ -297,6 +297,7 @@ def _settings(sampler: Sampler | None, config: EvaluateConfig, material: Materia
         "cue": material.cue,
         "judge": material.judge.name if material.judge else None,
         "sampler": sampler.name if sampler else None,
+        "limit": config.limit,
         "samples": config.samples,
         "temperature": config.temperature,
         "max_tokens": config.max_tokens,
