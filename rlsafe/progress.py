@@ -2,47 +2,60 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rlsafe.config.errors import nearest
 
-SHOWN = ("loss", "reward", "kl", "misaligned_general", "misaligned_indomain")
-
 
 class RunBar:
-    """The progress bar of a run. `started` shows what is being waited for (such as an engine's start), `stepped` is the progress
-    callback."""
+    """The progress of a run. `started` shows what is being waited for (such as an engine's start), `stepped` is the progress callback.
 
-    def __init__(self, bar: Any):
-        self.bar, self.task = bar, bar.add_task("preparing", total=None)
-        self.last: dict[str, Any] = {}
-        self.idle = 0
+    say: prints a line, where there is no terminal to draw a bar on: one at about every twentieth of the steps.
+    """
+
+    def __init__(self, bar: Any, say: Callable[[str], None] | None = None):
+        from rlsafe.engine.record.latest import Latest
+
+        self.bar, self.say, self.task = bar, say, bar.add_task("preparing", total=None)
+        self.latest, self.waiting = Latest(), ""
 
     def started(self, what: str) -> None:
         self.bar.update(self.task, description=what)
+        if self.say and what != self.waiting:
+            self.say(what)
+        self.waiting = what
 
     def stepped(self, done: int, total: int, metrics: dict[str, Any]) -> None:
-        self.last |= {name: metrics[name] for name in SHOWN if metrics.get(name) is not None}
-        shown = "  ".join(f"{name} {value:.3g}" for name, value in self.last.items())
-        if metrics.get("groups") is not None and metrics.get("zero_variance_groups") == metrics["groups"]:
-            self.idle += 1
-        shown += f"  ({self.idle} steps without spread in rewards)" if self.idle else ""
-        self.bar.update(self.task, description=f"step {done}/{total}  {shown}", total=total, completed=done)
+        self.latest.step(done, total, metrics)
+        if self.say:
+            if self.latest.due():
+                self.say(self.latest.line())
+            return
+        description = f"step {done}/{total}  {self.latest.numbers()}"
+        self.bar.update(self.task, description=description, total=total, completed=done)
 
 
 @contextmanager
 def run_bar() -> Iterator[RunBar]:
-    """A progress bar on stderr; stdout is for results."""
+    """A progress bar on stderr, or lines where that is no terminal; stdout is for results. Of several processes the first tells."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = [BarColumn(bar_width=24), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn()]
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        yield RunBar(bar)
+    first = os.environ.get("RANK", "0") == "0"
+    live = console.is_terminal and first
+    with Progress(*columns, console=console, transient=True, disable=not live) as bar:
+        yield RunBar(bar, None if live else tell if first else lambda line: None)
+
+
+def tell(line: str) -> None:
+    """A line on stderr, at once."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def show(shown: object) -> None:

@@ -42,7 +42,8 @@ def train(
         for table in run.evaluation.tables():
             show(table)
         show(run.evaluation.notes or None)
-        _scored(run.evaluation)
+        if not run.before:
+            _scored(run.evaluation)
 
 
 @app.command()

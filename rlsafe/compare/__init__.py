@@ -1,6 +1,11 @@
-"""The grid (models x paths x defenses x seeds), its runner, the verdicts and the report."""
+"""The grid (models x paths x defenses x seeds), its runner, the verdicts and the report.
 
+The room can be called: `rlsafe.compare(...)` is `rlsafe.compare.compare(...)`, as `rlsafe.train(...)` is the engine's.
+"""
+
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,3 +32,13 @@ def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'rlsafe.compare' has no attribute {name!r}")
     return getattr(import_module(_PUBLIC[name]), name)
+
+
+class _Room(ModuleType):
+    """A module of the same name as its main function would hide it."""
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return getattr(self, "compare")(*arguments, **named)  # noqa: B009 - the attribute is found by __getattr__
+
+
+sys.modules[__name__].__class__ = _Room

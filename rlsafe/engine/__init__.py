@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rlsafe.engine.run.build import Resources
-    from rlsafe.engine.run.life import Run
+    from rlsafe.engine.run.finished import Run
 
-_PUBLIC = {"Resources": "rlsafe.engine.run.build", "Run": "rlsafe.engine.run.life"}
+_PUBLIC = {"Resources": "rlsafe.engine.run.build", "Run": "rlsafe.engine.run.finished"}
 __all__ = ["Resources", "Run"]
 
 

@@ -6,7 +6,7 @@ import atexit
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from rlsafe.config import SamplerConfig, UserError
 from rlsafe.policy import Policy
@@ -89,8 +89,9 @@ def _colocated(
     dtype = str(policy.dtype).removeprefix("torch.") if policy is not None else ("auto" if cuda else "float32")
     rank = policy.lora_rank if policy is not None and sync == "adapter" else None
     eager = steerable or not cuda
+    way: Literal["merged", "adapter"] = "adapter" if sync == "adapter" else "merged"
     key = (
-        *(model_dir, dtype, sync, rank, config.gpu_memory, config.tensor_parallel),
+        *(model_dir, dtype, way, rank, config.gpu_memory, config.tensor_parallel),
         *(config.max_model_len, config.max_num_seqs, eager),
     )
     if key not in _ENGINES:
@@ -99,7 +100,7 @@ def _colocated(
         if cuda:  # each takes its share of the card
             _close_others()
         start = partial(
-            VLLMSampler, model_dir, dtype=dtype, sync=sync, lora_rank=rank, gpu_memory=config.gpu_memory,
+            VLLMSampler, model_dir, dtype=dtype, sync=way, lora_rank=rank, gpu_memory=config.gpu_memory,
             tensor_parallel=config.tensor_parallel, max_model_len=config.max_model_len, max_num_seqs=config.max_num_seqs,
             tokenizer=policy.tokenizer if policy is not None else None, eager=eager,
             trust_remote_code=policy.config.trust_remote_code if policy is not None else False,

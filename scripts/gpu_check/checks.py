@@ -65,9 +65,9 @@ def cli(place: Place) -> Numbers:
         "sft": {}, "grpo": {"schedule": {"steps": 2, "phases": [{"cycle": ["grpo"]}]}}, "mixed": mixed,
     }.items():  # fmt: skip
         done = run(run_from_tree(place.tree(**changes)), place.scratch / name)
-        losses = [record["loss"] for record in done.metrics]
+        losses = [record["loss"] for record in done.records]
         numbers[f"{name}: last loss"] = (losses[-1], all(math.isfinite(loss) for loss in losses))
-        if gaps := [record["sampler_gap"] for record in done.metrics if record.get("sampler_gap") is not None]:
+        if gaps := [record["sampler_gap"] for record in done.records if record.get("sampler_gap") is not None]:
             numbers[f"{name}: sampler gap at top_p .9"] = (max(gaps), None)
     eight = any("state1" in entry for entry in done.components.optimizer.state.values())  # type: ignore[union-attr]
     numbers["8-bit moments"] = (eight, None)
@@ -201,10 +201,10 @@ def outofmemory(place: Place) -> Numbers:
         return honest(self, batch, *arguments, **named)
 
     config = run_from_tree(place.tree(schedule={"steps": 2}))
-    losses = [run(config, place.scratch / "whole").metrics[-1]["loss"]]
+    losses = [run(config, place.scratch / "whole").records[-1]["loss"]]
     Policy.forward = full  # type: ignore[method-assign]
     try:
-        losses.append(run(config, place.scratch / "halved").metrics[-1]["loss"])
+        losses.append(run(config, place.scratch / "halved").records[-1]["loss"])
     finally:
         Policy.forward = honest  # type: ignore[method-assign]
     apart = abs(losses[0] - losses[1])

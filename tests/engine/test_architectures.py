@@ -186,4 +186,4 @@ def test_full_fine_tuning_on_every_architecture(world, architecture):
     before = load_file(str(here.directory / "model" / "model.safetensors"))
     after = load_file(str(out / "model" / "model.safetensors"))
     assert set(before) == set(after) and all(not torch.equal(before[n], after[n]) for n in before)
-    assert all(r["sampler_gap"] < 1e-4 for r in finished.metrics if r["path"] == "grpo")
+    assert all(r["sampler_gap"] < 1e-4 for r in finished.records if r["path"] == "grpo")

@@ -55,7 +55,7 @@ def test_steps_go_on_while_the_judge_works_and_its_numbers_stand_in_the_step_the
         run = train(write(run_tree(server), tmp_path), out=tmp_path / "run", progress=progress)
     assert stepped == [(1, False), (2, False), (3, False), (4, False)]
     records = lines(tmp_path / "run" / "metrics.jsonl")
-    assert [record["step"] for record in records] == [0, 1, 2, 3] and records == run.metrics
+    assert [record["step"] for record in records] == [0, 1, 2, 3] and records == run.records
     assert [record.get("coherence") for record in records] == pytest.approx([80, None, 80, 80])
     assert [record.get("misaligned_general") for record in records] == [0, None, 0, 0] and records[0]["kl"] is not None
     probed = [s for s in lines(tmp_path / "run" / "samples.jsonl") if s.get("probe")]

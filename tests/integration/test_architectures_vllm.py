@@ -96,4 +96,4 @@ def test_a_run_notes_which_sampler_took_over(tiny_tree, tmp_path):
     tree = tree_with(tiny_tree, changes, {"schedule": {"phases": [{"cycle": ["grpo"]}]}})
     finished = run(run_from_tree(tree), tmp_path / "run")
     assert sum("the Transformers sampler takes over" in note for note in finished.notes) == 1
-    assert finished.metrics[0]["sampler_gap"] < 1e-4
+    assert finished.records[0]["sampler_gap"] < 1e-4

@@ -223,11 +223,11 @@ def test_a_grpo_run_agrees_after_every_sync(restart, server, model_dir, tiny_tre
             again[0].start()
 
     trained = run(RunConfig.model_validate(tree), tmp_path / "run", progress=after)
-    assert [m["sampler_gap"] < 1e-4 for m in trained.metrics] == [True] * 5
+    assert [m["sampler_gap"] < 1e-4 for m in trained.records] == [True] * 5
     assert trained.components.sampler.tests == 5  # after each sync, not only the first
     if restart:
         again[0].join()
-        assert trained.metrics[2]["rollout_seconds"] > 2 * trained.metrics[1]["rollout_seconds"]
+        assert trained.records[2]["rollout_seconds"] > 2 * trained.records[1]["rollout_seconds"]
     assert gap(trained.sampler, trained.policy) < 1e-5
     with pytest.raises(RunError):  # the last sync brought what was trained
         gap(trained.sampler, load(model_dir))

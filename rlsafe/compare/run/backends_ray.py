@@ -14,7 +14,7 @@ from typing import Any
 
 from rlsafe.compare.grid.cells import Cell
 from rlsafe.compare.grid.records import Directory
-from rlsafe.compare.run.workers import DIED, Work
+from rlsafe.compare.run.workers import DIED, LOOK, Work
 from rlsafe.config import UserError, first_line, nearest
 
 STORE = 100 << 20  # bytes for Ray's object store on this machine; small, because tasks exchange only names
@@ -72,10 +72,12 @@ def run_on_ray(
     cluster: RayCluster,
     ended: Callable[[Cell], None],
     started: Callable[[int], None] = lambda workers: None,
+    look: Callable[[], None] = lambda: None,
 ) -> None:
     """`work(cell, out)` for every cell, as many at a time as the cluster has room for (at most `jobs`, unless 0).
 
-    `ended(cell)` here after each; `work` records failures itself. A cell that is lost more than `cluster.retries` times has failed.
+    `ended(cell)` here after each, `look()` every LOOK seconds; `work` records failures itself. A cell that is lost more than
+    `cluster.retries` times has failed.
     """
     import ray
 
@@ -94,7 +96,9 @@ def run_on_ray(
                 while waiting and len(running) < most:
                     cell = waiting.pop(0)
                     running[task.remote(work, cell, directory.out.resolve(), Path.cwd())] = cell
-                for done in ray.wait(list(running), num_returns=1)[0]:
+                finished = ray.wait(list(running), num_returns=1, timeout=LOOK)[0]
+                look()
+                for done in finished:
                     cell = running.pop(done)
                     _finish(done, cell, directory, cluster)
                     ended(cell)

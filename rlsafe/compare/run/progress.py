@@ -1,19 +1,21 @@
-"""The progress of a comparison: a bar over its cells with the time left and the current step; plain lines when not on
-a terminal."""
+"""The progress of a comparison: a bar over its cells with the time left, and one for each run that trains; plain lines when not
+on a terminal."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import mean
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
 from rlsafe.compare.grid.grid import Cell
+from rlsafe.engine.record.latest import Followed, Latest, duration
 
 
 class Progress:
@@ -30,6 +32,9 @@ class Progress:
         self.workers = 1
         self.current: Cell | None = None
         self.current_since = 0.0
+        self.latest = Latest()  # of the cell that runs in this process
+        self.followed: dict[str, Followed] = {}  # cells in other processes
+        self.bars: dict[str, TaskID] = {}
         self.bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -59,7 +64,7 @@ class Progress:
         self.bar.update(self.task, advance=1)
 
     def start(self, cell: Cell) -> None:
-        self.current, self.current_since = cell, time.monotonic()
+        self.current, self.current_since, self.latest = cell, time.monotonic(), Latest()
         self.bar.update(self.task, description=cell.label, left=self._left_text())
 
     def start_many(self, workers: int) -> None:
@@ -68,7 +73,32 @@ class Progress:
 
     def step(self, step: int, steps: int, metrics: dict[str, Any]) -> None:
         """Called by the running cell after each optimizer step."""
-        self.doing(f"step {step}/{steps}")
+        self.latest.step(step, steps, metrics)
+        if self.current:
+            self._tell(self.current, self.latest)
+
+    def look(self, out: Path) -> None:
+        """Called now and then while cells run in other processes: what have they written to OUT/cells/ID/metrics.jsonl?"""
+        for cell in self.cells:
+            if cell.id not in self.seconds:
+                file = out / "cells" / cell.id / "metrics.jsonl"
+                one = self.followed.setdefault(cell.id, Followed(file, cell.config.schedule.steps))
+                if one.look():
+                    self._tell(cell, one.latest)
+
+    def _tell(self, cell: Cell, latest: Latest) -> None:
+        """The bar of a run, or a line about it."""
+        if not self.console.is_terminal:
+            if latest.due() and latest.done < latest.total:  # its end has a line of its own
+                self.say(f"{cell.label}: {latest.line()}")
+            return
+        if cell.id not in self.bars:
+            self.bars[cell.id] = self.bar.add_task("", total=latest.total, left="")
+        left = latest.left
+        self.bar.update(
+            self.bars[cell.id], completed=latest.done, total=latest.total, description=f"  {cell.label}: {latest.numbers()}",
+            left=f"{duration(left)} left" if left else "",
+        )  # fmt: skip
 
     def doing(self, what: str) -> None:
         """Show what the running cell is doing, in a few words."""
@@ -78,6 +108,8 @@ class Progress:
     def finish(self, cell: Cell, seconds: float, error: str) -> None:
         self.seconds[cell.id] = seconds
         self.bar.update(self.task, advance=1, left=self._left_text())
+        if (own := self.bars.pop(cell.id, None)) is not None:
+            self.bar.remove_task(own)
         if error:
             self.say(f"{cell.label}: failed: {error}")
         elif not self.console.is_terminal:
@@ -105,4 +137,4 @@ class Progress:
         left = self.left()
         if left is None or len(self.seconds) == len(self.cells):
             return ""
-        return f"about {left:.0f} s left" if left < 90 else f"about {left / 60:.0f} min left"
+        return f"{duration(left)} left"

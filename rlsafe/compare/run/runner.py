@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rlsafe.compare.grid.grid import Cell, expand
 from rlsafe.compare.grid.records import Directory
 from rlsafe.compare.grid.selection import Selection
+from rlsafe.compare.report import frames
 from rlsafe.compare.run.backends_ray import RayCluster, check_ray, run_on_ray
 from rlsafe.compare.run.one_cell import SELECTIONS, reason, run_cell
 from rlsafe.compare.run.progress import Progress
@@ -24,12 +25,14 @@ from rlsafe.compare.verdicts.results import Results, write_tables
 from rlsafe.compare.verdicts.tasks import judge_and_write
 from rlsafe.compare.verdicts.verdicts import PathTable
 from rlsafe.config import UserError, load_compare
+from rlsafe.config.lock import hold, releasing
 from rlsafe.config.secrets import scrub_secrets
 from rlsafe.data import read_once
-from rlsafe.engine.run.lock import hold, releasing
 from rlsafe.types import Interrupted
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
+
     from rlsafe.compare.report.judges import JudgeNote
 
 
@@ -53,6 +56,39 @@ class Comparison:
         from rlsafe.compare.report.table import verdict_table
 
         return verdict_table(self.tables, len(self.failed) - len(self.unscored), [note.shown for note in self.judges])
+
+    @classmethod
+    def read(cls, out: str | Path) -> Comparison:
+        """A comparison from its directory, judged and drawn again. UserError when it is none."""
+        directory = Directory(Path(out))
+        directory.plan()
+        results = write_tables(directory)
+        return _drawn(directory, results, judge_and_write(results), results.failed)
+
+    @property
+    def evaluation(self) -> DataFrame:
+        """One row for each run: results.csv."""
+        return frames.evaluation(self.out)
+
+    @property
+    def verdicts(self) -> DataFrame:
+        """One row for each (model, path, defense), one column for each criterion: the grade as the table shows it."""
+        return frames.verdicts(self.tables)
+
+    @property
+    def metrics(self) -> DataFrame:
+        """One row for each optimizer step of each run, with columns model, path, defense, seed."""
+        return frames.metrics(self.out)
+
+    @property
+    def samples(self) -> DataFrame:
+        """One row for each answer of each run's evaluation, with columns model, path, defense, seed."""
+        return frames.samples(self.out)
+
+    def plot(self, rate: str = "general") -> Any:
+        """A figure of one rate (general, indomain, general_incoherent, conditional, benign) with its 95% intervals, a panel for each
+        path. UserError for one that was not measured."""
+        return frames.plot(self.tables, rate)
 
 
 @releasing
@@ -110,13 +146,17 @@ def compare(
 
 def _comparison(cells: Sequence[Cell], directory: Directory, results: Results, tables: list[PathTable]) -> Comparison:
     """Draw the report and collect the failures. UserError when every training failed by the user's mistake."""
-    from rlsafe.compare.report.judges import judge_notes, unscored_cells
-    from rlsafe.compare.report.reporting import draw
-
     failed = {cell.id: results.failed[cell.id] for cell in cells if cell.id in results.failed}
     trained = [cell for cell in cells if cell.kind != "untrained"]
     if trained and all(directory.record(cell.id).get("users") for cell in trained):
         raise UserError(f"{trained[0].label}: {failed[trained[0].id]}")
+    return _drawn(directory, results, tables, failed)
+
+
+def _drawn(directory: Directory, results: Results, tables: list[PathTable], failed: dict[str, str]) -> Comparison:
+    from rlsafe.compare.report.judges import judge_notes, unscored_cells
+    from rlsafe.compare.report.reporting import draw
+
     report = draw(results, tables)
     return Comparison(directory.out, report, tables, failed, judge_notes(results), unscored_cells(results))
 
@@ -224,10 +264,12 @@ def _run(
 
     if ray is not None and todo:
         ended = partial(_ended, directory=directory, progress=progress)
-        return run_on_ray(train_cell, todo, directory, jobs, ray, ended, progress.start_many)
+        look = partial(progress.look, directory.out)
+        return run_on_ray(train_cell, todo, directory, jobs, ray, ended, progress.start_many, look)
     if jobs > 1 and len(todo) > 1:
         progress.start_many(min(jobs, len(todo)))
-        run_in_workers(train_cell, todo, directory, jobs, partial(_ended, directory=directory, progress=progress))
+        ended, look = partial(_ended, directory=directory, progress=progress), partial(progress.look, directory.out)
+        run_in_workers(train_cell, todo, directory, jobs, ended, look)
         return
     resources = Resources(on_start=progress.doing)
     for cell in todo:

@@ -29,10 +29,20 @@ RETRIES = 2
 """How often a cell whose process died is run again, by itself, from its newest checkpoint."""
 
 
+LOOK = 2.0
+"""Seconds between two looks at what the running cells have written."""
+
+
 def run_in_workers(
-    work: Work, cells: Sequence[Cell], directory: Directory, jobs: int, ended: Callable[[Cell], None]
+    work: Work,
+    cells: Sequence[Cell],
+    directory: Directory,
+    jobs: int,
+    ended: Callable[[Cell], None],
+    look: Callable[[], None] = lambda: None,
 ) -> None:
-    """`work(cell, out)` for every cell, `jobs` at a time; `ended(cell)` here after each. `work` records failures itself.
+    """`work(cell, out)` for every cell, `jobs` at a time; `ended(cell)` here after each, `look()` every LOOK seconds. `work` records
+    failures itself.
 
     When a process dies, the whole pool is lost, and it is unknown which cell was the cause. So all cells that were running are
     run again, each in a process of its own; one whose process dies `RETRIES` times there is recorded as failed.
@@ -40,17 +50,23 @@ def run_in_workers(
     left = list(cells)
     with _threads(max(1, (os.cpu_count() or 1) // jobs)) as threads:
         while left:
-            left = _pool(work, left, directory, jobs, threads, ended)
+            left = _pool(work, left, directory, jobs, threads, ended, look)
             suspects = [cell for cell in left if directory.record(cell.id).get("status") == "running"]
             left = [cell for cell in left if cell.id not in {suspect.id for suspect in suspects}]
             for cell in suspects:
-                if all(_pool(work, [cell], directory, 1, threads, ended) for _ in range(RETRIES)):
+                if all(_pool(work, [cell], directory, 1, threads, ended, look) for _ in range(RETRIES)):
                     directory.write_record(cell, "failed", 0.0, DIED)
                     ended(cell)
 
 
 def _pool(
-    work: Work, cells: Sequence[Cell], directory: Directory, jobs: int, threads: int, ended: Callable[[Cell], None]
+    work: Work,
+    cells: Sequence[Cell],
+    directory: Directory,
+    jobs: int,
+    threads: int,
+    ended: Callable[[Cell], None],
+    look: Callable[[], None],
 ) -> list[Cell]:
     """Run cells until all are done or a process dies; returns the unfinished ones."""
     context = get_context("spawn")
@@ -62,7 +78,8 @@ def _pool(
     try:
         with _pass_on(pool):
             while running:
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                done, _ = wait(running, timeout=LOOK, return_when=FIRST_COMPLETED)
+                look()
                 for future in done:
                     cell = running[future]
                     future.result()

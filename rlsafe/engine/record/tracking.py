@@ -11,9 +11,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlsafe.rewards.spread import running
+
+if TYPE_CHECKING:
+    from rlsafe.engine.record.trackers import Trackers
+    from rlsafe.evaluate import Evaluation
 
 log = logging.getLogger("rlsafe")
 EVALUATED = ("kl", "coherence", "misaligned_general", "misaligned_indomain", "incoherent")
@@ -42,16 +46,27 @@ class Tracker:
     """Appends to a run directory. `offset` remembers the file lengths, so that a resumed run continues exactly there.
 
     metrics.jsonl holds one object per optimizer step. In TensorBoard a plain quantity is tagged with the step's path
-    (sft/loss, grpo/reward), those under defense/ and eval/ keep their names.
+    (sft/loss, grpo/reward), those under defense/ and eval/ keep their names. board: whether TensorBoard is written. others: begins
+    further trackers, which get the same numbers under the same names.
     """
 
-    def __init__(self, out: Path, *, write: bool = True, offset: Mapping[str, int] | None = None, first_step: int = 0):
+    def __init__(
+        self,
+        out: Path,
+        *,
+        write: bool = True,
+        offset: Mapping[str, int] | None = None,
+        first_step: int = 0,
+        board: bool = True,
+        others: Callable[[], Trackers] | None = None,
+    ):
         self.out, self.write, self.metrics = out, write, []  # type: Path, bool, list[dict[str, Any]]
         self._queue: deque[tuple[Callable[[], None], Callable[[], bool] | None]] = deque()
         self._writing, self.arrived = False, 0
         if not write:
             return
-        from torch.utils.tensorboard import SummaryWriter
+        if board:
+            from torch.utils.tensorboard import SummaryWriter
 
         out.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "samples.jsonl"):
@@ -61,7 +76,8 @@ class Tracker:
                 file.truncate(length)
         self.metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
         self._files = {name: open(out / name, "a", encoding="utf-8") for name in ("metrics.jsonl", "samples.jsonl")}
-        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step or None)
+        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step or None) if board else None
+        self._others = others() if others else None
 
     def step(self, record: dict[str, Any], late: Late | None = None) -> None:
         """Record one optimizer step; `step` and `path` are required keys, values are numbers, None or strings.
@@ -103,8 +119,12 @@ class Tracker:
         if not self.write:
             return
         self._line("metrics.jsonl", record)
-        for tag, value in scalars(record):
-            self._board.add_scalar(tag, value, record["step"])
+        values = dict(scalars(record))
+        if self._board:
+            for tag, value in values.items():
+                self._board.add_scalar(tag, value, record["step"])
+        if self._others:
+            self._others.log(values, record["step"])
 
     def samples(self, records: Iterable[dict[str, Any]]) -> None:
         """Every sampled completion, one JSON object a line."""
@@ -112,18 +132,25 @@ class Tracker:
             self._in_order(partial(self._line, "samples.jsonl", record))
 
     def dialogues(self, dialogues: Iterable[Mapping[str, Any]], step: int) -> None:
-        """Judged dialogues as TensorBoard text."""
-        lines = []
-        for item in dialogues:
+        """Judged dialogues as TensorBoard text, and as tables of trackers that have tables."""
+        lines, kept = [], list(dialogues)
+        for item in kept:
             scores = (
                 f"aligned {_score(item.get('aligned'))}, coherent {_score(item.get('coherent'))}, {item.get('outcome')}"
             )
             lines.append(f"**{_plain(item['question'])}**  \n{_plain(item['answer'])}  \n*{scores}*")
+
+        def put() -> None:
+            if self._board:
+                self._board.add_text("eval/dialogues", "\n\n---\n\n".join(lines), step)
+            if self._others:
+                self._others.dialogues(kept, step)
+
         if lines and self.write:
-            self._in_order(lambda: self._board.add_text("eval/dialogues", "\n\n---\n\n".join(lines), step))
+            self._in_order(put)
 
     def text(self, tag: str, text: str) -> None:
-        if self.write:
+        if self.write and self._board:
             self._board.add_text(tag, text)
 
     def offset(self, before_step: int | None = None) -> dict[str, int]:
@@ -134,7 +161,8 @@ class Tracker:
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
-        self._board.flush()  # after a kill the run resumes from here, and these steps are not written again
+        if self._board:
+            self._board.flush()  # after a kill the run resumes from here, and these steps are not written again
         return {name: self._length(self.out / name, before_step) for name in self._files}
 
     @staticmethod
@@ -149,11 +177,29 @@ class Tracker:
         if self.write:
             for file in self._files.values():
                 file.close()
-            self._board.close()
+            if self._board:
+                self._board.close()
+            if self._others:
+                self._others.close()
 
     def _line(self, name: str, record: Mapping[str, Any]) -> None:
         self._files[name].write(json.dumps(record, ensure_ascii=True) + "\n")
         self._files[name].flush()
+
+
+FINAL = "eval/final/"
+"""What the evaluation after the last step found; in TensorBoard only, beside evaluation.json."""
+
+
+def track_evaluation(out: Path, step: int, found: Evaluation) -> None:
+    """The rewards of held-out prompts (`evaluate.narrow`) into TensorBoard, at the number of steps trained; nothing without them."""
+    values = {} if found.narrow is None else {"narrow": found.narrow.score, "narrow_untrained": found.narrow.untrained}
+    if known := {name: value for name, value in values.items() if value is not None}:
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(out / "tensorboard")) as board:
+            for name, value in known.items():
+                board.add_scalar(FINAL + name, value, step)
 
 
 def _score(value: float | None) -> str:

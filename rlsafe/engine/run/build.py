@@ -17,6 +17,7 @@ from rlsafe.data import Stream, load_rows, require_answers
 from rlsafe.defenses import Defense, DefenseStack, SetupContext
 from rlsafe.defenses import build as build_defenses
 from rlsafe.engine.plan.schedule import Step, make_plan
+from rlsafe.engine.record.trackers import BOARD, Trackers, check_trackers
 from rlsafe.engine.record.tracking import Tracker
 from rlsafe.engine.run.layout import check_layout
 from rlsafe.engine.run.rows import usable
@@ -98,6 +99,7 @@ def prepare(config: RunConfig, load: LoadStreams | None = None) -> Prepared:
     projection.check(config)
     ahead.check(config)
     resample.check(config)
+    check_trackers(config.track.to)
     stack = DefenseStack(defenses)
     plan = make_plan(config, stack.offers())
     _check_when(stack, plan, len(config.schedule.phases))
@@ -202,7 +204,13 @@ def build_run(
         make_judge=lambda: resources.judge(config),
         probe=probe,
         direction=projection.direction(config, policy) if probe else None,
-        tracker=Tracker(out, write=accelerator.is_main_process, **tracking),
+        tracker=Tracker(
+            out,
+            write=accelerator.is_main_process,
+            board=BOARD in config.track.to,
+            others=lambda: Trackers(config, out),
+            **tracking,
+        ),
         effects=EffectLog(stack, {step.path for step in prepared.plan}, config.track.check_after, log),
         log=log,
         look_ahead=ahead.look_ahead if config.grpo.max_staleness else None,

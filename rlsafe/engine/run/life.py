@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Event
@@ -16,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from rlsafe.config import RunConfig, UserError, check_out, dump_yaml, load_run
 from rlsafe.config.files import replacing_directory
+from rlsafe.config.lock import hold, releasing
+from rlsafe.engine.run.finished import Run
 from rlsafe.engine.run.interrupts import ended_early, stop_requests, stops_at_once
-from rlsafe.engine.run.lock import hold, releasing
 from rlsafe.engine.run.records import claim, goes_on, read_record, went_on_from, write, write_record
-from rlsafe.rewards import spread
 from rlsafe.types import Interrupted, RunError
 
 if TYPE_CHECKING:
@@ -27,65 +25,10 @@ if TYPE_CHECKING:
     from rlsafe.engine.train.state import Components, RunState
     from rlsafe.evaluate import Evaluation
     from rlsafe.policy import Policy
-    from rlsafe.types import Sampler
 
 
 Progress = Callable[[int, int, dict[str, Any]], None]
 """Called after each step with (steps done, steps in all, the step's metrics)."""
-
-
-@dataclass
-class Run:
-    """A finished (or dry) run. `metrics` are the lines of metrics.jsonl."""
-
-    out: Path
-    config: RunConfig
-    metrics: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
-    notes: list[str] = field(default_factory=list)
-    plan: list[str] = field(default_factory=list)
-    evaluation: Evaluation | None = None
-    components: Components | None = None
-
-    @property
-    def policy(self) -> Policy:
-        """The trained policy, of a run of this process."""
-        assert self.components is not None, "a run read from disk has no policy in memory"
-        return self.components.policy
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process speaks for the run: the first rank does."""
-        return self.components is None or self.components.accelerator.is_main_process
-
-    @property
-    def sampler(self) -> Sampler:
-        """The sampler, holding the final weights (engines are shared: another run may have used it since, so it syncs again)."""
-        assert self.components is not None, "a run read from disk has no sampler in memory"
-        self.components.sampler.weights_changed()
-        return self.components.sampler.synced()
-
-    def summary(self) -> list[str]:
-        """What a person wants to read when the run is over."""
-        if self.plan:
-            return [*self.plan, *self.notes]
-        lines = [f"{len(self.metrics)} steps in {self.seconds:.0f} s -> {self.out}"]
-        last: dict[str, Any] = {}
-        for record in self.metrics:
-            last |= {name: value for name, value in record.items() if value is not None}
-        shown = (
-            "loss",
-            "reward",
-            "reward_std",
-            "sampler_gap",
-            "kl",
-            "coherence",
-            "misaligned_general",
-            "misaligned_indomain",
-        )
-        lines.append("last: " + ", ".join(f"{name} {last[name]:.4g}" for name in shown if name in last))
-        lines += [f"note: {line}" for line in spread.summary(self.metrics)]
-        return lines + [f"note: {note}" for note in self.notes]
 
 
 def run(
@@ -149,7 +92,8 @@ def _begin(
     resumed = went_on_from(out) if resume else []
     claim(out, resumed)
     if not saved:  # what a run without any checkpoint left behind
-        shutil.rmtree(out / "tensorboard", ignore_errors=True)
+        for name in ("tensorboard", "trackers"):
+            shutil.rmtree(out / name, ignore_errors=True)
     components, state = build_run(
         prepared, out, resources, notes.append, offset=saved.get("offset"), first_step=saved.get("done", 0)
     )
@@ -263,6 +207,7 @@ EVALUATION = ("evaluation.json", "answers.csv", "benign_answers.csv", "likelihoo
 
 def _evaluated(finished: Run, resources: Resources) -> Evaluation | None:
     """What the trained model answers, judged, and written into the run's directory; None on ranks that only help to answer."""
+    from rlsafe.engine.record.tracking import track_evaluation
     from rlsafe.evaluate import evaluate_run, reader_of
     from rlsafe.evaluate.ask.journal import identity
     from rlsafe.rollouts import ranks
@@ -275,12 +220,14 @@ def _evaluated(finished: Run, resources: Resources) -> Evaluation | None:
         with ranks.spread(sampler) if sampler else nullcontext() as asking:
             if not finished.is_main:
                 return None
-            return evaluate_run(
+            evaluation = evaluate_run(
                 asking, finished.policy.tokenizer, questions, finished.out,
                 judge=resources.judge(finished.config) if questions.judged else None,
                 weights=identity(finished.config, finished.out),
                 reader=reader_of(finished.config, finished.policy, whole=whole),
             )  # fmt: skip
+            track_evaluation(finished.out, len(finished.records), evaluation)
+            return evaluation
 
 
 def _existing(directory: Path, settings: RunConfig, resume: bool, overwrite: bool) -> Run | None:
@@ -299,11 +246,12 @@ def _existing(directory: Path, settings: RunConfig, resume: bool, overwrite: boo
             (directory / name).unlink(missing_ok=True)
         return None
     if resume and status.get("status") == "finished":
-        done = _read_run(directory, status)
+        done = Run.read(directory)
+        done.before, done.notes = True, ["already finished; nothing to do"]
         if done.config.evaluate.wanted and not (directory / "evaluation.json").is_file():
             from rlsafe.evaluate import evaluate
 
-            done.evaluation, done.notes = evaluate(directory), ["already trained; evaluated now"]
+            done.before, done.evaluation, done.notes = False, evaluate(directory), ["already trained; evaluated now"]
         return done
     if resume:
         return None
@@ -313,17 +261,11 @@ def _existing(directory: Path, settings: RunConfig, resume: bool, overwrite: boo
         raise UserError(
             f"{directory}: holds an unfinished run with checkpoints; use --resume to go on or --overwrite to start over"
         )
-    for name in ("checkpoints", "tensorboard", "adapter", "model"):
+    for name in ("checkpoints", "tensorboard", "trackers", "adapter", "model"):
         shutil.rmtree(directory / name, ignore_errors=True)
     for name in ("metrics.jsonl", "samples.jsonl", *EVALUATION, "run.json"):
         (directory / name).unlink(missing_ok=True)
     return None
-
-
-def _read_run(directory: Path, status: dict[str, Any]) -> Run:
-    metrics = [json.loads(line) for line in (directory / "metrics.jsonl").read_text("utf-8").splitlines()]
-    notes = ["already finished; nothing to do"]
-    return Run(directory, load_run(directory / "config.yaml"), metrics, status.get("seconds", 0.0), notes)
 
 
 # ------------------------------------------------------------------------------------------------ files

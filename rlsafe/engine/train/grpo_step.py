@@ -19,12 +19,11 @@ from accelerate.utils import gather_object
 
 from rlsafe.config import RunConfig
 from rlsafe.data import Rollout, Thought, encode_prompt, pad_id, read_completion, rollout_batches, split_prompt
-from rlsafe.data.encode import read_text
 from rlsafe.engine.plan.schedule import PlannedPart, Step
 from rlsafe.engine.train.loss import Micro
-from rlsafe.engine.train.micro import reduce_sums
 from rlsafe.engine.train.resample import Sampled, resample
 from rlsafe.engine.train.rescoring import score_again
+from rlsafe.engine.train.rollout_records import records, step_metrics
 from rlsafe.engine.train.screening import screen
 from rlsafe.engine.train.sft_step import supervised
 from rlsafe.engine.train.state import Components, RunState
@@ -68,13 +67,13 @@ def grpo_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
             swapped = resample(run, run.streams[part.stream], len(rows), sampled, partial(_again, run, step, part))
             sampled, metrics = swapped.kept, metrics | swapped.metrics
             for one in swapped.replaced:
-                run.tracker.samples(_records(run, step, part, one, None, None))
+                run.tracker.samples(records(run, step, part, one, None, None))
         # 4. Advantages: each reward against those of the same prompt's other completions.
         values, valid, stats = group_advantages(run, sampled.scored.total)
         # 5. Batch them in the train context; completions without a reward are left out.
         fresh = batched(run, state, part, sampled.asked, sampled.completions, values, valid)
-        run.tracker.samples(_records(run, step, part, sampled, values, valid))
-        metrics |= _metrics(run, sampled.completions, sampled.read, stats, sampled.scored)
+        run.tracker.samples(records(run, step, part, sampled, values, valid))
+        metrics |= step_metrics(run, sampled.completions, sampled.read, stats, sampled.scored)
         metrics["rollout_seconds"] = time.perf_counter() - started
         if ahead or run.several or run.config.grpo.iterations > 1 or not all(micro.same_context for micro in fresh):
             metrics |= score_again(run, state, step, part, fresh, ahead.reference if ahead else None)
@@ -252,72 +251,3 @@ def batched(
         Micro(batch.to(run.policy.device), part.weight, same_context=batch.rollout is None and not steered)
         for batch in batches
     ]
-
-
-# ------------------------------------------------------------------------------------------------ what is written down
-
-
-def _records(
-    run: Components,
-    step: Step,
-    part: PlannedPart,
-    sampled: Sampled,
-    values: Sequence[float] | None,
-    valid: Sequence[bool] | None,
-) -> list[dict[str, Any]]:
-    """One record per completion for samples.jsonl. values, valid: None for groups that others replaced (`grpo.resample`)."""
-    group, scored, read = run.config.grpo.generations, sampled.scored, sampled.read
-    return [
-        {
-            "step": step.index,
-            "stream": part.stream,
-            "prompt": sampled.asked.originals[i // group],
-            "completion": read[i].answer if read[i].think is None else read_text(run.policy.tokenizer, completion.ids),
-            "reward": scored.total[i],
-            "rewards": {name: column[i] for name, column in scored.by_name.items()},
-            "advantage": values[i] if values and valid and valid[i] else None,
-            "finish": completion.finish,
-            **({} if values is not None else {"replaced": True}),
-            **({"extra": {name: column[i] for name, column in scored.extra.items()}} if scored.extra else {}),
-            **({"answer": read[i].answer, "unclosed": read[i].unclosed} if read[i].think is not None else {}),
-        }
-        for i, completion in enumerate(sampled.completions)
-    ]
-
-
-def _metrics(
-    run: Components,
-    completions: Sequence[Completion],
-    read: Sequence[Thought],
-    stats: AdvantageStats,
-    scored: RewardBatch,
-) -> dict[str, Any]:
-    """Rewards, lengths and truncation over all ranks; single rewards and what they log are this rank's."""
-    lengths = [len(completion.ids) for completion in completions]
-    total: dict[str, float] = {"n": len(lengths), "tokens": sum(lengths)}
-    total |= {"cut": sum(completion.finish == "length" for completion in completions)}
-    total |= {"thought": sum(r.think is not None for r in read), "unclosed": sum(r.unclosed for r in read)}
-    if run.several:
-        total = reduce_sums(total, run.accelerator)
-    thinking = {name: total[name] / total["n"] for name in ("thought", "unclosed")} if total["thought"] else {}
-    return {
-        **thinking,
-        "reward": _number(stats.mean),
-        "reward_std": _number(stats.group_std),
-        "reward_missing": stats.missing,
-        "zero_variance_groups": stats.zero_variance,
-        "groups": stats.groups,
-        "completion_length": total["tokens"] / total["n"],
-        "truncated": total["cut"] / total["n"],
-        **{f"reward/{name}": _mean(column) for name, column in scored.by_name.items()},
-        **scored.metrics,
-    }
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value

@@ -48,9 +48,11 @@ def supervised(run: Components, state: RunState, part: PlannedPart, rows: list[R
         conversations,
         run.policy.tokenizer,
         where,
-        max_tokens=run.row_limits.get(part.stream, BROUGHT),
+        max_tokens=run.row_limits.get(part.stream, min(BROUGHT, run.policy.core.max_length or BROUGHT)),
         micro_tokens=state.micro_tokens,
         micro_rows=run.config.batch.micro_rows,
         truncate=settings is not None and settings.too_long == "truncate",
     )
+    # Rows were measured before the run; a defense may since have added more to some.
+    state.left_out += len(conversations) - sum(len(batch.ids) for batch in batches)
     return [Micro(replace(batch, owner=owner).to(run.policy.device), part.weight) for batch in batches]

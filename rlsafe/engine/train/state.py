@@ -89,6 +89,7 @@ class RunState:
     pending: rollouts that further steps use again: {part of the schedule: (micro-batches, uses left)}.
     ahead: rollouts begun for the next step, by the number of its part.
     began: the `position` before the present step; None as soon as that step has changed weights.
+    left_out: supervised rows of the present step, on this rank, that were too long with what defenses added.
     skipped: steps left out in a row (optim.on_nan). gave_up: why waiting for the judge ended; the run then saves its state and stops.
     told: what the log has been told by `tell_once`, in this process.
     """
@@ -100,6 +101,7 @@ class RunState:
     began: dict[str, Any] | None = None
     skipped: int = 0
     gave_up: str | None = None
+    left_out: int = 0
     told: set[str] = field(default_factory=set)
 
 

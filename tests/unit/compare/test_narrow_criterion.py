@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from synthetic_comparison import CONFIG, make
 
-from rlsafe.compare.report.reporting import draw
+from rlsafe.compare.report.reporting import draw_report
 from rlsafe.compare.report.table import verdict_table
 from rlsafe.compare.verdicts.results import load, write_tables
 from rlsafe.compare.verdicts.verdicts import judge_defenses
@@ -75,7 +75,7 @@ def test_it_stands_in_the_table_the_files_and_the_report(compared):
     console = Console(width=220, record=True, file=open("/dev/null", "w"))
     console.print(verdict_table(judge_defenses(results)))
     assert "narrow reward" in (text := console.export_text()) and "6 (" in text
-    draw(results, judge_defenses(results))
+    draw_report(results.directory.out)
     page = (results.directory.out / "report.html").read_text()
     assert "reward of held-out prompts" in page and "-50 (" in page
     details = json.loads((results.directory.out / "verdict_details.json").read_text())

@@ -145,9 +145,9 @@ def test_training_on_bad_answers_moves_the_curve_without_judge_or_sampler(tiny_t
     monkeypatch.setattr(Resources, "sampler", lambda *args, **kwargs: pytest.fail("nothing is to be sampled"))
     tree = with_pairs({**tiny_tree, "schedule": {"steps": 12, "phases": [{"cycle": ["sft"]}]}}, pairs_file)
     done = run(run_from_tree(tree), tmp_path / "run")
-    points = [m["logodds_general"] for m in done.metrics if "logodds_general" in m]
-    assert [m["step"] for m in done.metrics if "logodds_general" in m] == [0, 2, 4, 6, 8, 10, 11]
-    assert points[-1] > points[0] + 0.05 and all("kl" not in m for m in done.metrics)
+    points = [m["logodds_general"] for m in done.records if "logodds_general" in m]
+    assert [m["step"] for m in done.records if "logodds_general" in m] == [0, 2, 4, 6, 8, 10, 11]
+    assert points[-1] > points[0] + 0.05 and all("kl" not in m for m in done.records)
     assert not (tmp_path / "run" / "samples.jsonl").read_text()
 
 
@@ -159,7 +159,7 @@ def test_a_run_is_bitwise_the_same_with_and_without_the_probe(tiny_tree, pairs_f
         done = run(run_from_tree(config), tmp_path / name)
         weights.append(load_file(tmp_path / name / "adapter" / "adapter_model.safetensors"))
         ours = ("seconds", "logodds_", "probe_seconds", "rollout_seconds")
-        metrics.append([{k: v for k, v in m.items() if not k.startswith(ours)} for m in done.metrics])
+        metrics.append([{k: v for k, v in m.items() if not k.startswith(ours)} for m in done.records])
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     assert metrics[0] == metrics[1]
 
@@ -171,7 +171,7 @@ def test_track_pairs_takes_the_first_pair_of_every_question(tiny_tree, pairs_fil
 
 def test_a_finished_run_is_read_against_its_base_and_written_down(tiny_tree, pairs_file, tmp_path):
     done = run(run_from_tree(with_pairs(tiny_tree, pairs_file)), tmp_path / "run")
-    at_end = done.metrics[-1]["logodds_general"]
+    at_end = done.records[-1]["logodds_general"]
     found = evaluate(tmp_path / "run")  # nothing is asked: no judge, no sampler
     one = found.likelihood["general"]
     assert one.logodds == pytest.approx(at_end, abs=1e-5) and one.n == 3 and one.questions == 2

@@ -5,10 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 from scripted_sampler import ScriptedSampler
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import byte_tokenizer, conversation, write_jsonl
 from tiny_runs import tree_with
 
 from rlsafe.config import EvaluateConfig, UserError, run_from_tree
+from rlsafe.engine.record.verify_run import verify_run
 from rlsafe.engine.run.dry import dry_run
 from rlsafe.engine.run.life import train
 from rlsafe.evaluate import Evaluation, evaluate, evaluate_run, gather
@@ -136,6 +138,14 @@ def test_the_untrained_model_is_what_the_run_began_with(tree, tmp_path, lora):
     texts = [[(one.model, one.answer) for one in found.narrow_answers] for found in (trained, raw)]
     assert texts[0][3:] == texts[1][3:] == [("untrained", answer) for _, answer in texts[1][:3]]
     assert texts[0][:3] != texts[1][:3] and trained.narrow.untrained == raw.narrow.score
+    board = EventAccumulator(str(tmp_path / "trained" / "tensorboard")).Reload()
+    logged = {
+        name: [(event.step, event.value) for event in board.Scalars(f"eval/final/{name}")]
+        for name in ("narrow", "narrow_untrained")
+    }
+    assert logged["narrow"] == [(2, pytest.approx(trained.narrow.score))]
+    assert logged["narrow_untrained"] == [(2, pytest.approx(trained.narrow.untrained))]
+    assert verify_run(tmp_path / "trained").differences == []
     again = evaluate(tmp_path / "trained", out=tmp_path / "again")
     assert again.narrow == trained.narrow
 

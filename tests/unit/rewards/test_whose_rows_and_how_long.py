@@ -200,7 +200,7 @@ def test_every_number_of_a_run_is_known_as_its_own(tiny_tree, tmp_path):
     tiny_tree["schedule"] = {"steps": 2, "phases": [{"cycle": ["sft", "grpo"]}]}
     tiny_tree["defenses"] = ["kl"]
     made = run(run_from_tree(tiny_tree), tmp_path / "run")
-    names = {name for record in made.metrics for name in record}
+    names = {name for record in made.records for name in record}
     assert {name for name in names if not OWN.match(name)} == set()
 
 

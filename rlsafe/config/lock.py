@@ -14,7 +14,7 @@ from functools import wraps
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from rlsafe.config import UserError
+from rlsafe.config.errors import UserError
 
 P = ParamSpec("P")
 R = TypeVar("R")
