@@ -319,38 +319,3 @@ def test_vllm_is_steered_as_the_trainer_is_and_keeps_nothing_of_it(tiny_tree, tm
     first = {name: samples(tmp_path / name)[:12] for name in arms}
     assert first["none"] == first["plain"] != first["steered"]
     assert distance(weights["none"], weights["plain"]) > 1e-6 and distance(weights["plain"], weights["steered"]) > 1e-6
-
-
-# ------------------------------------------------------------------------------------------------ several vectors
-
-
-def test_signed_vectors_of_several_layers_add_up(tiny_model_dir, vectors):
-    """sum_i alpha_i e_i, a negative alpha among them, against hooks of the test's own on both blocks."""
-    policy, batch, v = load(tiny_model_dir), random_batch(), random_vectors()
-    stack = set_up(
-        policy, vectors=vectors, layer=1, alpha=0.5, more=[{"layer": 1, "alpha": -0.2}, {"layer": 2, "alpha": 0.3}]
-    )
-    with stack.activations(policy, TRAIN):
-        found = policy.score(batch)
-    second = policy.model.get_decoder().layers[1]
-    hook = second.register_forward_hook(
-        lambda _, __, out: (out[0] + 0.3 * v[2], *out[1:]) if isinstance(out, tuple) else out + 0.3 * v[2]
-    )
-    expected = steered_by_hand(policy, batch, 1, 0.3 * v[1])
-    hook.remove()
-    assert torch.allclose(found, expected, atol=1e-5)
-    assert not torch.allclose(found, steered_by_hand(policy, batch, 1, 0.3 * v[1]), atol=1e-3)
-    (defense,) = stack
-    assert defense.effect()["steering_norm"] == pytest.approx(float((0.3 * torch.cat([v[1], v[2]])).norm()), rel=1e-5)
-    assert (
-        Persona(vectors, 1, 0.0, [{"layer": 2, "alpha": 0}]).strength == 0 and Persona(vectors, 1, -2.0).strength == 2
-    )
-
-
-def test_an_entry_of_more_that_is_wrong_is_one_line(vectors):
-    for more, says in [
-        ([{"layer": 2}], "more: expected {vectors, layer: number, alpha"),
-        ([{"layr": 2}], "did you mean 'layer'"),
-    ]:
-        with pytest.raises(UserError, match=says):
-            build([{"persona": {"vectors": vectors, "layer": 1, "more": more}}])
