@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from rlsafe.compare.report import charts, pages, plots, why
 from rlsafe.compare.report.charts import Axis, ends
+from rlsafe.compare.report.evidence import evidence
 from rlsafe.compare.report.table import NOTHING_LEARNED, shown_grade
 from rlsafe.compare.verdicts import sweeps, tasks
 from rlsafe.compare.verdicts.arms import Rate
@@ -55,6 +56,7 @@ def section(
         "anchor": "".join(c if c.isalnum() else "-" for c in table.key),
         "table": table,
         "verdicts": [(label, [shown(row, c) for c in CRITERIA]) for label, row in table.rows.items() if row.verdicts],
+        "evidence": evidence(results, table),
         "measured": [key for key in RATES if any(key in row.rates for row in table.rows.values())],
         "whiskers": whiskers(table, style, name, top),
         "judge_free": (free := judge_free(results, table)),
