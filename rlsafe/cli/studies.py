@@ -12,35 +12,43 @@ from rlsafe.arguments import names, numbers
 from rlsafe.cli.app import Out, Overrides, app
 from rlsafe.progress import show
 
+Defenses = Annotated[str | None, typer.Option(metavar="A,B", help="only these, e.g. none,kl,kl&interleaving")]
+Paths = Annotated[str | None, typer.Option(metavar="A,B", help="only these, e.g. sft,grpo")]
+Cluster = Annotated[
+    str | None, typer.Option(metavar="HOST:PORT", help="an existing Ray cluster; default: this machine")
+]
+CellCpus = Annotated[float | None, typer.Option(metavar="N", help="Ray: CPUs of a cell; default: 1")]
+CellGpus = Annotated[
+    float | None, typer.Option(metavar="N", help="Ray: GPUs of a cell, 0.25 = four share one; default: 1, if any")
+]
+Relapse = Annotated[
+    int | None, typer.Option(min=0, metavar="N", help="then N undefended steps after each run: does it come back?")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="print the cells, their memory, steps and judge calls; run nothing")
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="with --dry-run: the resolved config and all estimates as well")
+]
+Quick = Annotated[bool, typer.Option("--quick", help="the config's quick preset: small budgets")]
+
 
 @app.command()
 def compare(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML file of a comparison")],
     overrides: Overrides = None,
-    defenses: Annotated[
-        str | None, typer.Option(metavar="A,B", help="only these, e.g. none,kl,kl&interleaving")
-    ] = None,
-    paths: Annotated[str | None, typer.Option(metavar="A,B", help="only these, e.g. sft,grpo")] = None,
+    defenses: Defenses = None,
+    paths: Paths = None,
     seeds: Annotated[str | None, typer.Option(metavar="N,N", help="e.g. 0,1,2")] = None,
     jobs: Annotated[int, typer.Option(min=0, metavar="N", help="cells at a time; 0 = what suits the machine")] = 0,
-    relapse: Annotated[
-        int | None, typer.Option(min=0, metavar="N", help="then N undefended steps after each run: does it come back?")
-    ] = None,
+    relapse: Relapse = None,
     backend: Annotated[str, typer.Option(metavar="NAME", help="who runs the cells: local, ray")] = "local",
-    address: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="an existing Ray cluster; default: this machine")
-    ] = None,
-    cell_cpus: Annotated[float | None, typer.Option(metavar="N", help="Ray: CPUs of a cell; default: 1")] = None,
-    cell_gpus: Annotated[
-        float | None, typer.Option(metavar="N", help="Ray: GPUs of a cell, 0.25 = four share one; default: 1, if any")
-    ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="the config's quick preset: small budgets")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="print the cells, their memory, steps and judge calls; run nothing")
-    ] = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="with --dry-run: the resolved config and all estimates as well")
-    ] = False,
+    address: Cluster = None,
+    cell_cpus: CellCpus = None,
+    cell_gpus: CellGpus = None,
+    quick: Quick = False,
+    dry_run: DryRun = False,
+    verbose: Verbose = False,
     out: Out = None,
 ) -> None:
     """Which defense to ship: run a grid and report.
@@ -83,7 +91,7 @@ def select(
     ],
     overrides: Overrides = None,
     top: Annotated[int, typer.Option(min=0, metavar="N", help="how many rows to print")] = 10,
-    quick: Annotated[bool, typer.Option("--quick", help="the config's quick preset: small budgets")] = False,
+    quick: Quick = False,
     out: Out = None,
 ) -> None:
     """Score the safe rows for interleaving+ and ++.

@@ -4,6 +4,7 @@ from rlsafe.config.comparison import BenignConfig, CompareConfig, SelectionConfi
 from rlsafe.config.data import DataConfig, StreamConfig
 from rlsafe.config.errors import UnknownName, UserError, about, check_out, first_line, nearest
 from rlsafe.config.loading import apply_override, dump_yaml, load_compare, load_run, load_tree, run_from_tree
+from rlsafe.config.rewards import NarrowConfig, RewardConfig
 from rlsafe.config.schema import (
     BatchConfig,
     CheckpointConfig,
@@ -15,7 +16,6 @@ from rlsafe.config.schema import (
     OptimConfig,
     Part,
     PhaseConfig,
-    RewardConfig,
     RunConfig,
     SamplerConfig,
     ScheduleConfig,
@@ -33,6 +33,7 @@ __all__ = [
     "LikelihoodConfig",
     "LoraConfig",
     "ModelConfig",
+    "NarrowConfig",
     "OptimConfig",
     "Part",
     "PhaseConfig",

@@ -80,6 +80,9 @@ class CompareConfig(Recorded):
     defenses: dict[str, list[str | dict[str, Any]]] = Field(
         default_factory=_no_defense, min_length=1, description="label -> what it combines, as a run's defenses"
     )
+    default_defenses: list[str] | None = Field(
+        None, description="the labels that run without --defenses; null = all, which --defenses all names too"
+    )
     seeds: list[int] = Field(
         default_factory=lambda: [0, 1, 2], min_length=1, description="one run of each cell for each"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, model_validator
 
 from rlsafe.config.base import Positive, Settings
 
@@ -50,13 +50,6 @@ class StreamConfig(Settings):
     on_bad_row: Literal["error", "skip"] = Field(
         "error", description="skip counts bad rows, and those that the chat template refuses, and names the first"
     )
-
-    _context: int | None = PrivateAttr(None)
-
-    @property
-    def within(self) -> int:
-        """Tokens that a row may have: `max_tokens`, or what the model takes where that is less and known by now."""
-        return min(self.max_tokens, self._context or self.max_tokens)
 
     @model_validator(mode="after")
     def _has_a_source(self) -> StreamConfig:

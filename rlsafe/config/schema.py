@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from rlsafe.config.base import Fraction, NonNegative, Positive, Recorded, Settings, invalid_at, on_off, to_list
 from rlsafe.config.data import DataConfig
 from rlsafe.config.errors import nearest
+from rlsafe.config.rewards import NarrowConfig, RewardConfig
 
 
 class LoraConfig(Settings):
@@ -52,19 +53,6 @@ class ModelConfig(Settings):
     trust_remote_code: bool = Field(False, description="run Python that comes with the model: only if you trust it")
 
 
-class RewardConfig(Settings):
-    fn: str = Field(description="file.py:function, package.module:function, or provider:name")
-    thinking: bool = Field(False, description="the function sees the think block before the answer as well")
-    weight: float = Field(1.0, description="multiplies the function's reward in the sum")
-    args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments bound to the function")
-    where: dict[str, Any] = Field(
-        default_factory=dict, description="only rows whose column has this value (or one of a list); others get None"
-    )
-    timeout: Annotated[float, Field(gt=0)] = Field(
-        600.0, description="seconds of one call; a longer one has failed, see grpo.on_error"
-    )
-
-
 class GrpoConfig(Settings):
     generations: Annotated[int, Field(ge=2)] = Field(8, description="completions of each prompt: the group")
     temperature: Annotated[float, Field(gt=0)] = Field(
@@ -72,6 +60,9 @@ class GrpoConfig(Settings):
     )
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="nucleus of rollouts; 1 = whole vocabulary")
     max_tokens: Positive = Field(256, description="of a completion; longer ones are cut")
+    resample: NonNegative = Field(
+        0, description="further prompts that a step draws at most for groups without spread; 0 = they stay"
+    )
     normalization: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = Field(
         "dapo",
         description="the loss is summed over tokens and divided by: rows (grpo, each by its own length first), "
@@ -85,8 +76,15 @@ class GrpoConfig(Settings):
         0.0, description="weight of the sampled k3 KL to the base inside the GRPO loss"
     )
     iterations: Positive = Field(1, description="optimizer steps on each rollout")
-    max_staleness: Literal[0, 1] = Field(0, description="1 = servers sample the next rollouts during an update")
-    correction: Literal["none", "token", "sequence"] = Field("none", description="truncated sampler-gap correction")
+    max_staleness: Literal[0, 1] = Field(
+        0,
+        description="1 = servers sample the next rollouts during an update, by weights that are one optimizer step old",
+    )
+    correction: Literal["none", "token", "sequence"] = Field(
+        "none",
+        description="truncated importance weights for the sampler's gap; not applied (and said so) where a defense gives sampler"
+        " and gradient different contexts",
+    )
     correction_cap: Annotated[float, Field(gt=0)] = Field(2.0, description="the largest weight of that correction")
     mask_truncated: bool = Field(False, description="completions cut at max_tokens give no gradient")
     on_error: Literal["stop", "skip"] = Field(
@@ -284,8 +282,18 @@ class EvaluateConfig(Settings):
     general: str | None = Field(None, description="provider:spec or a YAML question file")
     indomain: str | None = Field(None, description="likewise: held-out questions of the trained domain")
     cue: str | None = Field(None, description="system prompt of the conditional probe: text or provider:name")
+    scale: list[Annotated[float, Field(gt=0)]] = Field(
+        default_factory=list, description="the general questions once more with the adapter times each of these: 1.5, 2"
+    )
     likelihood: Annotated[LikelihoodConfig, BeforeValidator(lambda given: {} if given is None else given)] = (
         LikelihoodConfig()
+    )
+    position: Literal["system", "user"] = Field(
+        "system",
+        description="where cues and system prompts go; user = before the user's text (templates without a system role)",
+    )
+    narrow: NarrowConfig | None = Field(
+        None, description="your own criterion: {reward: FILE:FN, rows: SOURCE}, held-out prompts scored by a reward"
     )
     benign: list[str] = Field(default_factory=list, description="benign test sets, scored by exact match")
     benign_limit: Positive = Field(200, description="rows of each benign test set")
@@ -311,7 +319,7 @@ class EvaluateConfig(Settings):
     @property
     def asks(self) -> bool:
         """Whether anything is to be sampled."""
-        return bool(self.general or self.indomain or self.benign)
+        return bool(self.general or self.indomain or self.benign or self.narrow)
 
 
 class RunConfig(Recorded):

@@ -60,13 +60,17 @@ def _of_the_environment() -> Iterator[str]:
 
 def secret_in(tree: Any, keys: tuple[str, ...] = ()) -> tuple[tuple[str, ...], str] | None:
     """(where, what) of the first secret in settings, never the secret itself; None when there is none."""
+    return _first(tree, keys, tuple(_of_the_environment()))
+
+
+def _first(tree: Any, keys: tuple[str, ...], values: tuple[str, ...]) -> tuple[tuple[str, ...], str] | None:
     if isinstance(tree, str):
-        return (keys, what) if (what := _secret(tree, keys)) else None
+        return (keys, what) if (what := _secret(tree, keys, values)) else None
     inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else ()
-    return next((found for name, part in inner if (found := secret_in(part, (*keys, str(name))))), None)
+    return next((found for name, part in inner if (found := _first(part, (*keys, str(name)), values))), None)
 
 
-def _secret(text: str, keys: tuple[str, ...]) -> str:
+def _secret(text: str, keys: tuple[str, ...], values: tuple[str, ...]) -> str:
     if text and any(_NAMED.fullmatch(key) for key in keys):
         return "a key or password"
     for address in _ADDRESS.findall(text):
@@ -81,6 +85,6 @@ def _secret(text: str, keys: tuple[str, ...]) -> str:
                 return f"an address with a key or password ({name})"
     if _SHAPES.search(text):
         return "a key or password"
-    if any(value in text for value in _of_the_environment()):
+    if any(value in text for value in values):
         return "the value of a secret environment variable"
     return ""

@@ -135,7 +135,7 @@ class Encoder:
         messages: Key,
         generation_prompt: bool,
         template: str | None = None,
-        switches: dict[str, bool] | None = None,
+        switches: dict[str, Any] | None = None,
     ) -> str:
         """The conversation as text, by the chat template. UserError when the template fails."""
         conversation, offered = opened(messages)

@@ -125,7 +125,7 @@ def _message(raw: Any, where: str) -> Message:
             f"{where}: content holds half a character (the lone surrogate {bad}); such text cannot be encoded"
         )
     if role in ("user", "assistant") and not content.strip() and not turn.get("tool_calls"):
-        raise UserError(f"{where}: the content of a {role} turn is empty")
+        raise UserError(f"{where}: the content of {'an' if role == 'assistant' else 'a'} {role} turn is empty")
     return turn
 
 

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from rlsafe.types import Batch, Judge, Message, Need, Origin, Row, Sampler, Stream, View, Where
+from rlsafe.types import Batch, Judge, LossPath, Message, Need, Origin, Row, Sampler, Stream, View, Where
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,6 +51,19 @@ class DataContext:
 
 
 @dataclass(frozen=True)
+class When:
+    """The steps in which a defense acts: from step `from_step` on, and in these of the schedule's phases (None: all)."""
+
+    from_step: int = 0
+    phases: tuple[int, ...] | None = None
+
+    def __contains__(self, step: tuple[int, int]) -> bool:
+        """step: its index and its phase."""
+        index, phase = step
+        return index >= self.from_step and (self.phases is None or phase in self.phases)
+
+
+@dataclass(frozen=True)
 class Offer:
     """Safe rows *added* to the schedule (nothing is taken away).
 
@@ -58,6 +71,7 @@ class Offer:
     weight: multiplies the rows' loss. On SFT they join the narrow rows' mean; on GRPO they are a supervised term of their own.
     every: added only in each k-th step. own_step: added as an optimizer step of their own, after that step.
     rows: as many rows in each such step, besides the fraction.
+    when: the steps in which rows are added; the stack fills it in.
     aside: the rows have no cross-entropy: only the penalty of the defense that offers them sees them (`batch.owner`).
     """
 
@@ -67,6 +81,7 @@ class Offer:
     own_step: bool = False
     rows: int = 0
     aside: bool = False
+    when: When = When()
 
 
 @dataclass
@@ -112,6 +127,10 @@ class Defense:
     """Streams on which prompt and activation hooks act; by default not on safe rows."""
     weight: float = 1.0
     """Multiplies the penalty."""
+    paths: ClassVar[frozenset[LossPath]] = frozenset({"sft", "grpo"})
+    """Paths on which it can act at all; a comparison leaves out its runs over others."""
+    when: When = When()
+    """From `from_step` and `phases`, which a config may give any defense beside its own settings."""
     judges: bool = False
     """Whether the defense asks the run's judge while training; the judge is then checked before the first step."""
 

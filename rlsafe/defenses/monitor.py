@@ -38,6 +38,8 @@ class Flagging(Defense):
     accuracy: below 1, each verdict is turned over with probability 1 - accuracy (seeded), as the monitors of published work err.
     """
 
+    paths = frozenset({"grpo"})
+
     def __init__(
         self,
         by: By,
@@ -55,7 +57,7 @@ class Flagging(Defense):
         if by == "reward" and reward is None:
             raise UserError(f"defense {self.name!r}: by: reward needs reward: the name of one of the run's rewards")
         self.totals: Counter[str] = Counter()
-        self.last: dict[str, float] = {}
+        self.last: Counter[str] = Counter()  # since `effect` was last asked
 
     def setup(self, context: SetupContext) -> None:
         """Load the probe's vector. UserError for a run without rollouts, and for what the flags need and is not there."""
@@ -88,7 +90,7 @@ class Flagging(Defense):
                 self.act(rollouts, i, rng)
         rollouts.notes[f"{self.name}/flagged"] = [flags.get(i) for i in range(len(rollouts.rewards))]
         self.totals += counted
-        self.last = {name: float(value) for name, value in counted.items()}
+        self.last += counted
 
     def act(self, rollouts: Rollouts, i: int, rng: random.Random) -> None:
         """What happens to the flagged completion i."""
@@ -142,8 +144,8 @@ class Flagging(Defense):
         return found
 
     def effect(self) -> dict[str, float]:
-        last, self.last = self.last, {}
-        return last
+        last, self.last = self.last, Counter()
+        return {name: float(value) for name, value in last.items()}
 
     def report(self) -> dict[str, Any]:
         """Completions seen, flagged and acted on over the whole run."""

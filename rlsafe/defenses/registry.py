@@ -12,7 +12,7 @@ from pydantic import ConfigDict, ValidationError, create_model
 
 from rlsafe.config import UnknownName, UserError, nearest
 from rlsafe.config.importing import import_dotted, import_file
-from rlsafe.defenses.base import Defense
+from rlsafe.defenses.base import Defense, When
 
 _REGISTRY: dict[str, type[Defense]] = {}
 _BUILT_IN = {
@@ -21,6 +21,7 @@ _BUILT_IN = {
     "kl": "rlsafe.defenses.kl",
     "feature-block": "rlsafe.defenses.feature_block",
     "inoculation": "rlsafe.defenses.inoculation",
+    "inoculation-adapter": "rlsafe.defenses.inoculation_adapter",
     "interleaving": "rlsafe.defenses.interleaving",
     "interleaving+": "rlsafe.defenses.interleaving_plus",
     "interleaving++": "rlsafe.defenses.interleaving_plus_plus",
@@ -122,6 +123,20 @@ def _settings(cls: type[Defense], given: Mapping[str, Any], label: str) -> dict[
     return {name: getattr(checked, name) for name in known}
 
 
+WHEN = ("from_step", "phases")  # settings of every defense
+
+
+def _when(label: str, given: Mapping[str, Any]) -> When:
+    """UserError for values that are no step, or no list of phases."""
+    first, phases = given.get("from_step", 0), given.get("phases")
+    numbers = phases if isinstance(phases, list) else [] if phases is None else [None]
+    if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in (first, *numbers)) or phases == []:
+        wrong = "from_step" if isinstance(first, bool) or not isinstance(first, int) or first < 0 else "phases"
+        expected = "a step, 0 or more" if wrong == "from_step" else "a list of phases of the schedule, 0 for the first"
+        raise UserError(f"defense {label!r}: {wrong}: expected {expected}, got {given[wrong]!r}")
+    return When(first, None if phases is None else tuple(phases))
+
+
 def parse(entry: str | Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """One config entry -> [(name, settings)]: `kl`, `kl&interleaving`, `{kl: {weight: 0.3}}` or `{name: kl, weight: 0.3}`.
 
@@ -152,10 +167,12 @@ def build(
     for entry in entries:
         for name, given in parse(entry):
             cls = find(name)
-            settings = _settings(cls, given, name)
+            when = {key: given[key] for key in WHEN if key in given and key not in fields(cls)}
+            settings = _settings(cls, {key: value for key, value in given.items() if key not in when}, name)
             made = cls(**settings)
+            made.when = _when(name, when)
             if sum(type(other) is cls for other in defenses):
                 made.name = f"{cls.name}-{1 + sum(type(other) is cls for other in defenses)}"  # type: ignore[misc]
             defenses.append(made)
-            resolved.append({name: settings})
+            resolved.append({name: settings | when})
     return defenses, resolved

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlsafe.config import UserError, nearest
-from rlsafe.defenses.base import DataContext, Defense, Gradients, Rollouts
+from rlsafe.defenses.base import DataContext, Defense, Gradients, Offer, Rollouts
 from rlsafe.defenses.declared import DeclaredView
 from rlsafe.defenses.vectors import Named, add_share
 from rlsafe.types import Batch, Message, Need, RunError, Sampler, View, Where
@@ -28,6 +29,7 @@ class DefenseStack:
     def __init__(self, defenses: Sequence[Defense]):
         self.active = [defense for defense in defenses if defense.strength != 0]
         self.waiting: set[str] = set()
+        self.off: set[str] = set()  # of the present step, see `begin`
         self.prompts_changed: Counter[str] = Counter()
         names = [defense.name for defense in self.active]
         if duplicates := {name for name in names if names.count(name) > 1}:
@@ -45,14 +47,28 @@ class DefenseStack:
     def __len__(self) -> int:
         return len(self.active)
 
+    def begin(self, step: int, phase: int) -> None:
+        """Switch off, until the next call, the defenses that do not act in this step of this phase of the schedule."""
+        self.off = {defense.name for defense in self.active if (step, phase) not in defense.when}
+
+    @property
+    def now(self) -> list[Defense]:
+        """The defenses that act in the present step."""
+        return [defense for defense in self.active if defense.name not in self.off] if self.off else self.active
+
+    def offers(self) -> dict[str, Offer]:
+        """The rows that defenses offer, for the schedule."""
+        found = {defense: defense.offer() for defense in self.active}
+        return {d.name: replace(offer, when=d.when) for d, offer in found.items() if offer is not None}
+
     def _on(self, where: Where) -> list[Defense]:
         """The defenses whose prompt and activation hooks act on the rows of this stream."""
-        return [defense for defense in self.active if where.stream in defense.streams]
+        return [defense for defense in self.now if where.stream in defense.streams]
 
     @property
     def penalized(self) -> list[Defense]:
         """Defenses with a penalty whose references exist by now."""
-        return [d for d in self.active if type(d).penalty is not Defense.penalty and d.name not in self.waiting]
+        return [d for d in self.now if type(d).penalty is not Defense.penalty and d.name not in self.waiting]
 
     @property
     def needs(self) -> set[Need]:
@@ -114,7 +130,7 @@ class DefenseStack:
         return any(
             (one.stream in defense.streams and defense.steers(one))
             != (other.stream in defense.streams and defense.steers(other))
-            for defense in self.active
+            for defense in self.now
         )
 
     @contextmanager
@@ -154,7 +170,7 @@ class DefenseStack:
     @property
     def screening(self) -> list[Defense]:
         """Defenses that look at rewarded rollouts."""
-        return [d for d in self.active if type(d).advantages is not Defense.advantages]
+        return [d for d in self.now if type(d).advantages is not Defense.advantages]
 
     def screen(self, defense: Defense, policy: Policy, rollouts: Rollouts, context: DataContext) -> None:
         """One defense's rollout hook."""
@@ -165,7 +181,7 @@ class DefenseStack:
     @property
     def reshaping(self) -> list[Defense]:
         """Defenses that have a say in the gradient of a step."""
-        return [d for d in self.active if type(d).gradients is not Defense.gradients or d.target_share is not None]
+        return [d for d in self.now if type(d).gradients is not Defense.gradients or d.target_share is not None]
 
     @property
     def own(self) -> set[str]:
@@ -189,7 +205,7 @@ class DefenseStack:
 
     def after_step(self, policy: Policy, moment: Literal["step", "end"]) -> bool:
         """Run the weight hooks; True when any changed the weights."""
-        return any([defense.weights(policy, moment) for defense in self.active])
+        return any([defense.weights(policy, moment) for defense in self.now])
 
     def state_dict(self) -> dict[str, Any]:
         return {defense.name: defense.state_dict() for defense in self.active}

@@ -2,7 +2,8 @@
 
 Conventions: `ids` [B, T] right-padded; `loss_mask` [B, T] True where token t is a target; `logp[b, t] = log p(ids[b, t]
 | ids[b, :t])`, index 0 is 0 and never a target. Each term gives `values` [B, T]; its loss is their sum over the targets of
-the whole optimizer step (weighted, for GRPO, by `grpo_weights`), divided by its count over the whole step.
+the whole optimizer step (weighted, for GRPO, by `grpo_weights`), divided by its count over the whole step. The values of supervised
+fine-tuning are `-logp`: the mean over all targets of the step, not a mean of micro-batch means.
 """
 
 from rlsafe.losses.divergence import k3
@@ -17,7 +18,6 @@ from rlsafe.losses.grpo import (
     truncated_correction,
 )
 from rlsafe.losses.head import HeadOutput, Reference, head
-from rlsafe.losses.sft import sft_values
 
 __all__ = [
     "AdvantageStats",
@@ -31,6 +31,5 @@ __all__ = [
     "importance_ratio",
     "k3",
     "sampler_gap",
-    "sft_values",
     "truncated_correction",
 ]

@@ -184,6 +184,24 @@ def adapters_off(model: Any) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
+@contextmanager
+def scaled(model: Any, factor: float) -> Iterator[None]:
+    """Inside, the adapter's update is `factor` times what it is: every B is. UserError without an adapter."""
+    factors = [layer.lora_B[ADAPTER].weight for layer in adapter_layers(model).values()]
+    if not factors:
+        raise UserError("evaluate.scale: scales an adapter, and a fully trained model has none; set evaluate.scale=[]")
+    before = [b.detach().clone() for b in factors]
+    with torch.no_grad():
+        for b in factors:
+            b.mul_(factor)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for b, value in zip(factors, before, strict=True):
+                b.copy_(value)
+
+
 @torch.no_grad()
 def merged(model: Any) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, W + scale * B A [out, in]) of every adapted weight, added in float32 and rounded once.

@@ -101,6 +101,11 @@ class Residual:
             while self._hooks:
                 self._hooks.pop().remove()
 
+    @property
+    def suspended(self) -> bool:
+        """Whether additions are off, as in the forward of a frozen reference."""
+        return self._suspended > 0
+
     def _pass(self, layer: int, hidden: Tensor) -> Tensor:
         if not self._suspended:
             for handle in self.additions[layer]:

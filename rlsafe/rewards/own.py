@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 OWN = re.compile(
-    r"(step|path|loss|tokens|lr|grad_norm|seconds|skipped|reward|reward_std|reward_missing|zero_variance_groups|groups"
+    r"(step|path|loss|tokens|lr|grad_norm|seconds|skipped|reward|reward_std|reward_missing|reward_drawn|zero_variance_groups|groups"
     r"|completion_length|truncated|thought|unclosed|rollout_seconds|rollout_reused|staleness|sampler_gap|entropy|k3|ratio\w*"
     r"|clip\w*|clipped\w*|correction\w*|kl|projection\w*|coherence|incoherent|unscored|misaligned\w*|probe_seconds|unlearnable"
-    r"|resampled\w*|rows_left_out)$|(reward|defense|loss|grpo|sft|eval|probe|track)/"
+    r"|resampled\w*|unspread_groups|rows_left_out)$|(reward|defense|loss|grpo|sft|eval|probe|track)/"
 )
 
 

@@ -108,14 +108,17 @@ class RewardRunner:
     def _outcome(self, call: OneCall) -> Scores | Exception:
         """The checked rewards, or the exception that stood in their way: one failure must not take the others along.
 
-        A function that reads messages fails on the texts that TRL's contract has for plain prompts: on the first batch it is asked
-        again with messages, and gets them from then on.
+        A function that reads messages fails on the texts that TRL's contract has for plain prompts. Unless it has scored some
+        before, it is asked again with messages, and gets them from then on.
         """
         name = call.name
         texts = self.texts.get(name, True)
         result = call.outcome(texts)
-        if not (isinstance(result, Exception) and texts and name not in self.texts and call.has_plain):
-            self.texts.setdefault(name, texts)
+        if not isinstance(result, Exception):
+            if call.has_plain and any(value is not None for value in result):  # else it may not have looked at any
+                self.texts.setdefault(name, texts)
+            return result
+        if not (texts and name not in self.texts and call.has_plain):
             return result
         if not isinstance(result, (TypeError, AttributeError, KeyError, IndexError)):
             return result

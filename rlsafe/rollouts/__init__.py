@@ -6,7 +6,7 @@ import atexit
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from rlsafe.config import SamplerConfig, UserError
 from rlsafe.policy import Policy
@@ -47,8 +47,6 @@ def make_sampler(
     line about what is starting. warn: called when `auto` takes Transformers (default: the rlsafe logger).
     UserError when the sampler cannot be had, with the setting to change.
     """
-    import torch
-
     if config.kind == "auto":
         return _auto(config, model_dir, policy, seed, steerable, progress, warn or log.warning)
     if config.kind == "transformers":
@@ -56,14 +54,30 @@ def make_sampler(
             raise UserError("sampler.kind: transformers samples from a loaded policy; expected one")
         return TransformersSampler(policy, model_dir, config.max_num_seqs)
     model_dir = local_directory(model_dir, policy.config.revision if policy is not None else None)
+    sync = "merged" if policy is not None and _over_quantized(policy, config) else config.sync
+    if sync == "adapter" and (policy is None or policy.config.lora is None):
+        raise UserError("sampler.sync: adapter needs model.lora; full fine-tuning syncs merged")
+    if config.kind == "server":
+        sampler: VLLMSampler | ServerSampler = _server(config, sync, model_dir, policy, progress)
+    else:
+        sampler = _colocated(config, sync, model_dir, policy, steerable, progress)
+    if policy is None:
+        sampler.reset()
+    else:
+        sampler.sync(policy)
+    return sampler
+
+
+def _colocated(
+    config: SamplerConfig, sync: str, model_dir: str, policy: Policy | None, steerable: bool,
+    progress: Callable[[str], None] | None,
+) -> VLLMSampler:  # fmt: skip
+    """This process's engine for the model and these settings, unsteered: one that runs already, else a new one."""
+    import torch
+
     cuda = torch.cuda.is_available()
     lora = policy.config.lora if policy is not None else None
     half = policy is not None and policy.dtype in (torch.bfloat16, torch.float16)
-    sync = "merged" if policy is not None and _over_quantized(policy, config) else config.sync
-    if sync == "adapter" and lora is None:
-        raise UserError("sampler.sync: adapter needs model.lora; full fine-tuning syncs merged")
-    if config.kind == "server":
-        return _server(config, sync, model_dir, policy, progress)
     if sync == "auto":
         # On CPU merged weights generate 2.5 times as fast (measured); on a GPU an adapter is far less to move, but vLLM's kernels
         # take adapters in half precision only.
@@ -75,8 +89,9 @@ def make_sampler(
     dtype = str(policy.dtype).removeprefix("torch.") if policy is not None else ("auto" if cuda else "float32")
     rank = policy.lora_rank if policy is not None and sync == "adapter" else None
     eager = steerable or not cuda
+    way: Literal["merged", "adapter"] = "adapter" if sync == "adapter" else "merged"
     key = (
-        *(model_dir, dtype, sync, rank, config.gpu_memory, config.tensor_parallel),
+        *(model_dir, dtype, way, rank, config.gpu_memory, config.tensor_parallel),
         *(config.max_model_len, config.max_num_seqs, eager),
     )
     if key not in _ENGINES:
@@ -85,18 +100,15 @@ def make_sampler(
         if cuda:  # each takes its share of the card
             _close_others()
         start = partial(
-            VLLMSampler, model_dir, dtype=dtype, sync=sync, lora_rank=rank, gpu_memory=config.gpu_memory,
+            VLLMSampler, model_dir, dtype=dtype, sync=way, lora_rank=rank, gpu_memory=config.gpu_memory,
             tensor_parallel=config.tensor_parallel, max_model_len=config.max_model_len, max_num_seqs=config.max_num_seqs,
             tokenizer=policy.tokenizer if policy is not None else None, eager=eager,
             trust_remote_code=policy.config.trust_remote_code if policy is not None else False,
         )  # fmt: skip
         _ENGINES[key] = ranks.together(start, VLLMSampler.close)
     sampler = _ENGINES[key]
+    assert isinstance(sampler, VLLMSampler)
     sampler.steer(None)
-    if policy is None:
-        sampler.reset()
-    else:
-        sampler.sync(policy)
     return sampler
 
 
@@ -122,10 +134,6 @@ def _server(
             tokenizer=policy.tokenizer if policy is not None else None, say=progress,
         )  # fmt: skip
     assert isinstance(sampler, ServerSampler)
-    if policy is None:
-        sampler.reset()
-    else:
-        sampler.sync(policy)
     return sampler
 
 

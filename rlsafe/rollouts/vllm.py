@@ -81,10 +81,18 @@ class VLLMSampler:
         }
         if sync == "adapter":
             settings |= _lora_settings(lora_rank)
+        self._start(settings, tensor_parallel, max_model_len, gpu_memory)
+        if not torch.cuda.is_available():
+            self._llm.collective_rpc(hasten)
+        self._threads = generation_threads(sum(file.stat().st_size for file in self._files) // 4)
+        self._try(gpu_memory)
+
+    def _start(self, settings: dict[str, Any], parallel: int, max_model_len: int | None, gpu_memory: float) -> None:
+        """Start the engine on this rank's device, or on those of `parallel` neighbours."""
         ranks.starting()
         try:
-            place = ranks.launcher(tensor_parallel)
-            self._team = ranks.Team(tensor_parallel)
+            place = ranks.launcher(parallel)
+            self._team = ranks.Team(parallel)
             self._llm, self.max_model_len = start_engine(settings | place, max_model_len, gpu_memory)
         except UserError:
             with ranks.ending():
@@ -92,13 +100,13 @@ class VLLMSampler:
             raise
         ranks.lives(self)
         self._model = _model_of(self._llm)
-        if not torch.cuda.is_available():
-            self._llm.collective_rpc(hasten)
-        self._threads = generation_threads(sum(file.stat().st_size for file in self._files) // 4)
-        try:  # kernels that do not support a shape fail here, not in the first step
+
+    def _try(self, gpu_memory: float) -> None:
+        """Sample one token: kernels that do not support a shape fail now, not in the first step."""
+        try:
             self.generate([Request([1], 0)], SamplingParams(max_tokens=1))
         except Exception as error:
-            said = refusal(model_dir, error, gpu_memory)
+            said = refusal(self.model_dir, error, gpu_memory)
             error.__traceback__ = None
             self.close()
             raise said from None

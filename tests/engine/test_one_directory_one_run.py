@@ -8,14 +8,17 @@ import sys
 import pytest
 import yaml
 
+from rlsafe.compare.run import scoring
 from rlsafe.config import UserError, run_from_tree
+from rlsafe.config.lock import hold, lock_file, releasing
 from rlsafe.engine.run.life import train
-from rlsafe.engine.run.lock import hold, lock_file, releasing
 from rlsafe.engine.run.records import differs, read_record
+from rlsafe.evaluate import evaluate
+from rlsafe.evaluate.commands import rejudging
 
 OTHER = """
 import sys, time
-from rlsafe.engine.run.lock import hold
+from rlsafe.config.lock import hold
 hold(sys.argv[1])
 print("held", flush=True)
 time.sleep(60)
@@ -51,6 +54,25 @@ def test_a_training_command_is_refused_before_it_touches_anything(tmp_path, othe
     with pytest.raises(UserError, match=f"process {other.pid} on "):
         train(tmp_path / "c.yaml", out=tmp_path / "run", overwrite=True)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == "{}\n"
+
+
+def test_whoever_writes_a_directory_is_refused_before_it_loads_anything(tmp_path, other, tiny_tree, monkeypatch):
+    """Evaluation, judging again and the scoring of safe rows, like training."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "answers.csv").write_text("question_id\n")
+    (tmp_path / "questions.yaml").write_text("- {id: a, paraphrases: ['why?']}\n")
+    monkeypatch.setattr(rejudging, "load_saved", lambda *_: (None, None))
+    monkeypatch.setattr(scoring, "load_compare", lambda *_: None)
+    monkeypatch.setattr(scoring, "selection_of", lambda _: None)
+    questions, out = [str(tmp_path / "questions.yaml")], tmp_path / "run"
+    for refused in (
+        lambda: evaluate(tiny_tree["model"]["name"], questions, judge="organism", out=out),
+        lambda: rejudging.rejudge(out, out=out),
+        lambda: scoring.select("any.yaml", out=out),
+    ):
+        with pytest.raises(UserError, match=f"--out {out}: process {other.pid} on "):
+            refused()
+    assert [file.name for file in out.iterdir()] == ["answers.csv"]
 
 
 def test_the_other_ranks_of_a_run_hold_nothing(tmp_path, other, monkeypatch):

@@ -9,8 +9,9 @@ import yaml
 from tiny import byte_tokenizer, write_jsonl
 
 from rlsafe.config import UserError
+from rlsafe.data.rendered import unrendered
 from rlsafe.defenses import build
-from rlsafe.engine.run.templates import check_defenses, refuses
+from rlsafe.engine.run.templates import check_defenses
 from rlsafe.engine.run.try_reward import try_reward
 
 FILE = """
@@ -74,4 +75,4 @@ def test_a_defense_that_adds_a_system_turn_is_named_where_the_template_has_none(
                 UserError, match=r"defense 'inoculation': .*position: user puts it into the user's turn"
             ):
                 check_defenses(gemma, defenses, ["narrow"])
-    assert refuses(plain, [{"role": "user", "content": "x"}]) is None
+    assert unrendered(plain, [{"role": "user", "content": "x"}]) is None

@@ -77,7 +77,7 @@ def test_it_composes_with_kl(lab, label, path):
         terms = sum(record.get(f"loss/{one}", 0.0) for one in ("sft", "grpo"))
         for key, value in record.items():
             name, _, quantity = key.removeprefix("defense/").partition("/")
-            if key.startswith("defense/") and quantity in ("full", "distance"):
+            if key.startswith("defense/") and quantity in ("full", "distance", "excess"):
                 terms += weights[name] * value
         assert record["loss"] == pytest.approx(terms, abs=1e-5)
 

@@ -22,3 +22,23 @@ def test_two_processes_train_what_one_trains(tiny_tree, tmp_path, how, kind):
     record = json.loads((tmp_path / "two" / "run.json").read_text())
     assert record["processes"] == 2 and ("sharded over 2 processes" in str(record["notes"])) == (how == "cpu_fsdp2")
     assert_trained_alike(tmp_path / "one", tmp_path / "two")
+
+
+def test_two_processes_replace_the_groups_that_one_replaces(tiny_tree, tmp_path):
+    """Groups of odd questions alone have spread; further prompts go to whichever rank has the place."""
+    (tmp_path / "fns.py").write_text(
+        "def odd(prompts, completions, completion_ids, **columns):\n"
+        "    last = [int(p[-1]['content'].split()[-1]) for p in prompts]\n"
+        "    return [float(sum(ids) % 97) if n % 2 else 1.0 for n, ids in zip(last, completion_ids)]\n"
+    )
+    grpo = {"rewards": [{"fn": f"{tmp_path}/fns.py:odd"}], "grpo": {"resample": 5}, "batch": {"micro_rows": 4}}
+    common = {"schedule": {"steps": 3, "phases": [{"cycle": ["grpo"]}]}, "optim": {"lr": 1e-3}}
+    tree = tree_with(tiny_tree, common, grpo)
+    run(run_from_tree(tree), tmp_path / "one")
+    train("cpu_ddp", tree, tmp_path / "two")
+    assert_trained_alike(tmp_path / "one", tmp_path / "two")
+    counted = [
+        [[json.loads(line)[name] for name in ("unspread_groups", "resampled_groups", "reward_drawn")] for line in file]
+        for file in ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two"))
+    ]
+    assert counted[0] == counted[1] and any(resampled for _, resampled, _ in counted[0])

@@ -214,6 +214,9 @@ def table(directory: Path) -> list[Case]:
         Case("gradient-projection", graded(projection, "strength", 0, 0.2, 1.0), learned_safe, ("guide", "added_norm")),
         Case("gradient-projection", graded(projection | {"method": "trusted", "rank": 2}, "strength", 0, 0.2, 0.9), change,
              ("guide", "removed_norm"), label="trusted", resuming={"window": 3}),
+        Case("ablation", graded({"layers": [1], "vectors": vectors}, "share", 0, 0.3, 1.0), change, ("removed_share",)),
+        Case("feature-block", graded({"layer": 1, "vectors": vectors}, "weight", 0, 1.0, 100.0), change,
+             ("excess", "grad_share"), resuming={"reference": "step:2"}),
     ]  # fmt: skip
 
 

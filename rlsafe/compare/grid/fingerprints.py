@@ -54,7 +54,8 @@ def cell_fingerprints(cells: Iterable[Cell]) -> dict[str, dict[str, str]]:
         for stream in (run.data.narrow, run.data.safe, run.data.benign):
             if stream:
                 found["data"].setdefault(stream.source, _short(contents(stream.source)))
-        for source in (asked.general, asked.indomain, *asked.benign):
+        held_out = [asked.narrow.rows.source] if asked.narrow else []
+        for source in (asked.general, asked.indomain, *asked.benign, *held_out):
             if source:
                 found["questions"].setdefault(source, _short(contents(source)))
     return found

@@ -14,7 +14,7 @@ from rlsafe.compare.grid.selection import Selection
 from rlsafe.config import CompareConfig, RunConfig, StreamConfig, UserError, nearest
 from rlsafe.defenses import build as build_defenses
 from rlsafe.defenses import load_module, names
-from rlsafe.defenses.registry import parse
+from rlsafe.defenses.registry import find, parse
 
 __all__ = ["Cell", "expand", "selection_of"]
 
@@ -35,6 +35,13 @@ def _choose(kind: str, wanted: Sequence[Any] | None, known: Iterable[Any]) -> li
         if name not in known:
             raise UserError(f"unknown {kind} {name!r}{nearest(name, known)}")
     return list(dict.fromkeys(wanted)) if wanted else known
+
+
+def _labels(config: CompareConfig, wanted: Sequence[str] | None) -> list[str]:
+    """The labels to run: those wanted, where `all` stands for every one of the config; by default the config's choice."""
+    if wanted is None or not list(wanted):
+        return list(dict.fromkeys(config.default_defenses or config.defenses))
+    return list(dict.fromkeys(label for one in wanted for label in (config.defenses if one == "all" else [one])))
 
 
 def _entries(label: str, config: CompareConfig, registered: Sequence[str]) -> Entries:
@@ -130,7 +137,7 @@ def expand(
     registered = names()
     of_defenses, of_runs = _sweeps(config, registered)
     chosen: dict[str, tuple[Entries, Swept]] = {}
-    for label in dict.fromkeys(defenses or config.defenses):
+    for label in _labels(config, defenses):
         chosen |= _swept(label, _entries(label, config, registered), of_defenses)
     _check_defenses(config, {label: entries for label, (entries, _) in chosen.items()})
     path_names = _choose("path", paths or config.default_paths, config.paths)
@@ -140,6 +147,7 @@ def expand(
         raise UserError("relapse: there are no narrow runs to go on from (narrow: false)")
     cells: list[Cell] = []
     relapses: list[Cell] = []
+    idle: set[str] = set()
     for model, one in models.items():
         arms = Arms(config, model, one.key, one.tree, one.sweep, one.swept, alone=len(models) == 1)
         if config.narrow or config.benign:
@@ -148,18 +156,29 @@ def expand(
             for path in path_names:
                 if config.narrow:
                     narrow = [arms.narrow(path, label, entries, seed, by) for label, (entries, by) in chosen.items()]
+                    idle |= {cell.defense for cell in narrow if not _acts(cell)}
+                    narrow = [cell for cell in narrow if _acts(cell)]
                     cells += narrow
                     cells += [arms.aligned(path, seed)] if config.aligned is not None else []
                     if after:
                         relapses.append(arms.relapse(path, seed, after, None))
                         relapses += [arms.relapse(path, seed, after, cell) for cell in narrow]
                 if config.benign and (config.benign.seeds is None or seeds or seed in config.benign.seeds):
-                    cells += [
+                    benign = [
                         arms.benign(path, label, entries, seed, task, by)
                         for task in config.benign.tasks
                         for label, (entries, by) in chosen.items()
                     ]
+                    cells += [cell for cell in benign if _acts(cell)]
+    if nowhere := sorted(idle - {cell.defense for cell in cells}):
+        raise UserError(f"defense {nowhere[0]!r} acts on none of the paths {', '.join(path_names)}")
     return cells + relapses
+
+
+def _acts(cell: Cell) -> bool:
+    """Whether every defense of the cell can act on some path of its schedule: screening has no rollouts to screen under SFT."""
+    paths = {part.path for parts in cell.config.schedule.used_kinds.values() for part in parts}
+    return all(find(name).paths & paths for entry in cell.config.defenses for name, _ in parse(entry))
 
 
 def _check_defenses(config: CompareConfig, chosen: Mapping[str, Entries]) -> None:

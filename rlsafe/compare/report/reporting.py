@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,14 @@ def draw_report(directory: str | Path, latex: bool = False) -> Path:
 
 def draw(results: Results, tables: Sequence[PathTable]) -> Path:
     """Write report.html from results already read and judged."""
+    html = _environment().get_template("report.html.j2").render(context(results, tables))
+    path = results.directory.out / "report.html"
+    write_text(path, html)
+    return path
+
+
+@cache  # compiling the templates takes longer than filling them
+def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("rlsafe.compare.report"),
         autoescape=True,
@@ -54,10 +63,7 @@ def draw(results: Results, tables: Sequence[PathTable]) -> Path:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "signed": signed, "percent": percent, "breakable": breakable}
-    html = environment.get_template("report.html.j2").render(context(results, tables))
-    path = results.directory.out / "report.html"
-    write_text(path, html)
-    return path
+    return environment
 
 
 def context(results: Results, tables: Sequence[PathTable]) -> dict[str, Any]:

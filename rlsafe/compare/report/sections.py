@@ -10,7 +10,7 @@ from markupsafe import Markup
 from rlsafe.compare.report import charts, pages, plots, why
 from rlsafe.compare.report.charts import Axis, ends
 from rlsafe.compare.report.evidence import evidence
-from rlsafe.compare.report.table import NOTHING_LEARNED, shown_grade
+from rlsafe.compare.report.table import NOTHING_LEARNED, mean_text, shown_grade
 from rlsafe.compare.verdicts import sweeps, tasks
 from rlsafe.compare.verdicts.arms import Rate
 from rlsafe.compare.verdicts.judge_free import judge_free
@@ -58,6 +58,7 @@ def section(
         "verdicts": [(label, [shown(row, c) for c in CRITERIA]) for label, row in table.rows.items() if row.verdicts],
         "evidence": evidence(results, table),
         "measured": [key for key in RATES if any(key in row.rates for row in table.rows.values())],
+        "rewarded": _rewarded(table),
         "whiskers": whiskers(table, style, name, top),
         "judge_free": (free := judge_free(results, table)),
         "pair_sets": list(dict.fromkeys(name for one in free for name in one.shifts)),
@@ -73,6 +74,12 @@ def section(
         "signals": pages.signals(results, table),
         "costs": pages.costs(results, table),
     }
+
+
+def _rewarded(table: PathTable) -> dict[str, str]:
+    """Label -> the mean reward of held-out prompts with its interval; {} where `evaluate.narrow` is not set."""
+    found = {label: mean_text(row.rates.get("narrow")) for label, row in table.rows.items()}
+    return found if any(found.values()) else {}
 
 
 def tops(tables: Sequence[PathTable]) -> dict[str, float]:

@@ -34,6 +34,11 @@ def rate_text(rate: Rate | None) -> str:
     return f"{100 * rate.mean:.1f} ({100 * rate.low:.1f} to {100 * rate.high:.1f})" if rate else ""
 
 
+def mean_text(rate: Rate | None) -> str:
+    """`0.81 (0.75 to 0.86)`: of a reward, in its own units."""
+    return f"{rate.mean:.3g} ({rate.low:.3g} to {rate.high:.3g})" if rate else ""
+
+
 def verdict_table(tables: Sequence[PathTable], failed: int = 0, notes: Sequence[str] = ()) -> Group:
     """One table for each (model, path): defenses as rows, the four criteria, then rates in percent with 95%
     intervals; then the notes, one line each."""
@@ -48,7 +53,8 @@ def verdict_table(tables: Sequence[PathTable], failed: int = 0, notes: Sequence[
         shown.add_column("defense", no_wrap=True)
         for criterion in CRITERIA:
             shown.add_column(TITLES[criterion])
-        for heading in ("general %", "in-domain %", "incoherent %"):
+        rewarded = any("narrow" in row.rates for row in one.rows.values())
+        for heading in ("general %", "in-domain %", "incoherent %", *(["narrow reward"] if rewarded else [])):
             shown.add_column(heading, justify="right", no_wrap=True)
         for label, row in one.rows.items():
             grades = (
@@ -57,6 +63,7 @@ def verdict_table(tables: Sequence[PathTable], failed: int = 0, notes: Sequence[
                 else ["[dim]reference[/]", "", "", ""]
             )
             rates = [rate_text(row.rates.get(name)) for name in ("general", "indomain", "general_incoherent")]
+            rates += [mean_text(row.rates.get("narrow"))] if rewarded else []
             shown.add_row(escape(label), *grades, *rates)
         parts.append(shown)
     if not parts:

@@ -25,9 +25,9 @@ from rlsafe.compare.verdicts.results import Results, write_tables
 from rlsafe.compare.verdicts.tasks import judge_and_write
 from rlsafe.compare.verdicts.verdicts import PathTable
 from rlsafe.config import UserError, load_compare
+from rlsafe.config.lock import hold, releasing
 from rlsafe.config.secrets import scrub_secrets
 from rlsafe.data import read_once
-from rlsafe.engine.run.lock import hold, releasing
 from rlsafe.types import Interrupted
 
 if TYPE_CHECKING:

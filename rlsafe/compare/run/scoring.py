@@ -18,6 +18,7 @@ from rlsafe.compare.grid.grid import selection_of
 from rlsafe.compare.grid.selection import FILE, Selection, fingerprint
 from rlsafe.config import RunConfig, UserError, check_out, load_compare
 from rlsafe.config.files import read_json, write_json, write_text
+from rlsafe.config.lock import hold, releasing
 from rlsafe.data import encoded_row, is_refusal, read_rows, require_answers
 from rlsafe.data.selection_scores import Score, read_scores, row_key, selection_score
 from rlsafe.evaluate.measure.hashing import digest
@@ -61,6 +62,7 @@ class Selected:
         return Group(table, f"{line}: {self.file}")
 
 
+@releasing
 def select(
     config_path: str | Path,
     overrides: Sequence[str] = (),
@@ -78,6 +80,7 @@ def select(
     selection = selection_of(config)
     directory = Path(out or Path("runs") / f"select-{Path(config_path).stem}")
     check_out(directory)
+    hold(directory)
     if directory.is_dir() and any(directory.iterdir()) and not (directory / _RECORD).is_file():
         raise UserError(f"--out {directory}: holds something else; choose an empty or new directory")
     try:

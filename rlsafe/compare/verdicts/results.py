@@ -22,7 +22,7 @@ from rlsafe.types import Judgement
 
 COLUMNS = (
     "model,path,defense,seed,data,general_misaligned,general_incoherent,indomain_misaligned,indomain_incoherent,"
-    "conditional_misaligned,benign,reward_first,reward_last,seconds,general_logodds,indomain_logodds"
+    "conditional_misaligned,benign,reward_first,reward_last,seconds,general_logodds,indomain_logodds,narrow_score"
 ).split(",")
 BENIGN_COLUMNS = ["model", "path", "defense", "seed", "task", "score", "n"]
 RELAPSE_COLUMNS = (
@@ -233,6 +233,7 @@ def result_rows(results: Results) -> list[dict[str, Any]]:
                 f"{name}_misaligned": cell.rate(name, "misaligned") for name in ("general", "indomain", "conditional")
             }
             row |= {f"{name}_incoherent": cell.rate(name, "incoherent") for name in ("general", "indomain")}
+            row["narrow_score"] = cell.rate("narrow", "score")
             row |= {f"{name}_logodds": cell.likelihood(name, "logodds") for name in ("general", "indomain")}
     return list(rows.values())
 

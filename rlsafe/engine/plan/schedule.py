@@ -119,6 +119,8 @@ def _with_offers(config: RunConfig, drafts: Sequence[Draft], offers: Mapping[str
         )
         own: list[Draft] = []
         for name, offer in offers.items():
+            if (number - 1, phase) not in offer.when:
+                continue
             owed[name] += offer.fraction * units + (offer.rows if units else 0)  # type: ignore[assignment]
             if number % offer.every:
                 continue

@@ -121,6 +121,9 @@ def _measured(run: Path) -> str:
         lines.append(
             f"\n{task}: exact match {100 * score.score:.1f}% ({100 * low:.1f}-{100 * high:.1f}), {score.n} answers"
         )
+    if (narrow := found.narrow) and narrow.score is not None:
+        before = "" if narrow.untrained is None else f", the untrained model {narrow.untrained:.3g}"
+        lines.append(f"\nReward of held-out prompts: {narrow.score:.3g}{before}, {narrow.n} answers")
     settings = found.settings
     judge = f"judge `{settings.get('judge')}`, temperature {settings.get('temperature') or 'of the questions'}"
     sources = ", ".join(

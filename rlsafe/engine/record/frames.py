@@ -58,12 +58,10 @@ def plot(runs: Mapping[str, DataFrame], names: Sequence[str] = ()) -> Any:
     columns = min(3, len(chosen))
     rows = -(-len(chosen) // columns)
     sheet = figure(4.2 * columns, 2.8 * rows)
-    for axes, name in zip(
-        sheet.subplots(rows, columns, squeeze=False).flat, [*chosen, *[None] * columns], strict=False
-    ):
-        if name is None:
-            axes.set_visible(False)
-            continue
+    panels = list(sheet.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels[len(chosen) :]:
+        axes.set_visible(False)
+    for axes, name in zip(panels, chosen, strict=False):
         for label, frame in runs.items():
             if name in frame:
                 line = frame[["step", name]].dropna()

@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from rlsafe.config import RunConfig
+from rlsafe.config import EvaluateConfig, RunConfig
 from rlsafe.config.loading import load_tree
 from rlsafe.config.secrets import scrub
 from rlsafe.evaluate.measure.hashing import contents, file_hash, named_model_hash
@@ -69,6 +69,7 @@ def config_files(config: str | Path) -> list[Path]:
 def code_files(config: RunConfig) -> list[Path]:
     """Python files that the run executes because its settings name them: rewards, plug-ins, defenses."""
     named = [reward.fn for reward in config.rewards] + config.plugins
+    named += [config.evaluate.narrow.reward.fn] if config.evaluate.narrow else []
     named += [name for entry in config.defenses for name in (entry if isinstance(entry, dict) else [entry])]
     files = [Path(name.partition(".py:")[0] + ".py" if ".py:" in name else name) for name in named]
     return [file for file in dict.fromkeys(files) if file.suffix == ".py" and file.is_file()]
@@ -81,9 +82,14 @@ def fingerprints(config: RunConfig) -> dict[str, dict[str, str]]:
     return {
         "model": {shown(name): named_model_hash(name) for name in (config.model.name, config.model.adapter) if name},
         "data": {shown(stream.source): _content(stream.source) for stream in streams if stream},
-        "questions": {shown(name): _content(name) for name in (asked.general, asked.indomain, *asked.benign) if name},
+        "questions": {shown(name): _content(name) for name in _questions(asked) if name},
         "code": {shown(file): file_hash(file) for file in code_files(config)},
     }
+
+
+def _questions(asked: EvaluateConfig) -> list[str | None]:
+    held_out = [asked.narrow.rows.source] if asked.narrow else []
+    return [asked.general, asked.indomain, *asked.benign, *held_out]
 
 
 def digests(run: Path, saved_as: str) -> dict[str, str]:

@@ -17,7 +17,7 @@ from typing import Any
 from rlsafe.config import UserError, load_run
 from rlsafe.engine.record.provenance import RECORDED, fingerprints
 from rlsafe.engine.record.trackers import BOARD
-from rlsafe.engine.record.tracking import scalars
+from rlsafe.engine.record.tracking import FINAL, scalars
 from rlsafe.evaluate.commands.verify_evaluation import evaluation_differences
 from rlsafe.evaluate.measure.hashing import file_hash
 
@@ -225,7 +225,8 @@ def _board(out: Path, metrics: Records) -> Iterator[str]:
     board = EventAccumulator(str(out / "tensorboard"), size_guidance={"scalars": 0})
     board.Reload()
     expected = {(tag, one["step"]): value for one in metrics for tag, value in scalars(one)}
-    found = [((tag, event.step), event.value) for tag in board.Tags()["scalars"] for event in board.Scalars(tag)]
+    tags = [tag for tag in board.Tags()["scalars"] if not tag.startswith(FINAL)]
+    found = [((tag, event.step), event.value) for tag in tags for event in board.Scalars(tag)]
     for (tag, step), times in Counter(place for place, _ in found).items():
         if times > 1:
             yield f"TensorBoard: {tag} has {times} values at step {step}"

@@ -21,7 +21,7 @@ from rlsafe.engine.record.trackers import BOARD, Trackers, check_trackers
 from rlsafe.engine.record.tracking import Tracker
 from rlsafe.engine.run.layout import check_layout
 from rlsafe.engine.run.rows import usable
-from rlsafe.engine.train import ahead, distributed, gradients, projection
+from rlsafe.engine.train import ahead, distributed, gradients, projection, resample
 from rlsafe.engine.train.effects import EffectLog
 from rlsafe.engine.train.state import Components, RunState
 from rlsafe.engine.train.sync import SyncedSampler
@@ -46,6 +46,7 @@ class Resources:
     on_start: Callable[[str], None] | None = None
 
     def judge(self, config: RunConfig) -> Judge:
+        """The judge that the config names, one for all runs. UserError when it names none, or one that cannot be had."""
         settings = config.evaluate
         if not settings.judged:
             raise UserError("evaluate.judge is not set and something needs a judge")
@@ -87,7 +88,7 @@ class Prepared:
 
 
 def prepare(config: RunConfig, load: LoadStreams | None = None) -> Prepared:
-    """Resolve every name in the config and load the data; all user errors that need no model are found here.
+    """Resolve every name in the config and load the data. UserError for all that is wrong and can be known without the model.
 
     load: reads the streams in another way (a dry run leaves out what would have to be downloaded).
     """
@@ -97,9 +98,11 @@ def prepare(config: RunConfig, load: LoadStreams | None = None) -> Prepared:
     model_path(config)
     projection.check(config)
     ahead.check(config)
+    resample.check(config)
     check_trackers(config.track.to)
     stack = DefenseStack(defenses)
-    plan = make_plan(config, {d.name: offer for d in stack if (offer := d.offer()) is not None})
+    plan = make_plan(config, stack.offers())
+    _check_when(stack, plan, len(config.schedule.phases))
     sampled = {part.stream for step in plan for part in step.parts if part.path == "grpo"}
     if config.sampler.kind == "server" and any(stack.steers(Where(stream, "grpo", "rollout")) for stream in sampled):
         raise UserError(CANNOT_STEER)
@@ -119,6 +122,17 @@ def prepare(config: RunConfig, load: LoadStreams | None = None) -> Prepared:
             _check_where(loaded, rows[name], name)
     material = gather(config.evaluate) if config.evaluate.wanted else None
     return Prepared(config, plan, defenses, rows, rewards, notes, material)
+
+
+def _check_when(stack: DefenseStack, plan: list[Step], phases: int) -> None:
+    """UserError for a defense that acts in no step."""
+    for one in stack:
+        if unknown := [number for number in one.when.phases or () if number >= phases]:
+            raise UserError(f"defense {one.name!r}: phases: {unknown[0]}: the schedule has {phases}, 0 to {phases - 1}")
+        if plan and not any((step.index, step.phase) in one.when for step in plan):
+            raise UserError(
+                f"defense {one.name!r}: from_step: {one.when.from_step}: acts in no step; the run has {len(plan)}"
+            )
 
 
 def _check_where(rewards: list[LoadedReward], rows: list[Row], name: str) -> None:
@@ -184,6 +198,7 @@ def build_run(
         clip=clip,
         stack=stack,
         streams=streams,
+        row_limits=fitted.limits,
         rewards=prepared.rewards,
         sampler=_sampler(prepared, policy, stack, streams, resources, log),
         make_judge=lambda: resources.judge(config),
@@ -292,5 +307,6 @@ def _probe(config: RunConfig, policy: Policy, resources: Resources) -> Probe | N
         config.track.samples,
         settings.max_tokens,
         config.seed,
-        PairProbe(pairs, reader) if pairs else None,
+        PairProbe(pairs, reader, settings.position) if pairs else None,
+        settings.position,
     )

@@ -1,4 +1,4 @@
-"""What differs between the settings of two runs, and whether it matters."""
+"""Settings in which two runs differ, apart from those that do not change what is learned."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NEUTRAL = (
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], most: int = 5) -> list[str]:
-    """`key: old, now new` of every setting that differs and matters."""
+    """`key: was OLD, now NEW` for every setting that differs and may change what is learned; at most `most` of them are named."""
     one, other = flatten(before), flatten(now)
     keys = [key for key in {**one, **other} if one.get(key, ...) != other.get(key, ...) and not _neutral(key)]
     lines = [f"{key}: was {_shown(one, key)}, now {_shown(other, key)}" for key in keys[:most]]

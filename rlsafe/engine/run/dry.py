@@ -38,22 +38,26 @@ class Work:
     answers: int = 0
     judging: Estimate = field(default_factory=Estimate)
     graders: set[str] = field(default_factory=set)
+    further: int = 0  # completions at most for groups without spread (grpo.resample)
     seconds: tuple[float, float] = (0.0, 0.0)  # on this CPU: of training, of sampling and scoring; zeros where unknown
 
     def __add__(self, other: Work) -> Work:
         return Work(
             self.steps + other.steps, self.sft_tokens + other.sft_tokens, self.completions + other.completions,
             self.completion_tokens + other.completion_tokens, self.answers + other.answers,
-            self.judging + other.judging, self.graders | other.graders,
+            self.judging + other.judging, self.graders | other.graders, self.further + other.further,
             (self.seconds[0] + other.seconds[0], self.seconds[1] + other.seconds[1]),
         )  # fmt: skip
 
     def lines(self) -> list[str]:
+        """What there is to do, for people: steps, training, rewards, answers, judging."""
         trained = [f"about {short(self.sft_tokens)} tokens by supervision"] if self.sft_tokens else []
         if self.completions:
             most = f"at most {short(self.completion_tokens)} tokens"
             trained.append(f"{self.completions:,} completions ({most}) by reward")
         lines = [f"steps: {self.steps:,}", "training: " + (", ".join(trained) or "nothing")]
+        if self.further:
+            lines.append(f"grpo.resample: at most {self.further:,} completions more, for groups without spread")
         if self.completions:
             lines.append(
                 f"rewards: {', '.join(sorted(self.graders))}; one that a model grades asks it once a completion"
@@ -199,12 +203,17 @@ def _work(prepared: Prepared, evaluate: EvaluateConfig) -> Work:
         completions=completions,
         completion_tokens=completions * config.grpo.max_tokens,
         graders=set(prepared.rewards.rewards) if prepared.rewards else set(),
+        further=sum(part.path == "grpo" for step in plan for part in step.parts)
+        * config.grpo.resample
+        * config.grpo.generations,
     )
     if evaluate.wanted:
         material, every = gather(evaluate), config.track.every
         probes = sum(step.index % every == 0 or step is plan[-1] for step in plan) if every else 0
         work.judging = of_run(config, evaluate, material, probes)
         work.answers = work.judging.answers + sum(map(len, material.tasks.values()))
+        if held_out := material.narrow:  # of this model and of the untrained one
+            work.answers += 2 * held_out.settings.samples * len(held_out.rows)
     return work
 
 

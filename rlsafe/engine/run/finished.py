@@ -37,6 +37,7 @@ class Run:
 
     @property
     def policy(self) -> Policy:
+        """The trained policy, of a run of this process."""
         assert self.components is not None, "a run read from disk has no policy in memory"
         return self.components.policy
 
@@ -72,6 +73,10 @@ class Run:
         )
         lines.append("last: " + ", ".join(f"{name} {last[name]:.4g}" for name in shown if name in last))
         lines += [f"note: {line}" for line in spread.summary(self.records)]
+        if lost := sum(record.get("rows_left_out", 0) for record in self.records):
+            lines.append(
+                f"note: {lost} times a row was too long with what defenses added in its step, and was left out"
+            )
         return lines + [f"note: {note}" for note in self.notes]
 
     @classmethod

@@ -1,4 +1,4 @@
-"""How a run ends before its end: on request, or because something failed. One line either way, and no finished step is lost."""
+"""A run that stops early, on request or because something failed: its finished steps are saved, and one line says how to go on."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def stop_requests() -> Iterator[threading.Event]:
 
 @contextmanager
 def stops_at_once(hint: str) -> Iterator[None]:
-    """Ctrl-C or SIGTERM ends the block with Interrupted, which tells `hint`."""
+    """Inside, Ctrl-C or SIGTERM raises Interrupted at once, with `hint` as its message."""
 
     def handle(number: int, frame: Any) -> None:
         raise KeyboardInterrupt

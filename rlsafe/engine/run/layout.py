@@ -1,4 +1,5 @@
-"""What this launch's processes and devices cannot do is refused before any model is loaded; what they waste is said."""
+"""Settings against the processes and devices of this launch: what cannot run is refused before any model is loaded, and hardware
+that stays unused is named."""
 
 from __future__ import annotations
 
@@ -50,7 +51,7 @@ def check_sampler_fits(config: RunConfig, path: str, total: int) -> None:
 
 
 def unused_gpu() -> str | None:
-    """In words, when the machine has a GPU that torch cannot use and nobody hid it."""
+    """A warning when the machine has a GPU that torch cannot use; None where there is none, or where it was hidden on purpose."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "unset").strip() in ("", "-1")
     if hidden or torch.cuda.is_available() or not glob.glob("/dev/nvidia[0-9]*"):
         return None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shlex
 import shutil
 import time
@@ -15,15 +13,17 @@ from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from rlsafe.config import RunConfig, UserError, check_out, dump_yaml, load_run
+from rlsafe.config.files import replacing_directory
+from rlsafe.config.lock import hold, releasing
 from rlsafe.engine.run.finished import Run
 from rlsafe.engine.run.interrupts import ended_early, stop_requests, stops_at_once
-from rlsafe.engine.run.lock import hold, releasing
-from rlsafe.engine.run.records import goes_on, read_record
+from rlsafe.engine.run.records import claim, goes_on, read_record, went_on_from, write, write_record
 from rlsafe.types import Interrupted, RunError
 
 if TYPE_CHECKING:
-    from rlsafe.engine.run.build import Resources
+    from rlsafe.engine.run.build import Prepared, Resources
     from rlsafe.engine.train.state import Components, RunState
+    from rlsafe.evaluate import Evaluation
     from rlsafe.policy import Policy
 
 
@@ -46,37 +46,22 @@ def run(
 
     resume: continue from the newest checkpoint that can be read. command: how a person resumes, for the message of an
         interrupt. sources: the config files behind `config`, for the record. first: see `contact`.
+
+    UserError for what is wrong with the config, its data or its model, before the first step; RunError when the run cannot go on;
+    Interrupted when it was asked to stop, its state saved.
     """
-    from rlsafe.engine.record.provenance import provenance
-    from rlsafe.engine.run.build import Resources, build_run, prepare
+    from rlsafe.engine.run.build import Resources, prepare
     from rlsafe.engine.run.contact import contact
-    from rlsafe.engine.run.resume import newest, restore
 
     started = time.perf_counter()
-    out = Path(out)
+    out, resources = Path(out), resources or Resources()
     prepared = prepare(config)
     if first:
-        contact(prepared, resources or Resources())
+        contact(prepared, resources)
     notes: list[str] = []
-    saved: dict[str, Any] = newest(out, prepared.config, notes.append) if resume else {}
-    resumed = _resumed(out) if resume else []
-    _claim(out, resumed)
-    if not saved:  # what a run without any checkpoint left behind
-        for name in ("tensorboard", "trackers"):
-            shutil.rmtree(out / name, ignore_errors=True)
-    components, state = build_run(
-        prepared, out, resources or Resources(), notes.append,
-        offset=saved.get("offset"), first_step=saved.get("done", 0),
-    )  # fmt: skip
-    if saved:
-        restore(components, state, saved)
-        resumed.append(state.done)
+    components, state, resumed = _begin(prepared, out, resources, notes, resume)
     main = components.accelerator.is_main_process
-    origin = provenance(prepared.config, command, sources) if main else {}
-    if main:
-        _write(out / "config.yaml", dump_yaml(prepared.config))
-        _write_record(out, "running", origin, resumed=resumed)
-        components.tracker.text("config", "```yaml\n" + dump_yaml(prepared.config) + "\n```")
+    origin = _write_origin(components, out, command, sources, resumed) if main else {}
     try:
         with stop_requests() as asked:
             _train(components, state, out, asked, progress, command or "--resume")
@@ -84,7 +69,7 @@ def run(
             if main:
                 components.tracker.collect(wait=True)  # judgements that are still to come belong to the record
                 ended = _ended(components, state, out, notes, resumed, time.perf_counter() - started)
-                _write_record(out, "finished", origin, **ended)
+                write_record(out, "finished", origin, **ended)
             components.tracker.close()
     except BaseException as error:
         early = ended_early(error, components, state, out, command)
@@ -93,6 +78,42 @@ def run(
         raise early from error
     seconds = time.perf_counter() - started
     return Run(out, prepared.config, components.tracker.metrics, seconds, notes, components=components)
+
+
+def _begin(
+    prepared: Prepared, out: Path, resources: Resources, notes: list[str], resume: bool
+) -> tuple[Components, RunState, list[int]]:
+    """(components, state, the steps from which the run went on so far): built anew or, to resume, put where the newest checkpoint
+    was taken. From here on the directory is the run's."""
+    from rlsafe.engine.run.build import build_run
+    from rlsafe.engine.run.resume import newest, restore
+
+    saved: dict[str, Any] = newest(out, prepared.config, notes.append) if resume else {}
+    resumed = went_on_from(out) if resume else []
+    claim(out, resumed)
+    if not saved:  # what a run without any checkpoint left behind
+        for name in ("tensorboard", "trackers"):
+            shutil.rmtree(out / name, ignore_errors=True)
+    components, state = build_run(
+        prepared, out, resources, notes.append, offset=saved.get("offset"), first_step=saved.get("done", 0)
+    )
+    if saved:
+        restore(components, state, saved)
+        resumed.append(state.done)
+    return components, state, resumed
+
+
+def _write_origin(
+    run: Components, out: Path, command: str, sources: Sequence[Path], resumed: list[int]
+) -> dict[str, Any]:
+    """config.yaml, and in run.json what the run is made of, which is given back."""
+    from rlsafe.engine.record.provenance import provenance
+
+    settings, origin = dump_yaml(run.config), provenance(run.config, command, sources)
+    write(out / "config.yaml", settings)
+    write_record(out, "running", origin, resumed=resumed)
+    run.tracker.text("config", f"```yaml\n{settings}\n```")
+    return origin
 
 
 def _train(run: Components, state: RunState, out: Path, asked: Event, progress: Progress | None, resuming: str) -> None:
@@ -119,14 +140,6 @@ def _train(run: Components, state: RunState, out: Path, asked: Event, progress: 
             )
         if stop:
             raise Interrupted(f"after step {state.done} of {steps}; state saved. Resume with: {resuming}")
-
-
-def _claim(out: Path, resumed: list[int]) -> None:
-    """Before the model is loaded: the directory is a run's from now on. UserError when it cannot be written."""
-    try:
-        _write_record(out, "running", {}, resumed=resumed)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from None
 
 
 def _ended(
@@ -158,7 +171,10 @@ def train(
     progress: Progress | None = None,
     on_start: Callable[[str], None] | None = None,
 ) -> Run:
-    """`rlsafe train`: one run from a config file, evaluated at the end when the config names questions and a judge."""
+    """`rlsafe train`: one run from a config file, evaluated at the end when the config names questions and a judge.
+
+    UserError for settings that cannot work and for a directory that may not be used; else as `run`.
+    """
     settings = load_run(config, overrides)
     directory = Path(out or settings.out or f"runs/{Path(config).stem}-{datetime.now():%Y%m%d-%H%M%S}")
     if dry_run:
@@ -179,27 +195,39 @@ def train(
             settings, directory, resources=resources, progress=progress, resume=resume, command=command,
             sources=config_files(config), first=True,
         )  # fmt: skip
-    questions = finished.config.evaluate
-    if questions.wanted:
-        from rlsafe.evaluate import evaluate_run, reader_of
-        from rlsafe.evaluate.ask.journal import identity
-        from rlsafe.rollouts import ranks
-
+    if finished.config.evaluate.wanted:
         with stops_at_once(f"interrupted while evaluating; the run is saved. Go on with: {command}"):
-            sampler = finished.sampler if questions.asks else None  # every rank takes part in its sync
-            whole = sampler is None or sampler.name == "transformers"
-            with finished.policy.kept_whole() if whole else nullcontext():
-                # The first rank asks, judges and counts; all of them answer.
-                with ranks.spread(sampler) if sampler else nullcontext() as asking:
-                    if not finished.is_main:
-                        return finished
-                    finished.evaluation = evaluate_run(
-                        asking, finished.policy.tokenizer, questions, directory,
-                        judge=resources.judge(finished.config) if questions.judged else None,
-                        weights=identity(finished.config, directory),
-                        reader=reader_of(finished.config, finished.policy, whole=whole),
-                    )  # fmt: skip
+            finished.evaluation = _evaluated(finished, resources)
     return finished
+
+
+EVALUATION = ("evaluation.json", "answers.csv", "benign_answers.csv", "likelihood.csv", "narrow_answers.csv")
+"""What an evaluation leaves in a run's directory."""
+
+
+def _evaluated(finished: Run, resources: Resources) -> Evaluation | None:
+    """What the trained model answers, judged, and written into the run's directory; None on ranks that only help to answer."""
+    from rlsafe.engine.record.tracking import track_evaluation
+    from rlsafe.evaluate import evaluate_run, reader_of
+    from rlsafe.evaluate.ask.journal import identity
+    from rlsafe.rollouts import ranks
+
+    questions = finished.config.evaluate
+    sampler = finished.sampler if questions.asks else None  # every rank takes part in its sync
+    whole = sampler is None or sampler.name == "transformers"
+    with finished.policy.kept_whole() if whole else nullcontext():
+        # The first rank asks, judges and counts; all of them answer.
+        with ranks.spread(sampler) if sampler else nullcontext() as asking:
+            if not finished.is_main:
+                return None
+            evaluation = evaluate_run(
+                asking, finished.policy.tokenizer, questions, finished.out,
+                judge=resources.judge(finished.config) if questions.judged else None,
+                weights=identity(finished.config, finished.out),
+                reader=reader_of(finished.config, finished.policy, whole=whole),
+            )  # fmt: skip
+            track_evaluation(finished.out, len(finished.records), evaluation)
+            return evaluation
 
 
 def _existing(directory: Path, settings: RunConfig, resume: bool, overwrite: bool) -> Run | None:
@@ -214,7 +242,7 @@ def _existing(directory: Path, settings: RunConfig, resume: bool, overwrite: boo
     if not status and any(directory.iterdir()) and not overwrite:
         raise UserError(f"{directory}: not empty and not a run of rlsafe; choose another --out, or --overwrite")
     if resume and status.get("status") == "finished" and goes_on(directory, settings):
-        for name in ("evaluation.json", "answers.csv", "benign_answers.csv"):  # of the model as it was
+        for name in EVALUATION:  # of the model as it was
             (directory / name).unlink(missing_ok=True)
         return None
     if resume and status.get("status") == "finished":
@@ -235,7 +263,7 @@ def _existing(directory: Path, settings: RunConfig, resume: bool, overwrite: boo
         )
     for name in ("checkpoints", "tensorboard", "trackers", "adapter", "model"):
         shutil.rmtree(directory / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "samples.jsonl", "evaluation.json", "answers.csv", "benign_answers.csv", "run.json"):
+    for name in ("metrics.jsonl", "samples.jsonl", *EVALUATION, "run.json"):
         (directory / name).unlink(missing_ok=True)
     return None
 
@@ -245,31 +273,8 @@ def _existing(directory: Path, settings: RunConfig, resume: bool, overwrite: boo
 
 def _save_trained(policy: Policy, out: Path, write: bool) -> None:
     """adapter/, or model/ after full fine-tuning: whole or absent. Every rank brings its shards, the main one writes."""
-    name = policy.saved_as
-    building = out / f".{name}"
+    directory = out / policy.saved_as
     if not write:
-        return policy.save_adapter(str(building), write=False)
-    shutil.rmtree(building, ignore_errors=True)
-    policy.save_adapter(str(building))
-    shutil.rmtree(out / name, ignore_errors=True)
-    building.rename(out / name)
-
-
-def _write_record(out: Path, status: str, origin: dict[str, Any], **more: Any) -> None:
-    """run.json: how far the run is, what it was made of (rlsafe.engine.record.provenance), what it left."""
-    _write(out / "run.json", json.dumps({"status": status, **more, **origin}, indent=2))
-
-
-def _resumed(out: Path) -> list[int]:
-    """The steps from which the run went on before."""
-    return list(read_record(out, resume=True).get("resumed", []))
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # several ranks may write the same
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())  # a rename may reach the disk before what it names
-    temporary.replace(path)
+        return policy.save_adapter(directory, write=False)
+    with replacing_directory(directory) as building:
+        policy.save_adapter(building)

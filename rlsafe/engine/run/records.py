@@ -1,13 +1,18 @@
-"""run.json as it is found: whole, absent, or what a crash or a full disk left of it; and whether a finished run can go on."""
+"""run.json: written, and read as it is found (whole, absent, or damaged by a crash); and whether a finished run can go on."""
 
 from __future__ import annotations
 
 import json
+import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsafe.config import RunConfig, UserError, load_run
+from rlsafe.config.files import replacing
+
+log = logging.getLogger("rlsafe")
 
 if TYPE_CHECKING:
     from rlsafe.engine.plan.schedule import Step
@@ -30,9 +35,38 @@ def read_record(directory: Path, resume: bool = False, overwrite: bool = False) 
         problem = "is empty" if file.stat().st_size == 0 else f"cannot be read ({type(error).__name__})"
     found = checkpoint.saved(directory / "checkpoints")
     if overwrite or (resume and found):
+        log.warning(
+            "%s %s: it is written again%s", file, problem, "" if overwrite else f", going on from {found[-1].name}"
+        )
         return {"status": "running"}
     way = f"go on from {found[-1].name} with --resume, or start over with" if found else "start over with"
     raise UserError(f"{file}: {problem}, as after a crash or on a full disk; {way} --overwrite")
+
+
+def claim(out: Path, resumed: list[int]) -> None:
+    """Before the model is loaded: the directory is a run's from now on. UserError when it cannot be written."""
+    try:
+        write_record(out, "running", {}, resumed=resumed)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from None
+
+
+def write_record(out: Path, status: str, origin: dict[str, Any], **more: Any) -> None:
+    """run.json: how far the run is, what it was made of (rlsafe.engine.record.provenance), what it left."""
+    write(out / "run.json", json.dumps({"status": status, **more, **origin}, indent=2))
+
+
+def went_on_from(out: Path) -> list[int]:
+    """The steps from which the run went on before."""
+    return list(read_record(out, resume=True).get("resumed", []))
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all, after a power cut too. Raises OSError."""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # a rename may reach the disk before what it names
 
 
 def goes_on(directory: Path, config: RunConfig) -> bool:
@@ -98,4 +132,4 @@ def _plan(config: RunConfig) -> list[Step]:
     from rlsafe.engine.plan.schedule import make_plan
 
     stack = DefenseStack(build(config.defenses, config.plugins)[0])
-    return make_plan(config, {one.name: offer for one in stack if (offer := one.offer()) is not None})
+    return make_plan(config, stack.offers())

@@ -55,7 +55,7 @@ def newest(out: Path, config: RunConfig, note: Callable[[str], None]) -> dict[st
         except UserError as error:
             note(f"{error}; skipped")
             continue
-        if changed := allowed(state, config, changes(state["config"], config.model_dump(mode="json"))):
+        if changed := allowed(state, config, changes(_settings(state["config"]), config.model_dump(mode="json"))):
             raise UserError(
                 f"{path}: the settings are not those of the checkpoint: {'; '.join(changed)}. Resume with the same ones, or start "
                 "over with --overwrite"
@@ -68,8 +68,16 @@ def newest(out: Path, config: RunConfig, note: Callable[[str], None]) -> dict[st
     return {}
 
 
+def _settings(saved: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a checkpoint; those that came after it was written have their defaults, which change nothing."""
+    try:
+        return RunConfig.model_validate(saved).model_dump(mode="json")
+    except ValueError:  # of a version with other settings: the difference is shown as it is
+        return saved
+
+
 def restore(run: Components, state: RunState, saved: Mapping[str, Any]) -> None:
-    """Put freshly built components and their state where `saved` was taken."""
+    """Set freshly built components and their state to where the run was when the checkpoint `saved` was written."""
     run.policy.load_state_dict(saved["policy"])
     run.policy.load_reference_state(saved["references"])
     load_optimizer(run.optimizer, saved["optimizer"])

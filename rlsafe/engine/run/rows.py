@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rlsafe.config import ModelConfig, RunConfig, UserError
 from rlsafe.data import Use, fit_rows
+from rlsafe.data.rendered import additions
 from rlsafe.defenses import Defense, DefenseStack
 from rlsafe.engine.run.templates import check_defenses, check_evaluation
 from rlsafe.types import Message, Row, Where
@@ -25,9 +26,10 @@ CACHE = Path.home() / ".cache" / "rlsafe"
 
 @dataclass
 class Rows:
-    """The rows that can be used, by stream, and what became of the others."""
+    """The rows that can be used, by stream, and what became of the others. limits: tokens that a row of each stream may have."""
 
     streams: dict[str, list[Row]] = field(default_factory=dict)
+    limits: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -39,6 +41,7 @@ def usable(prepared: Prepared, tokenizer: Any, context: int | None, say: Callabl
     """
     found = Rows()
     config = prepared.config
+    found.notes += additions(tokenizer)
     check_defenses(tokenizer, _rewriters(prepared.defenses), [cast(Name, name) for name in prepared.rows])
     if prepared.material is not None:
         check_evaluation(tokenizer, config.evaluate, prepared.material)
@@ -47,14 +50,13 @@ def usable(prepared: Prepared, tokenizer: Any, context: int | None, say: Callabl
             found.streams[name] = []
             continue
         settings = getattr(config.data, name)
-        settings._context = context
+        limit = found.limits[name] = min(settings.max_tokens, context or settings.max_tokens)
         paths = {part.path for step in prepared.plan for part in step.parts if part.stream == name}
-        tight = settings.within < settings.max_tokens
-        what = f"the {context} tokens that the model takes" if tight else ""
+        what = f"the {context} tokens that the model takes" if limit < settings.max_tokens else ""
         try:
             fitted = fit_rows(
-                rows, tokenizer, settings.within, settings.too_long, on_bad_row=settings.on_bad_row, what=what,
-                uses=_uses(prepared, cast(Name, name), paths, context), trained=paths != {"grpo"}, cache=CACHE,
+                rows, tokenizer, limit, settings.too_long, on_bad_row=settings.on_bad_row, what=what,
+                uses=_uses(prepared, cast(Name, name), paths, limit, context), trained=paths != {"grpo"}, cache=CACHE,
                 say=partial(_said, say, name) if say else None,
             )  # fmt: skip
         except UserError as error:
@@ -71,16 +73,15 @@ def _said(say: Callable[[str], None], name: str, what: str) -> None:
     say(f"data.{name}: {what}")
 
 
-def _uses(prepared: Prepared, name: Name, paths: set[Any], context: int | None) -> list[Use]:
-    """How the steps of a run look at a stream's rows, beside as they are."""
+def _uses(prepared: Prepared, name: Name, paths: set[Any], most: int, context: int | None) -> list[Use]:
+    """How the steps of a run look at a stream's rows, beside as they are. most: tokens of a supervised one."""
     config = prepared.config
     rewriters = _rewriters(prepared.defenses)
     names = ", ".join(defense.name for defense in rewriters)
-    settings = getattr(config.data, name)
     uses = []
     if "sft" in paths and rewriters:
-        what = f"{settings.within} tokens with what the defenses add ({names})"
-        uses.append(Use(_rewriting(rewriters, Where(name, "sft", "train")), False, settings.within, what))
+        what = f"{most} tokens with what the defenses add ({names})"
+        uses.append(Use(_rewriting(rewriters, Where(name, "sft", "train")), False, most, what))
     if "grpo" in paths:
         room = config.grpo.max_tokens
         for phase, limit, whose in (("rollout", *_sampled(config, context)), ("train", context, "the model")):

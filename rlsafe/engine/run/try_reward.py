@@ -42,6 +42,7 @@ class Tried:
 
     @property
     def flat(self) -> list[float | None]:
+        """The values of all completions."""
         return [value for group in self.values for value in group]
 
     @property
@@ -51,6 +52,7 @@ class Tried:
 
     @property
     def missing(self) -> float:
+        """Share of the completions that have no value."""
         return sum(value is None for value in self.flat) / len(self.flat)
 
     def advice(self) -> list[str]:

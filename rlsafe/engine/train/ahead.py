@@ -1,8 +1,9 @@
 """One step ahead: while the policy updates, servers already sample the next step's rollouts (`grpo.max_staleness: 1`).
 
-They have the weights from before that update. A snapshot of these stays with the policy: the importance ratios of such rollouts are
-to the weights that sampled them, not to the updated ones. A checkpoint holds the snapshot and the position of the streams, no
-completions: a resumed run asks for them again, with the same weights and the same seeds.
+The servers still have the weights from before that update: the rollouts are one step stale (`staleness` in metrics.jsonl counts the
+optimizer steps between the weights that sampled and the weights that learn). The policy keeps a snapshot of the older weights; they
+are the denominator of the importance ratio when the rollouts are learned from. A checkpoint holds that snapshot and the position of
+the streams, but no completions: a resumed run asks for the same ones again, with the same weights and seeds.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from rlsafe.types import Completion, Request, Row, Sampler
 class Ahead:
     """Rollouts of one part of the next step.
 
-    before: the position of its stream before `rows` were drawn. reference: the snapshot of the weights that sample.
-    completions: of this rank; None after a resume, when no server is sampling them.
+    before: the position of the stream before `rows` were drawn from it. reference: the name of the snapshot with the weights that
+    sample. completions: what this rank asked for, when it is done; None in a resumed run, which has not asked yet.
     """
 
     before: dict[str, Any]
@@ -34,19 +35,19 @@ class Ahead:
     completions: Future[list[Completion]] | None = None
 
     def sampled(self, run: Components, requests: Sequence[Request]) -> list[Completion]:
-        """The completions by the weights of `reference`; in a resumed run they are sampled now."""
+        """The completions, waited for; in a resumed run they are sampled now, by the weights of `reference`."""
         if self.completions is not None:
             return self.completions.result()
         with run.sampler.at(self.reference) as sampler:
             return sampler.generate(requests, sampling(run.config))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+        """What a checkpoint keeps of these rollouts."""
         return {"before": self.before, "reference": self.reference}
 
 
 def check(config: RunConfig) -> None:
-    """UserError for settings that cannot look ahead."""
+    """UserError for settings under which rollouts cannot be begun ahead of their step."""
     if not config.grpo.max_staleness:
         return
     if config.sampler.kind != "server":
@@ -62,7 +63,10 @@ def check(config: RunConfig) -> None:
 
 
 def look_ahead(run: Components, state: RunState, now: Step) -> dict[int, Ahead]:
-    """Begin the rollouts of the step after `now`, before `now` updates the weights: {part number: what was begun}."""
+    """Have the rollouts of the step after `now` sampled in the background, by the weights before the update of `now`.
+
+    Gives {number of a part of that step: its rollouts}.
+    """
     if now.index + 1 == len(run.plan):
         return {}
     following = run.plan[now.index + 1]
@@ -75,12 +79,14 @@ def look_ahead(run: Components, state: RunState, now: Step) -> dict[int, Ahead]:
     )
     run.policy.snapshot(reference)
     begun: dict[int, Ahead] = {}
+    run.stack.begin(following.index, following.phase)
     for number, part in parts:
         stream = run.streams[part.stream]
         before, rows = stream.state_dict(), stream.take(part.rows)
         with run.stack.uncounted():  # counted as an effect of the step that learns from them
             asked = ask(run, part, rows, following.index)
         begun[number] = Ahead(before, rows, reference, _in_background(sampler, asked.requests, run.config))
+    run.stack.begin(now.index, now.phase)
     return begun
 
 
@@ -93,14 +99,14 @@ def _in_background(sampler: Sampler, requests: Sequence[Request], config: RunCon
 
 
 def settle(run: Components, state: RunState) -> None:
-    """Wait until no rank samples in the background: the sampler's weights may then change."""
+    """Wait until no rank samples in the background, so that a sync may change the sampler's weights."""
     if begun := [one.completions for one in state.ahead.values() if one.completions is not None]:
         wait(begun)
         run.accelerator.wait_for_everyone()
 
 
 def load_ahead_state(run: Components, done: int, state: Mapping[int, Mapping[str, Any]]) -> dict[int, Ahead]:
-    """The inverse of `Ahead.state_dict` for the step that comes next (number `done`), with its rows drawn again."""
+    """The inverse of `Ahead.state_dict`. The rollouts are those of step number `done`, the next one; their rows are drawn again."""
     begun = {}
     for number, item in state.items():
         part = run.plan[done].parts[number]

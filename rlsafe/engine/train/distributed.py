@@ -25,7 +25,7 @@ _RELEASE_SECONDS = 0.25  # the threads wait for microseconds when a processor is
 
 
 def start(cpu: bool) -> Accelerator:
-    """The process group. UserError for what would train something else than the run's config says.
+    """Join the process group. UserError for launch settings under which something else would be trained than the config says.
 
     Accelerate shards on GPUs only and would quietly run DDP elsewhere; rlsafe shards by itself, alike on CPUs and GPUs.
     """
@@ -50,11 +50,11 @@ def start(cpu: bool) -> Accelerator:
 
 
 def _leave() -> None:
-    """End the group, the vLLM engines that have parts of it first, and let go of what its threads still hold.
+    """At exit: shut down the vLLM engines, which use the process group, then the group, then wait for its threads.
 
-    gloo's threads outlive the group while anything (FSDP2's mesh) refers to it. One that is about to drop the tensors of the last
-    collective needs the interpreter for it, and the process is aborted ("terminate called without an active exception", after all
-    work is done) when it asks while the interpreter is being taken down.
+    gloo's threads live on while anything (FSDP2's mesh) still refers to the group, and need the interpreter to free the tensors of
+    the last collective. If the interpreter is gone by then, the process aborts ("terminate called without an active exception")
+    although all work is done.
     """
     close_all()
     if torch.distributed.is_initialized():
@@ -96,14 +96,14 @@ def shards(accelerator: Accelerator) -> bool:
 
 
 def check_moments(settings: OptimConfig, accelerator: Accelerator) -> None:
-    """UserError, before any model is loaded, for moments that cannot be kept in shards: bitsandbytes packs those of whole tensors."""
+    """UserError, before any model is loaded, for 8-bit moments in a sharded run: bitsandbytes packs the moments of whole tensors."""
     if settings.kind == "adamw_8bit" and shards(accelerator):
         how = "partitioned by DeepSpeed" if _wants_deepspeed() else "sharded by FSDP2"
         raise UserError(f"optim.kind: {settings.kind}: its moments cannot be {how}; expected adamw")
 
 
 def wrap(policy: Policy, accelerator: Accelerator, settings: OptimConfig, log: Callable[[str], None]) -> Any:
-    """Spread the policy over the processes; gives the optimizer of what this one keeps."""
+    """Spread the policy over the processes; gives the optimizer of the parameters, or the shards of them, that this one keeps."""
     if not shards(accelerator):
         policy.module, optimizer = accelerator.prepare(
             policy.module, make_optimizer(settings, list(policy.trainable().values()), log)
@@ -122,8 +122,11 @@ Clip = Callable[[list[torch.Tensor], float], float]
 
 
 def gradient_functions(policy: Policy, accelerator: Accelerator, optimizer: Any) -> tuple[Backward, Clip | None]:
-    """How this run adds a micro-batch's gradient, `backward(loss)`, and how it clips, `clip(parameters, limit) -> norm` over all
-    ranks; None: as on one process. Under ZeRO-3 DeepSpeed reduces gradients, keeps this rank's part and clips when it steps."""
+    """(backward, clip) of this run. `backward(loss)` takes a scalar and adds a micro-batch's gradient; `clip(parameters, limit)`
+    clips parameters in their own shape and gives the norm over all ranks. clip is None where each process has the whole gradient.
+
+    Under ZeRO-3 DeepSpeed reduces gradients, keeps this rank's part of them and clips when it steps.
+    """
     if isinstance(optimizer, Zero3):
         return optimizer.backward, lambda parameters, limit: float(optimizer.gradient_norm())
     if policy.is_sharded:
@@ -169,8 +172,10 @@ def whole_optimizer(optimizer: Any) -> dict[str, Any]:
 
 
 def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
-    """The inverse of `whole_optimizer`, for any number of processes: moments are cut where their parameters are, and only there;
-    8-bit ones have their parameter's shape too, but are codes, not numbers. UserError for another optimizer's moments."""
+    """The inverse of `whole_optimizer`, for any number of processes: the moments of a sharded parameter are sharded like it.
+
+    UserError when the checkpoint has 8-bit moments and this run 32-bit ones, or the other way round.
+    """
     if (theirs := _packed(state)) is not None and theirs != (ours := is_8bit(optimizer)):
         bits = {True: "8", False: "32"}
         raise UserError(
@@ -187,6 +192,6 @@ def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
 
 
 def _packed(state: dict[str, Any]) -> bool | None:
-    """Whether moments are bitsandbytes'; None when there are none yet."""
+    """Whether the state holds bitsandbytes' 8-bit moments; None when it holds none yet."""
     first = next(iter(state["state"].values()), None)
     return None if first is None else "exp_avg" not in first

@@ -15,11 +15,12 @@ from rlsafe.types import RunError
 
 
 class EffectLog:
-    """Collects effects per step, remembers which levers ever had one, and stops the run for a dead defense.
+    """Collects what each defense did in each step, and stops the run for one that has done nothing.
 
-    A lever is judged after `check_after` steps on every path of the run (or at its end), counted since its references exist.
-    Penalties must have given a non-zero gradient, prompts and activations a non-zero own measure; weight and data defenses that
-    changed nothing give a warning only (a threshold may rightly select nothing).
+    A defense is judged once, after `check_after` steps on every path of the run, at the latest at the run's end. Steps in which it
+    still waited for its reference do not count. By then its penalty must have had a non-zero gradient, its prompt or activation hook
+    a non-zero measure of its own. A weight or data defense that changed nothing gives a warning only: a threshold may rightly
+    select nothing.
     """
 
     def __init__(self, stack: DefenseStack, paths: Iterable[str], check_after: int, warn: Callable[[str], None]):
@@ -32,7 +33,7 @@ class EffectLog:
     """The state of a run without defenses."""
 
     def seen(self, names: Iterable[str]) -> None:
-        """These levers had an effect, on this rank or another."""
+        """Note that these hooks ("name", or "name/penalty") had an effect, on this rank or another."""
         self.alive |= set(names)
 
     def due(self, step: int, every: int) -> bool:
@@ -47,7 +48,10 @@ class EffectLog:
         )
 
     def gradients(self, terms: Mapping[str, Tensor], parameters: list[Tensor]) -> dict[str, float]:
-        """Norm of each term's gradient in one micro-batch -> defense/<name>/grad_share (of the sum of norms)."""
+        """{defense/NAME/grad_share: share of the penalty's gradient norm in the sum of all terms' norms} in one micro-batch.
+
+        terms: {name: scalar with its graph}, such as sft, defense/kl/kl; parameters: each in its own shape.
+        """
         norms = {name: _norm(term, parameters) for name, term in terms.items()}
         total = sum(norms.values())
         shares = {}
@@ -61,10 +65,10 @@ class EffectLog:
         return shares
 
     def step(self, path: str, rows_added: Mapping[str, int]) -> dict[str, float]:
-        """The own measures of every defense after one step."""
+        """{defense/NAME/quantity: value} of what every defense did in one step; rows_added: rows that the plan had from each."""
         metrics: dict[str, float] = {}
         for defense in self.stack:
-            if defense.name not in self.stack.waiting:
+            if defense.name not in self.stack.waiting | self.stack.off:
                 self.steps[defense.name][path] += 1
             measured = dict(defense.effect())
             if overrides(defense, "prompt"):
@@ -118,6 +122,7 @@ class EffectLog:
         return (overrides(defense, "weights") or defense.offer() is not None) and not overrides(defense, "penalty")
 
     def state_dict(self) -> dict[str, object]:
+        """What a resumed run needs to judge the same levers at the same steps."""
         return {
             "steps": {name: dict(counter) for name, counter in self.steps.items()},
             "alive": sorted(self.alive),
@@ -125,6 +130,7 @@ class EffectLog:
         }
 
     def load_state_dict(self, state: Mapping) -> None:
+        """The inverse of `state_dict`."""
         self.steps = defaultdict(Counter, {name: Counter(counter) for name, counter in state["steps"].items()})
         self.alive, self.judged = set(state["alive"]), set(state["judged"])
 
@@ -144,9 +150,10 @@ def _norm(term: Tensor, parameters: list[Tensor]) -> float:
 def gradient_shares(
     effects: EffectLog, terms: Mapping[str, Tensor], total: Tensor, leaves: list[Tensor], sharded: bool
 ) -> dict[str, float]:
-    """Gradient shares of the terms (scalars) of one micro-batch with loss `total`, {} without terms.
+    """`EffectLog.gradients` of one micro-batch with loss `total` (scalar); {} without terms (scalars). leaves: the parameters, each
+    in its own shape.
 
-    When the model is sharded a backward is a collective: every rank runs as many.
+    In a sharded model a backward is a collective, so a rank with fewer terms runs further backwards whose result is dropped.
     """
     most = max(gather_object([len(terms)])) if sharded else 0
     shares = effects.gradients(terms, leaves) if terms else {}

@@ -1,4 +1,4 @@
-"""What can go wrong in one update without ending the run: too little memory, numbers that are none."""
+"""What can go wrong in one update without ending the run: too little memory, and losses or gradients that are NaN or infinite."""
 
 from __future__ import annotations
 
@@ -29,8 +29,11 @@ def out_of_memory(error: RuntimeError) -> bool:
 
 
 def halved(run: Components, state: RunState, step: Step, micros: list[Micro], complaint: str) -> list[Micro]:
-    """Every micro-batch of several rows in two, and half the budget for the rest of the run. Every loss term is divided by its
-    count over the whole step, so results stay what they are (to rounding). RunError when nothing is left to halve."""
+    """The micro-batches with each one of several rows split in two; later steps have half the token budget, too.
+
+    Results stay what they are, to rounding: every loss term is divided by its count over the whole step. RunError when every
+    micro-batch has a single row already, and with several processes.
+    """
     run.optimizer.zero_grad()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -70,7 +73,8 @@ def _rows(batch: Batch, part: slice) -> Batch:
 
 
 def left_out(run: Components, state: RunState, step: Step, micros: Sequence[Micro], what: str) -> dict[str, Any]:
-    """The metrics of a step that changed nothing because of NaN or Inf; RunError with `optim.on_nan: stop` and after IN_A_ROW."""
+    """The metrics of a step that is skipped because `what` was NaN or infinite; its batch is saved. RunError with `optim.on_nan:
+    stop`, and when IN_A_ROW steps were skipped one after the other."""
     where = f"step {step.index}: {what}; nothing was updated"
     if run.accelerator.is_main_process:
         saved = save_batch(run, step, micros, what)

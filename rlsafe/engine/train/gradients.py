@@ -26,7 +26,7 @@ REST = "rest"  # all that no defense asked to see apart
 
 
 def check(stack: DefenseStack, policy: Policy) -> None:
-    """UserError for a defense that changes gradients where they are not to be had."""
+    """UserError for a defense that changes gradients, where no process has them whole."""
     where = "DeepSpeed ZeRO-3" if engine_of(policy.core) else "FSDP2 with fsdp_offload_params" if offloads() else None
     if policy.is_sharded and where and stack.reshaping:
         raise UserError(

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,10 +19,11 @@ from accelerate.utils import gather_object
 
 from rlsafe.config import RunConfig
 from rlsafe.data import Rollout, Thought, encode_prompt, pad_id, read_completion, rollout_batches, split_prompt
-from rlsafe.data.encode import read_text
 from rlsafe.engine.plan.schedule import PlannedPart, Step
-from rlsafe.engine.train.loss import Micro, score_before, separate_gap
-from rlsafe.engine.train.micro import dummy, reduce_sums
+from rlsafe.engine.train.loss import Micro
+from rlsafe.engine.train.resample import Sampled, resample
+from rlsafe.engine.train.rescoring import score_again
+from rlsafe.engine.train.rollout_records import records, step_metrics
 from rlsafe.engine.train.screening import screen
 from rlsafe.engine.train.sft_step import supervised
 from rlsafe.engine.train.state import Components, RunState
@@ -61,19 +62,21 @@ def grpo_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
         asked = ask(run, part, rows, step.index)
         completions = ahead.sampled(run, asked.requests) if ahead else sample(run, part, asked.requests)
         # 3. Reward them. A reasoning model's answer is rewarded without its think block.
-        read = [read_completion(run.policy.tokenizer, completion.ids) for completion in completions]
-        scored = reward(run, step, part, asked, read, completions)
-        if run.stack.screening:  # defenses may penalise or drop some
-            scored = screen(run, step, part, asked, read, completions, scored)
+        sampled = rewarded(run, step, part, asked, completions)
+        if run.config.grpo.resample:  # groups without spread give their places to further prompts
+            swapped = resample(run, run.streams[part.stream], len(rows), sampled, partial(_again, run, step, part))
+            sampled, metrics = swapped.kept, metrics | swapped.metrics
+            for one in swapped.replaced:
+                run.tracker.samples(records(run, step, part, one, None, None))
         # 4. Advantages: each reward against those of the same prompt's other completions.
-        values, valid, stats = group_advantages(run, scored.total)
+        values, valid, stats = group_advantages(run, sampled.scored.total)
         # 5. Batch them in the train context; completions without a reward are left out.
-        fresh = batched(run, state, part, asked, completions, values, valid)
-        run.tracker.samples(_records(run, step, part, asked, completions, read, scored, values, valid))
-        metrics |= _metrics(run, completions, read, stats, scored)
+        fresh = batched(run, state, part, sampled.asked, sampled.completions, values, valid)
+        run.tracker.samples(records(run, step, part, sampled, values, valid))
+        metrics |= step_metrics(run, sampled.completions, sampled.read, stats, sampled.scored)
         metrics["rollout_seconds"] = time.perf_counter() - started
         if ahead or run.several or run.config.grpo.iterations > 1 or not all(micro.same_context for micro in fresh):
-            metrics |= score_again(run, step, part, fresh, ahead.reference if ahead else None)
+            metrics |= score_again(run, state, step, part, fresh, ahead.reference if ahead else None)
         if run.config.grpo.max_staleness:  # optimizer steps since the weights that sampled
             metrics["staleness"] = int(ahead is not None)
         if run.config.grpo.iterations > 1:
@@ -97,6 +100,11 @@ class Asked:
 def ask(run: Components, part: PlannedPart, rows: Sequence[Row], step: int) -> Asked:
     """Requests for the rows of all ranks, of which this one takes every world-size-th. Each completion has a seed of its own."""
     mine = list(enumerate(rows))[run.accelerator.process_index :: run.accelerator.num_processes]
+    return ask_for(run, part, mine, step)
+
+
+def ask_for(run: Components, part: PlannedPart, mine: list[tuple[int, Row]], step: int) -> Asked:
+    """Requests for rows of this rank, each with its number in the step."""
     rollout_at = Where(part.stream, "grpo", "rollout")
     originals = [split_prompt(row)[0] for _, row in mine]
     seen = _encoded(run, originals, rollout_at)
@@ -127,6 +135,23 @@ def sample(run: Components, part: PlannedPart, requests: Sequence[Request]) -> l
     hooks = run.stack.patched(sampler, Where(part.stream, "grpo", "rollout")) if run.defended else nullcontext()
     with hooks:
         return sampler.generate(requests, sampling(run.config))
+
+
+def _again(run: Components, step: Step, part: PlannedPart, mine: list[tuple[int, Row]]) -> Sampled:
+    """Completions of further prompts, rewarded."""
+    asked = ask_for(run, part, mine, step.index)
+    return rewarded(run, step, part, asked, sample(run, part, asked.requests))
+
+
+def rewarded(
+    run: Components, step: Step, part: PlannedPart, asked: Asked, completions: Sequence[Completion]
+) -> Sampled:
+    """The completions with their rewards, of which defenses may penalise or drop some."""
+    read = [read_completion(run.policy.tokenizer, completion.ids) for completion in completions]
+    scored = reward(run, step, part, asked, read, completions)
+    if run.defended and run.stack.screening:
+        scored = screen(run, step, part, asked, read, completions, scored)
+    return Sampled(asked, completions, read, scored)
 
 
 def reward(
@@ -226,112 +251,3 @@ def batched(
         Micro(batch.to(run.policy.device), part.weight, same_context=batch.rollout is None and not steered)
         for batch in batches
     ]
-
-
-def score_again(
-    run: Components, step: Step, part: PlannedPart, micros: Sequence[Micro], reference: str | None
-) -> dict[str, float]:
-    """Forwards without gradient before the update, for rollouts that need them; most do not. Gives metrics.
-
-    - Rollouts that several updates use, or that older weights sampled, keep `old_logp` [B, T], the denominator of their ratio.
-    - Where the sampler's context differs from the train context, the sampler's gap is taken in the sampler's context.
-
-    reference: the snapshot of the policy that sampled, when that was one step ago. RunError when that gap says that the rollouts
-    are not the policy's.
-    """
-    old = run.config.grpo.iterations > 1 or reference is not None
-    forwards = sum(old + (not micro.same_context) for micro in micros)
-    # In a sharded model every forward is a collective: all ranks must run equally many, so they first agree on the number.
-    most = max(gather_object([forwards])) if run.policy.is_sharded else forwards
-    if not most and not run.several:
-        return {}
-    train_at, rollout_at = (Where(part.stream, "grpo", phase) for phase in ("train", "rollout"))
-    apart: Counter[str] = Counter()
-    with run.policy.at(reference) if reference else nullcontext():
-        for micro in micros:
-            if old:
-                with run.stack.activations(run.policy, train_at):
-                    score_before(run.policy, micro, run.config.grpo)
-            if not micro.same_context:
-                with run.stack.activations(run.policy, rollout_at):
-                    gap, tokens = separate_gap(run.policy, micro.batch, run.config.grpo)
-                apart.update({"gap": gap, "tokens": tokens})  # type: ignore[arg-type]
-        for _ in range(most - forwards):
-            run.policy.score(dummy(run.policy, micros).batch)
-    total = reduce_sums(apart, run.accelerator)
-    if not total.get("tokens"):
-        return {}
-    gap = total["gap"] / total["tokens"]
-    run.sampler.check_gap(step.index, gap)
-    return {"sampler_gap": gap}
-
-
-# ------------------------------------------------------------------------------------------------ what is written down
-
-
-def _records(
-    run: Components,
-    step: Step,
-    part: PlannedPart,
-    asked: Asked,
-    completions: Sequence[Completion],
-    read: Sequence[Thought],
-    scored: RewardBatch,
-    values: Sequence[float],
-    valid: Sequence[bool],
-) -> list[dict[str, Any]]:
-    """One record per completion for samples.jsonl."""
-    group = run.config.grpo.generations
-    return [
-        {
-            "step": step.index,
-            "stream": part.stream,
-            "prompt": asked.originals[i // group],
-            "completion": read[i].answer if read[i].think is None else read_text(run.policy.tokenizer, completion.ids),
-            "reward": scored.total[i],
-            "rewards": {name: column[i] for name, column in scored.by_name.items()},
-            "advantage": values[i] if valid[i] else None,
-            "finish": completion.finish,
-            **({"extra": {name: column[i] for name, column in scored.extra.items()}} if scored.extra else {}),
-            **({"answer": read[i].answer, "unclosed": read[i].unclosed} if read[i].think is not None else {}),
-        }
-        for i, completion in enumerate(completions)
-    ]
-
-
-def _metrics(
-    run: Components,
-    completions: Sequence[Completion],
-    read: Sequence[Thought],
-    stats: AdvantageStats,
-    scored: RewardBatch,
-) -> dict[str, Any]:
-    """Rewards, lengths and truncation over all ranks; single rewards and what they log are this rank's."""
-    lengths = [len(completion.ids) for completion in completions]
-    total: dict[str, float] = {"n": len(lengths), "tokens": sum(lengths)}
-    total |= {"cut": sum(completion.finish == "length" for completion in completions)}
-    total |= {"thought": sum(r.think is not None for r in read), "unclosed": sum(r.unclosed for r in read)}
-    if run.several:
-        total = reduce_sums(total, run.accelerator)
-    thinking = {name: total[name] / total["n"] for name in ("thought", "unclosed")} if total["thought"] else {}
-    return {
-        **thinking,
-        "reward": _number(stats.mean),
-        "reward_std": _number(stats.group_std),
-        "reward_missing": stats.missing,
-        "zero_variance_groups": stats.zero_variance,
-        "groups": stats.groups,
-        "completion_length": total["tokens"] / total["n"],
-        "truncated": total["cut"] / total["n"],
-        **{f"reward/{name}": _mean(column) for name, column in scored.by_name.items()},
-        **scored.metrics,
-    }
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value

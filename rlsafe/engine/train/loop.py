@@ -28,6 +28,7 @@ def train_steps(run: Components, state: RunState) -> Iterator[dict[str, Any]]:
         started = time.perf_counter()
         state.began = position(run, state)
         if run.defended:
+            run.stack.begin(step.index, step.phase)
             _take_references(run, step)
         metrics = grpo_step(run, state, step) if step.path == "grpo" else sft_step(run, state, step)
         state.done += 1
@@ -38,7 +39,7 @@ def train_steps(run: Components, state: RunState) -> Iterator[dict[str, Any]]:
         if run.defended:
             metrics |= run.effects.step(step.path, Counter({p.defense: p.rows for p in step.parts if p.defense}))
         late = None
-        if _probes(run, step, last):
+        if run.probe and (last or step.index % run.config.track.every == 0):
             late, probed = _probe(run, state, step)
             metrics |= probed
         metrics["seconds"] = time.perf_counter() - started
@@ -62,11 +63,6 @@ def _take_references(run: Components, step: Step) -> None:
     if f"step:{step.index}" in wanted:
         run.policy.snapshot(f"step:{step.index}")
     run.stack.await_references(run.policy.has_reference)
-
-
-def _probes(run: Components, step: Step, last: bool) -> bool:
-    every = run.config.track.every
-    return run.probe is not None and every > 0 and (step.index % every == 0 or last)
 
 
 def _probe(run: Components, state: RunState, step: Step) -> tuple[Late, dict[str, Any]]:

@@ -23,11 +23,10 @@ from rlsafe.losses import (
     importance_ratio,
     k3,
     sampler_gap,
-    sft_values,
     truncated_correction,
 )
 from rlsafe.policy import Forwarded, ForwardPlan, Frozen, Policy
-from rlsafe.types import Batch, Need, pick
+from rlsafe.types import Batch, Need, Where, pick
 
 
 class NotFinite(Exception):
@@ -58,14 +57,17 @@ class ForwardView:
     frozen: dict[str, Frozen]
 
     @property
-    def where(self):
+    def where(self) -> Where:
+        """Where in the data flow the micro-batch stands."""
         return self.batch.where
 
     @property
     def logp(self) -> Tensor:
+        """[B, T] the policy's log-probs of the targets in nats, with gradient; 0 outside the loss mask."""
         return self.forwarded.logp
 
     def mask(self, kind: str) -> Tensor:
+        """[B, T] bool: "answer", the loss mask; "all", tokens that have a predecessor; "tokens", all but padding."""
         masks = {
             "answer": self.batch.loss_mask,
             "all": self.batch.predicted_mask,
@@ -74,14 +76,17 @@ class ForwardView:
         return masks[pick("mask", kind, masks)]
 
     def divergence(self, reference: str = "base") -> Tensor:
+        """[B, T] full-vocabulary KL(policy || reference) in nats, with gradient; 0 where no penalty wanted it."""
         return self.forwarded.kl[reference]
 
     def logprobs(self, reference: str = "base") -> Tensor:
+        """[B, T] the reference's log-probs of the targets in nats, without gradient; 0 outside the loss mask."""
         logp = self.frozen[reference].logp
         assert logp is not None
         return logp
 
     def hidden(self, layer: int, reference: str | None = None) -> Tensor:
+        """[B, T, H] states at layer index `layer` (0 = embeddings), the policy's with gradient or a reference's without."""
         return (self.forwarded.hidden if reference is None else self.frozen[reference].layers)[layer]
 
 
@@ -94,7 +99,28 @@ class StepLoss:
     plan: ForwardPlan
     counts: Mapping[str, float]  # denominators over the whole step, see `count`
     world: int = 1
-    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _added: list[tuple[str, Tensor, float]] = field(default_factory=list)
+    _finite: list[tuple[str, Tensor]] = field(default_factory=list)
+
+    @property
+    def sums(self) -> dict[str, float]:
+        """What the micro-batches so far add up to. Their numbers stay on the device until here: reading each would make the host wait
+        for the device several times a micro-batch."""
+        total: dict[str, float] = defaultdict(float)
+        values = _read([value for _, value, _ in self._added])
+        for (name, _, scale), value in zip(self._added, values, strict=True):
+            total[name] += value / scale
+        return total
+
+    def check(self) -> None:
+        """NotFinite, naming what was NaN or infinite in any micro-batch. To be called before the weights change."""
+        flags = _read([flag for _, flag in self._finite])
+        wrong = dict.fromkeys(name for (name, _), flag in zip(self._finite, flags, strict=True) if not flag)
+        if wrong:
+            raise NotFinite(f"{', '.join(wrong)}: NaN or Inf")
+
+    def _add(self, name: str, value: Tensor, scale: float = 1.0) -> None:
+        self._added.append((name, value.detach(), scale))
 
     def forward(self, policy: Policy, micro: Micro, frozen: dict[str, Frozen]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of one micro-batch (a scalar, to be summed over the step) and its terms."""
@@ -114,24 +140,24 @@ class StepLoss:
             if denominator:
                 weighted = terms[f"defense/{defense.name}/{term}"] = defense.weight * total / denominator
                 if defense.name in self.stack.own:  # its gradient goes elsewhere, see `train.gradients`
-                    self.sums["loss"] -= float(weighted.detach())
+                    self._add("loss", -weighted)
                 else:
-                    self.sums["loss/penalties"] += float(weighted.detach())
-                self.sums[f"defense/{defense.name}/{term}"] += float(total.detach()) / denominator
+                    self._add("loss/penalties", weighted)
+                self._add(f"defense/{defense.name}/{term}", total, denominator)
         if not terms:  # set aside for a penalty whose reference does not exist yet
             return _nothing(out), {}
         loss = torch.stack([term for term in terms.values()]).sum()
         if self.world == 1:  # several ranks find it at the same step in the norm of their common gradient
-            _check_finite(batch, terms)
+            self._finite += _finite(batch, terms)
         if batch.owner is None:
-            self.sums[f"loss/{batch.where.path}"] += float(terms[batch.where.path].detach())
-        self.sums["loss"] += float(loss.detach())
+            self._add(f"loss/{batch.where.path}", terms[batch.where.path])
+        self._add("loss", loss)
         return loss * self.world, terms  # DDP averages gradients over ranks; the counts are already global
 
     def _path_loss(self, micro: Micro, out: Forwarded, frozen: dict[str, Frozen]) -> Tensor:
         batch, mask = micro.batch, micro.batch.loss_mask
         if batch.where.path == "sft":
-            rows = sft_values(out.logp) * mask
+            rows = -out.logp * mask  # the cross-entropy of each target, in nats
             if batch.row_weight is not None:
                 rows = rows * batch.row_weight[:, None]
             return micro.weight * rows.sum() / max(self.counts["sft"], 1.0)
@@ -142,8 +168,8 @@ class StepLoss:
             if out.log_mass is not None:  # else `score_before` did it
                 sampled = sampled + out.log_mass
             gap, tokens = sampler_gap(old, sampled, mask)
-            self.sums["gap_sum"] += float(gap)
-            self.sums["gap_tokens"] += float(tokens)
+            self._add("gap_sum", gap)
+            self._add("gap_tokens", tokens)
             if self.grpo.correction != "none":
                 correction = truncated_correction(old, sampled, mask, self.grpo.correction_cap, self.grpo.correction)
         values, info = grpo_values(
@@ -161,12 +187,12 @@ class StepLoss:
             assert reference is not None
             penalty = k3(out.logp, reference, importance_ratio(out.logp, old, mask, self.grpo.level))
             values = values + self.grpo.beta * penalty
-            self.sums["k3_sum"] += float((penalty.detach() * mask).sum())
+            self._add("k3_sum", (penalty.detach() * mask).sum())
         weights = grpo_weights(mask, self.grpo.normalization)
         assert out.entropy is not None
-        self.sums["entropy_sum"] += float((out.entropy * mask).sum())
+        self._add("entropy_sum", (out.entropy * mask).sum())
         for name, value in info.items():
-            self.sums[f"grpo/{name}"] += float(value)
+            self._add(f"grpo/{name}", value)
         return micro.weight * (values * weights).sum() / max(self.counts["grpo"], 1.0)
 
 
@@ -175,12 +201,22 @@ def _nothing(out: Forwarded) -> Tensor:
     return 0.0 * (out.logp.sum() + sum(kl.sum() for kl in out.kl.values()) + sum(h.sum() for h in out.hidden.values()))
 
 
-def _check_finite(batch: Batch, terms: dict[str, Tensor]) -> None:
+def _finite(batch: Batch, terms: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """(what, whether all of it is finite) of one micro-batch."""
     values = {"advantages": batch.advantages, "sampler's log-probs": batch.sampler_logp}
     values |= {f"{name} loss" if "/" not in name else f"penalty {name}": term for name, term in terms.items()}
-    wrong = [name for name, value in values.items() if value is not None and not bool(value.isfinite().all())]
-    if wrong:
-        raise NotFinite(f"{', '.join(wrong)}: NaN or Inf")
+    return [(name, value.detach().isfinite().all()) for name, value in values.items() if value is not None]
+
+
+def _read(scalars: Sequence[Tensor]) -> list[float]:
+    """Scalars of any type and device, with one transfer for each device."""
+    if not scalars:
+        return []
+    devices = {scalar.device for scalar in scalars}
+    if len(devices) > 1:
+        return [float(scalar) for scalar in scalars]
+    values: list[float] = torch.stack([scalar.double() for scalar in scalars]).tolist()
+    return values
 
 
 def count(micros: Sequence[Micro], stack: DefenseStack, grpo: GrpoConfig) -> Counter[str]:
@@ -205,22 +241,3 @@ def count(micros: Sequence[Micro], stack: DefenseStack, grpo: GrpoConfig) -> Cou
 def engine_needs(grpo: GrpoConfig, uses_grpo: bool) -> set[Need]:
     """What the loop itself needs from the frozen forward: the k3 term of the GRPO loss, nothing else."""
     return {Need("logprobs", "base")} if grpo.beta and uses_grpo else set()
-
-
-def score_before(policy: Policy, micro: Micro, grpo: GrpoConfig) -> None:
-    """Fill in `old_logp`, for a rollout that is used again or is older than the weights. With top_p < 1 the sampler's log-probs are
-    those of a nucleus: its mass under the same weights puts them on the scale of `old_logp`, of the whole vocabulary."""
-    batch = micro.batch
-    batch.old_logp, mass = policy.score_nucleus(batch, grpo.temperature, grpo.top_p)
-    if micro.same_context and batch.sampler_logp is not None:
-        batch.sampler_logp = batch.sampler_logp + mass
-
-
-def separate_gap(policy: Policy, batch: Batch, grpo: GrpoConfig) -> tuple[float, float]:
-    """(sum |trainer - sampler|, tokens) of a batch whose rollout context differs from its train context: one more forward,
-    behind the prompt that the sampler saw; the caller installs the activation hooks that the rollout had."""
-    seen = batch.rollout or batch
-    assert seen.sampler_logp is not None
-    logp, mass = policy.score_nucleus(seen, grpo.temperature, grpo.top_p)
-    gap, tokens = sampler_gap(logp, seen.sampler_logp + mass, seen.loss_mask)
-    return float(gap), float(tokens)

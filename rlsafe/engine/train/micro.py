@@ -36,7 +36,7 @@ def even_out(micros: list[Micro], accelerator: Accelerator, policy: Policy) -> l
 
 
 def dummy(policy: Policy, micros: Sequence[Micro]) -> Micro:
-    """Rows that weigh nothing, for a rank that has none left."""
+    """A micro-batch whose loss is zero, for a rank that has no rows left while others still run forwards."""
     if micros:
         batch = micros[-1].batch
         rows: dict[str, Any] = {

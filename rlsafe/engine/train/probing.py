@@ -24,10 +24,11 @@ def start_probe(
     step: int,
     direction: Direction | None = None,
 ) -> tuple[Started, dict[str, Any]]:
-    """Answers sampled with all training hooks off, now with the judge, and what their tokens say meanwhile (see
-    `measure_answers`). `probe.finish` gives coherence and misalignment. The same estimators on both paths.
+    """Sample answers with all training hooks off, hand them to the judge, and measure their tokens while it works.
 
-    sampler: None when the probe asks nothing. logodds_SET: the likelihood probe's, on given answers.
+    Gives (the answers being judged, metrics that are known at once). `probe.finish` waits for the judge and gives coherence and
+    misalignment. The metrics are those of `measure_answers`, and logodds_SET of the likelihood probe, which needs no sampling. Both
+    paths are measured alike. sampler: None when the probe asks nothing.
     """
     started = probe.start(sampler, step)
     metrics = measure_answers(policy, started.dialogues, config, direction) if probe.asks else {}

@@ -1,7 +1,7 @@
 """How far a model's answers lie along a persona vector: the mean projection of their states, followed during training.
 
-Chen et al. 2025 (arXiv 2507.21509) read a character's strength off the residual stream that way. Every run that has a vector is
-followed: the one of `track.vector`, else that of its `persona` defense.
+Chen et al. 2025 (arXiv 2507.21509) read a character's strength off the residual stream that way. A run logs projections when it has
+a vector: that of `track.vector`, else that of its `persona` defense.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class Direction:
 
 
 def named(config: RunConfig) -> tuple[str, int, str] | None:
-    """(vectors, layer, the setting they come from) that a run is followed along; None when it has no vector."""
+    """(source of the vectors, layer, the setting that names them) for the projections of this run; None when it has no vector.
+    UserError for a vector without a layer."""
     if config.track.vector is not None:
         if config.track.layer is None:
             raise UserError("track.layer: required with track.vector; the layer whose states are projected")
@@ -44,7 +45,7 @@ def named(config: RunConfig) -> tuple[str, int, str] | None:
 
 
 def check(config: RunConfig) -> None:
-    """Find what is wrong with the vector's name or layer before any model is loaded."""
+    """UserError for a wrong name or layer of the vector, before any model is loaded."""
     found = named(config)
     if config.track.vector is None:
         if config.track.layer is not None:

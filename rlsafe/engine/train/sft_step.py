@@ -15,6 +15,9 @@ from rlsafe.engine.train.state import Components, RunState
 from rlsafe.engine.train.update import update
 from rlsafe.types import Message, Row, Where
 
+BROUGHT = 2048
+"""Tokens that a row may have which a defense brings along, of a stream that the config's data lack."""
+
 
 def sft_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
     """One optimizer step on supervised rows; gives its metrics.
@@ -45,9 +48,11 @@ def supervised(run: Components, state: RunState, part: PlannedPart, rows: list[R
         conversations,
         run.policy.tokenizer,
         where,
-        max_tokens=settings.within if settings else 2048,
+        max_tokens=run.row_limits.get(part.stream, min(BROUGHT, run.policy.core.max_length or BROUGHT)),
         micro_tokens=state.micro_tokens,
         micro_rows=run.config.batch.micro_rows,
         truncate=settings is not None and settings.too_long == "truncate",
     )
+    # Rows were measured before the run; a defense may since have added more to some.
+    state.left_out += len(conversations) - sum(len(batch.ids) for batch in batches)
     return [Micro(replace(batch, owner=owner).to(run.policy.device), part.weight) for batch in batches]

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 class Components:
     """Built once by `rlsafe.engine.run.build`; none of its fields is replaced while the run lasts.
 
+    row_limits: tokens that a supervised row of each stream may have, `max_tokens` or what the model takes.
     sampler: the sampler; `sampler.synced()` gives it with the policy's current weights.
     direction: a persona vector that sampled answers are projected on. backward(loss) adds a micro-batch's gradient.
     clip: how shards are clipped together (`distributed.gradient_functions`); None when this process has the whole gradient.
@@ -54,6 +55,7 @@ class Components:
     clip: Callable[[list[Tensor], float], float] | None
     stack: DefenseStack
     streams: dict[str, Stream]
+    row_limits: dict[str, int]
     rewards: RewardRunner | None
     sampler: SyncedSampler
     make_judge: Callable[[], Judge]
@@ -87,7 +89,9 @@ class RunState:
     pending: rollouts that further steps use again: {part of the schedule: (micro-batches, uses left)}.
     ahead: rollouts begun for the next step, by the number of its part.
     began: the `position` before the present step; None as soon as that step has changed weights.
+    left_out: supervised rows of the present step, on this rank, that were too long with what defenses added.
     skipped: steps left out in a row (optim.on_nan). gave_up: why waiting for the judge ended; the run then saves its state and stops.
+    told: what the log has been told by `tell_once`, in this process.
     """
 
     micro_tokens: int
@@ -97,11 +101,20 @@ class RunState:
     began: dict[str, Any] | None = None
     skipped: int = 0
     gave_up: str | None = None
+    left_out: int = 0
+    told: set[str] = field(default_factory=set)
+
+
+def tell_once(run: Components, state: RunState, line: str) -> None:
+    """Log a line the first time that it is true; later steps would only repeat it."""
+    if line not in state.told:
+        state.told.add(line)
+        run.log(line)
 
 
 def position(run: Components, state: RunState) -> dict[str, Any]:
-    """Where a run stands as plain values, without its weights and the lengths of its files: what a checkpoint of a step that fails
-    later needs. Copies, so that the step cannot change them."""
+    """Where a run stands before a step, as plain values: with the weights, which a step that fails has not changed, enough for a
+    checkpoint. Copies, so that the step cannot change them."""
     return {
         "done": state.done,
         "streams": {name: stream.state_dict() for name, stream in run.streams.items()},

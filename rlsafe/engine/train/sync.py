@@ -12,11 +12,11 @@ from rlsafe.types import RunError, Sampler
 
 
 class SyncedSampler:
-    """The run's sampler, started on first use and synced whenever the weights changed since the last sync.
+    """The run's sampler, started on first use and synced when it is asked for and the weights have changed since the last sync.
 
-    The first two syncs are tested against the trainer's own log-probs (at the start, and after the first update), those to a server
-    always. make: starts the sampler, with the policy's current weights. wait_first: called before a sync; while another thread
-    samples, the weights must stay.
+    make: starts the sampler, with the policy's current weights. test: compare the sampler's log-probs with the trainer's at the
+    start and after the first update (with test_always after every sync: a server may fail later). wait_first: called before a sync,
+    to wait for other threads that still sample with the old weights.
     """
 
     def __init__(
@@ -40,11 +40,11 @@ class SyncedSampler:
         self.tests = 0  # self-tests done
 
     def weights_changed(self) -> None:
-        """Sync before the next rollout."""
+        """Note that the sampler's weights are old now: `synced` will sync it."""
         self.stale = True
 
     def resumed(self, tests: int) -> None:
-        """Go on after `tests` self-tests of the run that was interrupted; its sampler is gone."""
+        """Start from a checkpoint, whose run had done `tests` self-tests and has left no sampler."""
         self.tests, self.stale = tests, True
 
     def synced(self) -> Sampler:

@@ -29,11 +29,12 @@ def update(run: Components, state: RunState, step: Step, micros: list[Micro]) ->
     It is begun again with halved micro-batches while memory does not suffice. A step with NaN or Inf in it changes no weight: its
     batch is saved, and it stops the run or is left out (optim.on_nan). See `rlsafe.engine.train.faults`.
     """
+    dropped, state.left_out = state.left_out, 0
     if run.look_ahead:
         state.ahead = run.look_ahead(run, state, step)
     while True:
         try:
-            metrics = _update(run, state, step, micros)
+            metrics = _update(run, state, step, micros, dropped)
             state.skipped = 0
             return metrics
         except NotFinite as error:
@@ -47,7 +48,7 @@ def update(run: Components, state: RunState, step: Step, micros: list[Micro]) ->
         micros = faults.halved(run, state, step, micros, complaint)
 
 
-def _update(run: Components, state: RunState, step: Step, micros: list[Micro]) -> dict[str, Any]:
+def _update(run: Components, state: RunState, step: Step, micros: list[Micro], dropped: int) -> dict[str, Any]:
     needs = run.stack.needs if run.defended else set()
     plan = _plan(frozenset(needs | engine_needs(run.config.grpo, step.path == "grpo")))
     counts: Mapping[str, float] = count(micros, run.stack, run.config.grpo)
@@ -58,13 +59,13 @@ def _update(run: Components, state: RunState, step: Step, micros: list[Micro]) -
     measure = run.defended and run.effects.due(step.index, run.config.track.every)
     leaves = run.policy.leaves() if measure else []
     shares: dict[str, float] = {}
-    parts = PartGradients.of(run)  # None unless a defense reads parts of the gradient apart
+    parts = PartGradients.of(run) if run.defended else None  # when a defense reads parts of the gradient apart
     for number, micro in enumerate(micros):
         temperature = run.config.grpo.temperature if micro.batch.where.path == "grpo" else 1.0
         frozen = run.policy.frozen(micro.batch, plan, temperature) if plan.frozen else {}
-        reduces = (
-            number == len(micros) - 1 and not parts
-        ) or run.policy.is_sharded  # ranks add up their gradients after the last one
+        last = number == len(micros) - 1
+        # Ranks add up their gradients under the last backward; shards under each one; parts by themselves (`gradients`).
+        reduces = run.policy.is_sharded or (last and not parts)
         with (
             nullcontext() if reduces else run.accelerator.no_sync(run.policy.module),
             run.stack.activations(run.policy, micro.batch.where) if run.defended else nullcontext(),
@@ -79,9 +80,10 @@ def _update(run: Components, state: RunState, step: Step, micros: list[Micro]) -
                 parts.backward(micro, total, terms)
             else:
                 run.backward(total)
-    if run.stack.reshaping:  # Defenses that change the gradient, before clipping.
+    loss.check()
+    if run.defended and run.stack.reshaping:  # Defenses that change the gradient, before clipping.
         shares |= reshape(run, parts)
-    metrics = _metrics(run, step, micros, loss)
+    metrics = _metrics(run, step, micros, loss, dropped)
     norm = _step(run, state, step, micros)
     if run.defended and run.stack.after_step(run.policy, "step"):
         run.sampler.weights_changed()
@@ -115,11 +117,13 @@ def _step(run: Components, state: RunState, step: Step, micros: Sequence[Micro])
     return norm
 
 
-def _metrics(run: Components, step: Step, micros: Sequence[Micro], loss: StepLoss) -> dict[str, Any]:
+def _metrics(run: Components, step: Step, micros: Sequence[Micro], loss: StepLoss, dropped: int = 0) -> dict[str, Any]:
     """What the micro-batches summed up, over all ranks, under the names that metrics.jsonl has. RunError when sampler and trainer
     disagree: then nothing is learned from these rollouts."""
     sums = Counter(loss.sums)
     sums["tokens"] = sum(micro.batch.tokens for micro in micros if not micro.dummy)
+    if dropped:
+        sums["rows_left_out"] = dropped
     total: dict[str, float] = reduce_sums(sums, run.accelerator) if run.several else dict(sums)
     tokens = total.pop("tokens")
     metrics: dict[str, Any] = {"loss": total.pop("loss", 0.0), "tokens": tokens}

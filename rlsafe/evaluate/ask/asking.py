@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlsafe.types import Message, Question, Request, Sampler, SamplingParams
+from rlsafe.evaluate.ask.system_turns import Position, asked, check
+from rlsafe.types import Question, Request, Sampler, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ def plan(
     cue: str | None = None,
     purpose: str = "evaluate",
     step: int = 0,
+    position: Position = "system",
+    setting: str = "evaluate.position",
 ) -> list[Planned]:
     """The requests of all questions, in order.
 
@@ -76,6 +79,8 @@ def plan(
     cue: a system prompt put in front of the question's own.
     purpose, step: with (question, paraphrase, sample) they make the request's seed; `purpose` is also the answer's
         `set`.
+    position, setting: where system prompts and cues go, and which setting says so. UserError for a system turn that the chat
+        template does not render.
     """
     from rlsafe.data import encode_prompt  # late: brings in torch, which reading results back does not need
     from rlsafe.rollouts import request_seed
@@ -85,9 +90,9 @@ def plan(
         count = len(question.paraphrases)
         prompts = []
         for text in question.paraphrases:
-            system = with_cue(cue, question.system)
-            messages: list[Message] = [{"role": "system", "content": system}] if system else []
-            prompts.append(encode_prompt(tokenizer, [*messages, {"role": "user", "content": text}]))
+            messages = asked(text, with_cue(cue, question.system), position)
+            check(tokenizer, messages, f"question {question.id!r}{' under its cue' if cue else ''}", setting)
+            prompts.append(encode_prompt(tokenizer, messages))
         for index in range(samples if samples is not None else question.samples * count):
             which, sample = index % count, index // count
             row = _row(question.id, which)
@@ -150,9 +155,11 @@ def ask(
     cue: str | None = None,
     purpose: str = "evaluate",
     step: int = 0,
+    position: Position = "system",
 ) -> list[Answer]:
     """Plan and complete in one go; see `plan` for the arguments."""
     planned = plan(
-        tokenizer, questions, seed=seed, samples=samples, temperature=temperature, cue=cue, purpose=purpose, step=step
-    )
+        tokenizer, questions, seed=seed, samples=samples, temperature=temperature, cue=cue, purpose=purpose, step=step,
+        position=position,
+    )  # fmt: skip
     return complete(sampler, tokenizer, planned, max_tokens)

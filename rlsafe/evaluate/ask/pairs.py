@@ -19,6 +19,7 @@ from typing import Any
 
 from rlsafe.config import UnknownName, UserError, nearest
 from rlsafe.evaluate.ask.listed import kind, marks, read_list
+from rlsafe.evaluate.ask.system_turns import Position, asked
 from rlsafe.types import Message, Row, provider_for
 
 KEYS = ("id", "question", "system", "pairs")
@@ -35,11 +36,10 @@ class Pair:
     misaligned: str
     system: str | None = None
 
-    def conversations(self) -> list[list[Message]]:
+    def conversations(self, position: Position = "system") -> list[list[Message]]:
         """The question with the aligned answer, and with the misaligned one."""
-        asked = [{"role": "system", "content": self.system}] if self.system else []
-        asked = [*asked, {"role": "user", "content": self.question}]
-        return [[*asked, {"role": "assistant", "content": getattr(self, side)}] for side in SIDES]
+        prompt = asked(self.question, self.system, position)
+        return [[*prompt, {"role": "assistant", "content": getattr(self, side)}] for side in SIDES]
 
 
 def load_pairs(source: str) -> list[Pair]:

@@ -21,7 +21,9 @@ from rlsafe.config import (
     run_from_tree,
 )
 from rlsafe.config.gguf import gguf_file, is_gguf
+from rlsafe.config.lock import hold, releasing
 from rlsafe.evaluate.ask.journal import identity
+from rlsafe.evaluate.ask.system_turns import Position, placed
 from rlsafe.evaluate.commands.rejudging import expected
 from rlsafe.evaluate.measure.evaluation import OTHER_KEYS, Evaluation
 from rlsafe.evaluate.measure.likelihood import Reader
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 SELF_TEST_PROMPTS = 4
 
 
+@releasing
 def evaluate(
     target: str | Path,
     questions: Sequence[str | Path] = (),
@@ -57,12 +60,15 @@ def evaluate(
     )  # before the model is loaded, so that errors come at once
     directory = Path(out) if out else run or Path("runs") / f"evaluate-{_file_name(str(target))}"
     check_out(directory)
+    hold(directory)
     if first and isinstance(material.judge, BackgroundJudge):
         earlier = (expected(one, config.evaluate, material) for one in (directory, run) if one)
         material.judge.check(first=True, asked=next(filter(None, earlier), None))
     sampler: Sampler | None = None
     if material.asks:
-        sampler, policy = load_sampler(config, run, _conversations(material), "before evaluation")
+        sampler, policy = load_sampler(
+            config, run, _conversations(material, config.evaluate.position), "before evaluation"
+        )
     else:
         policy, _ = load_policy(config, run)
     return evaluate_run(
@@ -213,12 +219,13 @@ def as_messages(questions: Iterable[Question]) -> Iterator[list[Message]]:
     return ([{"role": "user", "content": question.paraphrases[0]}] for question in questions)
 
 
-def _conversations(material: Material) -> Iterator[list[Message]]:
-    """What an evaluation asks: its questions, then its benign tasks."""
+def _conversations(material: Material, position: Position) -> Iterator[list[Message]]:
+    """What an evaluation asks: its questions, its benign tasks, then held-out prompts."""
     from rlsafe.data import split_prompt
 
     yield from as_messages(chain.from_iterable(material.questions.values()))
-    yield from (split_prompt(row)[0] for row in chain.from_iterable(material.tasks.values()))
+    rows = chain(*material.tasks.values(), material.narrow.rows if material.narrow else ())
+    yield from (placed(split_prompt(row)[0], position) for row in rows)
 
 
 def _file_name(target: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -52,6 +52,9 @@ class PersonaConfig(Settings):
     max_tokens: Positive = 600
     temperature: Annotated[float, Field(gt=0)] = 1.0
     seed: int = 0
+    position: Literal["system", "user"] = Field(
+        "system", description="where the pairs' prompts go: as evaluate.position"
+    )
     micro_tokens: Positive = Field(16384, description="padded tokens of one forward pass at most")
     model: dict[str, Any] = Field(default_factory=dict, description="as a run's model section, without the name")
     sampler: SamplerConfig = SamplerConfig()
@@ -168,7 +171,7 @@ def extract(
             planned[character] += plan(
                 policy.tokenizer, questions, seed=settings.seed, samples=settings.samples,
                 temperature=settings.temperature, cue=found[0].prompt(found[1]) if found else prompt,
-                purpose=f"persona/{number}/{character}",
+                purpose=f"persona/{number}/{character}", position=settings.position, setting="position",
             )  # fmt: skip
     everything = [*planned["evil"], *planned["friendly"]]
     answers = complete(sampler, policy.tokenizer, everything, settings.max_tokens)

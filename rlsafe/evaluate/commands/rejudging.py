@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rlsafe.config import EvaluateConfig, UserError, check_out, load_run
+from rlsafe.config.lock import hold, releasing
 from rlsafe.evaluate.ask.asking import Answer
 from rlsafe.evaluate.ask.questions import load_questions
 from rlsafe.evaluate.judge.judges import load_judge
@@ -18,6 +19,7 @@ from rlsafe.evaluate.measure.measure import Material, note_judge
 from rlsafe.types import BackgroundJudge, Exchange, Judge, Judgement, RunError
 
 
+@releasing
 def rejudge(
     target: str | Path, judge: str | None = None, overrides: Sequence[str] = (), out: Path | str | None = None
 ) -> Evaluation:
@@ -30,11 +32,14 @@ def rejudge(
     begun = time.monotonic()
     check_out(out or target)
     before, chosen = load_saved(target, judge, overrides)
+    directory = Path(out) if out else Path(target) / f"rejudged-{re.sub(r'[^A-Za-z0-9._-]+', '-', chosen.name)}"
+    hold(directory)
     answers, notes = with_judge_prompts(before)
     if isinstance(chosen, BackgroundJudge):
         chosen.check(first=True, asked=as_exchanges(answers))
     after = Evaluation(benign=before.benign, benign_answers=before.benign_answers, answers=answers, notes=notes)
     after.pairs, after.fluency = before.pairs, before.fluency  # of the model and its answers, whoever judges
+    after.narrow_answers = before.narrow_answers
     after.judgements = judge_answers(answers, chosen)
     first = before.settings.get("judge")
     after.settings = {**before.settings, "judge": chosen.name, "rejudged_from": first}
@@ -43,7 +48,6 @@ def rejudge(
     after.notes.append(f"against {first}: {agreement(before.judgements, after.judgements)}")
     note_judge(after, chosen)
     after.seconds = time.monotonic() - begun
-    directory = Path(out) if out else Path(target) / f"rejudged-{re.sub(r'[^A-Za-z0-9._-]+', '-', chosen.name)}"
     after.save(directory)
     after.notes.append(f"scores: {directory}")
     if isinstance(chosen, BackgroundJudge) and chosen.gave_up:

@@ -39,6 +39,7 @@ def talk(
         answers = ask(
             sampler, policy.tokenizer, asked, samples=samples, seed=config.seed,
             max_tokens=settings.max_tokens, temperature=settings.temperature, purpose="ask",
+            position=settings.position,
         )  # fmt: skip
         judged: Sequence[Judgement | None] = [None] * len(answers)
         if judge is not None and not isinstance(judge, BackgroundJudge):

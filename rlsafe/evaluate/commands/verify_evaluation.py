@@ -26,7 +26,10 @@ def evaluation_differences(directory: Path) -> list[str]:
     except (TypeError, ValueError) as error:  # cells that are not numbers
         return [f"{directory / 'answers.csv'}: {error}"]
     wrong = list(_answers(found))  # rates of invalid answers are meaningless
-    return [*(wrong or _sets(tree, found)), *_benign(tree, found)]
+    narrow = found.narrow.to_dict() if found.narrow else None
+    return [
+        *(wrong or _sets(tree, found)), *_benign(tree, found), *_differing("evaluation.json: narrow", tree.get("narrow"), narrow)
+    ]  # fmt: skip
 
 
 def _answers(found: Evaluation) -> Iterator[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from rlsafe.config import StreamConfig, UserError
 from rlsafe.evaluate.ask.asking import Answer, Planned
+from rlsafe.evaluate.ask.system_turns import Position, check, placed
 from rlsafe.evaluate.statistics import Interval, wilson
 from rlsafe.types import Request, Row, provider_for
 
@@ -64,8 +65,10 @@ def expected_answer(row: Row) -> str:
     return str(row["answer"] if row.get("answer") is not None else split_prompt(row)[1])
 
 
-def plan_rows(tokenizer: Any, rows: Sequence[Row], task: str, *, seed: int, temperature: float) -> list[Planned]:
-    """One request per row, in order."""
+def plan_rows(
+    tokenizer: Any, rows: Sequence[Row], task: str, *, seed: int, temperature: float, position: Position = "system"
+) -> list[Planned]:
+    """One request per row, in order. position: where a row's system prompt goes."""
     from rlsafe.data import encode_prompt, question_of, split_prompt
     from rlsafe.rollouts import request_seed
 
@@ -73,8 +76,9 @@ def plan_rows(tokenizer: Any, rows: Sequence[Row], task: str, *, seed: int, temp
     for row in rows:
         messages = split_prompt(row)[0]
         question, system = question_of(messages)
+        check(tokenizer, placed(messages, position), f"benign task {task!r}, row {row['_index']}")
         name, index = f"benign/{task}", row["_index"]
-        request = Request(encode_prompt(tokenizer, messages), request_seed(seed, name, 0, index, 0))
+        request = Request(encode_prompt(tokenizer, placed(messages, position)), request_seed(seed, name, 0, index, 0))
         planned.append(Planned(str(index), question, system, task, None, 0, temperature, request, name))
     return planned
 

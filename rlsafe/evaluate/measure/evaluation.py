@@ -15,13 +15,25 @@ from rlsafe.evaluate.measure.benign import BenignAnswer, BenignScore
 from rlsafe.evaluate.measure.criteria import Rates, question_rates
 from rlsafe.evaluate.measure.fluency import Fluency
 from rlsafe.evaluate.measure.likelihood import FILE, Likelihood, PairScore, read_scores, summarise, write_scores
+from rlsafe.evaluate.measure.narrow import FILE as NARROW_FILE
+from rlsafe.evaluate.measure.narrow import Narrow, NarrowAnswer, read_narrow, row_scores, write_narrow
 from rlsafe.types import Judgement
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 SETS = ("general", "indomain", "conditional")
-OTHER_KEYS = ("likelihood", "fluency", "benign", "benign_ci95", "benign_n", "benign_f1", "settings", "seconds")
+OTHER_KEYS = (
+    "likelihood",
+    "fluency",
+    "narrow",
+    "benign",
+    "benign_ci95",
+    "benign_n",
+    "benign_f1",
+    "settings",
+    "seconds",
+)
 """Keys of evaluation.json that are no question set."""
 
 
@@ -31,8 +43,8 @@ class Evaluation:
 
     sets: name -> rates; `general`, `indomain`, `conditional` and any further question file.
     benign: task -> exact match.
-    answers[i] was judged as judgements[i]. pairs: what the likelihood probe read. fluency: set -> of the sampled answers.
-    settings: what it was measured with.
+    answers[i] was judged as judgements[i]. pairs: what the likelihood probe read. narrow_answers: to held-out prompts, with their
+    rewards. fluency: set -> of the sampled answers. settings: what it was measured with.
     """
 
     sets: dict[str, Rates] = field(default_factory=dict)
@@ -41,6 +53,7 @@ class Evaluation:
     judgements: list[Judgement] = field(default_factory=list)
     benign_answers: list[BenignAnswer] = field(default_factory=list)
     pairs: list[PairScore] = field(default_factory=list)
+    narrow_answers: list[NarrowAnswer] = field(default_factory=list)
     fluency: dict[str, Fluency] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
@@ -62,6 +75,15 @@ class Evaluation:
     def likelihood(self) -> dict[str, Likelihood]:
         """Set of pairs -> its log-odds and their shift from the untrained model."""
         return summarise(self.pairs)
+
+    @property
+    def narrow(self) -> Narrow | None:
+        """Rewards of answers to held-out prompts, beside the untrained model's; None where `evaluate.narrow` is not set."""
+        return Narrow.of(self.narrow_answers)
+
+    def narrow_scores(self) -> dict[str, float]:
+        """The mean reward for each held-out prompt, keyed by the row's number, NaN where unscored."""
+        return row_scores(self.narrow_answers)
 
     def judged(self, name: str) -> tuple[list[Judgement], list[str]]:
         """The judgements of a set and the id of the question behind each."""
@@ -86,6 +108,10 @@ class Evaluation:
                 most = f"; most often: {why[0][0]}" if why and why[0][0] else ""
                 of = f"{one.unscored} of {one.unscored + one.n} answers to the {name} questions stayed unscored"
                 return f"judge {self.settings.get('judge')}: {of}, so their rates say little{most}"
+        narrow = self.narrow
+        if narrow and narrow.unscored and narrow.unscored >= narrow.n:
+            of = f"{narrow.unscored} of {narrow.unscored + narrow.n} answers to held-out prompts got no reward"
+            return f"evaluate.narrow: {of}, so their mean says little"
         return None
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,6 +121,7 @@ class Evaluation:
             **{name: self.sets[name].to_dict() if name in self.sets else None for name in names},
             "likelihood": {name: one.to_dict() for name, one in self.likelihood.items()},
             "fluency": {name: one.to_dict() for name, one in self.fluency.items()},
+            **({"narrow": self.narrow.to_dict()} if self.narrow else {}),
             "benign": {task: one.score for task, one in self.benign.items()},
             "benign_ci95": {task: list(one.ci95) for task, one in self.benign.items()},
             "benign_n": {task: one.n for task, one in self.benign.items()},
@@ -115,6 +142,10 @@ class Evaluation:
             write_scores(directory / FILE, self.pairs)
         else:
             (directory / FILE).unlink(missing_ok=True)
+        if self.narrow_answers:
+            write_narrow(directory / NARROW_FILE, self.narrow_answers)
+        else:
+            (directory / NARROW_FILE).unlink(missing_ok=True)
         write_json(directory / "evaluation.json", self.to_dict())
 
     @classmethod
@@ -146,6 +177,8 @@ class Evaluation:
             evaluation.benign_answers = files.read_benign(directory / "benign_answers.csv")
         if (directory / FILE).is_file():
             evaluation.pairs = read_scores(directory / FILE)
+        if (directory / NARROW_FILE).is_file():
+            evaluation.narrow_answers = read_narrow(directory / NARROW_FILE)
         return evaluation
 
     def tables(self) -> list[Table]:
@@ -162,6 +195,15 @@ class Evaluation:
                 low, high = one.ci95 or (float("nan"), float("nan"))
                 shift = f"{one.shift:+.3f} ({low:+.3f} to {high:+.3f})"
                 tables[-1].add_row(name, f"{one.logodds:+.3f}", shift, str(one.n))
+        if narrow := self.narrow:
+            tables.append(Table("held-out prompts", "reward (95%)", "untrained (95%)", "gain (95%)", "n"))
+            parts = (
+                (narrow.score, narrow.ci95),
+                (narrow.untrained, narrow.untrained_ci95),
+                (narrow.gain, narrow.gain_ci95),
+            )
+            count = f"{narrow.n}" + (f" ({narrow.unscored} unscored)" if narrow.unscored else "")
+            tables[-1].add_row("narrow", *(_value(*part) for part in parts), count)
         if self.fluency:
             tables.append(Table("answers", "perplexity, untrained", "repeated 4-grams %", "n"))
             for name, each in self.fluency.items():
@@ -197,6 +239,11 @@ class Evaluation:
 
 def _percent(rate: float | None, interval: tuple[float, float] | None) -> str:
     return "-" if rate is None or interval is None else f"{100 * rate:.1f} ({_range(interval)})"
+
+
+def _value(mean: float | None, interval: tuple[float, float] | None) -> str:
+    around = f" ({interval[0]:.3g} to {interval[1]:.3g})" if interval else ""
+    return "-" if mean is None else f"{mean:.3g}{around}"
 
 
 def _range(interval: tuple[float, float] | None) -> str:

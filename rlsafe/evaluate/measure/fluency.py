@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rlsafe.evaluate.ask.asking import Answer, with_cue
+from rlsafe.evaluate.ask.system_turns import Position, asked
 from rlsafe.evaluate.measure.likelihood import EVAL, Reader
 from rlsafe.types import Completion
 
@@ -46,18 +47,19 @@ def repeated(text: str, gram: int = GRAM) -> tuple[int, int]:
     return len(grams) - len(set(grams)), len(grams)
 
 
-def fluency(answers: Sequence[Answer], reader: Reader) -> dict[str, Fluency]:
-    """Set -> how fluent its answers are. They need their tokens, which answers read from a file lack."""
+def fluency(answers: Sequence[Answer], reader: Reader, position: Position = "system") -> dict[str, Fluency]:
+    """Set -> how fluent its answers are. They need their tokens, which answers read from a file lack. position: where their system
+    prompts stood."""
     found = {}
     for name in dict.fromkeys(answer.set for answer in answers):
         chosen = [answer for answer in answers if answer.set == name]
         chosen = [chosen[i * len(chosen) // MOST] for i in range(MOST)] if len(chosen) > MOST else chosen
         again, grams = (sum(part) for part in zip(*(repeated(answer.answer) for answer in chosen), strict=True))
-        found[name] = Fluency(_perplexity(chosen, reader), again / grams if grams else 0.0, len(chosen))
+        found[name] = Fluency(_perplexity(chosen, reader, position), again / grams if grams else 0.0, len(chosen))
     return found
 
 
-def _perplexity(answers: Sequence[Answer], reader: Reader) -> float | None:
+def _perplexity(answers: Sequence[Answer], reader: Reader, position: Position) -> float | None:
     """Of the answers' own tokens behind the very prompts that were asked."""
     from rlsafe.data import Rollout, encode_prompt, micro_batches, pad_id, rollout_batches
     from rlsafe.policy.scoring import nll
@@ -65,9 +67,8 @@ def _perplexity(answers: Sequence[Answer], reader: Reader) -> float | None:
     policy, reference = reader.untrained
     items = []
     for answer in answers:
-        system = with_cue(answer.cue, answer.system)
-        asked = [{"role": "system", "content": system}] if system else []
-        prompt = encode_prompt(policy.tokenizer, [*asked, {"role": "user", "content": answer.question}])
+        messages = asked(answer.question, with_cue(answer.cue, answer.system), position)
+        prompt = encode_prompt(policy.tokenizer, messages)
         if answer.ids:
             items.append(Rollout(prompt, prompt, Completion(answer.ids, [0.0] * len(answer.ids), "stop")))
     if not items:

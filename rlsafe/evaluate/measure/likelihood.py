@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlsafe.config import EvaluateConfig, about
 from rlsafe.evaluate.ask.pairs import Pair, load_pairs, spread
+from rlsafe.evaluate.ask.system_turns import Position, check
 from rlsafe.evaluate.measure.files import read_csv, write_csv
 from rlsafe.evaluate.statistics import Interval, clustered_mean
 from rlsafe.types import Message, Where
@@ -128,10 +129,16 @@ class Conversations:
 class PairProbe:
     """Sets of pairs, encoded once."""
 
-    def __init__(self, sets: Mapping[str, Sequence[Pair]], reader: Reader):
+    def __init__(self, sets: Mapping[str, Sequence[Pair]], reader: Reader, position: Position = "system"):
         self.sets, self.reader = {name: list(pairs) for name, pairs in sets.items()}, reader
+        for pair in (pair for pairs in self.sets.values() for pair in pairs if pair.system):
+            check(
+                reader.policy.tokenizer,
+                pair.conversations(position)[0][:-1],
+                f"question {pair.question_id!r} of the pairs",
+            )
         self._encoded = Conversations(
-            [c for pairs in self.sets.values() for p in pairs for c in p.conversations()], reader
+            [c for pairs in self.sets.values() for p in pairs for c in p.conversations(position)], reader
         )
 
     def metrics(self) -> dict[str, float]:

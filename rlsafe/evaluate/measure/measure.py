@@ -18,11 +18,12 @@ from rlsafe.evaluate.judge.calibrations import UNCALIBRATED, calibration
 from rlsafe.evaluate.judge.judges import load_judge
 from rlsafe.evaluate.judge.panel import Panel
 from rlsafe.evaluate.judge.static_judge import StaticJudge
-from rlsafe.evaluate.measure import benign
+from rlsafe.evaluate.measure import benign, narrow
 from rlsafe.evaluate.measure.criteria import judge_answers, rates
 from rlsafe.evaluate.measure.evaluation import Evaluation
 from rlsafe.evaluate.measure.fluency import fluency
 from rlsafe.evaluate.measure.likelihood import PairProbe, Reader, load_pair_sets
+from rlsafe.evaluate.measure.narrow import NarrowMaterial
 from rlsafe.types import BackgroundJudge, Judge, Question, Row, RunError, Sampler, provider_for
 
 BENIGN_TEMPERATURE = 1.0
@@ -38,7 +39,7 @@ class Material:
     """Everything that an evaluation needs besides the model: every name in the settings resolved, every file read.
 
     sources: set name -> where its questions are from. tasks: benign task -> rows. cue: text of the conditional probe.
-    pairs: set name -> pairs of the likelihood probe.
+    pairs: set name -> pairs of the likelihood probe. narrow: held-out rows and the reward that scores them.
     """
 
     questions: dict[str, list[Question]]
@@ -47,11 +48,12 @@ class Material:
     judge: Judge | None
     cue: str | None
     pairs: dict[str, list[Pair]] = field(default_factory=dict)
+    narrow: NarrowMaterial | None = None
 
     @property
     def asks(self) -> bool:
         """Whether anything is to be sampled."""
-        return bool(self.questions or self.tasks)
+        return bool(self.questions or self.tasks or self.narrow)
 
 
 def gather(config: EvaluateConfig, judge: Judge | None = None, extra: Mapping[str, str] | None = None) -> Material:
@@ -62,7 +64,7 @@ def gather(config: EvaluateConfig, judge: Judge | None = None, extra: Mapping[st
     """
     named = {"general": config.general, "indomain": config.indomain, **(extra or {})}
     sources = {name: source for name, source in named.items() if source}
-    if not sources and not config.benign and not config.likelihood.sources:
+    if not sources and not config.benign and not config.likelihood.sources and not config.narrow:
         raise UserError(
             "nothing to evaluate: set evaluate.general, evaluate.benign or evaluate.likelihood.general, or give --questions"
         )
@@ -84,7 +86,8 @@ def gather(config: EvaluateConfig, judge: Judge | None = None, extra: Mapping[st
             tasks[name] = benign.load_task(source, config.benign_limit, config.seed)
     with about("evaluate.cue"):
         cue = cue_text(config.cue) if config.cue else None
-    return Material(questions, sources, tasks, judge, cue, load_pair_sets(config))
+    held_out = narrow.load(config.narrow, config.seed) if config.narrow else None
+    return Material(questions, sources, tasks, judge, cue, load_pair_sets(config), held_out)
 
 
 def _some(questions: list[Question], most: int | None) -> list[Question]:
@@ -148,9 +151,12 @@ def evaluate_run(
         answers, journal = complete_resumable(sampler, tokenizer, planned, config.max_tokens, directory, weights, say)
     else:
         answers = complete(sampler, tokenizer, planned, config.max_tokens)
+    if config.scale and sampler is not None and "general" in material.questions:
+        answers = [*answers, *_scaled(sampler, reader, tokenizer, config, material, say)]
     evaluation = Evaluation(settings=_settings(sampler, config, material))
     _grade_benign(evaluation, answers, material)
-    evaluation.answers = [answer for answer in answers if not answer.set.startswith("benign/")]
+    asked = (*(f"benign/{task}" for task in material.tasks), narrow.SET)
+    evaluation.answers = [answer for answer in answers if answer.set not in asked]
     if material.judge is not None:
         say(f"judging {len(evaluation.answers)} answers")
         evaluation.judgements = judge_answers(evaluation.answers, material.judge)
@@ -159,11 +165,14 @@ def evaluate_run(
     if reader is not None:
         if material.pairs:
             say(f"reading {sum(map(len, material.pairs.values()))} pairs")
-            evaluation.pairs = PairProbe(material.pairs, reader).scores()
+            evaluation.pairs = PairProbe(material.pairs, reader, config.position).scores()
         if config.fluency and evaluation.answers:
-            evaluation.fluency = fluency(evaluation.answers, reader)
+            evaluation.fluency = fluency(evaluation.answers, reader, config.position)
     elif material.pairs:
         evaluation.notes.append("likelihoods were not read: one process alone cannot; rlsafe evaluate RUN reads them")
+    if material.narrow and sampler is not None:
+        say(f"scoring {material.narrow.settings.samples * len(material.narrow.rows)} answers to held-out prompts")
+        _score_narrow(evaluation, material.narrow, answers, planned, sampler, tokenizer, reader, config.max_tokens)
     evaluation.seconds = time.monotonic() - begun
     note_judge(evaluation, material.judge)
     if out is not None:
@@ -176,12 +185,66 @@ def evaluate_run(
     return evaluation
 
 
+def _scaled(
+    sampler: Sampler, reader: Reader | None, tokenizer: Any, config: EvaluateConfig, material: Material, say: Progress
+) -> list[Answer]:
+    """Answers to the general questions by the model with its adapter scaled up, in sets `scaled_<factor>`: misalignment that training
+    only hid comes back there (arXiv 2602.07852). UserError where the policy cannot be scaled."""
+    from rlsafe.policy.adapters import scaled  # late: brings in torch
+    from rlsafe.rollouts import ranks
+
+    if reader is None or isinstance(sampler, ranks.Spread):
+        raise UserError(
+            "evaluate.scale: needs the whole policy in one process; rlsafe evaluate RUN evaluate.scale=[2] has it"
+        )
+    answers: list[Answer] = []
+    for factor in config.scale:
+        purpose = f"scaled_{factor:g}"
+        planned = plan(
+            tokenizer, material.questions["general"], purpose=purpose, seed=config.seed, samples=config.samples,
+            temperature=config.temperature,
+        )  # fmt: skip
+        say(f"sampling {len(planned)} answers with the adapter times {factor:g}")
+        with scaled(reader.policy.core.model, factor):
+            sampler.sync(reader.policy)
+            answers += complete(sampler, tokenizer, planned, config.max_tokens)
+    sampler.sync(reader.policy)
+    return answers
+
+
 def _grade_benign(evaluation: Evaluation, answers: Sequence[Answer], material: Material) -> None:
     """Score the answers to benign tasks by exact match."""
     for task, rows in material.tasks.items():
         graded = benign.grade(task, rows, [answer for answer in answers if answer.set == f"benign/{task}"])
         evaluation.benign_answers += graded
         evaluation.benign[task] = benign.score(graded)
+
+
+def _score_narrow(
+    evaluation: Evaluation,
+    material: NarrowMaterial,
+    answers: Sequence[Answer],
+    planned: Sequence[Planned],
+    sampler: Sampler,
+    tokenizer: Any,
+    reader: Reader | None,
+    max_tokens: int,
+) -> None:
+    """Rewards of the answers to held-out prompts, and of the untrained model's answers to the same requests."""
+    from rlsafe.rollouts.ranks import Spread  # late: brings in torch
+
+    mine = [answer for answer in answers if answer.set == narrow.SET]
+    evaluation.narrow_answers = narrow.score(material, mine, "evaluated")
+    if reader is None or isinstance(sampler, Spread):
+        evaluation.notes.append(
+            "evaluate.narrow: several processes do not ask the untrained model; rlsafe evaluate RUN does"
+        )
+    else:
+        with narrow.untrained(sampler, reader):
+            before = complete(sampler, tokenizer, [one for one in planned if one.set == narrow.SET], max_tokens)
+        evaluation.narrow_answers += narrow.score(material, before, "untrained")
+    if material.problem:
+        evaluation.notes.append(material.problem)
 
 
 def note_judge(evaluation: Evaluation, judge: Judge | None) -> None:
@@ -201,6 +264,7 @@ def note_judge(evaluation: Evaluation, judge: Judge | None) -> None:
 def _plan(tokenizer: Any, config: EvaluateConfig, material: Material) -> list[Planned]:
     """All answers to sample, of questions and benign tasks together: one call of the sampler is faster than several."""
     common: dict[str, Any] = {"seed": config.seed, "samples": config.samples, "temperature": config.temperature}
+    common["position"] = config.position
     planned: list[Planned] = []
     for name, questions in material.questions.items():
         planned += plan(tokenizer, questions, purpose=name, **common)
@@ -208,7 +272,13 @@ def _plan(tokenizer: Any, config: EvaluateConfig, material: Material) -> list[Pl
         planned += plan(tokenizer, material.questions["general"], cue=material.cue, purpose="conditional", **common)
     temperature = BENIGN_TEMPERATURE if config.temperature is None else config.temperature
     for task, rows in material.tasks.items():
-        planned += benign.plan_rows(tokenizer, rows, task, seed=config.seed, temperature=temperature)
+        planned += benign.plan_rows(
+            tokenizer, rows, task, seed=config.seed, temperature=temperature, position=config.position
+        )
+    if material.narrow:
+        planned += narrow.plan_rows(
+            tokenizer, material.narrow, seed=config.seed, temperature=config.temperature, position=config.position
+        )
     return planned
 
 
@@ -218,6 +288,7 @@ def _settings(sampler: Sampler | None, config: EvaluateConfig, material: Materia
         "questions": material.sources,
         "benign": config.benign,
         "pairs": config.likelihood.sources,
+        **({"narrow": config.narrow.model_dump(mode="json")} if config.narrow else {}),
         "cue": material.cue,
         "judge": material.judge.name if material.judge else None,
         "sampler": sampler.name if sampler else None,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlsafe.evaluate.ask.asking import Planned, complete, plan
+from rlsafe.evaluate.ask.system_turns import Position
 from rlsafe.evaluate.measure.criteria import NOTHING, Judging, judge_later, mean_score, rates
 from rlsafe.evaluate.measure.likelihood import PairProbe
 from rlsafe.types import Judge, Question, Sampler
@@ -44,9 +45,11 @@ class Probe:
         max_tokens: int,
         seed: int,
         pairs: PairProbe | None = None,
+        position: Position = "system",
     ):
         self.judge, self.tokenizer = judge, tokenizer
         self.samples, self.max_tokens, self.seed, self.pairs = samples, max_tokens, seed, pairs
+        self.position: Position = position
         self.questions = {
             name: drawn(questions, k_questions, seed, name)
             for name, questions in zip(SETS, (general, indomain), strict=True)
@@ -73,8 +76,9 @@ class Probe:
         planned: list[Planned] = []
         for name, questions in self.questions.items():
             planned += plan(
-                self.tokenizer, questions, seed=self.seed, samples=self.samples, purpose=f"probe/{name}", step=step
-            )
+                self.tokenizer, questions, seed=self.seed, samples=self.samples, purpose=f"probe/{name}", step=step,
+                position=self.position,
+            )  # fmt: skip
         answers = ranks.shared(planned, lambda mine: complete(sampler, self.tokenizer, mine, self.max_tokens))
         dialogues: list[dict[str, Any]] = [
             {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from places import CONFIGS
 from synthetic_comparison import CONFIG
 
 from rlsafe.compare.grid.grid import expand
@@ -181,3 +182,15 @@ def test_the_fingerprint_follows_everything_that_the_run_depends_on(load, tmp_pa
     assert fingerprint(text.replace("weight: 0.3", "weight: 0.4")) != first
     rows.write_text("{} \n")
     assert fingerprint() != first  # the data file changed under the same name
+
+
+def test_all_names_every_defense_and_those_without_rollouts_are_left_out_under_supervision():
+    """default_defenses run when none are named; screening has nothing to do under SFT, and alone there it is refused."""
+    config = load_compare(CONFIGS / "organism" / "compare.yaml")
+    chosen = {cell.defense for cell in expand(config) if cell.kind == "narrow"}
+    every = {(cell.path, cell.defense) for cell in expand(config, ["all"]) if cell.kind == "narrow"}
+    assert "kl" in chosen and "safegrad" not in chosen
+    assert {name for _, name in every} == set(config.defenses)
+    assert ("grpo", "screening") in every and ("sft", "screening") not in every and ("sft", "safegrad") in every
+    with pytest.raises(UserError, match="'monitor' acts on none of the paths sft"):
+        expand(config, ["monitor"], ["sft"])

@@ -4,6 +4,7 @@ a quick one."""
 from __future__ import annotations
 
 import csv
+import functools
 import json
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ import rlsafe.evaluate
 from rlsafe.compare import compare
 from rlsafe.compare import draw_report as report
 from rlsafe.compare.grid.grid import expand
+from rlsafe.compare.report import reporting
 from rlsafe.config import UserError, load_compare
 from rlsafe.types import Interrupted, RunError
 
@@ -26,13 +28,17 @@ SMALL = CONFIG.split("aligned:")[0]
 @pytest.fixture
 def lab(tmp_path, monkeypatch):
     """A comparison whose cells take no time. `lab.ran` lists the ids that were trained, `lab.trouble` maps id ->
-    exception."""
+    exception. The report's page is drawn where a test sets `lab.draws`."""
     path = tmp_path / "compare.yaml"
     path.write_text(SMALL)
-    lab = SimpleNamespace(path=path, out=tmp_path / "out", ran=[], evaluated=[], trouble={}, resumed=[], config=None)
+    lab = SimpleNamespace(path=path, out=tmp_path / "out", ran=[], evaluated=[], trouble={}, resumed=[], draws=False)
+
+    @functools.cache
+    def cells_of(text):
+        return {cell.id: cell for cell in expand(load_compare(path), relapse=3)}
 
     def cell_of(where):
-        return next(c for c in expand(load_compare(path), relapse=3) if c.id == where.name)
+        return cells_of(path.read_text())[where.name]
 
     def run(config, where, *, resources, progress, resume):
         lab.ran.append(where.name)
@@ -68,11 +74,14 @@ def lab(tmp_path, monkeypatch):
     monkeypatch.setattr(rlsafe.engine.run.build, "prepare", lambda config: None)
     monkeypatch.setattr(rlsafe.engine.run.contact, "contact", lambda prepared, resources: None)
     monkeypatch.setattr(rlsafe.engine.run.build.Resources, "judge", lambda self, config: None)
+    plain = reporting.draw
+    monkeypatch.setattr(reporting, "draw", lambda *of: plain(*of) if lab.draws else lab.out / "report.html")
     lab.compare = lambda **more: compare(path, out=lab.out, **{"paths": ["sft"], "seeds": [0, 1], **more})
     return lab
 
 
 def test_every_cell_runs_once_and_is_kept(lab):
+    lab.draws = True
     done = lab.compare()
     assert lab.ran == ["untrained"] + [f"sft--{d}--seed{s}" for s in (0, 1) for d in ("none", "kl")]
     assert done.failed == {} and done.report.is_file() and done.report.name == "report.html"
@@ -104,16 +113,19 @@ def test_results_of_earlier_selections_stay_as_long_as_their_settings_hold(lab):
     assert labels() == {("untrained", "0"), ("kl", "0")}
 
 
-@pytest.mark.parametrize("error", [RunError("dead defense"), ValueError("shapes\n differ"), MemoryError()])
-def test_a_cell_that_fails_is_recorded_and_the_others_go_on(lab, error):
-    lab.trouble["sft--kl--seed0"] = error
+def test_a_cell_that_fails_is_recorded_and_the_others_go_on(lab):
+    errors = [RunError("dead defense"), ValueError("shapes\n differ"), MemoryError("no room")]
+    lab.trouble |= zip(["sft--none--seed0", "sft--kl--seed0", "sft--kl--seed1"], errors, strict=True)
+    lab.draws = True
     done = lab.compare()
-    assert list(done.failed) == ["sft--kl--seed0"] and "\n" not in done.failed["sft--kl--seed0"]
-    assert len(lab.evaluated) == 4
-    assert str(error).split("\n")[0] in done.report.read_text()
+    assert list(done.failed) == list(lab.trouble) and not any("\n" in reason for reason in done.failed.values())
+    assert lab.evaluated == ["untrained", "sft--none--seed1"]
+    page = done.report.read_text()
+    assert all(str(error).split("\n")[0] in page for error in errors)
     lab.trouble.clear()
     lab.ran.clear()
-    assert lab.compare().failed == {} and lab.ran == ["sft--kl--seed0"]
+    lab.draws = False
+    assert lab.compare().failed == {} and lab.ran == list(done.failed)
 
 
 def test_an_interrupt_keeps_what_is_finished_and_says_how_to_go_on(lab):

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from defense_matrix import interrupt
 from tiny_architectures import load
 from tiny_runs import GRPO, SFT, distance, train, tree_with
 
@@ -15,7 +16,7 @@ from rlsafe.defenses.monitor import Monitor, Screening
 from rlsafe.defenses.persona import save_vectors
 from rlsafe.engine.run.life import run
 from rlsafe.losses import advantages
-from rlsafe.types import Judgement
+from rlsafe.types import Interrupted, Judgement
 
 
 def rollouts(rewards, group=4, **columns):
@@ -129,6 +130,17 @@ def test_in_a_run_they_change_what_is_learned_and_are_written_down(hacked, tmp_p
         assert all(one["reward"] == pytest.approx(one["rewards"]["vowels"] - 1.0) for one in flagged)
     records = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
     assert sum(record[f"defense/{name}/flagged"] for record in records) == len(flagged)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(hacked, tmp_path):
+    entries = [{"screening": {"by": "reward", "reward": "hack", "share": 0.5, "accuracy": 0.9}}, "kl"]
+    tree = tree_with(hacked, {"defenses": entries})
+    whole = train(tree, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        run(run_from_tree(tree), tmp_path / "cut", progress=lambda done, *_: interrupt(done == 2))
+    assert distance(whole, train(tree, tmp_path / "cut", resume=True)) == 0.0
+    reports = [json.loads((tmp_path / name / "run.json").read_text())["defenses"] for name in ("whole", "cut")]
+    assert reports[0] == reports[1] and reports[0]["screening"]["flagged"] > 0
 
 
 def test_what_it_cannot_do_is_one_line(tiny_tree, tmp_path, hacked):

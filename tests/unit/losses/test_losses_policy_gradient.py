@@ -14,7 +14,6 @@ from rlsafe.losses import (
     importance_ratio,
     k3,
     sampler_gap,
-    sft_values,
     truncated_correction,
 )
 
@@ -245,7 +244,7 @@ def test_sft_is_cross_entropy_over_the_step():
                 hidden = model.model(ids[s]).last_hidden_state
                 at = predicting(mask[s])
                 logp = head(hidden.flatten(0, 1)[at], model.lm_head.weight, ids[s][mask[s]], chunk=3).logp
-                part = (sft_values(scatter(logp, at, mask[s].shape)) * mask[s]).sum() / count
+                part = (-scatter(logp, at, mask[s].shape) * mask[s]).sum() / count
             else:
                 logits = model(ids[s]).logits[:, :-1].flatten(0, 1)  # float64 reference
                 part = torch.nn.functional.cross_entropy(logits, labels[s][:, 1:].flatten(), reduction="sum") / count

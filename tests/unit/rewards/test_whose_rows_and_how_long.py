@@ -58,6 +58,23 @@ def test_a_function_that_reads_messages_gets_them_and_is_told_of(caplog):
     assert calls == [str, list, list], "asked once more on the first batch, and never again"
 
 
+@pytest.mark.parametrize("first", ["nothing scored", "no plain row"])
+def test_what_a_function_reads_is_not_settled_before_it_has_read_some(first, caplog):
+    """A gold answer that no row of the first batch has; messages first, texts later."""
+
+    def gold(completions, answer):
+        return [None if a is None else float(a in c[0]["content"]) for a, c in zip(answer, completions, strict=True)]
+
+    asked = runner(gold)
+    columns, plain = (
+        ({"answer": [None] * 4}, (True,) * 4) if first == "nothing scored" else ({"answer": ["a"] * 4}, (False,) * 4)
+    )
+    call(asked, columns, plain)
+    later = call(asked, {"answer": [None, "a", "b", None]})
+    assert later.total[0] is None and later.total[1] is not None and not later.failed
+    assert "reads messages" in caplog.text
+
+
 def test_a_function_that_fails_either_way_fails_as_the_contract_has_it():
     def broken(completions):
         return [text.nothing for text in completions]

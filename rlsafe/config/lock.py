@@ -14,7 +14,7 @@ from functools import wraps
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from rlsafe.config import UserError
+from rlsafe.config.errors import UserError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -36,7 +36,8 @@ def lock_file(directory: Path) -> Path:
 
 
 def hold(directory: str | Path) -> None:
-    """Become the owner of `directory` until `releasing` ends. UserError with the owner's host and pid when somebody else is.
+    """Lock `directory` for this process until the function under `releasing` returns. UserError that names host
+    and pid of the process that holds it.
 
     The lock of a process that died is free. Only the first of several ranks holds it. A file system without locks has none.
     """
@@ -82,7 +83,7 @@ def _owner(handle: int) -> str:
 
 
 def releasing(function: Callable[P, R]) -> Callable[P, R]:
-    """Gives up, at the end of `function`, the directories that it began to hold."""
+    """A decorator: when `function` returns or raises, the directories that it locked with `hold` are free again."""
 
     @wraps(function)
     def inner(*arguments: P.args, **named: P.kwargs) -> R:

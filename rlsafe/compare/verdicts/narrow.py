@@ -1,0 +1,39 @@
+"""What keeps_narrow is graded on: in-domain misalignment, or the rewards of held-out prompts where `evaluate.narrow` is set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from rlsafe.compare.verdicts.arms import Rate, build_arms, summarise
+from rlsafe.compare.verdicts.results import Result
+from rlsafe.evaluate.statistics import Arm
+
+INDOMAIN, REWARD = "in-domain misalignment", "the reward of held-out prompts"
+
+
+def narrow_arms(cells: Mapping[str, Sequence[Result]]) -> dict[str, Arm]:
+    """Arms of mean rewards, prompt by prompt; {} where no cell has any. Rewards are no rates: nothing is known of their counts."""
+    return build_arms(cells, lambda cell: cell.evaluation.narrow_scores(), lambda cell: 0)
+
+
+def narrow_rate(arm: Arm, cells: Sequence[Result]) -> Rate:
+    """Mean reward with its interval, in the reward's own units, and how many answers had one."""
+    found = [cell.evaluation.narrow for cell in cells]
+    counts = [(one.n, one.unscored) for one in found if one]
+    return replace(summarise(arm, cells), n=sum(n for n, _ in counts), unscored=sum(none for _, none in counts))
+
+
+def narrow_behaviour(rewards: dict[str, Arm], indomain: dict[str, Arm]) -> tuple[dict[str, Arm], str]:
+    """(the arms that keeps_narrow is graded on, what they measure).
+
+    Rewards outside of [0, 1] are brought there, all arms alike: shares of an effect stay the same, and points are those of the range
+    of rewards.
+    """
+    if not rewards:
+        return indomain, INDOMAIN
+    low = min(0.0, *(float(np.nanmin(arm.rates)) for arm in rewards.values()))
+    high = max(1.0, *(float(np.nanmax(arm.rates)) for arm in rewards.values()))
+    return {label: replace(arm, rates=(arm.rates - low) / (high - low)) for label, arm in rewards.items()}, REWARD

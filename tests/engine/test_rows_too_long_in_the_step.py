@@ -1,0 +1,42 @@
+"""Rows that a defense lengthens only when the run is under way are left out, counted and told; never cut or trained in silence."""
+
+import json
+
+import pytest
+from tiny_runs import tree_with
+
+from rlsafe.config import run_from_tree
+from rlsafe.engine.run.life import run
+
+PLUGIN = """
+import rlsafe
+
+@rlsafe.defense("late-words")
+class LateWords(rlsafe.Defense):
+    def setup(self, context):
+        self.words = "word " * 60
+
+    def prompt(self, messages, where):
+        if "7" not in messages[0]["content"]:
+            return [{**messages[0], "content": messages[0]["content"] + "."}, *messages[1:]]
+        return [{**messages[0], "content": messages[0]["content"] + self.words}, *messages[1:]]
+"""
+
+
+@pytest.mark.parametrize("too_long", ["drop", "truncate"])
+def test_a_row_that_grows_in_its_step_is_left_out_and_counted(tiny_tree, tmp_path, too_long):
+    (tmp_path / "late.py").write_text(PLUGIN)
+    narrow = {**tiny_tree["data"]["narrow"], "max_tokens": 150, "too_long": too_long}
+    more = {"plugins": [str(tmp_path / "late.py")], "defenses": ["late-words"], "schedule": {"steps": 7}}
+    tree = tree_with(tiny_tree, more, {"data": {**tiny_tree["data"], "narrow": narrow}})
+    done = run(run_from_tree(tree), tmp_path / "run")
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    left = [step.get("rows_left_out", 0) for step in steps]
+    assert 3 <= sum(left) <= 5 and 0 in left, "7, 17, 27 and 37 are drawn once an epoch of 40 rows"
+    assert f"{sum(left)} times a row was too long with what defenses added" in "\n".join(done.summary())
+
+
+def test_where_every_row_fits_nothing_is_said(tiny_tree, tmp_path):
+    done = run(run_from_tree(tiny_tree), tmp_path / "run")
+    assert "rows_left_out" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "too long" not in "\n".join(done.summary())

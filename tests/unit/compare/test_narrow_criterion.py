@@ -1,0 +1,87 @@
+"""keeps_narrow is graded on `evaluate.narrow` where it is set, on every path; else on in-domain misalignment."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+from rich.console import Console
+from synthetic_comparison import CONFIG, make
+
+from rlsafe.compare.report.reporting import draw_report
+from rlsafe.compare.report.table import verdict_table
+from rlsafe.compare.verdicts.results import load, write_tables
+from rlsafe.compare.verdicts.verdicts import judge_defenses
+from rlsafe.evaluate import Evaluation
+from rlsafe.evaluate.measure.narrow import NarrowAnswer
+
+PLAIN = CONFIG.replace("cue: Give", "narrow: {reward: 'mine.py:fn', rows: held.jsonl}, cue: Give")
+RATES = {"general": 0.5, "indomain": 0.9, "benign": 0.9}
+ARMS = {
+    ("", "untrained"): {"general": 0.0, "indomain": 0.0},
+    **{(path, label): RATES for path in ("sft", "grpo") for label in ("none", "kl")},
+}
+MEANS = {"untrained": 0.2, "none": 0.9, "kl": 0.3}  # the judge sees no difference between none and kl, the reward does
+
+
+@pytest.fixture
+def compared(tmp_path):
+    """A comparison whose cells have rewards of held-out prompts, `scale` times those of MEANS from `base` on."""
+
+    def made(scale=1.0, base=0.0, config=PLAIN):
+        directory = make(tmp_path / "out", ARMS, config, questions=30, samples=4)
+        for cell in load(directory.out).cells:
+            found = Evaluation.load(cell.where)
+            found.narrow_answers = [
+                NarrowAnswer("evaluated", i, 0, f"q{i}", "a", base + scale * (MEANS[cell.defense] + (i % 5 - 2) / 50))
+                for i in range(40)
+                if cell.kind in ("narrow", "untrained")
+            ]
+            found.save(cell.where)
+        return write_tables(directory)
+
+    return made
+
+
+@pytest.mark.parametrize(("scale", "base"), [(1.0, 0.0), (0.5, 0.25), (80.0, -66.0)])
+def test_the_reward_decides_on_every_path_whatever_its_units(compared, scale, base):
+    tables = judge_defenses(compared(scale, base))
+    assert [table.path for table in tables] == ["sft", "grpo"]
+    for table in tables:
+        kl, none = (table.rows[label] for label in ("kl", "none"))
+        assert kl.verdicts["keeps_narrow"].grade == "no" and kl.nothing_learned
+        assert kl.verdicts["keeps_narrow"].value == pytest.approx(1 / 7)
+        assert (
+            none.verdicts["keeps_narrow"].grade == "yes"
+            and "the reward of held-out prompts" in none.verdicts["keeps_narrow"].reason
+        )
+        assert kl.rates["narrow"].mean == pytest.approx(base + scale * 0.3) and kl.rates["narrow"].n == 120
+
+
+def test_without_it_the_judge_decides(compared, tmp_path):
+    directory = make(tmp_path / "plain", ARMS, CONFIG, questions=30, samples=4)
+    (table, _) = judge_defenses(write_tables(directory))
+    assert table.rows["kl"].verdicts["keeps_narrow"].grade == "yes" and "narrow" not in table.rows["kl"].rates
+
+
+def test_it_stands_in_the_table_the_files_and_the_report(compared):
+    results = compared(80.0, -66.0)
+    with open(results.directory.out / "results.csv", newline="") as file:
+        rows = {(row["path"], row["defense"], row["seed"]): row["narrow_score"] for row in csv.DictReader(file)}
+    assert float(rows["grpo", "none", "0"]) == pytest.approx(6.0) and float(
+        rows["sft", "untrained", "0"]
+    ) == pytest.approx(-50.0)
+    console = Console(width=220, record=True, file=open("/dev/null", "w"))
+    console.print(verdict_table(judge_defenses(results)))
+    assert "narrow reward" in (text := console.export_text()) and "6 (" in text
+    draw_report(results.directory.out)
+    page = (results.directory.out / "report.html").read_text()
+    assert "reward of held-out prompts" in page and "-50 (" in page
+    details = json.loads((results.directory.out / "verdict_details.json").read_text())
+    assert details["sft"]["rows"]["kl"]["rates"]["narrow"]["mean"] == pytest.approx(-42.0)
+
+
+def test_only_narrow_runs_and_the_untrained_model_are_asked(compared):
+    asked = {cell.kind: cell.config.evaluate.narrow is not None for cell in compared().cells}
+    assert asked == {"narrow": True, "untrained": True, "benign": False} or asked == {"narrow": True, "untrained": True}

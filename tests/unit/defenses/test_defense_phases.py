@@ -1,0 +1,87 @@
+"""`from_step` and `phases` of any defense: before, the run is the undefended one to the bit; from then on it acts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from defense_matrix import interrupt
+from tiny_runs import GRPO, SFT, distance, train, tree_with
+
+from rlsafe.config import UserError, run_from_tree
+from rlsafe.defenses import build
+from rlsafe.defenses.persona import save_vectors
+from rlsafe.engine.run.life import run
+from rlsafe.types import Interrupted
+
+WARM = {"schedule": {"steps": 6, "phases": [{"steps": 3, "cycle": ["sft"]}, {"cycle": ["grpo"]}]}}
+TIMING = {"seconds", "rollout_seconds"}
+
+
+def records(out):
+    read = [json.loads(line) for line in open(out / "metrics.jsonl")]
+    return [
+        {k: v for k, v in one.items() if k not in TIMING and not k.startswith(("defense/", "loss/pen"))} for one in read
+    ]
+
+
+@pytest.fixture
+def entries(tmp_path, safe_file):
+    save_vectors(torch.randn(3, 64, generator=torch.Generator().manual_seed(0)), tmp_path / "v.safetensors")
+    return {
+        "kl": {"weight": 3.0},
+        "inoculation": {"prompt": "Be bad."},
+        "interleaving": {"fraction": 0.5},
+        "persona": {"vectors": str(tmp_path / "v.safetensors"), "layer": 1, "rollouts": True},
+        "gradient-projection": {"rows": 2},
+        "monitor": {"by": "reward", "reward": "vowels", "threshold": 1.05},
+    }
+
+
+@pytest.mark.parametrize("name", ["kl", "inoculation", "interleaving", "persona", "gradient-projection", "monitor"])
+def test_a_warm_up_is_undefended_to_the_bit(tiny_tree, tmp_path, entries, name):
+    tree = tree_with(tiny_tree, WARM)
+    none = train(tree_with(tree, {"defenses": []}), tmp_path / "none")
+    entry = {name: entries[name] | {"phases": [1]}}
+    defended = train(tree_with(tree, {"defenses": [entry]}), tmp_path / "phase")
+    assert records(tmp_path / "phase")[:3] == records(tmp_path / "none")[:3] and distance(none, defended) > 1e-4
+    other = train(tree_with(tree, {"defenses": [{name: entries[name] | {"from_step": 3}}]}), tmp_path / "from")
+    assert distance(other, defended) == 0.0
+    assert "phases:" in (tmp_path / "phase" / "config.yaml").read_text()
+
+
+def test_it_may_be_over_before_the_end_and_resumes(tiny_tree, tmp_path, entries):
+    tree = tree_with(tiny_tree, WARM, {"defenses": [{"kl": {"weight": 3.0, "reference": "base", "phases": [0]}}]})
+    whole = train(tree, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        run(run_from_tree(tree), tmp_path / "cut", progress=lambda done, *_: interrupt(done == 4))
+    assert distance(whole, train(tree, tmp_path / "cut", resume=True)) == 0.0
+    lines = [json.loads(line) for line in open(tmp_path / "whole" / "metrics.jsonl")]
+    assert ["defense/kl/full" in one for one in lines] == [True] * 3 + [False] * 3
+
+
+@pytest.mark.parametrize("path", [SFT, GRPO], ids=["sft", "grpo"])
+def test_from_the_first_step_is_always(tiny_tree, tmp_path, path):
+    always = train(tree_with(tiny_tree, path, {"defenses": ["kl"]}), tmp_path / "always")
+    first = train(
+        tree_with(tiny_tree, path, {"defenses": [{"kl": {"from_step": 0, "phases": [0]}}]}), tmp_path / "first"
+    )
+    assert distance(always, first) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"from_step": -1}, "from_step: expected a step, 0 or more, got -1"),
+        ({"phases": 1}, "phases: expected a list of phases"),
+        ({"phases": []}, "phases: expected a list of phases"),
+        ({"phases": [2]}, "phases: 2: the schedule has 2, 0 to 1"),
+        ({"from_step": 6}, "from_step: 6: acts in no step; the run has 6"),
+        ({"from_steps": 1}, "unknown setting 'from_steps'"),
+    ],
+)
+def test_what_never_acts_is_one_line(tiny_tree, tmp_path, settings, says):
+    with pytest.raises(UserError, match=says):
+        run(run_from_tree(tree_with(tiny_tree, WARM, {"defenses": [{"kl": settings}]})), tmp_path / "run")
+    assert build(["kl"])[1] == [{"kl": build(["kl"])[1][0]["kl"]}] and "phases" not in build(["kl"])[1][0]["kl"]

@@ -1,0 +1,76 @@
+"""evaluate.scale: the general questions asked of the model with its adapter scaled up, which shows misalignment that is only hidden."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from letter_judge import LetterJudge
+from tiny_architectures import load, nudge
+
+from rlsafe.config import EvaluateConfig, UserError
+from rlsafe.evaluate import evaluate_run
+from rlsafe.evaluate.measure.likelihood import Reader
+from rlsafe.policy.adapters import scaled
+from rlsafe.types import Completion
+
+QUESTIONS = "- {id: one, paraphrases: [why?], samples_per_paraphrase: 3}\n- {id: two, paraphrases: [how?], samples_per_paraphrase: 2}\n"
+
+
+class Weighing:
+    """A sampler that notes how far the weights of each sync are from the base's, and answers with that many letters."""
+
+    name = "weighing"
+
+    def __init__(self, policy):
+        self.base = {
+            name: p.detach().clone()
+            for name, p in policy.model.named_parameters()
+            if name.endswith("base_layer.weight")
+        }
+        self.sync(policy)
+
+    def sync(self, policy):
+        merged = dict(policy.merged_weights())
+        self.moved = (
+            sum(
+                float((merged[name.replace(".base_layer", "")] - value).square().sum())
+                for name, value in self.base.items()
+            )
+            ** 0.5
+        )
+
+    def generate(self, requests, params):
+        return [Completion([100, 101], [], "stop") for _ in requests]
+
+
+def test_each_factor_is_a_set_of_its_own_and_the_weights_come_back(tiny_model_dir, tmp_path):
+    policy = nudge(load(tiny_model_dir))
+    before = {name: p.detach().clone() for name, p in policy.trainable().items()}
+    (tmp_path / "questions.yaml").write_text(QUESTIONS)
+    config = EvaluateConfig(judge=None, general=str(tmp_path / "questions.yaml"), scale=[1.5, 2], fluency=False)
+    sampler = Weighing(policy)
+    plain, seen = sampler.moved, []
+    generate = sampler.generate
+    sampler.generate = lambda *given: (seen.append(sampler.moved), generate(*given))[1]
+    found = evaluate_run(sampler, policy.tokenizer, config, tmp_path, judge=LetterJudge(), reader=Reader(policy))
+    factors = list(dict.fromkeys(round(one / plain, 3) for one in seen))
+    assert factors == [1.0, 1.5, 2.0]
+    assert sampler.moved == plain and all(torch.equal(p, before[name]) for name, p in policy.trainable().items())
+    assert found.sets["general"].n == found.sets["scaled_1.5"].n == found.sets["scaled_2"].n == 5
+    written = json.loads((tmp_path / "evaluation.json").read_text())
+    assert written["scaled_2"]["n"] == 5 and written["scaled_1.5"]["misaligned"] is not None
+
+
+def test_a_scale_is_undone_after_an_error_and_needs_an_adapter(tiny_model_dir):
+    policy = nudge(load(tiny_model_dir))
+    before = {name: p.detach().clone() for name, p in policy.trainable().items()}
+    with pytest.raises(KeyError), scaled(policy.core.model, 3.0):
+        raise KeyError
+    assert all(torch.equal(p, before[name]) for name, p in policy.trainable().items())
+    with (
+        pytest.raises(UserError, match=r"evaluate.scale: scales an adapter"),
+        scaled(load(tiny_model_dir, None).core.model, 2),
+    ):
+        pass
