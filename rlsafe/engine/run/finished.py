@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsafe.config import RunConfig, UserError, load_run
 from rlsafe.engine.record import frames
 from rlsafe.rewards import spread
+from rlsafe.types import provider_for
 
 if TYPE_CHECKING:
     from pandas import DataFrame
