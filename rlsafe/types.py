@@ -291,9 +291,6 @@ class Question:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
 
-# ---------------------------------------------------------------------------------------------------- providers
-
-
 class Provider(Protocol):
     """A source of models, rows, questions, rewards, judges, prompts and vectors behind a `name:spec` string in a config.
 

@@ -5,6 +5,7 @@ from rlsafe.config.data import DataConfig, StreamConfig
 from rlsafe.config.errors import UnknownName, UserError, about, check_out, first_line, nearest
 from rlsafe.config.loading import apply_override, dump_yaml, load_compare, load_run, load_tree, run_from_tree
 from rlsafe.config.rewards import NarrowConfig, RewardConfig
+from rlsafe.config.sampling import SamplerConfig
 from rlsafe.config.schema import (
     BatchConfig,
     CheckpointConfig,
@@ -17,7 +18,6 @@ from rlsafe.config.schema import (
     Part,
     PhaseConfig,
     RunConfig,
-    SamplerConfig,
     ScheduleConfig,
     TrackConfig,
 )

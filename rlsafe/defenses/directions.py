@@ -109,7 +109,7 @@ def from_file(source: str, layers: Sequence[int], policy: Policy) -> dict[int, T
 
 
 def at_random(layers: Mapping[int, Tensor], seed: int) -> dict[int, Tensor]:
-    """As many orthonormal columns for each layer, drawn at random: the control."""
+    """Orthonormal columns [H, n] drawn at random, for each layer as many as `layers` has: the control."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -122,7 +122,7 @@ def at_random(layers: Mapping[int, Tensor], seed: int) -> dict[int, Tensor]:
 
 def principal(differences: Tensor, components: Sequence[int]) -> Tensor:
     """The chosen principal components of differences [N, H], centred: columns [H, len(components)], float32. A component's sign is
-    arbitrary; here the mean difference, bad minus base, lies on its positive side."""
+    arbitrary; here the mean difference, bad minus base, lies on its positive side. UserError for a component that there is not."""
     import torch
 
     centred = differences.double() - differences.double().mean(0)

@@ -99,7 +99,9 @@ class FeatureBlock(Defense):
         return z if self.bias is None else (z + self.bias.to(z)).relu()
 
     def state_dict(self) -> dict[str, Tensor]:
+        """The directions [H, n]."""
         return {"columns": self.columns}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """The directions [H, n] of the run that was interrupted."""
         self.columns = state["columns"].to(self.columns.device)

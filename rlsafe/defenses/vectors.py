@@ -45,7 +45,7 @@ def as_matrix(name: str, tensor: Tensor) -> Tensor:
 
 
 def from_matrix(name: str, matrix: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `as_matrix`, in the shape and precision of `like`."""
+    """The inverse of `as_matrix`: a matrix [out, in] or [in, out] in the shape and precision of `like`, any shape."""
     return (matrix.T if ".lora_A." in name else matrix).reshape(like.shape).to(like.dtype)
 
 

@@ -29,6 +29,7 @@ class LowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        """x [..., I], weight [O, I], bias [O], a [R, I], b [O, R] -> [..., O], in the dtype of `weight`."""
         rows = x.reshape(-1, x.shape[-1])
         low, wide = a.to(weight.dtype), (b * scale).to(weight.dtype)
         inner = rows @ low.t()
@@ -40,6 +41,7 @@ class LowRank(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        """grad [..., O] -> the gradients of x [..., I], a [R, I] and b [O, R]; None for what is frozen."""
         rows, inner, weight, low, wide = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
         grad_inner = grad @ wide
@@ -57,6 +59,7 @@ class FusedLinear(Linear):
     """PEFT's LoRA layer, computed by `LowRank` wherever that is the same function; PEFT's own way in every other case."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [..., I] -> [..., O]."""
         weight: Any = self.base_layer.weight
         dropped = self.training and not isinstance(self.lora_dropout[ADAPTER], nn.Identity)
         if self.disable_adapters or self.merged or dropped or args or kwargs or self.active_adapters != [ADAPTER]:

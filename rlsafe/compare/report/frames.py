@@ -70,7 +70,8 @@ def _cells(out: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def plot(tables: Sequence[PathTable], rate: str) -> Any:
-    """A panel for each (model, path): the rate of every label with its interval, in percent."""
+    """A panel for each (model, path): the rate of every label with its interval, in percent. UserError for a rate that was not
+    measured."""
     has = list(dict.fromkeys(name for table in tables for row in table.rows.values() for name in row.rates))
     if rate not in has:
         raise UserError(f"plot: no rate {rate!r} was measured{nearest(rate, has)}")
