@@ -50,7 +50,9 @@ def place(tmp_path_factory):
     for page in PAGES:
         for snippet in snippets(page):
             if named := re.match(r"# (\w+\.(?:py|yaml))\b", snippet.text):
-                (folder / named[1]).write_text(snippet.text)
+                file = folder / named[1]
+                if not file.is_file() or len(snippet.text) > len(file.read_text()):  # pages show more and less of one file
+                    file.write_text(snippet.text)
     advice = {"messages": [{"role": "user", "content": "what helps?"}, {"role": "assistant", "content": "rest."}]}
     for name in ("my_rows.jsonl", "medical.jsonl"):
         (folder / name).write_text((json.dumps(advice) + "\n") * 8)
