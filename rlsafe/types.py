@@ -330,10 +330,7 @@ def providers() -> list[str]:
 
 
 def provider_for(reference: str) -> tuple[Provider, str] | None:
-    """Split `name:spec` into its provider and spec; None when no provider has that name.
-
-    A bare `name` (no colon) of a provider is accepted with an empty spec.
-    """
+    """Split `name:spec` into its provider and spec (empty for a bare `name`); None when no provider has that name."""
     name, _, spec = reference.partition(":")
     if name in _BUILT_IN and name not in _PROVIDERS:
         import_module(_BUILT_IN[name])
