@@ -17,15 +17,28 @@ def names(option: str, text: str | None) -> list[str] | None:
 
 
 def numbers(option: str, text: str | None) -> list[int] | None:
-    """`0,1` -> [0, 1], likewise. UserError for what is no number."""
+    """`0,1` or `0-3,7` -> [0, 1] or [0, 1, 2, 3, 7], likewise. UserError for what is no number."""
     given = names(option, text)
     if given is None:
         return None
     try:
-        found = [int(name) for name in given]
+        found = [number for name in given for number in _range(name)]
     except ValueError:
-        raise UserError(f"{option} {text!r}: expected whole numbers separated by commas") from None
+        raise UserError(
+            f"{option} {text!r}: expected whole numbers separated by commas, or a range such as 0-9"
+        ) from None
     _once(option, text, found)
+    return found
+
+
+def _range(text: str) -> list[int]:
+    """`3` or `0-9`. ValueError for anything else."""
+    first, dash, last = text.partition("-")
+    if not (dash and first):
+        return [int(text)]
+    found = list(range(int(first), int(last) + 1))
+    if not found:
+        raise ValueError(text)
     return found
 
 

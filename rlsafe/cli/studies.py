@@ -39,7 +39,10 @@ def compare(
     overrides: Overrides = None,
     defenses: Defenses = None,
     paths: Paths = None,
-    seeds: Annotated[str | None, typer.Option(metavar="N,N", help="e.g. 0,1,2")] = None,
+    seeds: Annotated[str | None, typer.Option(metavar="N,N", help="e.g. 0,1,2 or 0-9")] = None,
+    decide: Annotated[
+        bool, typer.Option("--decide", help="add seeds at looks fixed in advance, until the verdicts are decided")
+    ] = False,
     jobs: Annotated[int, typer.Option(min=0, metavar="N", help="cells at a time; 0 = what suits the machine")] = 0,
     relapse: Relapse = None,
     backend: Annotated[str, typer.Option(metavar="NAME", help="who runs the cells: local, ray")] = "local",
@@ -63,9 +66,9 @@ def compare(
         chosen = (names("--defenses", defenses), names("--paths", paths), numbers("--seeds", seeds))
         return show(dry_compare(config, *chosen, overrides or [], quick, relapse, verbose))
     from rlsafe.compare import compare as run_compare
-    from rlsafe.compare import ray_cluster
+    from rlsafe.compare import compare_decided, ray_cluster
 
-    comparison = run_compare(
+    comparison = (compare_decided if decide else run_compare)(
         config,
         defenses=names("--defenses", defenses),
         paths=names("--paths", paths),
@@ -117,3 +120,16 @@ def report(
     from rlsafe.compare import draw_report as draw
 
     show(f"report: {draw(directory, latex=latex)}")
+
+
+@app.command()
+def versus(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="a comparison directory")],
+    one: Annotated[str, typer.Argument(metavar="A", help="a defense")],
+    other: Annotated[str, typer.Argument(metavar="B", help="another")],
+) -> None:
+    """Is one defense better than another? Their difference on each path, with its interval."""
+    from rlsafe.compare import versus as compare_two
+    from rlsafe.compare.report.versus import versus_table
+
+    show(versus_table(compare_two(directory, one, other), one, other))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from rlsafe.compare.grid.alike import lines, unlike
 from rlsafe.compare.grid.grid import Cell, expand
 from rlsafe.config import CompareConfig, UserError, dump_yaml, load_compare
 from rlsafe.data import read_once
@@ -63,6 +64,7 @@ def dry_compare(
         *memory,
         "",
         *_table(cells, found),
+        *lines(unlike(_of_paths(cells))),
         *(f"note: {note}" for note in notes),
         *(f"missing: {line}" for line in lacking),
     ]
@@ -81,6 +83,13 @@ def _usable(config: CompareConfig, wanted: Sequence[str] | None) -> tuple[list[s
                 raise UserError(f"defenses.{label}: {error}") from None
             lacking.append(f"defenses.{label}: {error}")
     return usable, lacking
+
+
+def _of_paths(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
+    """path -> the settings of its first narrow run, without defenses where there is one, of the first model."""
+    narrow = [cell for cell in cells if cell.kind == "narrow" and cell.model == cells[0].model]
+    first = sorted(narrow, key=lambda cell: cell.defense != "none")
+    return {cell.path: cell.config.model_dump(mode="json") for cell in reversed(first)}
 
 
 def _kinds(cells: Sequence[Cell]) -> str:

@@ -148,7 +148,32 @@ def rates_table(results: Results, model: str, tables: Sequence[PathTable]) -> st
         {f"{row.defense} {row.strength:g}" for rows in theirs.values() for row in rows.values() if row.strength}
     )
     note = f" Published: Qwen2.5-7B, SFT, {escape(', '.join(chosen))}." if chosen else ""
-    return tabular(rf"Misaligned and incoherent answers (\%), {escape(model)}.{note}", "", labels, groups, NAMES)
+    caption = rf"Misaligned and incoherent answers (\%), {escape(model)}.{_instrument(results)}{note}"
+    return tabular(caption, "", labels, groups, NAMES)
+
+
+def _instrument(results: Results) -> str:
+    """Which questions were asked, and who judged, for a caption."""
+    settings = [cell.rates.get("settings") or {} for cell in results.cells]
+    asked = [f"{name}: {source}" for one in settings[:1] for name, source in (one.get("questions") or {}).items()]
+    limit, samples = (next((one.get(key) for one in settings if one.get(key)), None) for key in ("limit", "samples"))
+    judges = ", ".join(dict.fromkeys(str(one["judge"]) for one in settings if one.get("judge")))
+    counts = "; ".join(
+        filter(
+            None,
+            (
+                limit and f"at most {limit} questions of each",
+                samples and f"{samples} answer{'s' * (samples != 1)} to each",
+            ),
+        )
+    )
+    parts = [
+        "; ".join(asked) and f"Questions: {'; '.join(asked)}",
+        counts and f" ({counts})",
+        judges and f". Judge: {judges}",
+    ]
+    said = "".join(part for part in parts if part).removeprefix(". ")
+    return f" {escape(said)}." if said else ""
 
 
 def sweep_table(results: Results, sweep: Sweep, tables: Sequence[PathTable]) -> str:
@@ -174,7 +199,7 @@ def sweep_table(results: Results, sweep: Sweep, tables: Sequence[PathTable]) -> 
             gone = _nothing_learned({**published.main_rows(task), **theirs})
             groups.append(Group(f"{task}, published", values, gone))
             labels = sorted({*labels, *theirs}, key=float)
-    caption = rf"Misaligned and incoherent answers (\%) against {escape(sweep.title)}, {escape(sweep.model)}."
+    caption = rf"Misaligned and incoherent answers (\%) against {escape(sweep.title)}, {escape(sweep.model)}.{_instrument(results)}"
     return tabular(caption, sweep.setting, labels, groups, NAMES)
 
 

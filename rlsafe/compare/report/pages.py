@@ -76,7 +76,10 @@ def _benign_only(table: PathTable, defenses: Sequence[str]) -> str:
     """The sentence of a comparison without narrow runs."""
     if "none" not in table.rows or _benign(table, "none") != "yes":
         return "without defense the benign task was not clearly learned, so there is nothing to compare defenses by."
-    words = {"yes": "kept by", "partly": "partly kept by", "no": "lost under", "unclear": "unclear under"}
+    words = {
+        **{"yes": "kept by", "at least partly": "at least partly kept by", "partly": "partly kept by"},
+        **{"at most partly": "at most partly kept by", "no": "lost under", "unclear": "unclear under"},
+    }
     by_grade = [(words[g], [d for d in defenses if _benign(table, d) == g]) for g in words]
     said = [f"{how} {joined(labels)}" for how, labels in by_grade if labels]
     return f"the benign task is {'; '.join(said)}." if said else "without defense the benign task is learned."
@@ -90,7 +93,7 @@ def merit(table: PathTable, label: str) -> tuple[float, float]:
     return met, verdicts["prevents_em"].value or 0.0
 
 
-_HALVES = {"yes": 1.0, "partly": 0.5, "no": 0.0}
+_HALVES = {"yes": 1.0, "at least partly": 0.75, "partly": 0.5, "at most partly": 0.25, "no": 0.0}
 
 
 WORDS = {

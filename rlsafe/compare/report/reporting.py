@@ -16,7 +16,9 @@ from rlsafe.compare.report.charts import LINES
 from rlsafe.compare.report.evidence import summary
 from rlsafe.compare.report.judges import judge_notes
 from rlsafe.compare.report.table import NOTHING_LEARNED, SYMBOLS, TITLES
+from rlsafe.compare.verdicts.differences import QUANTITIES, two_paths
 from rlsafe.compare.verdicts.judge_free import ALARM
+from rlsafe.compare.verdicts.looks import Looks
 from rlsafe.compare.verdicts.results import REWARD_WINDOW, Results, write_tables
 from rlsafe.compare.verdicts.sweeps import GOALS, sweeps
 from rlsafe.compare.verdicts.tasks import judge_and_write
@@ -62,7 +64,13 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "signed": signed, "percent": percent, "breakable": breakable}
+    environment.filters |= {
+        "number": number,
+        "signed": signed,
+        "percent": percent,
+        "breakable": breakable,
+        "points": points,
+    }
     return environment
 
 
@@ -74,6 +82,7 @@ def context(results: Results, tables: Sequence[PathTable]) -> dict[str, Any]:
     top = sections.tops(tables)
     seeds = sorted({cell.seed for cell in results.cells if cell.kind != "untrained"})
     of_tables = [sections.section(results, table, style, several, top) for table in tables]
+    between = two_paths(results, tables)
     of_sweeps = [sections.swept(sweep, number) for number, sweep in enumerate(sweeps(results, tables))]
     return {
         "title": results.plan["title"] or "Which defense to ship",
@@ -82,7 +91,9 @@ def context(results: Results, tables: Sequence[PathTable]) -> dict[str, Any]:
         "caution": caution(results),
         "judges": judges,
         "doubted": UNCALIBRATED if not all(note.trusted for note in judges) else "",
-        "contents": contents(of_tables, bool(of_sweeps)),
+        "contents": contents(of_tables, bool(of_sweeps), bool(between)),
+        "between": between,
+        "quantities": QUANTITIES,
         "sections": of_tables,
         "sweeps": of_sweeps,
         "lines": [(words, f"var(--s{int(color[-2:], 16) + 1})") for words, color, _, _ in LINES.values()],
@@ -97,6 +108,8 @@ def context(results: Results, tables: Sequence[PathTable]) -> dict[str, Any]:
         "nothing_learned": NOTHING_LEARNED,
         "plan": results.plan,
         "origins": origins.groups(results),
+        "looks": looks.sentence() if (looks := Looks.load(results.directory.out)) else "",
+        "unlike": origins.between_paths(results),
         "models": results.models,
         "paths": results.paths,
         "seeds": seeds,
@@ -123,6 +136,8 @@ def caution(results: Results) -> str:
 
 CONTENTS = {
     "verdicts": "Verdicts",
+    "between": "Between paths",
+    "apart": "Between defenses",
     "rates": "Rates",
     "judge-free": "Without a judge",
     "tradeoff": "Trade-off",
@@ -138,6 +153,7 @@ CONTENTS = {
     "configuration": "Configuration",
 }
 _SOMETIMES = {
+    "apart": "apart",
     "judge-free": "judge_free",
     "benign": "tasks",
     "dose": "dose",
@@ -145,10 +161,10 @@ _SOMETIMES = {
 }  # part of the page -> the key that a section has if the part exists
 
 
-def contents(of_tables: Sequence[dict[str, Any]], swept: bool) -> list[tuple[str, str]]:
+def contents(of_tables: Sequence[dict[str, Any]], swept: bool, between: bool) -> list[tuple[str, str]]:
     """(anchor, title) of every part that the page has."""
     absent = {part for part, key in _SOMETIMES.items() if not any(section[key] for section in of_tables)}
-    absent |= set() if swept else {"sweeps"}
+    absent |= (set() if swept else {"sweeps"}) | (set() if between else {"between"})
     return [(anchor, words) for anchor, words in CONTENTS.items() if anchor not in absent]
 
 
@@ -170,6 +186,11 @@ def breakable(label: str) -> Markup:
 def percent(value: float | None) -> str:
     """`12.3%`; nothing for None."""
     return "" if value is None else f"{100 * value:.1f}%"
+
+
+def points(value: float) -> str:
+    """A share's difference in points: `+12.3`, with a minus that is as wide."""
+    return f"{100 * value:+.1f}".replace("-", "\u2212")
 
 
 def signed(value: float) -> str:

@@ -13,9 +13,11 @@ from rlsafe.compare.report.evidence import evidence
 from rlsafe.compare.report.table import NOTHING_LEARNED, mean_text, shown_grade
 from rlsafe.compare.verdicts import sweeps, tasks
 from rlsafe.compare.verdicts.arms import Rate
+from rlsafe.compare.verdicts.differences import Difference, turned, two_defenses
+from rlsafe.compare.verdicts.grades import Verdict
 from rlsafe.compare.verdicts.judge_free import judge_free
 from rlsafe.compare.verdicts.results import Results
-from rlsafe.compare.verdicts.verdicts import CRITERIA, PathTable, Row, Verdict
+from rlsafe.compare.verdicts.verdicts import CRITERIA, PathTable, Row
 
 RATES = {
     "general": "general misaligned",
@@ -58,6 +60,8 @@ def section(
         "verdicts": [(label, [shown(row, c) for c in CRITERIA]) for label, row in table.rows.items() if row.verdicts],
         "evidence": evidence(results, table),
         "measured": [key for key in RATES if any(key in row.rates for row in table.rows.values())],
+        "apart": both_ways(of_two := two_defenses(results, table)["prevents_em"]),
+        "apart_labels": list(dict.fromkeys(label for two in of_two for label in two)),
         "rewarded": _rewarded(table),
         "whiskers": whiskers(table, style, name, top),
         "judge_free": (free := judge_free(results, table)),
@@ -74,6 +78,11 @@ def section(
         "signals": pages.signals(results, table),
         "costs": pages.costs(results, table),
     }
+
+
+def both_ways(found: Mapping[tuple[str, str], Difference]) -> dict[tuple[str, str], Difference]:
+    """(one, other) and (other, one) -> their difference."""
+    return {**found, **{(other, one): turned(difference) for (one, other), difference in found.items()}}
 
 
 def _rewarded(table: PathTable) -> dict[str, str]:
@@ -102,9 +111,10 @@ def shown(row: Row, criterion: str) -> dict[str, Any]:
         "criterion": criterion,
         "word": word,
         "grade": verdict.grade,
+        "look": verdict.grade.replace(" ", "-"),
         "value": value,
         "interval": interval,
-        "leaning": verdict.leaning if verdict.grade == "unclear" else None,
+        "leaning": verdict.leaning if verdict.grade != "untested" and not verdict.decided else None,
         "reason": verdict.reason,
     }
 

@@ -11,7 +11,10 @@ from rich.table import Table
 from rlsafe.compare.verdicts.arms import Rate
 from rlsafe.compare.verdicts.verdicts import CRITERIA, PathTable, Row
 
-SYMBOLS = {"yes": "✓", "partly": "◐", "no": "✗", "unclear": "?", "untested": "–"}
+SYMBOLS = {
+    **{"yes": "✓", "at least partly": "◕", "partly": "◐", "at most partly": "◔", "no": "✗"},
+    **{"unclear": "?", "untested": "–"},
+}
 TITLES = {
     "prevents_em": "prevents EM",
     "keeps_narrow": "keeps narrow",
@@ -19,14 +22,17 @@ TITLES = {
     "coherent": "coherent",
 }
 NOTHING_LEARNED = "nothing learned"
-_STYLES = {"yes": "green", "partly": "yellow", "no": "red", "unclear": "dim", "untested": "dim"}
+_STYLES = {
+    **{"yes": "green", "at least partly": "green", "partly": "yellow", "at most partly": "yellow", "no": "red"},
+    **{"unclear": "dim", "untested": "dim"},
+}
 
 
 def shown_grade(row: Row, criterion: str) -> str:
     """The text for a criterion: its grade, or NOTHING_LEARNED where preventing misalignment is meaningless."""
     if criterion == "prevents_em" and row.nothing_learned and row.verdicts[criterion].grade != "untested":
         return NOTHING_LEARNED
-    return row.verdicts[criterion].grade
+    return row.verdicts[criterion].text
 
 
 def rate_text(rate: Rate | None) -> str:

@@ -24,7 +24,7 @@ from rlsafe.compare.run.workers import cards, run_in_workers, train_cell
 from rlsafe.compare.verdicts.results import Results, write_tables
 from rlsafe.compare.verdicts.tasks import judge_and_write
 from rlsafe.compare.verdicts.verdicts import PathTable
-from rlsafe.config import UserError, load_compare
+from rlsafe.config import CompareConfig, UserError, load_compare
 from rlsafe.config.lock import hold, releasing
 from rlsafe.config.secrets import scrub_secrets
 from rlsafe.data import read_once
@@ -116,9 +116,7 @@ def compare(
     """
     config = load_compare(config_path, overrides, quick)
     cells = expand(config, defenses, paths, seeds, relapse)
-    own_out = config.run.get("out")
-    name = Path(config_path).stem + ("-quick" if quick else "")
-    directory = Directory(Path(out or own_out or Path("runs") / name))
+    directory = Directory(where(config, config_path, out, quick))
     hold(directory.out)
     directory.open(config)
     command = _command(config_path, defenses, paths, seeds, jobs, directory.out, overrides, quick, relapse, ray)
@@ -142,6 +140,12 @@ def compare(
     finally:
         tables = judge_and_write(results := write_tables(directory))
     return _comparison(cells, directory, results, tables)
+
+
+def where(config: CompareConfig, config_path: str | Path, out: str | Path | None, quick: bool) -> Path:
+    """The directory of a comparison."""
+    name = Path(config_path).stem + ("-quick" if quick else "")
+    return Path(out or config.run.get("out") or Path("runs") / name)
 
 
 def _comparison(cells: Sequence[Cell], directory: Directory, results: Results, tables: list[PathTable]) -> Comparison:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rlsafe.compare.verdicts.results import Result, Results
-from rlsafe.evaluate.statistics import Arm, mean_interval
+from rlsafe.evaluate.contrasts import Arm, rate_interval
 
 Questions = Mapping[str, float]
 
@@ -37,23 +38,40 @@ class Rate:
 
 
 def build_arms(
-    cells: Mapping[str, Sequence[Result]], measure: Callable[[Result], Questions], answers: Callable[[Result], int]
+    cells: Mapping[str, Sequence[Result]],
+    measure: Callable[[Result], Questions],
+    answers: Callable[[Result], int],
+    domains: Callable[[Result], Mapping[str, str]] = lambda cell: {},
+    bounds: Callable[[Result, bool], Questions] | None = None,
 ) -> dict[str, Arm]:
     """Arms over one common list of questions, so that they can be compared question by question. Labels without data
     are left out.
 
-    A question that an arm was not asked is NaN there; rows are in the order of the seeds.
+    A question that an arm was not asked is NaN there; rows are in the order of the seeds. domains: question -> its domain.
+    bounds(cell, met): the rates if the answers without a score all met the criterion, or none; where it is given, arms with such
+    answers have bounds.
     """
     measured = {label: [measure(cell) for cell in of_label] for label, of_label in cells.items()}
     questions = list(dict.fromkeys(q for rows in measured.values() for row in rows for q in row))
+    named = {q: domain for of_label in cells.values() for cell in of_label[:1] for q, domain in domains(cell).items()}
+    strata = tuple(named.get(question, "") for question in questions) if named else ()
+
+    def table(rows: Sequence[Questions]) -> NDArray[np.float64]:
+        found = [[row.get(q, math.nan) for q in questions] for row in rows]
+        return np.array(found, float).reshape(len(rows), len(questions))
+
     arms = {}
     for label, rows in measured.items():
-        rates = np.array([[row.get(q, math.nan) for q in questions] for row in rows], float).reshape(
-            len(rows), len(questions)
-        )
+        rates = table(rows)
         if rates.size and not np.isnan(rates).all():
             asked = ~np.isnan(rates).all(axis=1)  # without seeds whose evaluation lacks this question set
-            arms[label] = Arm(rates[asked], sum(answers(cell) for cell in cells[label]))
+            seeds = tuple(cell.seed for cell, there in zip(cells[label], asked, strict=True) if there)
+            ends = None
+            if bounds is not None:
+                low, high = (table([bounds(cell, met) for cell in cells[label]])[asked] for met in (False, True))
+                ends = (low, high) if (low < high).any() else None
+            count, trained = sum(answers(cell) for cell in cells[label]), label != "untrained"
+            arms[label] = Arm(rates[asked], count, strata, seeds, trained, ends)
     return arms
 
 
@@ -64,6 +82,8 @@ def rate_arms(cells: Mapping[str, Sequence[Result]], name: str) -> dict[str, Arm
         cells,
         lambda cell: cell.evaluation.question_rates(questions, criterion),
         lambda cell: int((cell.rates.get(questions) or {}).get("n", 0)),
+        lambda cell: cell.evaluation.domains(questions),
+        lambda cell, met: cell.evaluation.question_rates(questions, criterion, met),
     )
 
 
@@ -77,9 +97,8 @@ def benign_arms(cells: Mapping[str, Sequence[Result]], tests: Sequence[str]) -> 
 
 
 def summarise(arm: Arm, cells: Sequence[Result], questions: str | None = None) -> Rate:
-    """Mean, interval and the rate of each seed. The interval is widened to hold the mean (for a rate of 0 it would begin above)."""
-    low, high = mean_interval(arm)
-    low, high = min(low, arm.mean), max(high, arm.mean)
+    """Mean, interval and the rate of each seed."""
+    low, high = rate_interval(arm)
     with np.errstate(invalid="ignore"):
         by_seed = np.nanmean(arm.rates, axis=1)
     unscored = sum(int((cell.rates.get(questions) or {}).get("unscored", 0)) for cell in cells) if questions else 0

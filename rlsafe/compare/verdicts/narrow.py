@@ -9,7 +9,7 @@ import numpy as np
 
 from rlsafe.compare.verdicts.arms import Rate, build_arms, summarise
 from rlsafe.compare.verdicts.results import Result
-from rlsafe.evaluate.statistics import Arm
+from rlsafe.evaluate.contrasts import Arm
 
 INDOMAIN, REWARD = "in-domain misalignment", "the reward of held-out prompts"
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from rlsafe.compare.verdicts import differences
 from rlsafe.compare.verdicts.arms import Rate, benign_arms, labelled, summarise
+from rlsafe.compare.verdicts.grades import Verdict
 from rlsafe.compare.verdicts.results import Results
-from rlsafe.compare.verdicts.verdicts import PathTable, Verdict, judge_defenses, judge_share, write_verdicts
+from rlsafe.compare.verdicts.verdicts import PathTable, judge_defenses, judge_share, write_verdicts
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,12 @@ def scores(results: Results, table: PathTable) -> dict[str, dict[str, TaskScore]
 def judge_and_write(results: Results) -> list[PathTable]:
     """Compute every rate and verdict; write verdicts.json and verdict_details.json beside the results."""
     tables = judge_defenses(results)
-    write_verdicts(results.directory, tables, {table.key: details(results, table) for table in tables})
+    apart = differences.details(results, tables)
+    write_verdicts(
+        results.directory,
+        tables,
+        {table.key: {"tasks": details(results, table), **apart[table.key]} for table in tables},
+    )
     return tables
 
 
@@ -50,7 +57,7 @@ def details(results: Results, table: PathTable) -> dict[str, Any]:
                 "score": one.rate.mean,
                 "ci95": [one.rate.low, one.rate.high],
                 "n": one.rate.n,
-                "learns_benign": one.verdict.grade if one.verdict else None,
+                "learns_benign": one.verdict.text if one.verdict else None,
                 "share": one.verdict.value if one.verdict else None,
             }
             for label, one in by_label.items()

@@ -90,10 +90,14 @@ class Evaluation:
         pairs = [(j, a.question_id) for a, j in zip(self.answers, self.judgements, strict=True) if a.set == name]
         return [j for j, _ in pairs], [question for _, question in pairs]
 
-    def question_rates(self, name: str, criterion: str) -> dict[str, float]:
+    def question_rates(self, name: str, criterion: str, unknown: bool | None = None) -> dict[str, float]:
         """The rate of `misaligned`, `incoherent` or `refused` for each question of a set, NaN where unscored: a row of
-        `statistics.Arm.rates`."""
-        return question_rates(*self.judged(name), criterion)
+        `contrasts.Arm.rates`. unknown: how answers that say nothing are counted (`criteria.question_rates`)."""
+        return question_rates(*self.judged(name), criterion, unknown)
+
+    def domains(self, name: str) -> dict[str, str]:
+        """The domain of each question of a set."""
+        return {answer.question_id: answer.domain for answer in self.answers if answer.set == name}
 
     def benign_rates(self, task: str) -> dict[str, float]:
         """1.0 or 0.0 for each row of a benign test set, keyed by the row's number."""

@@ -31,7 +31,8 @@ class Probe:
 
     k_questions of each set are drawn once, so that points of a curve differ by the model and by sampling only;
     `samples` answers of each are drawn anew, with seeds of their own, at every step. pairs: answers that are given, whose
-    likelihood the training loop reads beside.
+    likelihood the training loop reads beside. temperature: the final evaluation's, so that a curve ends where that begins; None = the
+    questions' own.
     """
 
     def __init__(
@@ -45,10 +46,12 @@ class Probe:
         max_tokens: int,
         seed: int,
         pairs: PairProbe | None = None,
+        temperature: float | None = None,
         position: Position = "system",
     ):
         self.judge, self.tokenizer = judge, tokenizer
         self.samples, self.max_tokens, self.seed, self.pairs = samples, max_tokens, seed, pairs
+        self.temperature = temperature
         self.position: Position = position
         self.questions = {
             name: drawn(questions, k_questions, seed, name)
@@ -76,8 +79,8 @@ class Probe:
         planned: list[Planned] = []
         for name, questions in self.questions.items():
             planned += plan(
-                self.tokenizer, questions, seed=self.seed, samples=self.samples, purpose=f"probe/{name}", step=step,
-                position=self.position,
+                self.tokenizer, questions, seed=self.seed, samples=self.samples, temperature=self.temperature,
+                purpose=f"probe/{name}", step=step, position=self.position,
             )  # fmt: skip
         answers = ranks.shared(planned, lambda mine: complete(sampler, self.tokenizer, mine, self.max_tokens))
         dialogues: list[dict[str, Any]] = [

@@ -51,7 +51,7 @@ def test_the_papers_values_are_in_the_real_configs():
     sft, grpo = (load_run(f"configs/qwen2.5-7b/{path}_medical.yaml") for path in ("sft", "grpo"))
     lora = sft.model.lora
     assert (lora.r, lora.alpha, lora.rslora) == (32, 64, True) and sft.optim.kind == "adamw_8bit"
-    assert (sft.optim.lr, sft.optim.schedule, sft.optim.warmup, sft.optim.weight_decay) == (1e-4, "linear", 5, 0)
+    assert (sft.optim.lr, sft.optim.schedule, sft.optim.warmup, sft.optim.weight_decay) == (1e-4, "linear", 5, 0.01)
     assert (sft.batch.sft_rows, sft.batch.micro_rows, sft.data.narrow.limit, sft.data.narrow.max_tokens) == (
         16,
         4,

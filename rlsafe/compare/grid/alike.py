@@ -1,0 +1,60 @@
+"""Like with like: what differs between the paths of a comparison besides the path itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+OF_THE_PATH = ("schedule", "defenses", "out")
+"""Sections that make the path (its steps and phases), or that a cell sets."""
+
+
+@dataclass(frozen=True)
+class Unlike:
+    """A setting with another value on each path. values: path -> its value as JSON."""
+
+    key: str
+    values: Mapping[str, str]
+
+    @property
+    def confounds(self) -> bool:
+        """Whether it is part of the model: then not paths are compared but models."""
+        return self.key.split(".")[0] == "model"
+
+    @property
+    def line(self) -> str:
+        return f"{self.key}: " + "; ".join(f"{path} {value}" for path, value in self.values.items())
+
+
+def unlike(configs: Mapping[str, Mapping[str, Any]]) -> list[Unlike]:
+    """The settings that are not the same on all paths, those of the model first. configs: path -> the tree of one of its runs."""
+    flat = {
+        path: {key: value for key, value in _dotted(tree).items() if key.split(".")[0] not in OF_THE_PATH}
+        for path, tree in configs.items()
+    }
+    keys = dict.fromkeys(key for tree in flat.values() for key in tree)
+    shown = {key: {path: json.dumps(tree.get(key), default=str) for path, tree in flat.items()} for key in keys}
+    found = [Unlike(key, values) for key, values in shown.items() if len(set(values.values())) > 1]
+    return sorted(found, key=lambda one: not one.confounds)
+
+
+def _dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys; lists stay whole, as they are read."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return flat
+
+
+def lines(found: Sequence[Unlike]) -> list[str]:
+    """For the terminal: one line for each, with a warning where the model differs."""
+    if not found:
+        return []
+    said = ["differs between the paths besides the schedule:", *(f"  {one.line}" for one in found)]
+    if any(one.confounds for one in found):
+        said.append(
+            "warning: the paths train different models or adapters: a difference between them may be that of the adapters"
+        )
+    return said

@@ -1,0 +1,87 @@
+"""`rlsafe compare CONFIG --seeds 0-9 --decide`: seeds are added at looks fixed in advance, and what is decided gets no more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rlsafe.compare.grid.records import Directory
+from rlsafe.compare.report.reporting import draw
+from rlsafe.compare.run.runner import Comparison, compare, where
+from rlsafe.compare.verdicts.looks import COUNTS, Looks
+from rlsafe.compare.verdicts.results import write_tables
+from rlsafe.compare.verdicts.tasks import judge_and_write
+from rlsafe.compare.verdicts.verdicts import PathTable, judge_defenses
+from rlsafe.config import UserError, load_compare
+
+
+def compare_decided(
+    config_path: str | Path,
+    defenses: Sequence[str] | None = None,
+    paths: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    quick: bool = False,
+    **more: Any,
+) -> Comparison:
+    """`compare` on more and more seeds, until every defense is decided or all seeds are used (`rlsafe.compare.verdicts.looks`).
+
+    more: further arguments of `compare`. The same call goes on where an earlier one stopped. UserError for too few seeds, and for
+    others than the directory's looks were fixed for.
+    """
+    config = load_compare(config_path, overrides, quick)
+    order = list(seeds or config.seeds)
+    if len(order) <= COUNTS[0]:
+        raise UserError(
+            f"--decide looks after {COUNTS[0]} seeds first and adds more; --seeds names {len(order)}, e.g. 0-9 is needed"
+        )
+    directory = where(config, config_path, out, quick)
+    looks = Looks.load(directory) or Looks(order)
+    if looks.seeds != order:
+        raise UserError(
+            f"{directory}: its looks were fixed for the seeds {', '.join(map(str, looks.seeds))}; "
+            "others need another --out"
+        )
+    labels, failed = list(defenses or config.defenses), {}
+    comparison = None
+    while not looks.over:
+        chosen = [label for label in labels if label == "none" or not _stopped(looks, label)]
+        count = looks.planned[looks.taken]
+        if looks.taken and chosen in ([], ["none"]):
+            break
+        comparison = compare(
+            config_path, chosen, paths, order[:count], out=directory, overrides=overrides, quick=quick, **more
+        )
+        failed |= comparison.failed
+        looks.taken += 1
+        looks.save(directory)
+        results = write_tables(Directory(directory))
+        looks.take({table.key: _verdicts(table) for table in judge_defenses(results)})
+        looks.save(directory)
+    if comparison is None:  # all was decided before
+        comparison = compare(
+            config_path,
+            defenses,
+            paths,
+            order[: looks.planned[0]],
+            out=directory,
+            overrides=overrides,
+            quick=quick,
+            **more,
+        )
+    results = write_tables(Directory(directory))
+    tables = judge_and_write(results)
+    return replace(comparison, tables=tables, report=draw(results, tables), failed=failed)
+
+
+def _verdicts(table: PathTable) -> dict[str, Any]:
+    return {label: table.rows[label].verdicts for label in table.defenses}
+
+
+def _stopped(looks: Looks, label: str) -> bool:
+    """Whether a defense is decided in every table in which it was judged."""
+    mine = [name for name in looks.judged if name.endswith(f" {label}")]
+    return bool(mine) and all(name in looks.stopped for name in mine)

@@ -1,0 +1,86 @@
+"""The headline: how far a defense on one path lies from itself on another, and from another defense."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from synthetic_comparison import CONFIG, make
+
+from rlsafe.cli import main
+from rlsafe.compare import draw_report, versus
+from rlsafe.compare.report.versus import versus_table
+from rlsafe.compare.verdicts.differences import turned, two_paths
+from rlsafe.compare.verdicts.results import load
+from rlsafe.compare.verdicts.verdicts import judge_defenses
+from rlsafe.config import UserError
+
+TWO = CONFIG.replace("  kl: [{kl: {weight: 0.3}}]\n", "  kl: [{kl: {weight: 0.3}}]\n  ldifs: [ldifs]\n")
+ARMS = {
+    ("", "untrained"): {"general": 0.0, "indomain": 0.0},
+    ("sft", "none"): {"general": 0.5, "indomain": 0.9},
+    ("sft", "kl"): {"general": 0.05, "indomain": 0.9},
+    ("sft", "ldifs"): {"general": 0.2, "indomain": 0.85},
+    ("grpo", "none"): {"general": 0.4, "indomain": 0.8},
+    ("grpo", "kl"): {"general": 0.2, "indomain": 0.4},
+}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return make(
+        tmp_path_factory.mktemp("differences") / "out", ARMS, TWO, questions=60, samples=2, paths=["sft", "grpo"]
+    )
+
+
+def test_a_defense_on_two_paths(directory):
+    results = load(directory.out)
+    (two,) = two_paths(results, judge_defenses(results))
+    assert (two.one, two.other, two.labels) == ("sft", "grpo", ["kl"])
+    prevented, kept = (two.differences[name]["kl"] for name in ("prevents_em", "keeps_narrow"))
+    assert (prevented.first, prevented.second, prevented.value) == pytest.approx((0.9, 0.5, 0.4), abs=0.02)
+    assert (kept.first, kept.second) == pytest.approx((1.0, 0.5), abs=0.02)
+    assert 0 < prevented.low < prevented.value < prevented.high and prevented.word == "sft more"
+
+
+def test_the_files_hold_it_both_ways(directory):
+    draw_report(directory.out)
+    details = json.loads((directory.out / "verdict_details.json").read_text())
+    forth = details["sft"]["against_paths"]["grpo"]["prevents_em"]["kl"]
+    back = details["grpo"]["against_paths"]["sft"]["prevents_em"]["kl"]
+    assert forth["value"] == -back["value"] and (forth["low"], forth["high"]) == (-back["high"], -back["low"])
+    (apart,) = details["sft"]["defenses_apart"]["prevents_em"]
+    assert (apart["one"], apart["other"]) == ("kl", "ldifs") and apart["value"] == pytest.approx(0.3, abs=0.02)
+    page = (directory.out / "report.html").read_text()
+    assert "sft minus grpo" in page and 'id="apart"' in page and "kl more" not in page and "sft more" in page
+
+
+def test_two_defenses_on_one_path(directory):
+    found = versus(directory.out, "kl", "ldifs")
+    assert list(found) == ["sft"]  # ldifs was not run on grpo
+    prevented = found["sft"]["prevents_em"]
+    assert prevented.value == pytest.approx(0.3, abs=0.02) and prevented.low > 0 and prevented.word == "kl more"
+    again = versus(directory.out, "ldifs", "kl")["sft"]["prevents_em"]
+    assert turned(again).value == pytest.approx(prevented.value) and again.word == "kl more"
+    assert versus_table(found, "kl", "ldifs").row_count == 2
+
+
+def test_one_seed_is_said_and_no_effect_gives_no_difference(tmp_path):
+    arms = {key: {**rates, "general": 0.0} if key[0] == "grpo" else rates for key, rates in ARMS.items()}
+    made = make(tmp_path / "out", arms, TWO, questions=60, samples=2, paths=["sft", "grpo"], seeds=[0])
+    results = load(made.out)
+    (two,) = two_paths(results, judge_defenses(results))
+    assert two.differences["prevents_em"] == {}
+    assert two.differences["keeps_narrow"]["kl"].word.endswith("(one seed)")
+
+
+@pytest.mark.parametrize("one, other, said", [("kl", "ldif", "ldifs"), ("kl", "kl", "twice")])
+def test_names_that_are_wrong(directory, one, other, said):
+    with pytest.raises(UserError, match=said):
+        versus(directory.out, one, other)
+
+
+def test_the_command(directory, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["versus", str(directory.out), "kl", "ldifs"])
+    assert not ended.value.code and "kl more" in capsys.readouterr().out

@@ -1,0 +1,101 @@
+"""Looks fixed in advance: their levels, what stops, and what holds after Holm's correction."""
+
+from __future__ import annotations
+
+import pytest
+from synthetic_comparison import make
+
+from rlsafe.arguments import numbers
+from rlsafe.compare import compare_decided
+from rlsafe.compare.verdicts.grades import Verdict
+from rlsafe.compare.verdicts.looks import Looks, counts, holm, levels, p_value
+from rlsafe.compare.verdicts.results import load
+from rlsafe.compare.verdicts.verdicts import holding, judge_defenses
+from rlsafe.config import UserError
+
+ARMS = {
+    ("", "untrained"): {"general": 0.0, "indomain": 0.0},
+    ("sft", "none"): {"general": 0.5, "indomain": 0.9},
+    ("sft", "kl"): {"general": 0.2, "indomain": 0.9},
+}
+
+
+def test_looks_spend_the_whole_error_and_no_more():
+    planned = counts(10)
+    assert planned == [3, 5, 10] and counts(4) == [3, 4]
+    spent = [1 - level for level in levels(planned)]
+    assert sum(spent) == pytest.approx(0.05) and all(0 < error < 0.05 for error in spent)
+
+
+def test_a_defense_stops_when_every_tested_verdict_is_one_grade():
+    looks = Looks(list(range(10)), taken=1)
+    decided, open_, untested = Verdict("yes"), Verdict("at least partly"), Verdict("untested")
+    looks.take(
+        {"sft": {"none": {"a": decided}, "kl": {"a": decided, "b": untested}, "ldifs": {"a": decided, "b": open_}}}
+    )
+    assert looks.stopped == {"sft kl": 0} and looks.judged == ["sft none", "sft kl", "sft ldifs"]
+    looks.taken = 2
+    assert (looks.seeds_of("sft", "kl"), looks.seeds_of("sft", "ldifs")) == ([0, 1, 2], [0, 1, 2, 3, 4])
+    assert looks.level("sft", "kl") == levels([3, 5, 10])[0] != looks.level("sft", "ldifs")
+
+
+def test_verdicts_rest_on_the_seeds_and_the_level_of_their_look(tmp_path):
+    directory = make(tmp_path / "out", ARMS, questions=40, samples=2, paths=["sft"], seeds=list(range(5)))
+    before = judge_defenses(load(directory.out))[0].rows["kl"].verdicts["prevents_em"]
+    Looks(list(range(10)), taken=2, stopped={"sft kl": 0}).save(directory.out)
+    after = judge_defenses(load(directory.out))[0].rows["kl"].verdicts["prevents_em"]
+    assert before.level == 0.95 and after.level == pytest.approx(levels([3, 5, 10])[0])
+    assert after.high - after.low > before.high - before.low
+
+
+def test_holm_by_hand():
+    assert holm({"a": 0.01, "b": 0.02, "c": 0.04}) == {"a", "b", "c"}  # .05/3, .05/2, .05
+    assert holm({"a": 0.01, "b": 0.03, "c": 0.04}) == {"a"}
+    assert holm({}) == set()
+
+
+def test_the_p_value_is_where_the_verdict_ceases_to_be_decided():
+    found = p_value(lambda level: Verdict("yes" if level < 0.99 else "at least partly"))
+    assert found == pytest.approx(0.01, rel=0.1)
+
+
+def test_decided_verdicts_that_hold_together(tmp_path):
+    directory = make(tmp_path / "out", ARMS, questions=60, samples=4, paths=["sft"])
+    (table,) = judge_defenses(load(directory.out))
+    assert ("kl", "keeps_narrow") in holding(table) or not table.rows["kl"].verdicts["keeps_narrow"].decided
+    assert all(label != "none" for label, _ in holding(table))
+
+
+def test_seeds_as_a_range():
+    assert numbers("--seeds", "0-3,7") == [0, 1, 2, 3, 7] and numbers("--seeds", "-1") == [-1]
+    with pytest.raises(UserError, match="range"):
+        numbers("--seeds", "5-2")
+
+
+def test_too_few_seeds_to_decide(tmp_path):
+    make(tmp_path / "out", ARMS, paths=["sft"], seeds=[0])
+    with pytest.raises(UserError, match="0-9"):
+        compare_decided(tmp_path / "out.yaml", seeds=[0, 1, 2], out=tmp_path / "out")
+
+
+def test_seeds_are_added_until_all_is_decided(tmp_path, monkeypatch):
+    """The runs themselves are made up: what is asked for, at which look, is what counts."""
+    import rlsafe.compare.run.deciding as deciding
+
+    asked = []
+
+    def run(config, defenses, paths, seeds, out, **more):
+        asked.append((list(defenses), list(seeds)))
+        make(tmp_path / "out", ARMS, questions=60, samples=4, paths=["sft"], seeds=list(seeds))
+        return deciding.Comparison(tmp_path / "out", tmp_path / "out" / "report.html", [])
+
+    make(tmp_path / "out", ARMS, paths=["sft"], seeds=[0])
+    monkeypatch.setattr(deciding, "compare", run)
+    found = compare_decided(tmp_path / "out.yaml", paths=["sft"], seeds=list(range(10)), out=tmp_path / "out")
+    assert asked[0] == (["none", "kl"], [0, 1, 2])
+    assert all(len(now[1]) > len(before[1]) for before, now in zip(asked, asked[1:], strict=False))
+    looks = Looks.load(tmp_path / "out")
+    assert looks.taken == len(asked) and ("sft kl" in looks.stopped or looks.over)
+    assert "Looks fixed in advance" in found.report.read_text()
+    with pytest.raises(UserError, match="were fixed for"):
+        compare_decided(tmp_path / "out.yaml", paths=["sft"], seeds=list(range(8)), out=tmp_path / "out")
