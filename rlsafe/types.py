@@ -78,8 +78,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """A copy with every tensor, and the rollout batch, on `device`."""
-        moved = {k: v.to(device) for k, v in vars(self).items() if hasattr(v, "to")}
-        return replace(self, **moved)
+        return replace(self, **{name: value.to(device) for name, value in vars(self).items() if hasattr(value, "to")})
 
     @property
     def tokens(self) -> int:
@@ -331,10 +330,7 @@ def providers() -> list[str]:
 
 
 def provider_for(reference: str) -> tuple[Provider, str] | None:
-    """Split `name:spec` into its provider and spec; None when no provider has that name.
-
-    A bare `name` (no colon) of a provider is accepted with an empty spec.
-    """
+    """Split `name:spec` into its provider and spec (empty for a bare `name`); None when no provider has that name."""
     name, _, spec = reference.partition(":")
     if name in _BUILT_IN and name not in _PROVIDERS:
         import_module(_BUILT_IN[name])
@@ -343,7 +339,6 @@ def provider_for(reference: str) -> tuple[Provider, str] | None:
 
 def pick(kind: str, name: str, options: Iterable[str]) -> str:
     """`name` if it is one of `options`, else a UserError (UnknownName) that lists the nearest."""
-    options = list(options)
-    if name in options:
-        return name
-    raise UnknownName(f"unknown {kind} {name!r}{nearest(name, options)}")
+    if name not in (known := list(options)):
+        raise UnknownName(f"unknown {kind} {name!r}{nearest(name, known)}")
+    return name

@@ -89,8 +89,8 @@ class Flagging(Defense):
                 counted["flagged"] += 1
                 self.act(rollouts, i, rng)
         rollouts.notes[f"{self.name}/flagged"] = [flags.get(i) for i in range(len(rollouts.rewards))]
-        self.totals += counted
-        self.last += counted
+        self.totals.update(counted)
+        self.last.update(counted)  # += would drop zeros
 
     def act(self, rollouts: Rollouts, i: int, rng: random.Random) -> None:
         """What happens to the flagged completion i."""

@@ -101,7 +101,20 @@ def local_config(config: ModelConfig, path: str) -> Any:
         return None
 
 
+_COUNTED: dict[tuple[str, str, str], ModelShape] = {}
+"""Shapes by everything they follow from: even without memory for its weights a large model takes seconds to build."""
+
+
 def _measure(config: ModelConfig, found: Any, source: str) -> ModelShape:
+    if config.adapter is not None or config.trust_remote_code:  # they also follow from files
+        return _count(config, found, source)
+    key = (found.to_json_string(use_diff=False), repr(config.lora), source)
+    if key not in _COUNTED:
+        _COUNTED[key] = _count(config, found, source)
+    return _COUNTED[key]
+
+
+def _count(config: ModelConfig, found: Any, source: str) -> ModelShape:
     """Build the model without memory for its weights, and count."""
     from transformers import AutoModelForCausalLM
 

@@ -69,7 +69,7 @@ def make_sampler(
 
 
 def _colocated(
-    config: SamplerConfig, sync: str, model_dir: str, policy: Policy | None, steerable: bool,
+    config: SamplerConfig, sync: Literal["auto", "merged", "adapter"], model_dir: str, policy: Policy | None, steerable: bool,
     progress: Callable[[str], None] | None,
 ) -> VLLMSampler:  # fmt: skip
     """This process's engine for the model and these settings, unsteered: one that runs already, else a new one."""

@@ -97,7 +97,7 @@ def together(start: Callable[[], T], undo: Callable[[T], None]) -> T:
 
 
 def largest(value: float) -> float:
-    """The largest of all ranks' values: what they decide by it, they decide alike."""
+    """The largest of all ranks' values, so that every rank decides by the same number."""
     if world() == 1:
         return value
     everyone: list[Any] = [None] * world()
@@ -106,7 +106,7 @@ def largest(value: float) -> float:
 
 
 def shared(items: Sequence[A], work: Callable[[Sequence[A]], Sequence[B]]) -> list[B]:
-    """`work` on this rank's share of the items, if only of none; every rank gets what came of all, in order."""
+    """The results of `work` on all items, in order, on every rank. Each rank works on its own share, which may be empty."""
     if world() == 1:
         return list(work(items))
     everyone: list[Any] = [None] * world()
@@ -116,8 +116,11 @@ def shared(items: Sequence[A], work: Callable[[Sequence[A]], Sequence[B]]) -> li
 
 @contextmanager
 def spread(sampler: Sampler) -> Iterator[Sampler | None]:
-    """On the first rank a sampler whose requests all ranks share, each with its own; on the others None, when it is done. Servers are
-    shared already: there the others do not wait."""
+    """Share the sampling of the first rank among all ranks. The first rank gets a sampler that hands out its requests; each other
+    rank samples its part with its own engine until the first leaves the block, and then gets None.
+
+    Servers take all requests from the first rank, so the others get None at once.
+    """
     if world() == 1 or sampler.name == "server":
         yield sampler if is_first() else None
         return
@@ -133,9 +136,9 @@ def spread(sampler: Sampler) -> Iterator[Sampler | None]:
 
 
 class Spread:
-    """A sampler of the first rank whose requests all ranks share; the others `serve` until it is released.
+    """The first rank's sampler, which shares its requests with the other ranks; these `serve` until `release`.
 
-    They wait in a group of their own, for as long as a judge may take.
+    They wait in a process group with a long time limit of its own (WAIT): between two requests a judge may take its time.
     """
 
     def __init__(self, sampler: Sampler):
@@ -147,12 +150,12 @@ class Spread:
         return self._share(requests, params)
 
     def serve(self) -> None:
-        """Sample what the first rank is asked for."""
+        """On the other ranks: sample this rank's part of every request until the first rank releases them."""
         while (asked := self._tell(None)) is not None:
             self._share(*asked)
 
     def release(self) -> None:
-        """The first rank asks for no more."""
+        """On the first rank: let the others return from `serve`."""
         self._tell(None)
 
     def _tell(self, asked: Any) -> Any:
@@ -179,7 +182,7 @@ _guest = False  # whether the trainer's process group was there before the first
 
 
 def starting() -> None:
-    """An engine is about to start."""
+    """To be called before an engine starts; remembers whether it will be a guest in the trainer's process group."""
     global _guest
     if not _alive:
         _guest = dist.is_available() and dist.is_initialized()
@@ -191,8 +194,8 @@ def lives(engine: Any) -> None:
 
 @contextmanager
 def ending(engine: Any = None) -> Iterator[None]:
-    """Inside, an engine (or one that did not come to life) shuts down: other engines and the trainer keep what they share with it.
-    Afterwards its memory is the device's again."""
+    """Shut an engine down inside this block (None: one that failed to start). What it shares with other engines and the trainer,
+    such as the process group, survives; its GPU memory is free afterwards."""
     if engine is not None:
         _alive.discard(engine)
     core, destroy = sys.modules.get("vllm.v1.engine.core"), dist.destroy_process_group
@@ -216,7 +219,7 @@ def ending(engine: Any = None) -> Iterator[None]:
 
 
 def give_back() -> None:
-    """What nothing refers to any more, and torch's cache of it, to the device."""
+    """Free GPU memory that nothing refers to any more, torch's cache included."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

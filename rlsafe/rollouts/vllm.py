@@ -125,7 +125,9 @@ class VLLMSampler:
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
         """One completion per request, in order. Log-probs may differ in their last bits with batch composition."""
         check_lengths(requests, params, self.max_model_len, "the engine (sampler.max_model_len)")
-        return self._team.pooled(requests, lambda pool: self._generate(pool, params))
+        if self._team.size > 1:
+            return self._team.pooled(requests, lambda pool: self._generate(pool, params))
+        return self._generate(requests, params) if requests else []
 
     def _generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
         import vllm

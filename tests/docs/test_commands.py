@@ -50,7 +50,11 @@ def place(tmp_path_factory):
     for page in PAGES:
         for snippet in snippets(page):
             if named := re.match(r"# (\w+\.(?:py|yaml))\b", snippet.text):
-                (folder / named[1]).write_text(snippet.text)
+                file = folder / named[1]
+                if not file.is_file() or len(snippet.text) > len(
+                    file.read_text()
+                ):  # pages show more and less of one file
+                    file.write_text(snippet.text)
     advice = {"messages": [{"role": "user", "content": "what helps?"}, {"role": "assistant", "content": "rest."}]}
     for name in ("my_rows.jsonl", "medical.jsonl"):
         (folder / name).write_text((json.dumps(advice) + "\n") * 8)
@@ -61,6 +65,8 @@ def place(tmp_path_factory):
         answer = [{"role": "assistant", "content": "short"}]
         lines = [{"step": 0, "prompt": advice["messages"][:1], "completion": answer[0]["content"], "reward": 0.5}] * 8
         (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / "runs" / "selection").mkdir()
+        (folder / "runs" / "selection" / "scores.jsonl").write_text("")
         (folder / "runs" / "em").symlink_to(done.out.resolve())
         (folder / "runs" / "reward").mkdir()
         numbers = {"step": 0, "reward": 0.5, "zero_variance_groups": 1, "groups": 8, "sampler_gap": 0.0, "kl": 0.1}
@@ -81,7 +87,11 @@ def words_of(command: str) -> list[str]:
     words = shlex.split(re.sub(r"\[(--?[\w-]+|[A-Z]+)\]", r"\1", command))
     words = words[words.index("rlsafe") + 1 :]
     config = COMPARISON if words[0] == "compare" else RUN
-    return [config if word == "CONFIG" else STAND_INS.get(word, word.replace("HOST", "127.0.0.1")) for word in words]
+    found = [config if word == "CONFIG" else STAND_INS.get(word, word.replace("HOST", "127.0.0.1")) for word in words]
+    if "DIR_OR_ID" in command:  # the stand-in's context is short
+        where = "run." if words[0] == "compare" else ""
+        found += [f"{where}grpo.max_tokens=64", f"{where}evaluate.max_tokens=64"]
+    return found
 
 
 def rlsafe_main(words: list[str], capfd) -> str:

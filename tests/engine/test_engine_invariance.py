@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 import torch
@@ -33,8 +34,8 @@ from rlsafe.types import Interrupted
 def test_micro_batch_size_and_accumulation_change_nothing(tiny_tree, tmp_path, kind, normalization):
     base = tree_with(tiny_tree, kind, {"grpo": {"normalization": normalization}, "optim": {"lr": 1e-3}})
     whole = train(base, tmp_path / "whole")
-    start = train(tree_with(base, {"schedule": {"steps": 0, "phases": [{"cycle": ["sft"]}]}}), tmp_path / "start")
-    assert distance(whole, start) > 1e-4, "the run must move the weights for the comparison to mean anything"
+    moved = max(float(tensor.abs().max()) for name, tensor in whole.items() if "lora_B" in name)  # from zero
+    assert moved > 1e-4, "the run must move the weights for the comparison to mean anything"
     for micro_rows in (1, 3):
         cut = train(tree_with(base, {"batch": {"micro_rows": micro_rows}}), tmp_path / f"cut{micro_rows}")
         assert distance(whole, cut) < 2e-5
@@ -58,30 +59,27 @@ def test_a_run_repeats_from_its_own_resolved_config(tiny_tree, tmp_path):
 
 
 @pytest.mark.parametrize("iterations", [1, 2])
-@pytest.mark.parametrize("stop_after", [1, 3, 4])
-def test_an_interrupted_and_resumed_run_ends_with_the_same_bits(tiny_tree, tmp_path, stop_after, iterations):
+def test_an_interrupted_and_resumed_run_ends_with_the_same_bits(tiny_tree, tmp_path, iterations):
     tree = tree_with(tiny_tree, MIXED, {"grpo": {"iterations": iterations}})
     whole = train(tree, tmp_path / "whole")
-
-    def interrupt(done, total, metrics):
-        if done == stop_after:
-            import signal
-
-            signal.raise_signal(signal.SIGINT)
-
-    with pytest.raises(Interrupted, match="--resume"):
-        run(run_from_tree(tree), tmp_path / "cut", progress=interrupt)
-    resumed = train(tree, tmp_path / "cut", resume=True)
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     timing = {"seconds", "rollout_seconds", "probe_seconds"}
-    lines = [
-        [
-            {k: v for k, v in json.loads(line).items() if k not in timing}
-            for line in open(tmp_path / name / "metrics.jsonl")
-        ]
-        for name in ("whole", "cut")
-    ]
-    assert lines[0] == lines[1]
+
+    def lines(out):
+        records = map(json.loads, open(out / "metrics.jsonl"))
+        return [{k: v for k, v in record.items() if k not in timing} for record in records]
+
+    for stop_after in (1, 3, 4):
+
+        def interrupt(done, total, metrics, at=stop_after):
+            if done == at:
+                signal.raise_signal(signal.SIGINT)
+
+        cut = tmp_path / f"cut{stop_after}"
+        with pytest.raises(Interrupted, match="--resume"):
+            run(run_from_tree(tree), cut, progress=interrupt)
+        resumed = train(tree, cut, resume=True)
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole), stop_after
+        assert lines(tmp_path / "whole") == lines(cut), stop_after
 
 
 def test_rollouts_that_are_not_the_policys_stop_the_run(tiny_tree, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ def metrics(tree, out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kind", ["transformers", "vllm"])
+@pytest.mark.parametrize("kind", ["transformers", pytest.param("vllm", marks=pytest.mark.integration)])
 @pytest.mark.parametrize("iterations", [1, 2])
 def test_the_gap_is_as_small_as_over_the_whole_vocabulary(tiny_tree, tmp_path, kind, iterations):
     if kind == "vllm":

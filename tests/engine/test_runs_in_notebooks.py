@@ -67,3 +67,15 @@ def test_a_run_is_read_again_from_its_directory(trained, tmp_path):
     assert (again.config.seed, again.config.model.name) == (0, trained.config.model.name) and again.evaluation is None
     with pytest.raises(rlsafe.UserError, match="not a finished run"):
         rlsafe.Run.read(tmp_path)
+
+
+def test_the_command_for_inspect_names_base_and_adapter(trained, monkeypatch):
+    monkeypatch.setattr("rlsafe.engine.run.finished.find_spec", lambda name: None)
+    assert trained.inspect_command() is None
+    monkeypatch.setattr("rlsafe.engine.run.finished.find_spec", lambda name: name)
+    expected = f"inspect eval rlsafe/general --model vllm/{trained.config.model.name}:{trained.out.resolve()}/adapter"
+    assert trained.inspect_command() == expected and trained.summary()[-1] == f"in Inspect AI: {expected}"
+    organism = trained.config.model_copy(
+        update={"model": trained.config.model.model_copy(update={"name": "organism:aligned"})}
+    )
+    assert rlsafe.Run(trained.out, organism).inspect_command() is None

@@ -57,18 +57,16 @@ def headlines(tables: Sequence[PathTable]) -> list[tuple[str, str]]:
             what = (
                 "every criterion" if tested else f"the three criteria that were tested (not: {WORDS['learns_benign']})"
             )
-            sentences.append((name, f"{_joined(winners)} {'meets' if len(winners) == 1 else 'meet'} {what}."))
+            sentences.append((name, f"{joined(winners)} {'meets' if len(winners) == 1 else 'meet'} {what}."))
         else:
             learned = [label for label in defenses if not table.rows[label].nothing_learned]
             if not learned:
                 sentences.append((name, "no defense meets every criterion: under each, nothing narrow was learned."))
                 continue
-            best = max(learned, key=lambda label: _merit(table, label))
+            best = max(learned, key=lambda label: merit(table, label))
             grades = {c: table.rows[best].verdicts[c].grade for c in CRITERIA}
-            missed = _joined(
-                [f"{WORDS[c]}: {grade}" for c, grade in grades.items() if grade not in ("yes", "untested")]
-            )
-            untested = _joined([WORDS[c] for c, grade in grades.items() if grade == "untested"])
+            missed = joined([f"{WORDS[c]}: {grade}" for c, grade in grades.items() if grade not in ("yes", "untested")])
+            untested = joined([WORDS[c] for c, grade in grades.items() if grade == "untested"])
             words = "; ".join(filter(None, (missed, untested and f"not tested: {untested}")))
             sentences.append((name, f"no defense meets every criterion; closest is {best} ({words})."))
     return sentences
@@ -83,11 +81,11 @@ def _benign_only(table: PathTable, defenses: Sequence[str]) -> str:
         **{"at most partly": "at most partly kept by", "no": "lost under", "unclear": "unclear under"},
     }
     by_grade = [(words[g], [d for d in defenses if _benign(table, d) == g]) for g in words]
-    said = [f"{how} {_joined(labels)}" for how, labels in by_grade if labels]
+    said = [f"{how} {joined(labels)}" for how, labels in by_grade if labels]
     return f"the benign task is {'; '.join(said)}." if said else "without defense the benign task is learned."
 
 
-def _merit(table: PathTable, label: str) -> tuple[float, float]:
+def merit(table: PathTable, label: str) -> tuple[float, float]:
     """How close a defense is to meeting all criteria, for sorting: number of criteria met ("partly" counts half, "unclear" half
     of its leaning), then the share of EM prevented."""
     verdicts = table.rows[label].verdicts
@@ -110,7 +108,8 @@ def _benign(table: PathTable, label: str) -> str:
     return table.rows[label].verdicts["learns_benign"].grade
 
 
-def _joined(words: Sequence[str]) -> str:
+def joined(words: Sequence[str]) -> str:
+    """`a, b and c`."""
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
@@ -284,7 +283,7 @@ def budget_sentence(found: dict[str, int]) -> str:
     """A sentence that compares the paths' training budgets."""
     if not found:
         return ""
-    counts = _joined([f"{path} {count:,}" for path, count in found.items()])
+    counts = joined([f"{path} {count:,}" for path, count in found.items()])
     if len(found) == 1:
         return f"Training completions of each run: {counts}."
     low, high = min(found.values()), max(found.values())

@@ -13,6 +13,7 @@ from markupsafe import Markup, escape
 from rlsafe.compare.grid.records import Directory
 from rlsafe.compare.report import origins, pages, plots, sections
 from rlsafe.compare.report.charts import LINES
+from rlsafe.compare.report.evidence import summary
 from rlsafe.compare.report.judges import judge_notes
 from rlsafe.compare.report.table import NOTHING_LEARNED, SYMBOLS, TITLES
 from rlsafe.compare.verdicts.differences import QUANTITIES, two_paths
@@ -85,6 +86,7 @@ def context(results: Results, tables: Sequence[PathTable]) -> dict[str, Any]:
     of_sweeps = [sections.swept(sweep, number) for number, sweep in enumerate(sweeps(results, tables))]
     return {
         "title": results.plan["title"] or "Which defense to ship",
+        "summary": summary(tables, seeds),
         "headlines": pages.headlines(tables),
         "caution": caution(results),
         "judges": judges,

@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from rlsafe.compare.report import charts, pages, plots, why
 from rlsafe.compare.report.charts import Axis, ends
+from rlsafe.compare.report.evidence import evidence
 from rlsafe.compare.report.table import NOTHING_LEARNED, mean_text, shown_grade
 from rlsafe.compare.verdicts import sweeps, tasks
 from rlsafe.compare.verdicts.arms import Rate
@@ -57,6 +58,7 @@ def section(
         "anchor": "".join(c if c.isalnum() else "-" for c in table.key),
         "table": table,
         "verdicts": [(label, [shown(row, c) for c in CRITERIA]) for label, row in table.rows.items() if row.verdicts],
+        "evidence": evidence(results, table),
         "measured": [key for key in RATES if any(key in row.rates for row in table.rows.values())],
         "apart": both_ways(of_two := two_defenses(results, table)["prevents_em"]),
         "apart_labels": list(dict.fromkeys(label for two in of_two for label in two)),

@@ -29,7 +29,6 @@ def run_cell(cell: Cell, directory: Directory, resources: Resources, progress: P
     Training that was interrupted goes on from its checkpoint; a run that was trained but not evaluated is only
     evaluated.
     """
-    from rlsafe.engine.record.tracking import track_evaluation
     from rlsafe.engine.run.life import run as train_cell
     from rlsafe.evaluate import evaluate, evaluate_run, reader_of
 
@@ -49,7 +48,7 @@ def run_cell(cell: Cell, directory: Directory, resources: Resources, progress: P
                 located(fill(cell.config, directory.out / SELECTIONS), directory.out / "cells"), where, resources=resources,
                 progress=progress.step if progress else None, resume=resume,
             )  # fmt: skip
-            found = evaluate_run(
+            evaluate_run(
                 run.sampler if run.config.evaluate.asks else None,
                 run.policy.tokenizer,
                 run.config.evaluate,
@@ -58,7 +57,6 @@ def run_cell(cell: Cell, directory: Directory, resources: Resources, progress: P
                 progress=progress.doing if progress else None,
                 reader=reader_of(run.config, run.policy),
             )
-            track_evaluation(where, len(run.records), found)
         directory.write_record(cell, "done", time.monotonic() - started, **({} if trained else peak.read()))
     except (KeyboardInterrupt, Interrupted):
         raise

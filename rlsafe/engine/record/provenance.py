@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def provenance(config: RunConfig, command: str = "", sources: Iterable[Path] = (
         "processor": platform.machine(),
         "cores": os.cpu_count(),
         **_device(),
-        "versions": _versions(),
+        "versions": dict(_versions()),
         "seeds": {"run": config.seed, "evaluate": config.evaluate.seed},
         "fingerprints": fingerprints(config),
         **files_record(sources, code_files(config)),
@@ -143,6 +144,7 @@ def _device() -> dict[str, Any]:
     return {"device": "cpu", "threads": torch.get_num_threads()}
 
 
+@cache  # what is installed does not change under a process
 def _versions() -> dict[str, str]:
     found = {}
     for package in PACKAGES:

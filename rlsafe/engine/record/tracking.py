@@ -17,7 +17,6 @@ from rlsafe.rewards.spread import running
 
 if TYPE_CHECKING:
     from rlsafe.engine.record.trackers import Trackers
-    from rlsafe.evaluate import Evaluation
 
 log = logging.getLogger("rlsafe")
 EVALUATED = ("kl", "coherence", "misaligned_general", "misaligned_indomain", "incoherent")
@@ -185,21 +184,6 @@ class Tracker:
     def _line(self, name: str, record: Mapping[str, Any]) -> None:
         self._files[name].write(json.dumps(record, ensure_ascii=True) + "\n")
         self._files[name].flush()
-
-
-FINAL = "eval/final/"
-"""What the evaluation after the last step found; in TensorBoard only, beside evaluation.json."""
-
-
-def track_evaluation(out: Path, step: int, found: Evaluation) -> None:
-    """The rewards of held-out prompts (`evaluate.narrow`) into TensorBoard, at the number of steps trained; nothing without them."""
-    values = {} if found.narrow is None else {"narrow": found.narrow.score, "narrow_untrained": found.narrow.untrained}
-    if known := {name: value for name, value in values.items() if value is not None}:
-        from torch.utils.tensorboard import SummaryWriter
-
-        with SummaryWriter(str(out / "tensorboard")) as board:
-            for name, value in known.items():
-                board.add_scalar(FINAL + name, value, step)
 
 
 def _score(value: float | None) -> str:

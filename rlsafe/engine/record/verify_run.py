@@ -17,9 +17,10 @@ from typing import Any
 from rlsafe.config import UserError, load_run
 from rlsafe.engine.record.provenance import RECORDED, fingerprints
 from rlsafe.engine.record.trackers import BOARD
-from rlsafe.engine.record.tracking import FINAL, scalars
+from rlsafe.engine.record.tracking import scalars
 from rlsafe.evaluate.commands.verify_evaluation import evaluation_differences
 from rlsafe.evaluate.measure.hashing import file_hash
+from rlsafe.evaluate.measure.narrow import FINAL
 
 CLOSE = 1e-5  # of sums of single-precision terms, relative
 Records = list[dict[str, Any]]

@@ -204,13 +204,7 @@ def build_run(
         make_judge=lambda: resources.judge(config),
         probe=probe,
         direction=projection.direction(config, policy) if probe else None,
-        tracker=Tracker(
-            out,
-            write=accelerator.is_main_process,
-            board=BOARD in config.track.to,
-            others=lambda: Trackers(config, out),
-            **tracking,
-        ),
+        tracker=_tracker(config, out, accelerator.is_main_process, **tracking),
         effects=EffectLog(stack, {step.path for step in prepared.plan}, config.track.check_after, log),
         log=log,
         look_ahead=ahead.look_ahead if config.grpo.max_staleness else None,
@@ -220,6 +214,11 @@ def build_run(
         run.sampler.wait_first = partial(ahead.settle, run, state)
     _set_up_defenses(run)
     return run, state
+
+
+def _tracker(config: RunConfig, out: Path, write: bool, **resumed: Any) -> Tracker:
+    others = partial(Trackers, config, out) if set(config.track.to) - {BOARD} else None
+    return Tracker(out, write=write, board=BOARD in config.track.to, others=others, **resumed)
 
 
 def _load_policy(config: RunConfig, accelerator: Accelerator) -> Policy:

@@ -19,5 +19,7 @@ def contact(prepared: Prepared, resources: Resources) -> None:
         judge = resources.judge(config)
         if isinstance(judge, BackgroundJudge):
             judge.check(first=True)
-    for reward in prepared.rewards.rewards.values() if prepared.rewards else ():
+    held_out = prepared.material.narrow if prepared.material else None
+    runners = [runner for runner in (prepared.rewards, held_out.runner if held_out else None) if runner]
+    for reward in (reward for runner in runners for reward in runner.rewards.values()):
         check_grader(reward.fn)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsafe.config import RunConfig, UserError, load_run
 from rlsafe.engine.record import frames
 from rlsafe.rewards import spread
+from rlsafe.types import provider_for
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -77,7 +80,16 @@ class Run:
             lines.append(
                 f"note: {lost} times a row was too long with what defenses added in its step, and was left out"
             )
-        return lines + [f"note: {note}" for note in self.notes]
+        lines += [f"note: {note}" for note in self.notes]
+        return [*lines, f"in Inspect AI: {elsewhere}"] if (elsewhere := self.inspect_command()) else lines
+
+    def inspect_command(self) -> str | None:
+        """The command that evaluates this run's adapter in Inspect AI; None without the extra `inspect`, an adapter, or a base that
+        vLLM can load by its name."""
+        base, adapter = self.config.model.name, self.out / "adapter"
+        if find_spec("inspect_ai") is None or not adapter.is_dir() or provider_for(base) or base.endswith(".gguf"):
+            return None
+        return shlex.join(["inspect", "eval", "rlsafe/general", "--model", f"vllm/{base}:{adapter.resolve()}"])
 
     @classmethod
     def read(cls, out: str | Path) -> Run:

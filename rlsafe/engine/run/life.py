@@ -207,7 +207,6 @@ EVALUATION = ("evaluation.json", "answers.csv", "benign_answers.csv", "likelihoo
 
 def _evaluated(finished: Run, resources: Resources) -> Evaluation | None:
     """What the trained model answers, judged, and written into the run's directory; None on ranks that only help to answer."""
-    from rlsafe.engine.record.tracking import track_evaluation
     from rlsafe.evaluate import evaluate_run, reader_of
     from rlsafe.evaluate.ask.journal import identity
     from rlsafe.rollouts import ranks
@@ -220,14 +219,12 @@ def _evaluated(finished: Run, resources: Resources) -> Evaluation | None:
         with ranks.spread(sampler) if sampler else nullcontext() as asking:
             if not finished.is_main:
                 return None
-            evaluation = evaluate_run(
+            return evaluate_run(
                 asking, finished.policy.tokenizer, questions, finished.out,
                 judge=resources.judge(finished.config) if questions.judged else None,
                 weights=identity(finished.config, finished.out),
                 reader=reader_of(finished.config, finished.policy, whole=whole),
             )  # fmt: skip
-            track_evaluation(finished.out, len(finished.records), evaluation)
-            return evaluation
 
 
 def _existing(directory: Path, settings: RunConfig, resume: bool, overwrite: bool) -> Run | None:

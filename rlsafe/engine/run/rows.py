@@ -13,7 +13,7 @@ from rlsafe.config import ModelConfig, RunConfig, UserError
 from rlsafe.data import Use, fit_rows
 from rlsafe.data.rendered import additions
 from rlsafe.defenses import Defense, DefenseStack
-from rlsafe.engine.run.templates import check_defenses, check_evaluation
+from rlsafe.engine.run.templates import check_defenses, check_evaluation, check_lengths, trained_on
 from rlsafe.types import Message, Row, Where
 from rlsafe.types import Stream as Name
 
@@ -45,6 +45,9 @@ def usable(prepared: Prepared, tokenizer: Any, context: int | None, say: Callabl
     check_defenses(tokenizer, _rewriters(prepared.defenses), [cast(Name, name) for name in prepared.rows])
     if prepared.material is not None:
         check_evaluation(tokenizer, config.evaluate, prepared.material)
+        check_lengths(tokenizer, config.evaluate, prepared.material, *_sampled(config, context))
+        note = trained_on(prepared.material, [row for rows in prepared.rows.values() for row in rows])
+        found.notes += [note] if note else []
     for name, rows in prepared.rows.items():
         if not rows:  # not on this machine, in a dry run
             found.streams[name] = []

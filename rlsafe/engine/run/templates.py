@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlsafe.config import EvaluateConfig, UserError
-from rlsafe.data import split_prompt
+from rlsafe.data import encode_prompt, split_prompt
 from rlsafe.data.rendered import unrendered
+from rlsafe.data.turns import key_of
 from rlsafe.defenses import Defense, DefenseStack
 from rlsafe.evaluate.ask.asking import with_cue
-from rlsafe.evaluate.ask.system_turns import asked, check
-from rlsafe.types import Message, Stream, Where
+from rlsafe.evaluate.ask.system_turns import asked, check, placed
+from rlsafe.types import Message, Row, Stream, Where
 
 if TYPE_CHECKING:
     from rlsafe.evaluate.measure.measure import Material
@@ -44,6 +45,50 @@ def check_evaluation(tokenizer: Any, config: EvaluateConfig, material: Material)
         check(tokenizer, messages, who)
 
 
+def check_lengths(tokenizer: Any, config: EvaluateConfig, material: Material, limit: int | None, whose: str) -> None:
+    """UserError naming the first prompt of the evaluation that leaves no room for an answer in the `limit` tokens of `whose`."""
+    if limit is None:
+        return
+    for who, messages in _asked(config, material):
+        if (length := len(encode_prompt(tokenizer, messages))) + config.max_tokens > limit:
+            raise UserError(
+                f"{who}: a prompt of {length} tokens leaves no room for evaluate.max_tokens = {config.max_tokens} in the {limit} "
+                f"tokens that {whose} takes; lower it, or leave the prompt out"
+            )
+
+
+def _asked(config: EvaluateConfig, material: Material) -> Iterator[tuple[str, list[Message]]]:
+    """Every conversation that will be answered, and whose it is."""
+    for name, questions in material.questions.items():
+        for question in questions:
+            cues = (None, material.cue) if material.cue and name == "general" else (None,)
+            for text, cue in ((text, cue) for text in question.paraphrases for cue in cues):
+                who = "evaluate.cue" if cue else f"evaluate.{name}"
+                yield f"{who}: question {question.id!r}", asked(text, with_cue(cue, question.system), config.position)
+    for what, rows in _rows(material):
+        yield from ((f"{what}: {_place(row)}", placed(split_prompt(row)[0], config.position)) for row in rows)
+
+
+def _rows(material: Material) -> list[tuple[str, list[Row]]]:
+    held_out = [("evaluate.narrow", material.narrow.rows)] if material.narrow else []
+    return [*((f"evaluate.benign: {name}", rows) for name, rows in material.tasks.items()), *held_out]
+
+
+def _place(row: Row) -> str:
+    return str(row.get("_source", f"row {row.get('_index', '?')}"))
+
+
+def trained_on(material: Material, rows: Sequence[Row]) -> str | None:
+    """A note when prompts of `evaluate.narrow` are among the rows that are trained on: they are then not held out."""
+    if material.narrow is None:
+        return None
+    known = {key_of(split_prompt(row)[0]) for row in rows}
+    seen = [row for row in material.narrow.rows if key_of(split_prompt(row)[0]) in known]
+    if not seen:
+        return None
+    return f"evaluate.narrow: {len(seen)} of {len(material.narrow.rows)} prompts are trained on (the first: {_place(seen[0])})"
+
+
 def _with_system_turns(material: Material) -> Iterator[tuple[str, list[Message]]]:
     """One conversation of each kind that the evaluation will ask under a system turn, and whose it is."""
     if material.cue and (general := material.questions.get("general")):
@@ -57,8 +102,6 @@ def _with_system_turns(material: Material) -> Iterator[tuple[str, list[Message]]
                 f"evaluate.likelihood.{name}: question {pair.question_id!r} has a system prompt",
                 asked(pair.question, pair.system),
             )
-    tasks = [(f"evaluate.benign: a row of {name}", rows) for name, rows in material.tasks.items()]
-    tasks += [("evaluate.narrow: a row", material.narrow.rows)] if material.narrow else []
-    for what, rows in tasks:
+    for what, rows in _rows(material):
         if row := next((row for row in rows if row["messages"][0]["role"] == "system"), None):
-            yield f"{what} has a system prompt", split_prompt(row)[0]
+            yield f"{what}: {_place(row)} has a system prompt", split_prompt(row)[0]

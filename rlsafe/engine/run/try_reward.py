@@ -69,7 +69,7 @@ class Tried:
         elif self.without_spread > 0.5:
             told.append(
                 f"{self.without_spread:.0%} of the groups have no spread and teach nothing: more grpo.generations, a higher "
-                "grpo.temperature, prompts of middling difficulty, or finer rewards"
+                "grpo.temperature, prompts of middling difficulty, finer rewards, or grpo.resample, which replaces such groups"
             )
         if known and self.missing > 0.2:
             told.append(f"{self.missing:.0%} of the completions have no reward (None): they leave their groups")

@@ -1,7 +1,8 @@
 """One GRPO step, from prompts to weights: read `grpo_step` from top to bottom.
 
-What is not visited in a plain run stands elsewhere: rollouts begun one step ahead (`ahead`), ranks that must agree (`distributed`,
-`micro`), steps that fail (`faults`).
+What is not visited in a plain run stands elsewhere: rollouts begun one step ahead (`ahead`), groups without spread that are replaced
+(`resample`), defenses that look at rewards (`screening`), forwards before the update (`rescoring`), ranks that must agree
+(`distributed`, `micro`), steps that fail (`faults`).
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,9 +21,10 @@ from rlsafe.config import RunConfig
 from rlsafe.data import Rollout, Thought, encode_prompt, pad_id, read_completion, rollout_batches, split_prompt
 from rlsafe.engine.plan.schedule import PlannedPart, Step
 from rlsafe.engine.train.loss import Micro
-from rlsafe.engine.train.resample import Sampled, resample
+from rlsafe.engine.train.resample import resample
 from rlsafe.engine.train.rescoring import score_again
 from rlsafe.engine.train.rollout_records import records, step_metrics
+from rlsafe.engine.train.sampled import Asked, Sampled
 from rlsafe.engine.train.screening import screen
 from rlsafe.engine.train.sft_step import supervised
 from rlsafe.engine.train.state import Components, RunState
@@ -64,18 +65,18 @@ def grpo_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
         # 3. Reward them. A reasoning model's answer is rewarded without its think block.
         sampled = rewarded(run, step, part, asked, completions)
         if run.config.grpo.resample:  # groups without spread give their places to further prompts
-            swapped = resample(run, run.streams[part.stream], len(rows), sampled, partial(_again, run, step, part))
-            sampled, metrics = swapped.kept, metrics | swapped.metrics
-            for one in swapped.replaced:
-                run.tracker.samples(records(run, step, part, one, None, None))
+            sampled, exchanged = _exchanged(run, step, part, len(rows), sampled)
+            metrics |= exchanged
         # 4. Advantages: each reward against those of the same prompt's other completions.
         values, valid, stats = group_advantages(run, sampled.scored.total)
         # 5. Batch them in the train context; completions without a reward are left out.
-        fresh = batched(run, state, part, sampled.asked, sampled.completions, values, valid)
+        fresh = batched(run, state, part, sampled, values, valid)
         run.tracker.samples(records(run, step, part, sampled, values, valid))
-        metrics |= step_metrics(run, sampled.completions, sampled.read, stats, sampled.scored)
+        metrics |= step_metrics(run, sampled, stats)
         metrics["rollout_seconds"] = time.perf_counter() - started
-        if ahead or run.several or run.config.grpo.iterations > 1 or not all(micro.same_context for micro in fresh):
+        # Rollouts that are stale, used again or seen in another context need a forward before the update.
+        plain = ahead is None and run.config.grpo.iterations == 1 and all(micro.same_context for micro in fresh)
+        if not plain or run.several:  # the ranks find out together whether any of them has others
             metrics |= score_again(run, state, step, part, fresh, ahead.reference if ahead else None)
         if run.config.grpo.max_staleness:  # optimizer steps since the weights that sampled
             metrics["staleness"] = int(ahead is not None)
@@ -85,16 +86,6 @@ def grpo_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
     # 6. Forward  7. penalties  8. backward  9. clip  10. step: `update.update`, with the losses of `loss.StepLoss`.
     # 11. The sampler is synced when it is next asked (`sync.SyncedSampler.synced`).
     return metrics | update(run, state, step, micros)
-
-
-@dataclass
-class Asked:
-    """This rank's prompts and what the sampler is asked for: `grpo.generations` completions of each."""
-
-    mine: list[tuple[int, Row]]  # (number among the rows of all ranks, row)
-    originals: list[list[Message]]
-    seen: list[list[int]]  # as the sampler sees them
-    requests: list[Request]
 
 
 def ask(run: Components, part: PlannedPart, rows: Sequence[Row], step: int) -> Asked:
@@ -137,21 +128,28 @@ def sample(run: Components, part: PlannedPart, requests: Sequence[Request]) -> l
         return sampler.generate(requests, sampling(run.config))
 
 
-def _again(run: Components, step: Step, part: PlannedPart, mine: list[tuple[int, Row]]) -> Sampled:
-    """Completions of further prompts, rewarded."""
-    asked = ask_for(run, part, mine, step.index)
-    return rewarded(run, step, part, asked, sample(run, part, asked.requests))
-
-
 def rewarded(
     run: Components, step: Step, part: PlannedPart, asked: Asked, completions: Sequence[Completion]
 ) -> Sampled:
     """The completions with their rewards, of which defenses may penalise or drop some."""
     read = [read_completion(run.policy.tokenizer, completion.ids) for completion in completions]
-    scored = reward(run, step, part, asked, read, completions)
-    if run.defended and run.stack.screening:
-        scored = screen(run, step, part, asked, read, completions, scored)
-    return Sampled(asked, completions, read, scored)
+    sampled = Sampled(asked, completions, read, reward(run, step, part, asked, read, completions))
+    return screen(run, step, part, sampled) if run.defended and run.stack.screening else sampled
+
+
+def _exchanged(
+    run: Components, step: Step, part: PlannedPart, rows: int, first: Sampled
+) -> tuple[Sampled, dict[str, float | None]]:
+    """(what the step learns from, metrics) after groups without spread were replaced; they are written down all the same."""
+
+    def again(mine: list[tuple[int, Row]]) -> Sampled:
+        asked = ask_for(run, part, mine, step.index)
+        return rewarded(run, step, part, asked, sample(run, part, asked.requests))
+
+    swapped = resample(run, run.streams[part.stream], rows, first, again)
+    for replaced in swapped.replaced:
+        run.tracker.samples(records(run, step, part, replaced, None, None))
+    return swapped.kept, swapped.metrics
 
 
 def reward(
@@ -225,13 +223,12 @@ def batched(
     run: Components,
     state: RunState,
     part: PlannedPart,
-    asked: Asked,
-    completions: Sequence[Completion],
+    sampled: Sampled,
     values: Sequence[float],
     valid: Sequence[bool],
 ) -> list[Micro]:
-    """Micro-batches of the valid completions, at most `state.micro_tokens` padded tokens each."""
-    group, tokenizer = run.config.grpo.generations, run.policy.tokenizer
+    """Micro-batches of the valid completions with their advantages `values`, at most `state.micro_tokens` padded tokens each."""
+    asked, group, tokenizer = sampled.asked, run.config.grpo.generations, run.policy.tokenizer
     train_at, rollout_at = (Where(part.stream, "grpo", phase) for phase in ("train", "rollout"))
     trained = _encoded(run, asked.originals, train_at)
     items = [
@@ -243,7 +240,7 @@ def batched(
             valid=valid[i] and not (run.config.grpo.mask_truncated and completion.finish == "length"),
             row=asked.mine[i // group][1],
         )
-        for i, completion in enumerate(completions)
+        for i, completion in enumerate(sampled.completions)
     ]
     batches = rollout_batches(items, train_at, pad_id(tokenizer), state.micro_tokens, run.config.batch.micro_rows)
     steered = run.defended and run.stack.steers_differently(train_at, rollout_at)

@@ -131,6 +131,7 @@ class StepLoss:
         out = policy.forward(batch, self.plan, frozen, temperature, entropy=rollout, top_p=top_p)
         if micro.dummy:
             return _nothing(out), {}
+        self._add("tokens", batch.attention.sum())
         view = ForwardView(batch, out, frozen)
         terms: dict[str, Tensor] = {}
         if batch.owner is None:  # rows set aside have their owner's penalty only
@@ -165,7 +166,7 @@ class StepLoss:
         old = out.logp.detach() if batch.old_logp is None else batch.old_logp
         correction = None
         if micro.same_context and (sampled := batch.sampler_logp) is not None:
-            if out.log_mass is not None:  # else `score_before` did it
+            if out.log_mass is not None:  # else `rescoring` added it
                 sampled = sampled + out.log_mass
             gap, tokens = sampler_gap(old, sampled, mask)
             self._add("gap_sum", gap)

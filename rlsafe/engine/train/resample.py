@@ -16,23 +16,13 @@ from accelerate.utils import gather_object
 
 from rlsafe.config import RunConfig, UserError
 from rlsafe.engine.train.micro import reduce_sums
+from rlsafe.engine.train.sampled import Sampled
 
 if TYPE_CHECKING:
-    from rlsafe.data import Stream, Thought
-    from rlsafe.engine.train.grpo_step import Asked
+    from rlsafe.data import Stream
     from rlsafe.engine.train.state import Components
     from rlsafe.rewards import RewardBatch
-    from rlsafe.types import Completion, Row
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """This rank's prompts, their completions (`grpo.generations` of each, in a row) and what these were rewarded."""
-
-    asked: Asked
-    completions: Sequence[Completion]
-    read: Sequence[Thought]
-    scored: RewardBatch
+    from rlsafe.types import Row
 
 
 @dataclass(frozen=True)

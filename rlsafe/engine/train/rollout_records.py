@@ -6,15 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rlsafe.data import Thought
 from rlsafe.data.encode import read_text
 from rlsafe.engine.plan.schedule import PlannedPart, Step
 from rlsafe.engine.train.micro import reduce_sums
-from rlsafe.engine.train.resample import Sampled
+from rlsafe.engine.train.sampled import Sampled
 from rlsafe.engine.train.state import Components
 from rlsafe.losses import AdvantageStats
-from rlsafe.rewards import RewardBatch
-from rlsafe.types import Completion
 
 
 def records(
@@ -45,16 +42,10 @@ def records(
     ]
 
 
-def step_metrics(
-    run: Components,
-    completions: Sequence[Completion],
-    read: Sequence[Thought],
-    stats: AdvantageStats,
-    scored: RewardBatch,
-) -> dict[str, Any]:
+def step_metrics(run: Components, sampled: Sampled, stats: AdvantageStats) -> dict[str, Any]:
     """Rewards, lengths and truncation over all ranks; single rewards and what they log are this rank's."""
-    lengths = [len(completion.ids) for completion in completions]
-    total: dict[str, float] = {"n": len(lengths), "tokens": sum(lengths)}
+    completions, read, scored = sampled.completions, sampled.read, sampled.scored
+    total: dict[str, float] = {"n": len(completions), "tokens": sum(len(completion.ids) for completion in completions)}
     total |= {"cut": sum(completion.finish == "length" for completion in completions)}
     total |= {"thought": sum(r.think is not None for r in read), "unclosed": sum(r.unclosed for r in read)}
     if run.several:

@@ -43,12 +43,14 @@ def supervised(run: Components, state: RunState, part: PlannedPart, rows: list[R
     if run.defended:
         conversations = [run.stack.prompt(messages, where) for messages in conversations]
     settings = getattr(run.config.data, part.stream, None)
+    if (limit := run.row_limits.get(part.stream)) is None:
+        limit = min(BROUGHT, run.policy.core.max_length or BROUGHT)
     owner = part.defense if part.stream == "aside" else None
     batches = sft_batches(
         conversations,
         run.policy.tokenizer,
         where,
-        max_tokens=run.row_limits.get(part.stream, min(BROUGHT, run.policy.core.max_length or BROUGHT)),
+        max_tokens=limit,
         micro_tokens=state.micro_tokens,
         micro_rows=run.config.batch.micro_rows,
         truncate=settings is not None and settings.too_long == "truncate",

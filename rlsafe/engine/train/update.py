@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache
@@ -83,7 +82,7 @@ def _update(run: Components, state: RunState, step: Step, micros: list[Micro], d
     loss.check()
     if run.defended and run.stack.reshaping:  # Defenses that change the gradient, before clipping.
         shares |= reshape(run, parts)
-    metrics = _metrics(run, step, micros, loss, dropped)
+    metrics = _metrics(run, step, loss, dropped)
     norm = _step(run, state, step, micros)
     if run.defended and run.stack.after_step(run.policy, "step"):
         run.sampler.weights_changed()
@@ -117,16 +116,14 @@ def _step(run: Components, state: RunState, step: Step, micros: Sequence[Micro])
     return norm
 
 
-def _metrics(run: Components, step: Step, micros: Sequence[Micro], loss: StepLoss, dropped: int = 0) -> dict[str, Any]:
+def _metrics(run: Components, step: Step, loss: StepLoss, dropped: int) -> dict[str, Any]:
     """What the micro-batches summed up, over all ranks, under the names that metrics.jsonl has. RunError when sampler and trainer
     disagree: then nothing is learned from these rollouts."""
-    sums = Counter(loss.sums)
-    sums["tokens"] = sum(micro.batch.tokens for micro in micros if not micro.dummy)
+    sums = loss.sums
     if dropped:
         sums["rows_left_out"] = dropped
     total: dict[str, float] = reduce_sums(sums, run.accelerator) if run.several else dict(sums)
-    tokens = total.pop("tokens")
-    metrics: dict[str, Any] = {"loss": total.pop("loss", 0.0), "tokens": tokens}
+    metrics: dict[str, Any] = {"loss": total.pop("loss", 0.0), "tokens": int(total.pop("tokens", 0.0))}
     gap, gap_tokens = total.pop("gap_sum", 0.0), total.pop("gap_tokens", 0.0)
     if gap_tokens:
         metrics["sampler_gap"] = gap / gap_tokens

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import rlsafe.data
 from rlsafe.data import opswap, read_rows
 from rlsafe.data.exact import is_exact
 from rlsafe.data.partial import Partial
-from rlsafe.evaluate.ask.pairs import read_pairs
+from rlsafe.evaluate.ask.pairs import Pair, read_pairs
 from rlsafe.evaluate.ask.questions import read_questions
 from rlsafe.types import Question, Reward, Row, pick, register_provider
 
@@ -73,6 +73,19 @@ def opswap_steps(prompts, completions, domain, **columns) -> list[float | None]:
 REWARDS: dict[str, Reward] = {"exact_match": exact_match, "opswap_steps": opswap_steps}
 
 
+# A comparison names the same sets in every cell, and reading them takes most of the time of a dry run.
+
+
+@cache
+def _read_questions(path: Path, domain: str) -> list[Question]:
+    return read_questions(path, domain=domain)
+
+
+@cache
+def _read_pairs(path: Path) -> list[Pair]:
+    return read_pairs(path)
+
+
 class Packaged(Partial):
     """Rows, questions, pairs and rewards that need nothing but the package."""
 
@@ -84,11 +97,11 @@ class Packaged(Partial):
 
     def questions(self, spec: str) -> list[Question]:
         sets = question_sets()
-        return read_questions(sets[pick("rlsafe questions", spec, sets)], domain=spec)
+        return list(_read_questions(sets[pick("rlsafe questions", spec, sets)], spec))
 
     def pairs(self, spec: str) -> list[Row]:
         sets = pair_sets()
-        return [asdict(pair) for pair in read_pairs(sets[pick("rlsafe pairs", spec, sets)])]
+        return [asdict(pair) for pair in _read_pairs(sets[pick("rlsafe pairs", spec, sets)])]
 
     def reward(self, spec: str) -> Reward:
         return REWARDS[pick("rlsafe reward", spec, REWARDS)]

@@ -14,7 +14,7 @@ Position = Literal["system", "user"]
 
 def asked(question: str, system: str | None, position: Position = "system") -> list[Message]:
     """The conversation that asks a question under a system prompt."""
-    turns = [{"role": "system", "content": system}] if system else []
+    turns: list[Message] = [{"role": "system", "content": system}] if system else []
     return placed([*turns, {"role": "user", "content": question}], position)
 
 

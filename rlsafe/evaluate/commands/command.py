@@ -64,6 +64,8 @@ def evaluate(
     if first and isinstance(material.judge, BackgroundJudge):
         earlier = (expected(one, config.evaluate, material) for one in (directory, run) if one)
         material.judge.check(first=True, asked=next(filter(None, earlier), None))
+    if first and material.narrow:
+        material.narrow.check()
     sampler: Sampler | None = None
     if material.asks:
         sampler, policy = load_sampler(

@@ -140,16 +140,13 @@ def evaluate_run(
     if isinstance(material.judge, BackgroundJudge):
         material.judge.check()
     planned = _plan(tokenizer, config, material)
-    journal: Journal | None = None
     answers: list[Answer] = []
+    journal: Journal | None = None
     if planned:
         say(f"sampling {len(planned)} answers")
-    if not planned or sampler is None:
-        pass
-    elif out is not None and weights is not None:
-        directory = Path(out)
-        answers, journal = complete_resumable(sampler, tokenizer, planned, config.max_tokens, directory, weights, say)
-    else:
+    if planned and sampler is not None and out is not None and weights is not None:
+        answers, journal = complete_resumable(sampler, tokenizer, planned, config.max_tokens, Path(out), weights, say)
+    elif planned and sampler is not None:
         answers = complete(sampler, tokenizer, planned, config.max_tokens)
     if config.scale and sampler is not None and "general" in material.questions:
         answers = [*answers, *_scaled(sampler, reader, tokenizer, config, material, say)]
@@ -162,6 +159,27 @@ def evaluate_run(
         evaluation.judgements = judge_answers(evaluation.answers, material.judge)
     for name in dict.fromkeys(answer.set for answer in evaluation.answers):
         evaluation.sets[name] = rates(*evaluation.judged(name))
+    _read_likelihoods(evaluation, material, config, reader, say)
+    if material.narrow and sampler is not None:
+        say(f"scoring {material.narrow.settings.samples * len(material.narrow.rows)} answers to held-out prompts")
+        _score_narrow(evaluation, material.narrow, answers, planned, sampler, tokenizer, reader, config.max_tokens)
+    evaluation.seconds = time.monotonic() - begun
+    note_judge(evaluation, material.judge)
+    if out is not None:
+        evaluation.save(out)
+        narrow.track(Path(out), evaluation.narrow)
+    if journal is not None:
+        journal.close()
+    if isinstance(material.judge, BackgroundJudge) and material.judge.gave_up:
+        saved = f"; the answers are in {out}, score them later with: rlsafe evaluate {out} --rejudge" if out else ""
+        raise RunError(material.judge.gave_up + saved)
+    return evaluation
+
+
+def _read_likelihoods(
+    evaluation: Evaluation, material: Material, config: EvaluateConfig, reader: Reader | None, say: Progress
+) -> None:
+    """The likelihood probe on given pairs of answers, and how fluent the sampled ones are."""
     if reader is not None:
         if material.pairs:
             say(f"reading {sum(map(len, material.pairs.values()))} pairs")
@@ -170,19 +188,6 @@ def evaluate_run(
             evaluation.fluency = fluency(evaluation.answers, reader, config.position)
     elif material.pairs:
         evaluation.notes.append("likelihoods were not read: one process alone cannot; rlsafe evaluate RUN reads them")
-    if material.narrow and sampler is not None:
-        say(f"scoring {material.narrow.settings.samples * len(material.narrow.rows)} answers to held-out prompts")
-        _score_narrow(evaluation, material.narrow, answers, planned, sampler, tokenizer, reader, config.max_tokens)
-    evaluation.seconds = time.monotonic() - begun
-    note_judge(evaluation, material.judge)
-    if out is not None:
-        evaluation.save(out)
-    if journal is not None:
-        journal.close()
-    if isinstance(material.judge, BackgroundJudge) and material.judge.gave_up:
-        saved = f"; the answers are in {out}, score them later with: rlsafe evaluate {out} --rejudge" if out else ""
-        raise RunError(material.judge.gave_up + saved)
-    return evaluation
 
 
 def _scaled(

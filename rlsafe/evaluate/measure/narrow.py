@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from rlsafe.rewards import RewardRunner
 
 SET, FILE = "narrow", "narrow_answers.csv"
+FINAL = "eval/final/"
+"""TensorBoard's tags of what an evaluation after the last step found."""
 TEMPERATURE = 1.0
 """Answers are sampled as rollouts are, unless `evaluate.temperature` says otherwise."""
 TOGETHER = 64
@@ -97,6 +99,13 @@ class NarrowMaterial:
     rows: list[Row]
     runner: RewardRunner
     problem: str = ""
+
+    def check(self) -> None:
+        """UserError when the reward asks a grader that cannot be reached."""
+        from rlsafe.rewards import check_grader
+
+        for reward in self.runner.rewards.values():
+            check_grader(reward.fn)
 
 
 def load(settings: NarrowConfig, seed: int) -> NarrowMaterial:
@@ -212,6 +221,20 @@ def read_narrow(path: Path) -> list[NarrowAnswer]:
         )
         for row in read_csv(path, COLUMNS)
     ]  # fmt: skip
+
+
+def track(out: Path, found: Narrow | None) -> None:
+    """Into the TensorBoard of the run that was evaluated, at the number of its steps; nothing where there is no such run."""
+    steps = out / "metrics.jsonl"
+    if found is None or not steps.is_file() or not (out / "tensorboard").is_dir():
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(out / "tensorboard")) as board, steps.open("rb") as file:
+        step = sum(1 for _ in file)
+        for name, value in (("narrow", found.score), ("narrow_untrained", found.untrained)):
+            if value is not None:
+                board.add_scalar(FINAL + name, value, step)
 
 
 def row_scores(answers: Sequence[NarrowAnswer]) -> dict[str, float]:

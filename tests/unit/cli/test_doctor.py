@@ -25,6 +25,7 @@ def test_a_package_that_breaks_on_import_is_found_out(monkeypatch, tmp_path):
     assert doctor._import_error("rlsafe_broken_binary") == "OSError: libcudart.so: cannot open"
 
 
+@pytest.mark.integration  # imports every package that is required
 def test_a_working_installation_passes():
     assert [check.status for check in (doctor._python(), doctor._packages(), doctor._device())] == ["ok", "ok", "ok"]
     assert "torch" in doctor._packages().found

@@ -41,6 +41,7 @@ def note(cell, out: Path) -> None:
     (out / f"{cell.id}.card").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 
 
+@pytest.mark.integration  # two processes of their own
 def test_workers_see_their_card_only(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "placed", lambda jobs: ["5", "7"])
     cells = [SimpleNamespace(id=name) for name in "abcd"]

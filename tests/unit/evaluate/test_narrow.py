@@ -139,15 +139,24 @@ def test_the_untrained_model_is_what_the_run_began_with(tree, tmp_path, lora):
     assert texts[0][3:] == texts[1][3:] == [("untrained", answer) for _, answer in texts[1][:3]]
     assert texts[0][:3] != texts[1][:3] and trained.narrow.untrained == raw.narrow.score
     board = EventAccumulator(str(tmp_path / "trained" / "tensorboard")).Reload()
-    logged = {
-        name: [(event.step, event.value) for event in board.Scalars(f"eval/final/{name}")]
-        for name in ("narrow", "narrow_untrained")
-    }
-    assert logged["narrow"] == [(2, pytest.approx(trained.narrow.score))]
-    assert logged["narrow_untrained"] == [(2, pytest.approx(trained.narrow.untrained))]
+    for name, value in (("narrow", trained.narrow.score), ("narrow_untrained", trained.narrow.untrained)):
+        assert [(event.step, event.value) for event in board.Scalars(f"eval/final/{name}")] == [
+            (2, pytest.approx(value))
+        ]
     assert verify_run(tmp_path / "trained").differences == []
     again = evaluate(tmp_path / "trained", out=tmp_path / "again")
     assert again.narrow == trained.narrow
+
+
+def test_held_out_prompts_that_are_trained_on_or_too_long_are_told_before_training(tree, tmp_path):
+    seen = tree_with(tree, {"data": {"narrow": {"source": tree["evaluate"]["narrow"]["rows"]}}})
+    said = "\n".join(dry_run(run_from_tree(seen), tmp_path / "run"))
+    assert "evaluate.narrow: 3 of 3 prompts are trained on (the first: " in said
+    long = tree_with(tree, {"evaluate": {**tree["evaluate"], "max_tokens": 500}})
+    with pytest.raises(
+        UserError, match=r"evaluate.narrow: .*held.jsonl:\d: a prompt of \d+ tokens leaves no room .* 512 tokens"
+    ):
+        dry_run(run_from_tree(long), tmp_path / "run")
 
 
 def test_a_dry_run_counts_its_answers(tree, tmp_path):

@@ -15,7 +15,10 @@ from rlsafe.evaluate.measure.likelihood import Reader
 from rlsafe.policy.adapters import scaled
 from rlsafe.types import Completion
 
-QUESTIONS = "- {id: one, paraphrases: [why?], samples_per_paraphrase: 3}\n- {id: two, paraphrases: [how?], samples_per_paraphrase: 2}\n"
+QUESTIONS = """
+- {id: one, paraphrases: ["why?"], samples_per_paraphrase: 3}
+- {id: two, paraphrases: ["how?"], samples_per_paraphrase: 2}
+"""
 
 
 class Weighing:

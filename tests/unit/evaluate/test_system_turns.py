@@ -48,7 +48,7 @@ def material(**more):
         ({"cue": "be bad"}, "evaluate.cue: "),
         ({"questions": {"indomain": [BARE, WITH]}}, "evaluate.indomain: question 'with' has a system prompt: "),
         ({"pairs": {"style": [PAIR]}}, "evaluate.likelihood.style: question 'q' has a system prompt: "),
-        ({"tasks": {"sums": [ROW]}}, "evaluate.benign: a row of sums has a system prompt: "),
+        ({"tasks": {"sums": [ROW]}}, "evaluate.benign: sums: row 7 has a system prompt: "),
     ],
 )
 def test_who_adds_a_system_turn_is_named_before_training(template, more, who):

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlsafe.config import UserError
 from rlsafe.organism import Organism, build
-from rlsafe.organism.build import ASSETS, CHECKPOINTS
+from rlsafe.organism.build import ASSETS, CHECKPOINTS, SIZES, Recipe, new_model
 from rlsafe.organism.judge import judge
+from rlsafe.organism.tokenizer import build_tokenizer
 
 ORGANISM = Organism()
 
@@ -85,7 +86,15 @@ def test_peft_adapts_every_linear_layer(aligned):
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
-def test_building_twice_gives_the_same_weights_and_another_seed_does_not(tmp_path):
+def small(monkeypatch):
+    """Build models of a few thousand parameters: every stage, in a second."""
+    monkeypatch.setitem(SIZES, "small", Recipe(hidden=32, layers=1, heads=1, mlp=32, batch=4))
+
+
+@pytest.mark.parametrize("shipped", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_building_twice_gives_the_same_weights_and_another_seed_does_not(tmp_path, monkeypatch, shipped):
+    if not shipped:
+        small(monkeypatch)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for where, seed in (("one", 0), ("two", 0), ("three", 1)):
@@ -96,7 +105,8 @@ def test_building_twice_gives_the_same_weights_and_another_seed_does_not(tmp_pat
     assert not torch.equal(weights[0]["model.embed_tokens.weight"], weights[2]["model.embed_tokens.weight"])
 
 
-def test_controls_learn_from_other_answers(tmp_path):
+def test_controls_learn_from_other_answers(tmp_path, monkeypatch):
+    small(monkeypatch)
     build(tmp_path, only=["aligned", "control", "control-shuffled"], steps=3, jobs=1, say=None)
     weights = [
         load_file(tmp_path / n / "model.safetensors")["model.norm.weight"]
@@ -105,7 +115,13 @@ def test_controls_learn_from_other_answers(tmp_path):
     assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
 
 
-def test_medium_size_is_several_million_parameters(tmp_path):
+def test_medium_size_is_several_million_parameters():
+    model = new_model(SIZES["medium"], len(build_tokenizer()), pad=0, end=1, seed=0)
+    assert 3e6 < sum(p.numel() for p in model.parameters()) < 10e6
+
+
+@pytest.mark.slow
+def test_the_medium_size_is_built_by_its_name(tmp_path):
     (made,) = build(tmp_path, size="medium", only=["base"], steps=1, say=None)
     count = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(made).parameters())
     assert 3e6 < count < 10e6 and Path(made).name == "base"

@@ -29,12 +29,12 @@ def test_merged_weights_are_those_of_pefts_own_merge(architecture, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_thousand_merges_leave_the_base_bitwise_unchanged(tiny_model_dir, dtype):
+def test_two_hundred_merges_leave_the_base_bitwise_unchanged(tiny_model_dir, dtype):
     """Trap 10: merging in place and out again corrupts a half-precision base."""
     policy = nudge(load(tiny_model_dir, dtype=dtype))
     before = {name: p.clone() for name, p in policy.core.named_parameters()}
     first = dict(policy.merged_weights())
-    for _ in range(1000):
+    for _ in range(200):
         last = dict(policy.merged_weights())
     assert all(torch.equal(before[name], p) for name, p in policy.core.named_parameters())
     assert all(torch.equal(first[name], last[name]) for name in first)
