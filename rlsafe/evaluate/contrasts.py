@@ -13,7 +13,8 @@ Graybill & Wang's (1980) and Howe's (1974) limits for sums of variances:
     half width^2 = t_{S-1}^2 (V_seeds - c V_answers / 2) + t_{Q-D}^2 (V_questions - V_answers / 2),   at least t_{Q-D}^2 V_questions
 
 with D domains and c = (S - 2) / (S - 1): an estimate from few seeds gets little taken off. Parts below 0 count as 0.
-Simulated coverage: docs/evaluation.md (`scripts/bench coverage`). With one seed there is no seeds' part: the interval then holds for that seed, over questions only.
+Simulated coverage: docs/evaluation.md (`scripts/bench coverage`). With one seed there is no seeds' part: the interval then holds
+for that seed, over questions only.
 
 - one rate (`rate_interval`): Wilson's interval with the effective size p (1 - p) z^2 / (half width)^2 (Korn & Graubard 1998), so that
   it stays inside [0, 1] and open where no answer, or every answer, met the criterion.
@@ -196,9 +197,10 @@ class Sample:
         value = float(sum(weight * self.arms[label].mean for label, weight in used.items()))
         covariances, seeds = self._variances(list(used))
         c = np.array(list(used.values()))
-        return value, self._half(*map(float, c @ covariances @ c), seeds)
+        return value, self._half((c @ covariances @ c).tolist(), seeds)
 
-    def _half(self, v_seeds: float, v_questions: float, v_answers: float, seeds: int) -> float:
+    def _half(self, variances: Sequence[float], seeds: int) -> float:
+        v_seeds, v_questions, v_answers = variances
         t_questions, shared = quantile(self.level, self._free_questions) ** 2, v_answers / 2
         least = t_questions * v_questions
         if seeds > 1:
@@ -230,7 +232,7 @@ class Sample:
 
         def inside(r: float) -> bool:
             variances = [uu - 2 * r * ud + r * r * dd for uu, ud, dd in squares]
-            return abs(over - r * below) <= self._half(*variances, seeds)
+            return abs(over - r * below) <= self._half(variances, seeds)
 
         return value, (_edge(inside, value, -1.0), _edge(inside, value, 1.0))
 
