@@ -29,6 +29,7 @@ class LowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        """x [..., in], weight [out, in], bias [out], a [r, in], b [out, r] -> [..., out]."""
         rows = x.reshape(-1, x.shape[-1])
         low, wide = a.to(weight.dtype), (b * scale).to(weight.dtype)
         inner = rows @ low.t()
@@ -40,6 +41,7 @@ class LowRank(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        """grad [..., out] -> the gradients of x [..., in], a [r, in] and b [out, r]; those of a and b summed over all rows."""
         rows, inner, weight, low, wide = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
         grad_inner = grad @ wide
@@ -57,6 +59,7 @@ class FusedLinear(Linear):
     """PEFT's LoRA layer, computed by `LowRank` wherever that is the same function; PEFT's own way in every other case."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [..., in] -> [..., out]."""
         weight: Any = self.base_layer.weight
         dropped = self.training and not isinstance(self.lora_dropout[ADAPTER], nn.Identity)
         if self.disable_adapters or self.merged or dropped or args or kwargs or self.active_adapters != [ADAPTER]:
