@@ -97,10 +97,8 @@ def _lines(result: Result, what: str, lanes: list[Lane], parameters: int, peak: 
 
 
 def _tree(model: str, dtype: str, rows: int, fused: bool | str = "auto") -> dict[str, Any]:
-    return world.run_tree(
-        model, "", model={"name": model, "dtype": dtype, "lora": LORA | {"fused": fused}},
-        batch={"sft_rows": rows, "micro_tokens": 2048},
-    )  # fmt: skip
+    tree = world.run_tree(model, "", batch={"sft_rows": rows, "micro_tokens": 2048})
+    return tree | {"model": {"name": model, "dtype": dtype, "lora": LORA | {"fused": fused}}}
 
 
 def _code() -> list[dict[str, Any]]:
