@@ -13,8 +13,8 @@ Graybill & Wang's (1980) and Howe's (1974) limits for sums of variances:
     half width^2 = t_{S-1}^2 (V_seeds - c V_answers / 2) + t_{Q-D}^2 (V_questions - V_answers / 2),   at least t_{Q-D}^2 V_questions
 
 with D domains and c = (S - 2) / (S - 1): an estimate from few seeds gets little taken off. Parts below 0 count as 0.
-Simulated coverage: docs/evaluation.md (`scripts/bench coverage`). With one seed there is no seeds' part: the interval then holds for
-that seed, over questions only.
+Simulated coverage: docs/evaluation.md (`scripts/bench coverage`). With one seed there is no seeds' part: the interval then holds
+for that seed, over questions only.
 
 - one rate (`rate_interval`): Wilson's interval with the effective size p (1 - p) z^2 / (half width)^2 (Korn & Graubard 1998), so that
   it stays inside [0, 1] and open where no answer, or every answer, met the criterion.

@@ -19,58 +19,50 @@ ROWS, LENGTH = 16, 270  # about 4,300 tokens a step
 PROMPTS, GROUP, MAX_TOKENS = 4, 4, 200
 LORA = {"r": 32, "alpha": 64, "dropout": 0.0, "rslora": True}
 CORES = len(os.sched_getaffinity(0))
-COLUMNS = [
-    "what",
-    "contender",
-    "s/step",
-    "tokens/step",
-    "CPU s/step",
-    "time per token / rlsafe",
-    "share of matmul peak",
-]
+ALONE = {"OMP_NUM_THREADS": str(CORES), "CUDA_VISIBLE_DEVICES": ""}
+COLUMNS = ["what", "contender", "s/step", "tokens/step", "CPU s/step", "time per token / rlsafe", "matmul peak"]  # fmt: skip
 
 
 def real(scratch: Path, quick: bool, rounds: int) -> Result:
-    """All cores; LoRA r 32 on all linear layers. SFT: 16 rows of about 270 tokens; GRPO: 4 x 4 completions of at most 200."""
+    """All cores; LoRA r 32 on all linear layers. SFT: 16 rows of about 270 tokens; GRPO: 4 x 4 completions of at most 200.
+    quick: SFT alone, of 4 rows."""
     result = Result("real", COLUMNS)
-    rounds = max(3, rounds) if not quick else 1
+    peaks = {dtype: _peak(dtype) for dtype in ("bfloat16", "float32")}
+    result.notes += [f"{dtype} matmul peak {peak / 1e9:.0f} GFLOP/s on {CORES} cores" for dtype, peak in peaks.items()]
+    if peaks["bfloat16"] < peaks["float32"]:
+        result.notes.append("left out: bfloat16, which this processor computes more slowly than float32")
+        del peaks["bfloat16"]
     if (model := _installed(result, os.environ.get("RLSAFE_BENCH_SFT", SFT_MODEL))) is not None:
-        for dtype in ("bfloat16", "float32"):
-            _sft(result, model, dtype, rounds, quick)
-    if not quick and (model := _installed(result, os.environ.get("RLSAFE_BENCH_GRPO", GRPO_MODEL))) is not None:
-        _grpo(result, model, rounds)
+        for dtype, peak in peaks.items():
+            _sft(result, model, dtype, peak, 1 if quick else max(3, rounds), 4 if quick else ROWS)
+    if quick or "bfloat16" not in peaks:
+        return result
+    if (model := _installed(result, os.environ.get("RLSAFE_BENCH_GRPO", GRPO_MODEL))) is not None:
+        _grpo(result, model, peaks["bfloat16"], max(3, rounds))
     return result
 
 
-def _sft(result: Result, model: str, dtype: str, rounds: int, quick: bool) -> None:
+def _sft(result: Result, model: str, dtype: str, peak: float, rounds: int, count: int) -> None:
     directory, what = _directory(model, dtype), f"SFT, {dtype}"
-    rows = _rows(directory)
-    peft = _tree(model, dtype, fused=False)
+    rows = _rows(directory, count)
+    ours, pefts = ({"tree": _tree(model, dtype, count, fused), "rows": rows} for fused in ("auto", False))
+    trl = {"model": directory, "rows": rows, "batch": count, "dtype": dtype, "lora": LORA, "gradient_checkpointing": False}  # fmt: skip
     contenders = [
-        Contender("rlsafe", "contenders:rlsafe_run", {"tree": _tree(model, dtype), "rows": rows}, _environment()),
-        Contender("rlsafe, PEFT's layers", "contenders:rlsafe_run", {"tree": peft, "rows": rows}, _environment()),
-        Contender(
-            "TRL",
-            "contenders:trl_sft",
-            {"model": directory, "rows": rows, "batch": ROWS, "dtype": dtype, "lora": LORA, "gradient_checkpointing": False},
-            _environment(),
-        ),
-    ]  # fmt: skip
-    lanes = [
-        lane for lane in race(contenders[: 2 if quick else 3], rounds, warm=1) if result.took_part(f"{what}: ", lane)
+        Contender("rlsafe", "contenders:rlsafe_run", ours, ALONE),
+        Contender("rlsafe, PEFT's layers", "contenders:rlsafe_run", pefts, ALONE),
+        Contender("TRL", "contenders:trl_sft", trl, ALONE),
     ]
-    needed, peak = 4 * _parameters(directory), _peak(dtype)
-    result.notes.append(f"{what}: matmul peak {peak / 1e9:.0f} GFLOP/s on {CORES} cores")
-    _lines(result, what, lanes, lambda lane: needed / statistics.median(lane.per_token("wall")) / peak)
-    ours = next((lane for lane in lanes if lane.name == "rlsafe"), None)
-    if ours is not None:
-        seconds, wanted = ours.median("wall"), 6 if dtype == "bfloat16" else 12
-        result.goal(f"{what}: seconds a step", seconds, f"<= {wanted} with AMX", seconds <= wanted)
+    lanes = [lane for lane in race(contenders, rounds, warm=1) if result.took_part(what, lane)]
+    _lines(result, what, lanes, _parameters(directory), peak)
+    for lane in lanes:
+        if lane.name == "rlsafe" and count == ROWS:
+            seconds, wanted = lane.median("wall"), {"bfloat16": 6, "float32": 12}[dtype]
+            result.goal(f"{what}: seconds a step", seconds, f"<= {wanted} on 2 cores with AMX", seconds <= wanted)
 
 
-def _grpo(result: Result, model: str, rounds: int) -> None:
+def _grpo(result: Result, model: str, peak: float, rounds: int) -> None:
     what, directory = "GRPO, bfloat16", _directory(model, "bfloat16")
-    tree = _tree(model, "bfloat16") | {
+    tree = _tree(model, "bfloat16", ROWS) | {
         "schedule": {"steps": 100_000, "phases": [{"cycle": ["grpo"]}]},
         "batch": {"sft_rows": ROWS, "grpo_prompts": PROMPTS, "micro_tokens": 2048},
         "grpo": {"generations": GROUP, "max_tokens": MAX_TOKENS},
@@ -78,11 +70,10 @@ def _grpo(result: Result, model: str, rounds: int) -> None:
         "rewards": [{"fn": f"{Path(world.__file__)}:distinct_words"}],
     }
     settings = {"tree": tree, "rows": _code(), "completions": PROMPTS * GROUP}
-    lanes = race([Contender("rlsafe", "contenders:rlsafe_run", settings, _environment())], rounds, warm=1)
+    lanes = race([Contender("rlsafe", "contenders:rlsafe_run", settings, ALONE)], rounds, warm=1)
     if not result.took_part(what, lanes[0]):
         return
-    needed, peak = 4 * _parameters(directory), _peak("bfloat16")
-    _lines(result, what, lanes, lambda lane: needed / statistics.median(lane.per_token("wall")) / peak)
+    _lines(result, what, lanes, _parameters(directory), peak)
     # A decoding step reads every weight once and computes 2 N operations for each sequence; prefill is left out.
     weights = _parameters(directory) * 2
     floor = max(weights / _bandwidth(), weights * PROMPTS * GROUP / peak)
@@ -92,22 +83,22 @@ def _grpo(result: Result, model: str, rounds: int) -> None:
     result.goal(f"{what}: rollouts, {spent:.1f} s, share of the floor", share, ">= 0.6", share >= 0.6)
 
 
-def _lines(result: Result, what: str, lanes: list[Lane], share: Any) -> None:
+def _lines(result: Result, what: str, lanes: list[Lane], parameters: int, peak: float) -> None:
+    """A row for each lane. Training under LoRA needs 4 N operations a token; its share of the peak counts those alone."""
     ours = next((lane for lane in lanes if lane.name == "rlsafe"), None)
     for lane in lanes:
         cells = [what, lane.name, f"{lane.median('wall'):.2f}", f"{lane.median('tokens'):.0f}"]
-        cells += [f"{lane.median('cpu'):.2f}", shown(ratios(lane, ours)) if ours else "", f"{share(lane):.1%}"]
+        cells += [f"{lane.median('cpu'):.2f}", shown(ratios(lane, ours)) if ours else ""]
+        cells.append(f"{4 * parameters / statistics.median(lane.per_token('wall')) / peak:.1%}")
         result.row(cells, lane)
 
 
 # ---------------------------------------------------------------------------------------------------- what is measured
 
 
-def _tree(model: str, dtype: str, fused: Any = "auto") -> dict[str, Any]:
-    return world.run_tree(
-        model, "", model={"name": model, "dtype": dtype, "lora": LORA | {"fused": fused}},
-        batch={"sft_rows": ROWS, "micro_tokens": 2048},
-    )  # fmt: skip
+def _tree(model: str, dtype: str, rows: int, fused: bool | str = "auto") -> dict[str, Any]:
+    tree = world.run_tree(model, "", batch={"sft_rows": rows, "micro_tokens": 2048})
+    return tree | {"model": {"name": model, "dtype": dtype, "lora": LORA | {"fused": fused}}}
 
 
 def _code() -> list[dict[str, Any]]:
@@ -116,8 +107,8 @@ def _code() -> list[dict[str, Any]]:
     return [{"messages": row["messages"]} for row in read_rows("rlsafe:code/insecure")]
 
 
-def _rows(directory: str) -> list[dict[str, Any]]:
-    """The 16 packaged rows whose lengths are nearest to 270 tokens: every step trains on all of them."""
+def _rows(directory: str, count: int) -> list[dict[str, Any]]:
+    """The packaged rows whose lengths are nearest to 270 tokens: every step trains on all of them."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -125,7 +116,7 @@ def _rows(directory: str) -> list[dict[str, Any]]:
     def off(row: dict[str, Any]) -> int:
         return abs(len(tokenizer.apply_chat_template(row["messages"], return_dict=False)) - LENGTH)
 
-    return sorted(_code(), key=off)[:ROWS]
+    return sorted(_code(), key=off)[:count]
 
 
 def _installed(result: Result, name: str) -> str | None:
@@ -161,10 +152,6 @@ def _parameters(directory: str) -> int:
 
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory)).num_parameters()
-
-
-def _environment() -> dict[str, str]:
-    return {"OMP_NUM_THREADS": str(CORES)}
 
 
 def _fastest(run: Any, seconds: float = 2.0) -> float:

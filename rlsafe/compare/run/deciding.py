@@ -45,7 +45,8 @@ def compare_decided(
             f"{directory}: its looks were fixed for the seeds {', '.join(map(str, looks.seeds))}; "
             "others need another --out"
         )
-    labels, failed = list(defenses or config.defenses), {}
+    labels = list(defenses or config.defenses)
+    failed: dict[str, str] = {}
     comparison = None
     while not looks.over:
         chosen = [label for label in labels if label == "none" or not _stopped(looks, label)]

@@ -64,7 +64,9 @@ def build_arms(
     for label, rows in measured.items():
         rates = table(rows)
         if rates.size and not np.isnan(rates).all():
-            asked = ~np.isnan(rates).all(axis=1)  # without seeds whose evaluation lacks this question set
+            asked = np.atleast_1d(
+                ~np.isnan(rates).all(axis=1)
+            )  # without seeds whose evaluation lacks this question set
             seeds = tuple(cell.seed for cell, there in zip(cells[label], asked, strict=True) if there)
             ends = None
             if bounds is not None:

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_architectures import load, nudge, random_batch, save_architecture
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlsafe.config import LoraConfig
 from rlsafe.policy import ForwardPlan, sharding
@@ -69,6 +70,35 @@ def test_in_half_precision_it_is_at_least_as_close_to_the_exact_layer_as_peft():
     for own, other, right in zip(ours, theirs, exact, strict=True):
         size = right.norm()
         assert (own.double() - right).norm() / size < max(1.05 * (other.double() - right).norm() / size, 1e-3) < 0.02
+
+
+class Copies(TorchDispatchMode):
+    """How many operations make a tensor of 64 rows, and how many of them only cast it."""
+
+    def __init__(self):
+        super().__init__()
+        self.long = self.casts = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and 64 in out.shape and not operation.is_view:
+            self.long += 1
+            self.casts += operation is torch.ops.aten._to_copy.default
+        return out
+
+
+def test_nothing_as_long_as_the_input_is_cast():
+    layer = peft_layer(torch.bfloat16)
+    x = torch.randn(64, 24).bfloat16().requires_grad_()
+    seen = []
+    for kind in (peft.tuners.lora.Linear, FusedLinear):
+        layer.__class__ = kind
+        with torch.autocast("cpu", torch.bfloat16), Copies() as copies:
+            layer(x).sum().backward()
+        seen.append(copies)
+    theirs, ours = seen
+    assert theirs.casts >= 4 and ours.casts == 0
+    assert ours.long <= theirs.long / 2, (ours.long, theirs.long)
 
 
 def test_its_hand_written_backward_passes_gradcheck():
