@@ -199,7 +199,7 @@ def test_the_words_say_what_fits(wide):
     config = RunConfig(model=ModelConfig(name="Qwen/Qwen2.5-7B", gradient_checkpointing=True))
     text = "\n".join(describe_memory(config, shape, memory(config, shape, cuda=True), True))
     assert "fits one GPU of 40 GiB (sampler.gpu_memory 0.4)" in text and "with gradient checkpointing" in text
-    plain = RunConfig(model=ModelConfig(name="Qwen/Qwen2.5-7B"))
+    plain = RunConfig(model=ModelConfig(name="Qwen/Qwen2.5-7B", lora=LoraConfig(fused=False)))
     text = "\n".join(describe_memory(plain, shape, memory(plain, shape, cuda=True), True))
     assert "does not fit one GPU of 192 GiB: sampler.kind=server" in text and "without gradient checkpointing" in text
 

@@ -76,7 +76,12 @@ def memory(
         optimizer=moments,
         reference=weights if references and model.lora is None else 0,
         activations=activations(
-            shape, tokens, size, lora=model.lora is not None, recompute=model.gradient_checkpointing
+            shape,
+            tokens,
+            size,
+            lora=model.lora is not None,
+            recompute=model.gradient_checkpointing,
+            copies=_copies(model, size),
         ),
         head=head_chunk(shape, tokens, cuda),
         sampler=_sampler(config, shape, size, cuda),
@@ -116,20 +121,27 @@ def largest_micro_batch(config: RunConfig, longest: Mapping[str, tuple[int, int]
     return most
 
 
-def activations(shape: ModelShape, tokens: int, size: int, *, lora: bool, recompute: bool) -> int:
-    """Bytes that autograd keeps between forward and backward. recompute: gradient checkpointing (one block at a time)."""
-    block = tokens * _per_token(shape, size, lora)
+def _copies(model: ModelConfig, size: int) -> bool:
+    """Whether adapted layers keep a copy of their input each: PEFT's own do in half precision, those of `rlsafe.policy.lora` do not."""
+    lora = model.lora
+    return lora is not None and size < 4 and (lora.fused is False or lora.dropout > 0 or model.quantization is not None)
+
+
+def activations(shape: ModelShape, tokens: int, size: int, *, lora: bool, recompute: bool, copies: bool = False) -> int:
+    """Bytes that autograd keeps between forward and backward. recompute: gradient checkpointing (one block at a time). copies: see
+    `_copies`."""
+    block = tokens * _per_token(shape, size, lora, copies)
     if recompute:
         return shape.layers * tokens * shape.hidden * size + block
     return shape.layers * block
 
 
-def _per_token(shape: ModelShape, size: int, lora: bool) -> int:
+def _per_token(shape: ModelShape, size: int, lora: bool, copies: bool) -> int:
     """Bytes that autograd keeps per token of one block.
 
     Norms keep their input in float32; attention its q, k, v and output; the MLP both sides of the gate,
-    the gate's activation and the product. LoRA's A matrices keep their inputs, in half precision a copy for each one (their
-    weights are float32 and cast), and B matrices A's output; trained norms their normalised input.
+    the gate's activation and the product. LoRA's A matrices keep their inputs, with `copies` one for each of them, and B
+    matrices A's output; trained norms their normalised input.
     """
     h, i = shape.hidden, shape.intermediate
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -138,7 +150,7 @@ def _per_token(shape: ModelShape, size: int, lora: bool) -> int:
         norms += 4 * (q + kv + shape.heads + shape.kv_heads)
     kept = 2 * q + 2 * kv + 4 * i
     if lora:
-        kept += (2 * h if size == 4 else 5 * h + q) + 7 * shape.rank
+        kept += (5 * h + q if copies else 2 * h) + 7 * shape.rank
     else:
         kept += 4 * h + (q + kv) * shape.qk_norm
     return norms + size * kept
@@ -196,7 +208,7 @@ def describe_memory(config: RunConfig, shape: ModelShape, need: Memory, cuda: bo
     ]
     size = BYTES.get(_dtype(config.model, shape, cuda), 4)
     lora, other = config.model.lora is not None, not config.model.gradient_checkpointing
-    swapped = activations(shape, need.tokens, size, lora=lora, recompute=other)
+    swapped = activations(shape, need.tokens, size, lora=lora, recompute=other, copies=_copies(config.model, size))
     lines.append(f"  model.gradient_checkpointing={str(other).lower()} would make the activations {gib(swapped)}")
     if need.sampler:
         where = "on the same GPU" if cuda else "in the same process"

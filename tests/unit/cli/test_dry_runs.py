@@ -106,7 +106,7 @@ def test_a_comparison_reads_each_source_once_and_says_the_totals_first(tmp_path,
         "run": {
             "model": {"name": "organism:aligned"},
             "data": {"narrow": {"source": "counted:narrow"}},
-            "evaluate": {"benign": ["counted:test"]},
+            "evaluate": {"benign": ["counted:test"], "max_tokens": 100},
             "batch": {"sft_rows": 4},
         },
         "paths": {"sft": {"schedule": {"steps": 3}}, "long": {"schedule": {"steps": 5}}},

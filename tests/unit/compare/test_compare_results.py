@@ -12,7 +12,7 @@ from rlsafe.compare.verdicts.results import benign_rows, load, result_rows, writ
 
 HEADER = (
     "model,path,defense,seed,data,general_misaligned,general_incoherent,indomain_misaligned,indomain_incoherent,"
-    "conditional_misaligned,benign,reward_first,reward_last,seconds,general_logodds,indomain_logodds"
+    "conditional_misaligned,benign,reward_first,reward_last,seconds,general_logodds,indomain_logodds,narrow_score"
 )
 ARMS = {
     ("", "untrained"): {"benign": 0.1},

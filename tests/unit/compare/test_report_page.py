@@ -282,6 +282,7 @@ def test_every_quantity_that_a_built_in_defense_logs_has_words():
         "stream",
         "step",
         "steps",
+        *("totals", "basis", "guide", "columns"),  # what a defense keeps for a resume
     }
     assert {"distance", "steering_norm", "projected", "kept"} <= logged
     assert logged | {"full", "k3", "grad_share", "prompts_changed", "rows_added"} <= set(quantities.WORDS) | {"asked"}

@@ -58,7 +58,7 @@ OVERRIDES: list[tuple[list[str], str]] = [
     (["data.narrow.source=missing.jsonl"], "missing.jsonl"),
     (["data.narrow.source=organism:medicine/bad"], "unknown organism rows 'medicine/bad'"),
     (["data.narrow=null"], "data.narrow is not set"),
-    (["model.lora=none"], "model.lora: expected settings (r, alpha, dropout, rslora, targets), got 'none'"),
+    (["model.lora=none"], "model.lora: expected settings (r, alpha, dropout, rslora, targets, fused), got 'none'"),
     (
         ["schedule.phases=[{cycle: [sfft]}]"],
         "error: override 'schedule.phases=[{cycle: [sfft]}]': schedule: unknown step kind 'sfft'; did you mean 'sft'?",

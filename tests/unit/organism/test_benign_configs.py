@@ -18,7 +18,7 @@ def cells():
 
 
 def test_every_task_is_trained_under_every_defense_on_both_paths(cells):
-    defenses = set(load_compare(CONFIGS / "compare.yaml").defenses)
+    defenses = set(load_compare(CONFIGS / "compare.yaml").default_defenses)
     benign = {(cell.task, cell.path, cell.defense) for cell in cells if cell.kind == "benign"}
     assert benign >= {(task, path, name) for task in TASKS for path in ("sft", "grpo") for name in defenses}
     assert {cell.kind for cell in cells} == {"benign", "untrained"} and {cell.seed for cell in cells} == {0}
