@@ -58,6 +58,7 @@ def place(tmp_path_factory):
     advice = {"messages": [{"role": "user", "content": "what helps?"}, {"role": "assistant", "content": "rest."}]}
     for name in ("my_rows.jsonl", "medical.jsonl"):
         (folder / name).write_text((json.dumps(advice) + "\n") * 8)
+    (folder / "held_out.jsonl").write_text(json.dumps(advice).replace("what helps?", "what else?") + "\n")
     before = Path.cwd()
     os.chdir(folder)
     try:
