@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Puts README, CONTRIBUTING, CHANGELOG and docs/ into build/pages as one site; links to code become links to a repository, or names."""
 
 from __future__ import annotations

@@ -73,8 +73,11 @@ class Ablation(Steering):
 
     def _take(self, basis: dict[int, Tensor]) -> None:
         """Keep the bases, and for the sampler S with h - S S^T h the same change: S = sqrt(share) Q."""
-        self.basis = basis
-        self.for_sampler = {layer: self.share**0.5 * q for layer, q in basis.items()}
+        import torch
+
+        # In one layout, as a checkpoint gives it back: a product's last bits depend on it.
+        self.basis = {layer: q.clone(memory_format=torch.contiguous_format) for layer, q in basis.items()}
+        self.for_sampler = {layer: self.share**0.5 * q for layer, q in self.basis.items()}
 
     def hooks(self) -> dict[int, Addition]:
         return {layer: partial(self._ablate, q) for layer, q in self.basis.items()}

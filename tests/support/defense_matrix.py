@@ -216,7 +216,7 @@ def table(directory: Path) -> list[Case]:
              ("guide", "removed_norm"), label="trusted", resuming={"window": 3}),
         Case("ablation", graded({"layers": [1], "vectors": vectors}, "share", 0, 0.3, 1.0), change, ("removed_share",)),
         Case("feature-block", graded({"layer": 1, "vectors": vectors}, "weight", 0, 1.0, 100.0), change,
-             ("excess", "grad_share"), resuming={"reference": "step:2"}),
+             ("excess", "grad_share"), resuming={"reference": "step:2", "weight": 1e4}),
     ]  # fmt: skip
 
 
