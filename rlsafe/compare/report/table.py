@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rlsafe.compare.verdicts.arms import Rate
+from rlsafe.compare.verdicts.grades import ONE_SEED
 from rlsafe.compare.verdicts.verdicts import CRITERIA, PathTable, Row
 
 SYMBOLS = {
@@ -80,7 +81,7 @@ def verdict_table(tables: Sequence[PathTable], failed: int = 0, notes: Sequence[
 
 
 def _styled(row: Row, criterion: str) -> str:
-    shown = shown_grade(row, criterion)
+    shown = shown_grade(row, criterion).removesuffix(ONE_SEED)  # the title says it
     grade = row.verdicts[criterion].grade
     if shown == NOTHING_LEARNED:
         return f"[dim]– {shown}[/]"
