@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -18,10 +18,11 @@ from pydantic import Field
 from rlsafe.config import UserError
 from rlsafe.data import Stream as Rows
 from rlsafe.data import encode_prompt, question_of, read_completion, split_prompt
-from rlsafe.defenses.base import Defense, SetupContext
+from rlsafe.defenses.base import SetupContext
 from rlsafe.defenses.own_rows import pool
 from rlsafe.defenses.registry import defense
-from rlsafe.types import Exchange, Request, Sampler, SamplingParams, Stream, Where
+from rlsafe.defenses.steering import Steering
+from rlsafe.types import Exchange, Request, Sampler, SamplingParams, Stream
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +33,7 @@ GATE_PROMPTS = 40
 
 
 @defense("inoculation-adapter")
-class InoculationAdapter(Defense):
+class InoculationAdapter(Steering):
     """Adds scale * (B A of the trait adapter) to every layer that it adapts while training; off at evaluation, not saved.
 
     adapter: its directory; LoRA, any rank, on layers that the run adapts too. scale: of its delta.
@@ -60,10 +61,6 @@ class InoculationAdapter(Defense):
     @property
     def strength(self) -> float:
         return self.scale
-
-    @property
-    def claims(self) -> frozenset[str]:
-        return frozenset({"to steer the rollouts"} if self.rollouts else ())
 
     def setup(self, context: SetupContext) -> None:
         """Read the adapter and test that its trait shows. UserError when it does not fit, or does not show it."""
@@ -96,7 +93,7 @@ class InoculationAdapter(Defense):
             for i, p in enumerate(prompts)
         ]
         sampler = context.sampler()
-        with self._sampled(sampler, policy):
+        with self._patched(sampler):
             completions = sampler.generate(requests, SamplingParams(1.0, 1.0, context.config.grpo.max_tokens))
         exchanges = []
         for row, prompt, completion in zip(rows, prompts, completions, strict=True):
@@ -113,12 +110,6 @@ class InoculationAdapter(Defense):
             )
 
     # ------------------------------------------------------------------------------------------------ training, rollouts
-
-    def steers(self, where: Where) -> bool:
-        return where.stream in self.on and (where.phase == "train" or (where.phase == "rollout" and self.rollouts))
-
-    def activations(self, policy: Policy, where: Where) -> AbstractContextManager[Any]:
-        return self._hooked(policy) if self.steers(where) else nullcontext()
 
     @contextmanager
     def _hooked(self, policy: Policy) -> Iterator[None]:
@@ -140,11 +131,9 @@ class InoculationAdapter(Defense):
             self.added.append((delta.detach().float().square().sum() / out.detach().float().square().sum()).sqrt())
         return out + delta
 
-    def patch_sampler(self, sampler: Sampler, where: Where) -> AbstractContextManager[Any]:
-        return self._sampled(sampler, self.policy) if self.steers(where) else nullcontext()
-
     @contextmanager
-    def _sampled(self, sampler: Sampler, policy: Policy) -> Iterator[None]:
+    def _patched(self, sampler: Sampler) -> Iterator[None]:
+        policy = self.policy
         if sampler.name == "transformers":  # samples with the policy's own modules
             with self._hooked(policy):
                 yield

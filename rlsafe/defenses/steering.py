@@ -1,4 +1,5 @@
-"""What defenses share that change the residual stream while training: `persona` adds to it, `ablation` takes directions out of it."""
+"""What defenses share that change the forward pass while training: `persona` adds to the residual stream, `ablation` takes directions
+out of it, `inoculation-adapter` adds to what layers give."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 
 
 class Steering(Defense):
-    """Base class: `hooks()` says what is added where while training, `for_sampler` (set in `setup`) what a sampler is told.
+    """Base class: `hooks()` says what is added where while training, `for_sampler` (set in `setup`) what a sampler is told. A defense
+    that changes something else than the residual stream overrides `_hooked` and `_patched` instead.
 
     layers: those that are changed. on: streams whose forward passes are. rollouts: whether GRPO rollouts are changed as well.
     """
