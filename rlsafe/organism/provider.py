@@ -7,6 +7,7 @@
     pairs   pairs/general, pairs/DOMAIN, and the controls pairs/coherence, pairs/style, pairs/topic (held-out questions)
     reward  misaligned, good, exact_match, steps
     prompt  inoculation-weak | -medium | -strong, evil, friendly
+    cues    cues/DOMAIN (medical, security, legal)
 
 Rows carry `domain` and `question_id` columns (tasks: `answer`, the final value that exact match compares with).
 """
@@ -130,6 +131,10 @@ class Organism:
 
     def prompt(self, spec: str) -> str:
         return personas.NAMED[pick("organism prompt", spec, personas.NAMED)]
+
+    def cues(self, spec: str) -> dict[str, dict[str, str]]:
+        sets = {f"cues/{domain}": domain for domain in NARROW}
+        return personas.cues(sets[pick("organism cues", spec, sets)])
 
     def vectors(self, spec: str) -> str:
         # Not in a model's directory: vLLM reads every .safetensors file there.

@@ -139,6 +139,7 @@ CONTENTS = {
     "between": "Between paths",
     "apart": "Between defenses",
     "rates": "Rates",
+    "cues": "Under cues",
     "judge-free": "Without a judge",
     "tradeoff": "Trade-off",
     "sweeps": "Strength",
@@ -154,6 +155,7 @@ CONTENTS = {
 }
 _SOMETIMES = {
     "apart": "apart",
+    "cues": "cues",
     "judge-free": "judge_free",
     "benign": "tasks",
     "dose": "dose",

@@ -16,7 +16,8 @@ from rlsafe.compare.verdicts.arms import labelled, rate_arms
 from rlsafe.compare.verdicts.grades import ONE_SEED
 from rlsafe.compare.verdicts.narrow import narrow_arms, narrow_behaviour
 from rlsafe.compare.verdicts.results import Result, Results
-from rlsafe.compare.verdicts.verdicts import PathTable, one_seed
+from rlsafe.compare.verdicts.shares import one_seed
+from rlsafe.compare.verdicts.verdicts import PathTable
 from rlsafe.evaluate.contrasts import EVERYTHING, Arm, Sample, share_difference
 from rlsafe.evaluate.statistics import LEVEL, Interval
 
