@@ -54,8 +54,8 @@ def make(
 ) -> Directory:
     """Write a finished comparison. `arms`: (path, label) -> rates; the untrained model has path "".
 
-    `cue/NAME` is the rate under a cue. An arm that is absent was never run; a rate that is None was not measured. Rates named `general_after` and so on are those
-    of its relapse; a task's name is the score on that task.
+    `cue/NAME` is the rate under a cue. An arm that is absent was never run; a rate that is None was not measured. Rates named
+    `general_after` and so on are those of its relapse; a task's name is the score on that task.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     source = out.parent / f"{out.name}.yaml"

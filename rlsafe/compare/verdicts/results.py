@@ -30,6 +30,8 @@ RELAPSE_COLUMNS = (
     "model,path,defense,seed,steps,general_before,general_after,indomain_before,indomain_after,incoherent_before,"
     "incoherent_after"
 ).split(",")
+STEPS = "steps"
+"""RUN/steps/step-NNNNNN/ has the evaluation of a checkpoint (rlsafe.compare.run.steps)."""
 REWARD_WINDOW = 0.05
 """reward_first and reward_last are means over this share of the GRPO steps, at least one, at either end."""
 
@@ -108,6 +110,12 @@ class Result:
     @cached_property
     def config(self) -> RunConfig:
         return build(RunConfig, self.record["config"], source=str(self.where))
+
+    @cached_property
+    def measured_steps(self) -> dict[int, Path]:
+        """Step -> directory of the evaluation of each checkpoint that was measured."""
+        found = sorted((self.where / STEPS).glob("step-*/key.json"))
+        return {int(key.parent.name.removeprefix("step-")): key.parent for key in found}
 
     @property
     def cues(self) -> dict[str, Any]:
