@@ -79,15 +79,18 @@ class DefenseStack:
         """All references that some defense needs at some step."""
         return {need.reference for defense in self.active for need in defense.needs if need.reference}
 
-    def check_references(self, steps: int, paths: Collection[str]) -> None:
-        """UserError for a reference that never exists in a run of `steps` steps over `paths`: its penalty would never start."""
+    def check_references(self, steps: int, paths: Collection[str], from_adapter: bool = False) -> None:
+        """UserError for a reference that never exists in a run of `steps` steps over `paths`: its penalty would never start.
+
+        from_adapter: the run goes on from an adapter, such as a comparison's shared warm-up; without GRPO steps that is grpo_start.
+        """
         for defense in self.active:
             for reference in sorted({need.reference for need in defense.needs if need.reference}):
                 kind, _, which = reference.partition(":")
                 if kind not in ("step", "path") and reference not in NAMED:
                     hint = nearest(reference, [*NAMED, "step:N", "path:DIR"])
                     raise UserError(f"defense {defense.name!r}: unknown reference {reference!r}{hint}")
-                if reference == "grpo_start" and "grpo" not in paths:
+                if reference == "grpo_start" and "grpo" not in paths and not from_adapter:
                     raise UserError(
                         f"defense {defense.name!r}: reference grpo_start: the schedule has no GRPO steps; expected base, start "
                         "or step:N"

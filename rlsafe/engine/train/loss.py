@@ -128,7 +128,8 @@ class StepLoss:
         temperature = self.grpo.temperature if batch.where.path == "grpo" else 1.0
         rollout = batch.where.path == "grpo"
         top_p = self.grpo.top_p if rollout and micro.same_context and batch.old_logp is None else 1.0
-        out = policy.forward(batch, self.plan, frozen, temperature, entropy=rollout, top_p=top_p)
+        kl_temperature = self.grpo.kl_temperature if rollout else None
+        out = policy.forward(batch, self.plan, frozen, temperature, rollout, top_p, kl_temperature)
         if micro.dummy:
             return _nothing(out), {}
         self._add("tokens", batch.attention.sum())
@@ -184,7 +185,7 @@ class StepLoss:
             correction_weights=correction,
         )
         if self.grpo.beta:
-            reference = frozen["base"].logp
+            reference = frozen[self.grpo.reference].logp
             assert reference is not None
             penalty = k3(out.logp, reference, importance_ratio(out.logp, old, mask, self.grpo.level))
             values = values + self.grpo.beta * penalty
@@ -241,4 +242,4 @@ def count(micros: Sequence[Micro], stack: DefenseStack, grpo: GrpoConfig) -> Cou
 
 def engine_needs(grpo: GrpoConfig, uses_grpo: bool) -> set[Need]:
     """What the loop itself needs from the frozen forward: the k3 term of the GRPO loss, nothing else."""
-    return {Need("logprobs", "base")} if grpo.beta and uses_grpo else set()
+    return {Need("logprobs", grpo.reference)} if grpo.beta and uses_grpo else set()

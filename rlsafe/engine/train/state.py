@@ -44,6 +44,7 @@ class Components:
     look_ahead: begins the rollouts of the next step (`grpo.max_staleness: 1`); None when rollouts wait for the update.
     defended: whether any defense acts in this run; without one none of the stack's hooks is called.
     several: whether the run is spread over several processes (ranks), which must then agree at every step.
+    references: what defenses and the GRPO loss compare the policy with.
     """
 
     config: RunConfig
@@ -67,9 +68,11 @@ class Components:
     look_ahead: Callable[[Components, RunState, Step], dict[int, Ahead]] | None = None
     defended: bool = field(init=False)
     several: bool = field(init=False)
+    references: set[str] = field(init=False)
 
     def __post_init__(self) -> None:
         self.defended, self.several = len(self.stack) > 0, self.accelerator.num_processes > 1
+        self.references = self.stack.references() | ({self.config.grpo.reference} if self.config.grpo.beta else set())
 
     def draw(self, step: Step, part: PlannedPart) -> list[Row]:
         """The part's rows over all ranks, from the run's own stream or from the defense that offers them. Every rank draws the
