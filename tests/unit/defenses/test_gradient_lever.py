@@ -67,10 +67,11 @@ def backward(policy, defenses, micros):
         accelerator=Accelerator(cpu=True),
         several=False,
         backward=lambda loss: loss.backward(),
+        measured=frozenset(),
     )
     plan = ForwardPlan.from_needs(stack.needs)
     loss = StepLoss(GrpoConfig(), stack, plan, count(micros, stack, GrpoConfig()))
-    parts = PartGradients.of(world)
+    parts = PartGradients.of(world, SimpleNamespace(index=0, parts=()))
     for micro in micros:
         total, terms = loss.forward(policy, micro, policy.frozen(micro.batch, plan))
         parts.backward(micro, total, terms) if parts else total.backward()
