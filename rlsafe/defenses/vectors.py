@@ -29,8 +29,8 @@ def add(step: Named, other: Named, scale: float) -> None:
 
 
 def add_with_norm(step: Named, own: Named, wanted: float) -> float:
-    """Add `own` to `step`, scaled to the norm `wanted`. Gives the scale; 0 while `own` is zero, as a divergence from the reference is at
-    the start."""
+    """Add `own` to `step`, scaled to the norm `wanted`. Gives the scale; 0 while `own` is zero, as a divergence from the reference is
+    at the start."""
     length = norm(own)
     scale = wanted / length if length else 0.0
     add(step, own, scale)
