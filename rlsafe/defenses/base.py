@@ -38,6 +38,7 @@ class SetupContext:
     sampler: Callable[[], Sampler]  # started on first use, with the weights that the run begins with
     judge: Callable[[], Judge]
     log: Callable[[str], None]
+    planned: Mapping[str, int] = field(default_factory=dict)  # defense: rows that the run will ask it for
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -270,6 +271,9 @@ def _set_up_defenses(run: Components) -> None:
         sampler=run.sampler.synced,
         judge=run.make_judge,
         log=run.log,
+        planned=Counter(
+            name for step in run.plan for part in step.parts if (name := part.defense) for _ in range(part.rows)
+        ),
     )
     for defense in run.stack:
         with about(f"defense {defense.name!r}"):
