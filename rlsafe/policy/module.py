@@ -88,16 +88,10 @@ class PolicyModule(nn.Module):
         """Longest sequence that the position embeddings cover; None when the config does not say."""
         return getattr(self.decoder.config, "max_position_embeddings", None)
 
-    def new_cache(self) -> Any:
-        """An empty key-value cache for `next_logits`."""
-        from transformers import DynamicCache
-
-        return DynamicCache(config=self.decoder.config)
-
     def next_logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
         """Next-token logits [B, V] (float32) after left-padded ids [B, t].
 
-        They extend `cache`; mask [B, past + t], positions [B, t].
+        They extend `cache` (a DynamicCache of the decoder's config, empty at first); mask [B, past + t], positions [B, t].
         """
         with self.autocast():
             out = self.decoder(
