@@ -222,6 +222,12 @@ class EvaluateConfig(Settings):
     general: str | None = Field(None, description="provider:spec or a YAML question file")
     indomain: str | None = Field(None, description="likewise: held-out questions of the trained domain")
     cue: str | None = Field(None, description="system prompt of the conditional probe: text or provider:name")
+    cues: str | dict[str, str | dict[str, str]] = Field(
+        default_factory=dict,
+        description="the general questions in other forms: organism:cues/DOMAIN, rlsafe:cues/DOMAIN, a YAML file, or name: text",
+    )
+    cue_limit: Positive | None = Field(None, description="general questions asked under each of cues; null = limit")
+    cue_samples: Positive | None = Field(None, description="answers per question under each of cues; null = samples")
     scale: list[Annotated[float, Field(gt=0)]] = Field(
         default_factory=list, description="the general questions once more with the adapter times each of these: 1.5, 2"
     )

@@ -166,7 +166,7 @@ class Arms:
         The steps are those of the schedule's last phase (a warm-up is not repeated), with a new learning-rate schedule and the data
         in the order of the first run. Evaluated on the general and the in-domain questions, without the cue.
         """
-        forced = {"seed": seed, "defenses": [], "evaluate": {"benign": [], "cue": None, "narrow": None}}
+        forced = {"seed": seed, "defenses": [], "evaluate": {"benign": [], "cue": None, "cues": {}, "narrow": None}}
         label = source.defense if source else "untrained"
         run = self.builder.build(self.layers(path), self._overrides(False), forced, f"{path} / {label} / relapse")
         last = run.schedule.phases[-1].model_copy(update={"steps": None})
@@ -189,7 +189,7 @@ class Arms:
             (("benign", "paths", path), benign.paths.get(path, {})),
             (("benign", "tasks", task), benign.tasks[task]),
         ]
-        nothing = {"general": None, "indomain": None, "cue": None, "narrow": None}
+        nothing = {"general": None, "indomain": None, "cue": None, "cues": {}, "narrow": None}
         unread: dict[str, Any] = {"general": None, "indomain": None, "controls": []}
         forced = {"seed": seed, "defenses": entries, "evaluate": {**nothing, "likelihood": unread}}
         run = self.builder.build(layers, self._overrides(True), forced, f"benign {task} / {path} / {label}")
