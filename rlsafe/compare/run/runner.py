@@ -237,7 +237,10 @@ def check(cells: Sequence[Cell]) -> None:
 
 
 SMALL_MODEL = 1 << 30  # bytes of weights
-WORKER_MEMORY = (3 << 30, 6)  # bytes that a worker with its own sampler engine takes at most, and how many times the weights beside
+WORKER_MEMORY = (
+    3 << 30,
+    6,
+)  # bytes that a worker with its own sampler engine takes at most, and how many times the weights beside
 
 
 def suitable_jobs(todo: Sequence[Cell]) -> int:
