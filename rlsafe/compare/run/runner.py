@@ -256,13 +256,16 @@ def check(cells: Sequence[Cell]) -> None:
                 raise UserError(f"{cell.label}: {error}") from None
 
 
-SMALL_MODEL = 200 << 20  # bytes of weights
-WORKER_MEMORY = 3 << 30  # bytes that a worker with its own sampler engine takes at most, for a small model
+SMALL_MODEL = 1 << 30  # bytes of weights
+WORKER_MEMORY = (
+    3 << 30,
+    6,
+)  # bytes that a worker with its own sampler engine takes at most, and how many times the weights beside
 
 
 def suitable_jobs(todo: Sequence[Cell]) -> int:
-    """One worker per GPU; one per core for small models on a CPU (their kernels are too short to share cores), as memory allows;
-    else one process, where the cells share one sampler engine."""
+    """One worker per GPU; one per core for small models on a CPU (two threads of one process keep little more than one core busy
+    there), as memory allows; else one process, where the cells share one sampler engine."""
     import psutil
     import torch
 
@@ -272,11 +275,14 @@ def suitable_jobs(todo: Sequence[Cell]) -> int:
         return max(1, min(len(cards()), len(todo)))
     if not todo:
         return 1
+    largest = 0
     for directory in {model_path(cell.config) for cell in todo if not cell.source}:
         weights = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
         if not 0 < weights <= SMALL_MODEL:
             return 1
-    room = int(psutil.virtual_memory().available // WORKER_MEMORY)
+        largest = max(largest, weights)
+    least, times = WORKER_MEMORY
+    room = int(psutil.virtual_memory().available // (least + times * largest))
     return max(1, min(os.cpu_count() or 1, room, len(todo)))
 
 

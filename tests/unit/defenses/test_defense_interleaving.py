@@ -266,8 +266,8 @@ def test_answers_that_cannot_be_saved_are_used_all_the_same(tree, tmp_path, samp
 
 def test_a_fresh_adapter_of_another_seed_is_the_same_model(tree):
     from rlsafe.config import ModelConfig
-    from rlsafe.defenses.onpolicy import weights_digest
     from rlsafe.policy import Policy
+    from rlsafe.policy.digest import weights_digest
 
     config = ModelConfig(**tree["model"])
     one, other = (Policy.load(config, seed=seed) for seed in (0, 1))
