@@ -7,11 +7,13 @@ either; nor are tokens of the generation prompt, some of which TRL's Qwen2.5 tem
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal, NoReturn
 
 import numpy as np
@@ -109,12 +111,14 @@ class Encoder:
     def __init__(self, tokenizer: Any, chat: Chat):
         if not tokenizer.chat_template:
             raise UserError(
-                f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template; "
-                "use a chat model or give one with model.chat_template: FILE.jinja"
+                f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template; use a chat model or give one "
+                "with model.chat_template: FILE.jinja"
             )
-        self.tokenizer = tokenizer
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        self.tokenizer, self.jinja = tokenizer, render_jinja_template
         self.own: str = tokenizer.get_chat_template()
-        added = tokenizer.get_added_vocab()
+        self.written, added = dict(tokenizer.special_tokens_map), tokenizer.get_added_vocab()
         self.special = {*tokenizer.all_special_ids, *added.values()}
         known = tokenizer.added_tokens_decoder.items()
         self.tags = {i: str(token) for i, token in known if token.special and str(token) in (OPEN, CLOSE)}
@@ -140,14 +144,15 @@ class Encoder:
         """The conversation as text, by the chat template. UserError when the template fails."""
         conversation, offered = opened(messages)
         try:
-            return self.tokenizer.apply_chat_template(
-                conversation,
-                tokenize=False,
-                add_generation_prompt=generation_prompt,
+            rendered, _ = self.jinja(  # what `apply_chat_template` calls, without its third of the time
+                conversations=[conversation],
                 chat_template=template or self.own,
+                add_generation_prompt=generation_prompt,
+                **self.written,
                 **offered,
                 **(self.switches if switches is None else switches),
             )
+            return rendered[0]
         except Exception as error:  # a template may raise anything
             roles = ", ".join(turn[0] for turn in messages)
             raise UserError(f"the chat template cannot render a conversation of roles ({roles}): {error}") from None
@@ -203,6 +208,12 @@ class Encoder:
         bare, prompted = self.render(asked, False), self.render(asked, True)
         header = prompted[len(bare) :] if prompted.startswith(bare) else ""
         return self.tokenize(header), prompted.rstrip().endswith(OPEN)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all that decides on the tokens of a conversation: template, chat settings, vocabulary."""
+        parts = [self.own, repr(self.chat), str(self.written), self.tokenizer.backend_tokenizer.to_str()]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @property
     def training(self) -> str:
@@ -285,16 +296,14 @@ class Encoder:
     def _all(self, messages: Key, weights: list[bool] | None = None) -> tuple[list[int], list[bool]]:
         """Every assistant turn by the template's generation spans, or those with a weight. Spans are mapped by character offsets
         here: `return_assistant_tokens_mask` marks the whole rest of a row when a span's last character makes no token."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         self.render(messages, False, self.training)  # reports what the template cannot render
         conversation, offered = opened(messages)
-        texts, spans = render_jinja_template(
+        texts, spans = self.jinja(
             conversations=[conversation],
             chat_template=self.training,
             return_assistant_tokens_mask=True,
+            **self.written,
             **offered,
-            **self.tokenizer.special_tokens_map,
             **self.switches,
         )
         ids, offsets = self._with_offsets(texts[0])

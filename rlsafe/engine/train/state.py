@@ -13,6 +13,7 @@ import torch
 
 from rlsafe.config import RunConfig
 from rlsafe.defenses import DataContext
+from rlsafe.engine.train.dose import measured_steps
 from rlsafe.types import Judge, Row, SamplingParams
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class Components:
     sampling: how rollouts are sampled.
     defended: whether any defense acts in this run; without one none of the stack's hooks is called.
     several: whether the run is spread over several processes (ranks), which must then agree at every step.
+    references: what defenses and the GRPO loss compare the policy with. measured: steps in which the share of the gradient that added
+    rows have is measured.
     """
 
     config: RunConfig
@@ -69,11 +72,15 @@ class Components:
     sampling: SamplingParams = field(init=False)
     defended: bool = field(init=False)
     several: bool = field(init=False)
+    references: set[str] = field(init=False)
+    measured: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
         grpo = self.config.grpo
         self.sampling = SamplingParams(grpo.temperature, grpo.top_p, grpo.max_tokens)
         self.defended, self.several = len(self.stack) > 0, self.accelerator.num_processes > 1
+        self.references = self.stack.references() | ({grpo.reference} if grpo.beta else set())
+        self.measured = measured_steps(self.plan, self.config.track.every)
 
     def draw(self, step: Step, part: PlannedPart) -> list[Row]:
         """The part's rows over all ranks, from the run's own stream or from the defense that offers them. Every rank draws the
