@@ -17,6 +17,12 @@ def lab(tmp_path_factory):
     return Lab.build(tmp_path_factory.mktemp("lab"))
 
 
+@pytest.fixture(autouse=True)
+def home_of_its_own(lab, monkeypatch):
+    """An interrupted run of the lab loses its caches: the home directory is deleted."""
+    monkeypatch.setenv("HOME", str(lab.directory / "home"))
+
+
 @pytest.mark.parametrize("path, stopped_at", [("sft", 3), ("grpo", 3), ("mixed", 4)])
 def test_the_run_ends_with_the_chosen_check_and_resumes_to_the_same(lab, path, stopped_at, monkeypatch):
     asked, answered = EarlyStop._learned, []
