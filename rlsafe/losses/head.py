@@ -83,7 +83,10 @@ class _Frozen(NamedTuple):
 
 @dataclass(frozen=True)
 class _Job:
-    """The arguments of one call that carry no gradient."""
+    """The arguments of one call that carry no gradient.
+
+    ratio: what the logits of `temperature` are multiplied by for those of the KLs.
+    """
 
     targets: Tensor
     references: list[_Frozen]
@@ -95,7 +98,7 @@ class _Job:
     with_entropy: bool
     wants_grad: bool
     top_p: float = 1.0
-    ratio: float = 1.0  # what the logits are multiplied by for those of the KLs
+    ratio: float = 1.0
 
 
 def head(
@@ -144,7 +147,7 @@ def head(
     ratio = 1.0 if kl_temperature is None else temperature / kl_temperature
     job = _Job(
         targets, frozen, temperature, softcap, logit_scale, direction, chunk, with_entropy, wants_grad, top_p, ratio
-    )
+    )  # fmt: skip
     with torch.autocast(device, enabled=False):
         logp, entropy, mass, *kls = _Head.apply(hidden, weight, bias, job)
     return HeadOutput(logp, kls, entropy, mass)
@@ -174,8 +177,8 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
     total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
-def _log_probs(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job) -> tuple[Tensor, Tensor | float]:
-    """Log-probabilities [c, V] of a chunk, and d logit / d projection: a number, or [c, V] under a softcap."""
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job) -> tuple[Tensor, Tensor | float]:
+    """Logits [c, V] of a chunk over the temperature, and d logit / d projection: a number, or [c, V] under a softcap."""
     z = _matmul(hidden, weight.t())
     if z.dtype in HALF:
         z = z.float()
@@ -188,12 +191,22 @@ def _log_probs(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job) -
         z = capped.mul_(job.softcap / job.temperature)
     elif slope != 1.0:
         z *= slope
-    return torch.log_softmax(z, dim=-1), slope
+    return z, slope
 
 
-def _tempered(log_p: Tensor, ratio: float) -> Tensor:
-    """Log-probabilities [c, V] of the same logits times `ratio`."""
-    return torch.log_softmax(log_p * ratio, dim=-1)
+def _log_probs(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job) -> tuple[Tensor, Tensor, Tensor | float]:
+    """The policy's log-probabilities [c, V] of a chunk, those for the KLs (the same tensor where there is but one temperature), and
+    d logit / d projection."""
+    z, slope = _logits(hidden, weight, bias, job)
+    log_p = torch.log_softmax(z, dim=-1)
+    same = job.ratio == 1.0 or not job.references
+    return log_p, log_p if same else torch.log_softmax(z.mul_(job.ratio), dim=-1), slope
+
+
+def _reference_log_probs(ref: _Frozen, rows: slice, job: _Job) -> Tensor:
+    """A reference's log-probabilities [c, V] for its KL."""
+    z, _ = _logits(ref.hidden[rows], ref.weight, ref.bias, job)
+    return torch.log_softmax(z if job.ratio == 1.0 else z.mul_(job.ratio), dim=-1)
 
 
 def _kl(log_p: Tensor, p: Tensor, log_q: Tensor, direction: Direction, grad: bool) -> tuple[Tensor, Tensor]:
@@ -239,10 +252,9 @@ class _Head(torch.autograd.Function):
         jac_logp = torch.empty_like(hidden) if keep else None
         jac_kls = [torch.empty_like(hidden) if keep and ref.grad else None for ref in job.references]
 
-        same = job.ratio == 1.0 or not job.references  # one temperature for all
         for start in range(0, n, job.chunk):
             s = slice(start, start + job.chunk)
-            log_p, slope = _log_probs(hidden[s], weight, bias, job)
+            log_p, kl_log_p, slope = _log_probs(hidden[s], weight, bias, job)
             logp[s] = log_p.gather(1, job.targets[s].unsqueeze(1)).squeeze(1)
             if mass is not None:
                 mass[s] = log_mass(log_p, job.targets[s], job.top_p)
@@ -251,12 +263,10 @@ class _Head(torch.autograd.Function):
             p = log_p.exp()
             if entropy is not None:
                 entropy[s] = -(p * log_p).sum(-1)
-            kl_log_p = log_p if same else _tempered(log_p, job.ratio)
-            kl_p = p if same else kl_log_p.exp()
-            kl_slope = slope if same else slope * job.ratio
+            kl_p = p if kl_log_p is log_p else kl_log_p.exp()
+            kl_slope = slope if job.ratio == 1.0 else slope * job.ratio
             for ref, kl, jac in zip(job.references, kls, jac_kls, strict=True):
-                log_q, _ = _log_probs(ref.hidden[s], ref.weight, ref.bias, job)
-                log_q = log_q if same else _tempered(log_q, job.ratio)
+                log_q = _reference_log_probs(ref, s, job)
                 kl[s], grad = _kl(kl_log_p, kl_p, log_q, job.direction, jac is not None)
                 if jac is not None:
                     _project_back(grad, kl_slope, weight, out=jac[s])
@@ -285,18 +295,15 @@ class _Head(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[2] else None
-        same = job.ratio == 1.0 or not job.references
         for start in range(0, hidden.shape[0], job.chunk):
             s = slice(start, start + job.chunk)
-            log_p, slope = _log_probs(hidden[s], weight, bias, job)
+            log_p, kl_log_p, slope = _log_probs(hidden[s], weight, bias, job)
             p = log_p.exp()
-            kl_log_p = log_p if same else _tempered(log_p, job.ratio)
-            kl_p = p if same else kl_log_p.exp()
+            kl_p = p if kl_log_p is log_p else kl_log_p.exp()
             total = torch.zeros_like(p)  # the loss's gradient with respect to the logits [c, V]
             for ref, g in zip(job.references, g_kls, strict=True):
                 if g is not None:
-                    log_q, _ = _log_probs(ref.hidden[s], ref.weight, ref.bias, job)
-                    log_q = log_q if same else _tempered(log_q, job.ratio)
+                    log_q = _reference_log_probs(ref, s, job)
                     grad = _kl(kl_log_p, kl_p, log_q, job.direction, True)[1]
                     total.addcmul_(grad, g[s].unsqueeze(1), value=job.ratio)
             if g_logp is not None:
