@@ -5,6 +5,8 @@ Exit codes: 0 done; 2 the user's input is wrong (one line on stderr); 1 anything
 
 from __future__ import annotations
 
+import atexit
+import gc
 import sys
 import traceback
 from typing import NoReturn
@@ -18,6 +20,9 @@ from rlsafe.config.secrets import scrub_secrets as scrub
 from rlsafe.progress import usage
 
 __all__ = ["app", "main"]
+
+atexit.register(gc.freeze)
+"""The collections at the interpreter's end walk every object that torch and its friends made: seconds after the work is done."""
 
 
 def _fail(code: int, line: str) -> NoReturn:

@@ -7,12 +7,14 @@ either; nor are tokens of the generation prompt, some of which TRL's Qwen2.5 tem
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Literal
+from functools import cached_property, lru_cache
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 
@@ -109,12 +111,14 @@ class Encoder:
     def __init__(self, tokenizer: Any, chat: Chat):
         if not tokenizer.chat_template:
             raise UserError(
-                f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template; "
-                "use a chat model or give one with model.chat_template: FILE.jinja"
+                f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template; use a chat model or give one "
+                "with model.chat_template: FILE.jinja"
             )
-        self.tokenizer = tokenizer
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        self.tokenizer, self.jinja = tokenizer, render_jinja_template
         self.own: str = tokenizer.get_chat_template()
-        added = tokenizer.get_added_vocab()
+        self.written, added = dict(tokenizer.special_tokens_map), tokenizer.get_added_vocab()
         self.special = {*tokenizer.all_special_ids, *added.values()}
         known = tokenizer.added_tokens_decoder.items()
         self.tags = {i: str(token) for i, token in known if token.special and str(token) in (OPEN, CLOSE)}
@@ -140,14 +144,15 @@ class Encoder:
         """The conversation as text, by the chat template. UserError when the template fails."""
         conversation, offered = opened(messages)
         try:
-            return self.tokenizer.apply_chat_template(
-                conversation,
-                tokenize=False,
-                add_generation_prompt=generation_prompt,
+            rendered, _ = self.jinja(  # what `apply_chat_template` calls, without its third of the time
+                conversations=[conversation],
                 chat_template=template or self.own,
+                add_generation_prompt=generation_prompt,
+                **self.written,
                 **offered,
                 **(self.switches if switches is None else switches),
             )
+            return rendered[0]
         except Exception as error:  # a template may raise anything
             roles = ", ".join(turn[0] for turn in messages)
             raise UserError(f"the chat template cannot render a conversation of roles ({roles}): {error}") from None
@@ -155,7 +160,7 @@ class Encoder:
     def tokenize(self, text: str) -> list[int]:
         hidden = self.control.hidden.search(text)
         ids = self.control.tokenize(text)[0] if hidden else self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return self._embedded(ids, text) if self.foreign else ids
+        return ids if self.foreign.keys().isdisjoint(ids) else self._refused(ids, text)
 
     def conversation(self, messages: Key) -> Key:
         """The turns as the template is to see them, no control token spelled in any."""
@@ -173,15 +178,13 @@ class Encoder:
                 texts.append(self.render(turns, True, switches={}))
         return "".join(texts)
 
-    def _embedded(self, ids: list[int], text: str) -> list[int]:
-        """The same ids; UserError when the model does not embed one of them."""
-        if found := self.foreign.keys() & set(ids):
-            one = min(found)
-            raise UserError(
-                f"{self.foreign[one]!r} is a token ({one}) that the model does not embed; remove it from this text: "
-                f"{text[:200]!r}"
-            )
-        return ids
+    def _refused(self, ids: list[int], text: str) -> NoReturn:
+        """UserError: the model does not embed one of these tokens."""
+        one = min(self.foreign.keys() & set(ids))
+        raise UserError(
+            f"{self.foreign[one]!r} is a token ({one}) that the model does not embed; remove it from this text: "
+            f"{text[:200]!r}"
+        )
 
     def _find_end(self) -> int | None:
         text = self.render((("user", "hi"), ("assistant", _PROBE)), False)
@@ -205,6 +208,12 @@ class Encoder:
         bare, prompted = self.render(asked, False), self.render(asked, True)
         header = prompted[len(bare) :] if prompted.startswith(bare) else ""
         return self.tokenize(header), prompted.rstrip().endswith(OPEN)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all that decides on the tokens of a conversation: template, chat settings, vocabulary."""
+        parts = [self.own, repr(self.chat), str(self.written), self.tokenizer.backend_tokenizer.to_str()]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @property
     def training(self) -> str:
@@ -287,16 +296,14 @@ class Encoder:
     def _all(self, messages: Key, weights: list[bool] | None = None) -> tuple[list[int], list[bool]]:
         """Every assistant turn by the template's generation spans, or those with a weight. Spans are mapped by character offsets
         here: `return_assistant_tokens_mask` marks the whole rest of a row when a span's last character makes no token."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         self.render(messages, False, self.training)  # reports what the template cannot render
         conversation, offered = opened(messages)
-        texts, spans = render_jinja_template(
+        texts, spans = self.jinja(
             conversations=[conversation],
             chat_template=self.training,
             return_assistant_tokens_mask=True,
+            **self.written,
             **offered,
-            **self.tokenizer.special_tokens_map,
             **self.switches,
         )
         ids, offsets = self._with_offsets(texts[0])
@@ -322,7 +329,7 @@ class Encoder:
         else:
             encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
             ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
-        return self._embedded(ids, text), offsets
+        return (ids, offsets) if self.foreign.keys().isdisjoint(ids) else self._refused(ids, text)
 
     def _trim(self, ids: list[int], start: int, stop: int) -> tuple[int, int]:
         """Cut the generation prompt off a span's front and everything behind the end-of-turn token off its back."""

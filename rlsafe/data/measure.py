@@ -1,7 +1,8 @@
 """Rows against the chat template and the lengths that count, when they are loaded: what cannot be used is known before step 0.
 
-Lengths are those of `rlsafe.data.encode`, exactly, wherever they matter. Far below a limit they are taken from the rendered text,
-tokenised in batches: 100,000 rows are a minute's work, and none when the same rows were measured before (`cache`).
+Lengths are those of `rlsafe.data.encode`, exactly, wherever they matter. Far below a limit they are taken from the rendered text:
+its characters where those are few enough (a token of plain ASCII has one at least), else its tokens, counted in batches. So 100,000
+rows are a minute's work, and none when the same rows were measured before (`cache`).
 """
 
 from __future__ import annotations
@@ -23,17 +24,20 @@ TooLong = Literal["drop", "truncate", "error"]
 Talk = list[Message]
 CHUNK = 1000  # rows rendered, then tokenised at once
 MARGIN = 16  # tokens by which a rendered text and its encoding may differ
-WORTH_KEEPING = 2000  # rows: fewer are measured again sooner than read
+WORTH_KEEPING = 2000  # rows: fewer are measured again sooner than read from a disk
+REMEMBERED = 1_000_000  # sizes that a process keeps
 UNTRAINED = "have weight 0"  # in the encoder's words
 SHOWN = 3  # refused rows whose reasons are repeated
 
 
 class Size(NamedTuple):
-    """tokens: exact above `limit - MARGIN`. problem: why there are none. spells: a text in it spells a control token."""
+    """tokens: exact above `limit - MARGIN`, below it no less than there are. problem: why there are none. spells: a text in it spells a
+    control token. asked: its prompt was rendered too, and the row begins with it."""
 
     tokens: int
     problem: str | None = None
     spells: bool = False
+    asked: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,10 @@ class Use:
         """The conversation that is measured."""
         asked = messages[:-1] if self.prompt_only and messages[-1]["role"] == "assistant" else messages
         return self.rewrite(asked) if self.rewrite else asked
+
+    def holds(self, row: Size) -> bool:
+        """Whether what is asked fits because the whole row does."""
+        return not self.rewrite and row.asked and row.tokens + MARGIN <= self.limit - self.room
 
 
 @dataclass
@@ -92,9 +100,11 @@ def fit_rows(
     long = f"are longer than {what or 'max_tokens'}"
     kept = [i for i, size in enumerate(sizes) if sieve.keeps(i, rows[i]["messages"], size, as_they_are, long)]
     for use in uses:
-        talks = [use.talk(rows[i]["messages"]) for i in kept]
-        found = zip(kept, talks, ruler(talks, use.limit - use.room), strict=True)
-        kept = [i for i, talk, size in found if sieve.keeps(i, talk, size, use, f"do not fit into {use.what}")]
+        open_ = [i for i in kept if not use.holds(sizes[i])]
+        talks = [use.talk(rows[i]["messages"]) for i in open_]
+        found = zip(open_, talks, ruler(talks, use.limit - use.room), strict=True)
+        left = {i for i, talk, size in found if not sieve.keeps(i, talk, size, use, f"do not fit into {use.what}")}
+        kept = [i for i in kept if i not in left]
     cut = len(sieve.cut & set(kept))
     notes = sieve.notes()
     if cut:
@@ -169,23 +179,19 @@ class Ruler:
         self.encoder: Encoder = encoder_for(tokenizer)
 
     def __call__(self, talks: Sequence[Talk], limit: int) -> list[Size]:
-        if len(talks) < WORTH_KEEPING:
-            return self._measured(talks, limit)
         key = self._digest(talks, limit)
         if key not in self.memory:
-            file = self.cache / "rows" / f"{key}.json" if self.cache else None
+            file = self.cache / "rows" / f"{key}.json" if self.cache and len(talks) >= WORTH_KEEPING else None
             found = _read(file, len(talks)) if file else None
             self.memory[key] = found or self._measured(talks, limit)
-            while len(self.memory) > 8:
-                del self.memory[next(iter(self.memory))]
             if file and not found:
                 _write(file, self.memory[key])
+            while sum(map(len, self.memory.values())) > REMEMBERED and len(self.memory) > 1:
+                del self.memory[next(iter(self.memory))]
         return self.memory[key]
 
     def _digest(self, talks: Sequence[Talk], limit: int) -> str:
-        chat = [str(self.tokenizer.chat_template), repr(self.encoder.chat), limit, MARGIN]
-        digest = hashlib.sha256(json.dumps(chat).encode())
-        digest.update(self.tokenizer.backend_tokenizer.to_str().encode())
+        digest = hashlib.sha256(f"{self.encoder.digest}/{limit}/{MARGIN}".encode())
         for talk in talks:
             digest.update(repr(key_of(talk)).encode("utf-8", "surrogatepass"))
         return digest.hexdigest()[:32]
@@ -200,21 +206,18 @@ class Ruler:
 
     def _chunk(self, talks: Sequence[Talk], limit: int) -> list[Size]:
         """Rendered one by one, tokenised together; those that are near the limit or out of the ordinary are encoded."""
-        sizes: list[Size | None] = []
-        texts: list[str] = []
-        for talk in talks:
-            found = self._rendered(talk)
-            sizes.append(found if isinstance(found, Size) else None)
-            texts += [found] if isinstance(found, str) else []
+        found = [self._rendered(talk) for talk in talks]
+        short = limit - MARGIN  # characters of a text that need not be tokenised
+        texts = [one for one in found if isinstance(one, str) and not (len(one) <= short and one.isascii())]
         batch = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-        lengths = iter(map(len, batch))
-        out = []
-        for talk, size in zip(talks, sizes, strict=True):
-            if size is None:
-                length = next(lengths)
-                size = Size(length) if length + MARGIN <= limit else self._exact(talk)
-            out.append(size)
-        return out
+        lengths = dict(zip(texts, map(len, batch), strict=True))
+        sizes = []
+        for talk, one in zip(talks, found, strict=True):
+            if isinstance(one, str):
+                length = lengths.get(one, len(one))
+                one = Size(length, asked=True) if length <= short else self._exact(talk)
+            sizes.append(one)
+        return sizes
 
     def _rendered(self, talk: Talk) -> str | Size:
         """The text whose tokens are (about) the conversation's, or its size where that takes more."""
@@ -232,7 +235,7 @@ class Ruler:
                 return self._exact(talk)
         except UserError as error:
             return Size(0, problem=str(error))
-        return text
+        return self._exact(talk) if any(token in text for token in self.encoder.foreign.values()) else text
 
     def _exact(self, talk: Talk) -> Size:
         try:

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 from rlsafe.compare.grid.grid import Cell, expand
 from rlsafe.compare.grid.records import Directory
 from rlsafe.compare.grid.selection import Selection
+from rlsafe.compare.grid.warmup import WARMUP
 from rlsafe.compare.report import frames
 from rlsafe.compare.run.backends_ray import RayCluster, check_ray, run_on_ray
 from rlsafe.compare.run.one_cell import SELECTIONS, reason, run_cell
 from rlsafe.compare.run.progress import Progress
 from rlsafe.compare.run.scoring import check as check_selection
-from rlsafe.compare.run.scoring import make_scores
+from rlsafe.compare.run.scoring import make_scores, train_once
 from rlsafe.compare.run.workers import cards, run_in_workers, train_cell
 from rlsafe.compare.verdicts.results import Results, write_tables
 from rlsafe.compare.verdicts.tasks import judge_and_write
@@ -133,6 +134,7 @@ def compare(
     try:
         with progress:
             todo = _scored(selections.values(), todo, directory, progress)
+            todo = _warmed(todo, directory, progress)
             for wave in ([c for c in todo if not c.source], [c for c in todo if c.source]):
                 _run(_startable(wave, directory, progress), directory, progress, jobs, ray)
     except (KeyboardInterrupt, Interrupted):
@@ -203,6 +205,24 @@ def _scored(
         else:
             fit.append(cell)
     return fit
+
+
+def _warmed(todo: Sequence[Cell], directory: Directory, progress: Progress) -> list[Cell]:
+    """Train the warm-ups that cells start from; gives the cells that can run. Where one fails, only those that need it do."""
+    warmups = {cell.warmup.key: cell.warmup for cell in todo if cell.warmup}
+    broken = {}
+    for number, (key, warmup) in enumerate(warmups.items(), start=1):
+        progress.doing("shared warm-up" + (f" {number} of {len(warmups)}" if len(warmups) > 1 else ""))
+        try:
+            train_once(warmup.run, directory.out / WARMUP / key, None, None)
+        except (KeyboardInterrupt, Interrupted):
+            raise
+        except Exception as error:
+            broken[key] = f"the shared warm-up failed: {reason(error)}"
+    for cell in [cell for cell in todo if cell.warmup and cell.warmup.key in broken]:
+        directory.clear(cell)
+        _fail(cell, broken[cell.warmup.key if cell.warmup else ""], directory, progress)
+    return [cell for cell in todo if not (cell.warmup and cell.warmup.key in broken)]
 
 
 def _startable(wave: Sequence[Cell], directory: Directory, progress: Progress) -> list[Cell]:

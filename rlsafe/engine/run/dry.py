@@ -13,12 +13,13 @@ from typing import Any
 
 from rlsafe.config import DataConfig, EvaluateConfig, ModelConfig, RunConfig, StreamConfig, UserError, about, dump_yaml
 from rlsafe.data import load_rows, recipe_of, split_prompt
+from rlsafe.data.turns import Key, key_of, opened
 from rlsafe.engine.plan.estimate import Memory, describe_memory, memory, unfit
 from rlsafe.engine.plan.schedule import describe
 from rlsafe.engine.plan.timing import LENGTH, Load, sampling, seconds, shown, speed_of
 from rlsafe.engine.run.build import Prepared, model_path, prepare, training_threads
 from rlsafe.engine.run.rows import local_tokenizer, usable
-from rlsafe.evaluate import Estimate, gather
+from rlsafe.evaluate import Estimate
 from rlsafe.evaluate.commands.costs import of_run
 from rlsafe.policy.load import load_tokenizer
 from rlsafe.policy.shapes import ModelShape, model_shape
@@ -209,8 +210,8 @@ def _work(prepared: Prepared, evaluate: EvaluateConfig) -> Work:
         * config.grpo.resample
         * config.grpo.generations,
     )
-    if evaluate.wanted:
-        material, every = gather(evaluate), config.track.every
+    if (material := prepared.material) is not None:
+        every = config.track.every
         probes = sum(step.index % every == 0 or step is plan[-1] for step in plan) if every else 0
         work.judging = of_run(config, evaluate, material, probes)
         work.answers = work.judging.answers + sum(map(len, material.tasks.values()))
@@ -225,20 +226,23 @@ def _mean_tokens(prepared: Prepared, stream: str) -> float:
     rows = prepared.rows.get(stream) or prepared.rows.get("narrow") or []
     if not rows:
         return 400.0
-    if (tokenizer := _tokenizer(prepared.config)) is not None:
+    model, path = prepared.config.model.model_dump_json(), model_path(prepared.config)
+    if _read_tokenizer(model, path) is not None:
         some = rows[:: max(1, len(rows) // 64)]
-        return sum(len(tokenizer.apply_chat_template(row["messages"], return_dict=False)) for row in some) / len(some)
+        return sum(_tokens(model, path, key_of(row["messages"])) for row in some) / len(some)
     turns = [message["content"] for row in rows for message in row["messages"]]
     return (sum(map(len, turns)) / 4 + FRAME_OF_A_TURN * len(turns)) / len(rows)
 
 
-def _tokenizer(config: RunConfig) -> Any:
-    """That of a model directory on this machine, else None."""
-    return _read_tokenizer(config.model.model_dump_json(), model_path(config))
+@lru_cache(maxsize=1 << 16)
+def _tokens(model: str, path: str, conversation: Key) -> int:
+    """Of a conversation under the tokenizer of `_read_tokenizer`. The cells of a comparison share their rows."""
+    return len(_read_tokenizer(model, path).apply_chat_template(opened(conversation)[0], return_dict=False))
 
 
 @lru_cache
 def _read_tokenizer(model: str, path: str) -> Any:
+    """That of a model directory on this machine, else None."""
     if not Path(path).is_dir():
         return None
     try:
@@ -270,12 +274,12 @@ def _seconds(prepared: Prepared, evaluate: EvaluateConfig, work: Work, jobs: int
             else:
                 trained = part.rows * tokens
             load += Load(trained=trained, forwarded=trained if frozen else 0.0)
-    if evaluate.wanted:
+    if (material := prepared.material) is not None:
         length = LENGTH * evaluate.max_tokens
         load += sampling(work.answers, QUESTION, length, config.sampler.max_num_seqs)
         if evaluate.fluency:
             load += Load(forwarded=work.answers * (QUESTION + length))
-        pairs = sum(map(len, gather(evaluate).pairs.values()))
+        pairs = sum(map(len, material.pairs.values()))
         every = config.track.every
         probes = 1 + sum(step.index % every == 0 for step in prepared.plan) if every else 1
         load += Load(forwarded=2.0 * pairs * PAIR * probes)
