@@ -30,8 +30,8 @@ def gap(untrained_logodds: float) -> float:
 @dataclass(frozen=True)
 class JudgeFree:
     """One label. shifts: set of pairs -> shift from the untrained model, nats per token; closed: the share of the general pairs' gap
-    that it is. perplexity, repetition: means over the seeds, of general answers (else of in-domain ones). agreement: of judge and probe on general
-    misalignment, "" where either is missing."""
+    that it is. perplexity, repetition: means over the seeds, of general answers, else of in-domain ones. agreement: of judge and
+    probe on general misalignment, "" where either is missing."""
 
     label: str
     shifts: dict[str, Rate]
