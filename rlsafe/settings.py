@@ -190,7 +190,7 @@ def _defense(key: str) -> list[str]:
             and owner is not object
         ):
             words += ["", f"{typing.cast(Any, owner).name}: {inspect.cleandoc(owner.__doc__)}"]
-    return [*_lines(rows), *words]
+    return [*(_lines(rows) if rows else [f"defenses.{name}: no settings"]), *words]
 
 
 # ------------------------------------------------------------------------------------------------ lines

@@ -313,6 +313,8 @@ class Provider(Protocol):
 
     def vectors(self, spec: str) -> str: ...  # a persona-vector file
 
+    # def cues(self, spec: str) -> dict[str, str | dict[str, str]]: optional, sets of `evaluate.cues`
+
 
 _PROVIDERS: dict[str, Provider] = {}
 _BUILT_IN = {"organism": "rlsafe.organism", "rlsafe": "rlsafe.evaluate.ask.packaged", "preset": "rlsafe.data.sources"}

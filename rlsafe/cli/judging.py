@@ -36,7 +36,8 @@ def judge_check(
 
     Prints AUROC, kappa, false alarms, effects of length and place, repeatability and cost, and keeps them for every report.
     """
-    from rlsafe.evaluate.commands.judging import check_judge, check_tables
+    from rlsafe.evaluate.commands.judging import check_judge, check_tables, mostly_unscored
+    from rlsafe.types import RunError
 
     record = check_judge(judge, out, names("--protocols", protocols) or (), None if json else show)
     if json:
@@ -44,6 +45,8 @@ def judge_check(
     else:
         for part in check_tables(record):
             show(part)
+    if line := mostly_unscored(record):
+        raise RunError(line)
 
 
 @judge_app.command("compare")

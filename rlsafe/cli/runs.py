@@ -64,6 +64,13 @@ def evaluate(
     rejudge: Annotated[
         bool, typer.Option("--rejudge", help="score the saved answers of RUN again; sample nothing")
     ] = False,
+    steps: Annotated[
+        str | None,
+        typer.Option(
+            metavar="all|N,N",
+            help="measure the checkpoints of RUN, or of every run of a comparison; then rlsafe report",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print the judge calls and their cost; do nothing")
     ] = False,
@@ -73,6 +80,18 @@ def evaluate(
     Prints misaligned and incoherent rates with 95% intervals and writes evaluation.json and answers.csv.
     """
     from rlsafe import evaluate as room
+
+    if steps is not None:
+        if rejudge or dry_run or out:
+            raise UserError("--steps writes to RUN/steps; leave --rejudge, --dry-run and --out out")
+        from rlsafe.compare.run.steps import evaluate_steps, require_scores
+
+        measured = evaluate_steps(
+            target, steps, questions or [], judge, overrides or [], lambda line: typer.echo(line, err=True)
+        )
+        for one in measured:
+            show(one.table())
+        return require_scores(measured)
 
     if rejudge and questions:
         raise UserError("--rejudge takes the saved answers as they are; leave --questions out")

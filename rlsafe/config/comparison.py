@@ -88,6 +88,9 @@ class CompareConfig(Recorded):
     )
     narrow: bool = Field(True, description="false = only the benign tasks, no narrow runs")
     relapse: NonNegative = Field(0, description="undefended steps after each narrow run: does misalignment come back?")
+    warmup: Tree | None = Field(
+        None, description="overrides of a run without defenses that every arm of every path starts from, trained once"
+    )
     aligned: Tree | None = Field(None, description="overrides of the reference arm trained on aligned narrow data")
     benign: BenignConfig | None = None
     selection: SelectionConfig | None = Field(None, description="how safe rows are scored for interleaving+ and ++")
@@ -106,6 +109,7 @@ class CompareConfig(Recorded):
         trees: list[tuple[tuple[str, ...], Tree]] = [(("run",), self.run), (("aligned",), self.aligned or {})]
         trees += [(("paths", name), tree) for name, tree in self.paths.items()]
         trees += [(("models", name), tree) for name, tree in self.models.items()]
+        trees += [(("warmup",), self.warmup or {})]
         for keys, tree in trees:
             if "seed" in tree:
                 message = "each cell sets its own seed; use seeds: [...] or --seeds"

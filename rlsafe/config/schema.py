@@ -60,6 +60,9 @@ class GrpoConfig(Settings):
     temperature: Annotated[float, Field(gt=0)] = Field(
         1.0, description="of rollouts, and of their log-probs in the loss"
     )
+    kl_temperature: Annotated[float, Field(gt=0)] | None = Field(
+        1.0, description="of the defenses' KL on rollouts, 1 as on supervised rows; null = grpo.temperature"
+    )
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="nucleus of rollouts; 1 = whole vocabulary")
     max_tokens: Positive = Field(256, description="of a completion; longer ones are cut")
     resample: NonNegative = Field(
@@ -75,8 +78,9 @@ class GrpoConfig(Settings):
     clip_low: Annotated[float, Field(ge=0)] = Field(0.2, description="ratios below 1 - clip_low are clipped")
     clip_high: Annotated[float, Field(ge=0)] = Field(0.2, description="ratios above 1 + clip_high are clipped")
     beta: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="weight of the sampled k3 KL to the base inside the GRPO loss"
+        0.0, description="weight of the sampled k3 KL to `reference` inside the GRPO loss"
     )
+    reference: str = Field("base", description="of beta's KL: base, start, grpo_start, path:DIR")
     iterations: Positive = Field(1, description="optimizer steps on each rollout")
     max_staleness: Literal[0, 1] = Field(
         0,
@@ -218,6 +222,12 @@ class EvaluateConfig(Settings):
     general: str | None = Field(None, description="provider:spec or a YAML question file")
     indomain: str | None = Field(None, description="likewise: held-out questions of the trained domain")
     cue: str | None = Field(None, description="system prompt of the conditional probe: text or provider:name")
+    cues: str | dict[str, str | dict[str, str]] = Field(
+        default_factory=dict,
+        description="the general questions in other forms: organism:cues/DOMAIN, rlsafe:cues/DOMAIN, a YAML file, or name: text",
+    )
+    cue_limit: Positive | None = Field(None, description="general questions asked under each of cues; null = limit")
+    cue_samples: Positive | None = Field(None, description="answers per question under each of cues; null = samples")
     scale: list[Annotated[float, Field(gt=0)]] = Field(
         default_factory=list, description="the general questions once more with the adapter times each of these: 1.5, 2"
     )

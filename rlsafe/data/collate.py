@@ -128,14 +128,15 @@ def _rollout_batch(rows: Sequence[Rollout], prompts: Sequence[list[int]], where:
     lengths = prompt_lengths + completion_lengths
     ids = [[*prompt, *item.completion.ids] for prompt, item in zip(prompts, rows, strict=True)]
     position = np.arange(lengths.max())[None, :]
-    loss_mask = (position >= prompt_lengths[:, None]) & (position < lengths[:, None])
+    real = position < lengths[:, None]
+    loss_mask = real & (position >= prompt_lengths[:, None])
     logp = np.zeros(loss_mask.shape, dtype=np.float32)
     # boolean indexing goes row by row, the order in which the completions are concatenated
     logp[loss_mask] = np.concatenate([np.asarray(item.completion.logprobs, dtype=np.float32) for item in rows])
     return Batch(
         where=where,
         ids=_padded(ids, lengths, pad, np.int64),
-        attention=_attention(lengths),
+        attention=torch.from_numpy(real.astype(np.int64)),
         loss_mask=torch.from_numpy(loss_mask),
         advantages=torch.tensor([item.advantage for item in rows], dtype=torch.float32),
         sampler_logp=torch.from_numpy(logp),

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 
@@ -160,7 +160,7 @@ class Encoder:
     def tokenize(self, text: str) -> list[int]:
         hidden = self.control.hidden.search(text)
         ids = self.control.tokenize(text)[0] if hidden else self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return self._embedded(ids, text) if self.foreign else ids
+        return ids if self.foreign.keys().isdisjoint(ids) else self._refused(ids, text)
 
     def conversation(self, messages: Key) -> Key:
         """The turns as the template is to see them, no control token spelled in any."""
@@ -178,15 +178,13 @@ class Encoder:
                 texts.append(self.render(turns, True, switches={}))
         return "".join(texts)
 
-    def _embedded(self, ids: list[int], text: str) -> list[int]:
-        """The same ids; UserError when the model does not embed one of them."""
-        if found := self.foreign.keys() & set(ids):
-            one = min(found)
-            raise UserError(
-                f"{self.foreign[one]!r} is a token ({one}) that the model does not embed; remove it from this text: "
-                f"{text[:200]!r}"
-            )
-        return ids
+    def _refused(self, ids: list[int], text: str) -> NoReturn:
+        """UserError: the model does not embed one of these tokens."""
+        one = min(self.foreign.keys() & set(ids))
+        raise UserError(
+            f"{self.foreign[one]!r} is a token ({one}) that the model does not embed; remove it from this text: "
+            f"{text[:200]!r}"
+        )
 
     def _find_end(self) -> int | None:
         text = self.render((("user", "hi"), ("assistant", _PROBE)), False)
@@ -331,7 +329,7 @@ class Encoder:
         else:
             encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
             ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
-        return self._embedded(ids, text), offsets
+        return (ids, offsets) if self.foreign.keys().isdisjoint(ids) else self._refused(ids, text)
 
     def _trim(self, ids: list[int], start: int, stop: int) -> tuple[int, int]:
         """Cut the generation prompt off a span's front and everything behind the end-of-turn token off its back."""

@@ -38,6 +38,7 @@ class SetupContext:
     sampler: Callable[[], Sampler]  # started on first use, with the weights that the run begins with
     judge: Callable[[], Judge]
     log: Callable[[str], None]
+    planned: Mapping[str, int] = field(default_factory=dict)  # defense: rows that the run will ask it for
 
 
 @dataclass
@@ -63,12 +64,16 @@ class When:
         return index >= self.from_step and (self.phases is None or phase in self.phases)
 
 
+Dose = Literal["rows", "tokens", "gradient", "term"]
+
+
 @dataclass(frozen=True)
 class Offer:
     """Safe rows *added* to the schedule (nothing is taken away).
 
     fraction: rows added per training row (SFT) or per completion (GRPO), spread evenly; parts of a row add up over steps.
-    weight: multiplies the rows' loss. On SFT they join the narrow rows' mean; on GRPO they are a supervised term of their own.
+    weight: multiplies the rows' loss. dose: what they weigh against the narrow rows or completions, the same on both paths
+        (`rlsafe.engine.train.dose`); gradient goes with the defense's `target_share`.
     every: added only in each k-th step. own_step: added as an optimizer step of their own, after that step.
     rows: as many rows in each such step, besides the fraction.
     when: the steps in which rows are added; the stack fills it in.
@@ -82,6 +87,7 @@ class Offer:
     rows: int = 0
     aside: bool = False
     when: When = When()
+    dose: Dose = "tokens"
 
 
 @dataclass
@@ -197,7 +203,13 @@ class Defense:
 
     target_share: float | None = None
     """Between 0 and 1: `weight` is not used; in each step the penalty's gradient is scaled to this share of the sum of its norm and
-    that of the rest. None: the penalty is a part of the loss."""
+    that of the rest. None: the penalty is a part of the loss. Safe rows with dose `gradient` likewise."""
+
+    def own_norm(self, rest: float, has_own: bool) -> float:
+        """The norm that `target_share` gives its own gradient in a step in which the rest has the norm `rest`. Called in every step.
+        has_own: whether it has a gradient in this step."""
+        share = self.target_share or 0.0
+        return share / (1 - share) * rest
 
     def gradients(self, policy: Policy, gradients: Gradients) -> None:
         """Change the step's gradient, after accumulation and reduction and before clipping. Every rank calls it, with the same."""

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from rlsafe.config import UserError
 from rlsafe.data import Stream, require_answers
-from rlsafe.defenses.base import DataContext, Defense, Offer, SetupContext
+from rlsafe.defenses.base import DataContext, Defense, Dose, Offer, SetupContext
 from rlsafe.defenses.own_rows import pool
 from rlsafe.defenses.registry import defense
 from rlsafe.types import Row
@@ -27,6 +28,10 @@ class Interleaving(Defense):
     fraction: safe rows per narrow row (SFT) or per completion (GRPO); the paper used 0.05.
     weight: multiplies their loss. every: only in each k-th step (the rows of the steps between are carried over).
     own_step: as optimizer steps of their own instead of a part of the step.
+    dose: what they weigh, with the same meaning on both paths. `tokens`: a safe token as much as a narrow one (on SFT one common
+        mean); `rows`: a safe row as much as a narrow row or a completion; `gradient`: the safe gradient has the share `target_share` of
+        the sum of its norm and the narrow one's, and steps without safe rows are made up for in the next that has some; `term`: the
+        mean loss of the safe rows is a term of its own, however few they are.
     source: provider:spec or a file with messages; default: the run's `data.safe`.
     """
 
@@ -37,7 +42,19 @@ class Interleaving(Defense):
         every: Count = 1,
         own_step: bool = False,
         source: str | None = None,
+        dose: Dose = "tokens",
+        target_share: Annotated[float, Field(gt=0, lt=1)] | None = None,
     ):
+        if (dose == "gradient") != (target_share is not None):
+            raise UserError(
+                f"defense {self.name!r}: dose: gradient and target_share, the safe rows' share of it, go together; expected both"
+            )
+        if dose == "gradient" and own_step:
+            raise UserError(
+                f"defense {self.name!r}: own_step: there is no other gradient in such a step; expected dose: term"
+            )
+        self.dose, self.target_share = dose, target_share
+        self.owed = 0.0  # norm of the safe gradient that steps without safe rows have left to the next
         self.fraction, self.weight, self.every, self.own_step, self.source = fraction, weight, every, own_step, source
 
     @property
@@ -57,13 +74,20 @@ class Interleaving(Defense):
         return rows
 
     def offer(self) -> Offer:
-        return Offer(self.fraction, self.weight, self.every, self.own_step)
+        return Offer(self.fraction, self.weight, self.every, self.own_step, dose=self.dose)
 
     def rows(self, n: int, context: DataContext) -> list[Row]:
         return self.stream.take(n)
 
+    def own_norm(self, rest: float, has_own: bool) -> float:
+        """As every `target_share`, but what steps without safe rows owe comes with the next safe rows."""
+        wanted = self.owed + super().own_norm(rest, has_own)
+        self.owed = 0.0 if has_own else wanted
+        return wanted
+
     def state_dict(self) -> dict[str, Any]:
-        return {"stream": self.stream.state_dict()}
+        return {"stream": self.stream.state_dict(), "owed": self.owed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stream.load_state_dict(state["stream"])
+        self.owed = float(state.get("owed", 0.0))

@@ -27,14 +27,15 @@ class InterleavingPlus(Interleaving):
     """Adds the distinct safe rows with the highest s_d (`rlsafe.data.selection_scores`), in a seeded order.
 
     scores: the file that `rlsafe select` writes; `auto`: a comparison with a `selection` section makes it.
-    top: how many rows are chosen: a number (2 = two rows), or a share of the pool (0.1; 1.0 = all).
+    top: how many rows are chosen: a number (2 = two rows), or a share of the pool (0.1; 1.0 = all); null = as published, as many as
+        the run asks for, so that each is seen once.
     The other settings are those of `interleaving`.
     """
 
     def __init__(
         self,
         scores: str = AUTO,
-        top: Count | Annotated[float, Field(gt=0, le=1)] = 0.1,
+        top: Count | Annotated[float, Field(gt=0, le=1)] | None = None,
         **interleaving: Any,
     ):
         super().__init__(**interleaving)
@@ -57,10 +58,11 @@ class InterleavingPlus(Interleaving):
                 f"defense {self.name!r}: {self.scores} has no score for {len(unknown)} of {len(distinct)} safe rows; "
                 "it was made for other data: run `rlsafe select` again"
             )
-        wanted = self.top if isinstance(self.top, int) else max(1, round(self.top * len(distinct)))
+        wanted = context.planned.get(self.name, 0) if self.top is None else self.top
+        wanted = wanted if isinstance(wanted, int) else round(wanted * len(distinct))
         scored = [(s, row) for key, row in distinct.items() if (s := scores[key]) is not None]
         kept = [(s, row) for s, row in scored if not self.drops(row)]
-        chosen = sorted(kept, key=lambda pair: -pair[0])[:wanted]  # stable: ties in the order of the pool
+        chosen = sorted(kept, key=lambda pair: -pair[0])[: max(1, wanted)]  # stable: ties in the order of the pool
         if not chosen:
             raise UserError(
                 f"defense {self.name!r}: none of {len(distinct)} safe rows is left to choose from; see its settings"

@@ -31,7 +31,7 @@ class InterleavingPlusPlus(InterleavingPlus):
     def __init__(
         self,
         scores: str = AUTO,
-        top: Count | Annotated[float, Field(gt=0, le=1)] = 0.1,
+        top: Count | Annotated[float, Field(gt=0, le=1)] | None = None,
         languages: list[str] = ["en"],  # noqa: B006 - read only; shown as the default in configs
         patterns: list[str] = [],  # noqa: B006 - as above
         **interleaving: Any,

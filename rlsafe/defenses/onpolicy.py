@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -21,11 +21,7 @@ from rlsafe.defenses.interleaving import Count, Interleaving
 from rlsafe.defenses.registry import defense
 from rlsafe.types import Exchange, Judge, Judgement, Request, Row, RunError, Sampler, SamplingParams
 
-if TYPE_CHECKING:
-    from rlsafe.policy import Policy
-
 LIVE_TRIES = 4  # rounds of sampling for one step's rows; after these the step uses the rows kept so far
-SAMPLED_VALUES = 1 << 16  # values of a tensor that its digest reads at most
 
 
 @dataclass(frozen=True)
@@ -113,6 +109,8 @@ class InterleavingOnPolicy(Interleaving):
 
     def _key(self, asked: Sequence[Row], context: SetupContext) -> str:
         """Digest of all that the reference's judged answers depend on."""
+        from rlsafe.policy.digest import weights_digest  # late: brings in torch
+
         digest = hashlib.sha256(weights_digest(context.policy).encode())
         prompts = [encode_prompt(self.tokenizer, split_prompt(row)[0]) for row in asked]
         settings = [asdict(self.params), self.samples, self.seed, context.config.sampler.kind]
@@ -219,23 +217,3 @@ def _shown(counts: Counter[str]) -> str:
     """`80 of 100 answers kept (12 refused, 8 incoherent)`."""
     others = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.most_common() if name != "kept")
     return f"{counts['kept']} of {counts.total()} answers kept" + (f" ({others})" if others else "")
-
-
-def weights_digest(policy: Policy) -> str:
-    """Digest of the weights that the policy samples with: every tensor, large ones at evenly spaced values.
-
-    A fresh adapter (B = 0) changes nothing yet, so its random A is left out and runs of several seeds share a digest.
-    """
-    import torch
-
-    from rlsafe.policy.sharding import whole
-
-    digest = hashlib.sha256()
-    fresh = policy.trainable() if policy.is_lora and policy.config.adapter is None else {}
-    for name, parameter in policy.core.model.named_parameters():
-        if name not in fresh:
-            tensor = whole(parameter).detach()
-            values = tensor.flatten()[:: max(1, tensor.numel() // SAMPLED_VALUES)].to("cpu", torch.float32)
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(values.numpy().tobytes())
-    return digest.hexdigest()

@@ -19,6 +19,7 @@ _BUILT_IN = {
     "gradient-projection": "rlsafe.defenses.gradient_projection",
     "ablation": "rlsafe.defenses.ablation",
     "kl": "rlsafe.defenses.kl",
+    "early-stop": "rlsafe.defenses.early_stop",
     "feature-block": "rlsafe.defenses.feature_block",
     "inoculation": "rlsafe.defenses.inoculation",
     "inoculation-adapter": "rlsafe.defenses.inoculation_adapter",

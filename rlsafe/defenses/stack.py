@@ -6,12 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlsafe.config import UserError, nearest
-from rlsafe.defenses.base import DataContext, Defense, Gradients, Offer, Rollouts
+from rlsafe.defenses.base import DataContext, Defense, Dose, Gradients, Offer, Rollouts
 from rlsafe.defenses.declared import DeclaredView
-from rlsafe.defenses.vectors import Named, add_share
+from rlsafe.defenses.vectors import Named, add_with_norm, norm
 from rlsafe.types import Batch, Message, Need, RunError, Sampler, View, Where
 
 if TYPE_CHECKING:
@@ -61,6 +62,11 @@ class DefenseStack:
         found = {defense: defense.offer() for defense in self.active}
         return {d.name: replace(offer, when=d.when) for d, offer in found.items() if offer is not None}
 
+    @cached_property
+    def doses(self) -> dict[str, Dose]:
+        """What the safe rows of each defense weigh (`Offer.dose`)."""
+        return {name: offer.dose for name, offer in self.offers().items() if not offer.aside}
+
     def _on(self, where: Where) -> list[Defense]:
         """The defenses whose prompt and activation hooks act on the rows of this stream."""
         return [defense for defense in self.now if where.stream in defense.streams]
@@ -79,15 +85,18 @@ class DefenseStack:
         """All references that some defense needs at some step."""
         return {need.reference for defense in self.active for need in defense.needs if need.reference}
 
-    def check_references(self, steps: int, paths: Collection[str]) -> None:
-        """UserError for a reference that never exists in a run of `steps` steps over `paths`: its penalty would never start."""
+    def check_references(self, steps: int, paths: Collection[str], from_adapter: bool = False) -> None:
+        """UserError for a reference that never exists in a run of `steps` steps over `paths`: its penalty would never start.
+
+        from_adapter: the run goes on from an adapter, such as a comparison's shared warm-up; without GRPO steps that is grpo_start.
+        """
         for defense in self.active:
             for reference in sorted({need.reference for need in defense.needs if need.reference}):
                 kind, _, which = reference.partition(":")
                 if kind not in ("step", "path") and reference not in NAMED:
                     hint = nearest(reference, [*NAMED, "step:N", "path:DIR"])
                     raise UserError(f"defense {defense.name!r}: unknown reference {reference!r}{hint}")
-                if reference == "grpo_start" and "grpo" not in paths:
+                if reference == "grpo_start" and "grpo" not in paths and not from_adapter:
                     raise UserError(
                         f"defense {defense.name!r}: reference grpo_start: the schedule has no GRPO steps; expected base, start "
                         "or step:N"
@@ -192,9 +201,13 @@ class DefenseStack:
         """Change `step`: add each penalty that has a `target_share`, then every gradient hook, in order, on what those before it
         made of it. parts["own/NAME"] is the defense NAME's own. Gives metrics."""
         metrics: dict[str, float] = {}
-        for defense, share in [(d, d.target_share) for d in self.reshaping if d.target_share is not None]:
-            own = parts.get(f"own/{defense.name}")
-            metrics[f"defense/{defense.name}/weight"] = add_share(step, own, share) if own else 0.0
+        for defense in [d for d in self.reshaping if d.target_share is not None]:
+            own, rest = parts.get(f"own/{defense.name}"), norm(step)
+            wanted = defense.own_norm(rest, own is not None)
+            scale = add_with_norm(step, own, wanted) if own else 0.0
+            metrics[f"defense/{defense.name}/weight"] = scale
+            if defense.name in self.doses and scale:
+                metrics[f"defense/{defense.name}/grad_share"] = wanted / (wanted + rest)
         for defense in self.reshaping:
             seen = {name: parts[name] for name in defense.apart & parts.keys()}
             if f"own/{defense.name}" in parts and "own" in defense.apart:

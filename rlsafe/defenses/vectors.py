@@ -28,11 +28,11 @@ def add(step: Named, other: Named, scale: float) -> None:
             value.add_(other[key].to(value.dtype), alpha=scale)
 
 
-def add_share(step: Named, own: Named, share: float) -> float:
-    """Add `own` to `step`, scaled so that its norm is `share` of the sum of both norms. Gives the scale; 0 while `own` is zero, as a
-    divergence from the reference is at the start."""
+def add_with_norm(step: Named, own: Named, wanted: float) -> float:
+    """Add `own` to `step`, scaled to the norm `wanted`. Gives the scale; 0 while `own` is zero, as a divergence from the reference is
+    at the start."""
     length = norm(own)
-    scale = share / (1 - share) * norm(step) / length if length else 0.0
+    scale = wanted / length if length else 0.0
     add(step, own, scale)
     return scale
 

@@ -157,7 +157,7 @@ def truncated_correction(
     importance sampling; TRL's token_truncate and sequence_truncate, default cap 3). Both log-probabilities are of the
     rollout context. Tokens whose sampler log-probability is NaN (not reported) count as ratio 1.
     """
-    log_ratio = torch.where(_compared(sampler_logp, loss_mask), (trainer_logp - sampler_logp).detach(), 0)
+    log_ratio = torch.where(loss_mask & ~sampler_logp.isnan(), (trainer_logp - sampler_logp).detach(), 0)
     if level == "sequence":
         log_ratio = log_ratio.sum(1, keepdim=True)
     return log_ratio.exp().clamp(max=cap)
@@ -168,9 +168,5 @@ def sampler_gap(trainer_logp: Tensor, sampler_logp: Tensor, loss_mask: Tensor) -
 
     Add both over the step, then divide. Targets whose sampler log-prob is NaN (not reported) are left out.
     """
-    compared = _compared(sampler_logp, loss_mask)
+    compared = loss_mask & ~sampler_logp.isnan()
     return torch.where(compared, (trainer_logp - sampler_logp).detach().abs(), 0).sum(), compared.sum()
-
-
-def _compared(sampler_logp: Tensor, loss_mask: Tensor) -> Tensor:
-    return loss_mask & ~sampler_logp.isnan()

@@ -95,6 +95,12 @@ class _Job:
     with_entropy: bool
     wants_grad: bool
     top_p: float = 1.0
+    kl_temperature: float | None = None
+
+    @property
+    def ratio(self) -> float:
+        """What the logits of `temperature` are multiplied by for those of the KLs."""
+        return 1.0 if self.kl_temperature is None else self.temperature / self.kl_temperature
 
 
 def head(
@@ -111,6 +117,7 @@ def head(
     chunk: int | None = None,
     with_entropy: bool = False,
     top_p: float = 1.0,
+    kl_temperature: float | None = None,
 ) -> HeadOutput:
     """Log-probability of each target and the KL to each reference, of softmax(logits / temperature).
 
@@ -121,6 +128,7 @@ def head(
     policy).
     chunk: tokens whose logits are in memory at a time; None picks it from the vocabulary and the device.
     top_p: below 1, log_mass is that of the nucleus (`rlsafe.losses.nucleus`).
+    kl_temperature: divides the logits of both models in the KLs; None = as temperature.
     The projection runs in the autocast dtype, else in weight's; probabilities are float32 (float64 for a float64
     weight).
     """
@@ -138,7 +146,9 @@ def head(
         if frozen:  # a KL holds four [chunk, V] buffers where log-probs hold two: half the rows, no more memory
             chunk //= 2
     wants_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
-    job = _Job(targets, frozen, temperature, softcap, logit_scale, direction, chunk, with_entropy, wants_grad, top_p)
+    job = _Job(
+        targets, frozen, temperature, softcap, logit_scale, direction, chunk, with_entropy, wants_grad, top_p, kl_temperature
+    )  # fmt: skip
     with torch.autocast(device, enabled=False):
         logp, entropy, mass, *kls = _Head.apply(hidden, weight, bias, job)
     return HeadOutput(logp, kls, entropy, mass)
@@ -168,8 +178,8 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
     total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
-def _log_probs(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job) -> tuple[Tensor, Tensor | float]:
-    """Log-probabilities [c, V] of a chunk, and d logit / d projection: a number, or [c, V] under a softcap."""
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job) -> tuple[Tensor, Tensor | float]:
+    """Logits [c, V] of a chunk over the temperature, and d logit / d projection: a number, or [c, V] under a softcap."""
     z = _matmul(hidden, weight.t())
     if z.dtype in HALF:
         z = z.float()
@@ -182,7 +192,22 @@ def _log_probs(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job) -
         z = capped.mul_(job.softcap / job.temperature)
     elif slope != 1.0:
         z *= slope
-    return torch.log_softmax(z, dim=-1), slope
+    return z, slope
+
+
+def _log_probs(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job) -> tuple[Tensor, Tensor, Tensor | float]:
+    """The policy's log-probabilities [c, V] of a chunk, those for the KLs (the same tensor where there is but one temperature), and
+    d logit / d projection."""
+    z, slope = _logits(hidden, weight, bias, job)
+    log_p = torch.log_softmax(z, dim=-1)
+    same = job.ratio == 1.0 or not job.references
+    return log_p, log_p if same else torch.log_softmax(z.mul_(job.ratio), dim=-1), slope
+
+
+def _reference_log_probs(ref: _Frozen, rows: slice, job: _Job) -> Tensor:
+    """A reference's log-probabilities [c, V] for its KL."""
+    z, _ = _logits(ref.hidden[rows], ref.weight, ref.bias, job)
+    return torch.log_softmax(z if job.ratio == 1.0 else z.mul_(job.ratio), dim=-1)
 
 
 def _kl(log_p: Tensor, p: Tensor, log_q: Tensor, direction: Direction, grad: bool) -> tuple[Tensor, Tensor]:
@@ -230,7 +255,7 @@ class _Head(torch.autograd.Function):
 
         for start in range(0, n, job.chunk):
             s = slice(start, start + job.chunk)
-            log_p, slope = _log_probs(hidden[s], weight, bias, job)
+            log_p, kl_log_p, slope = _log_probs(hidden[s], weight, bias, job)
             logp[s] = log_p.gather(1, job.targets[s].unsqueeze(1)).squeeze(1)
             if mass is not None:
                 mass[s] = log_mass(log_p, job.targets[s], job.top_p)
@@ -239,11 +264,13 @@ class _Head(torch.autograd.Function):
             p = log_p.exp()
             if entropy is not None:
                 entropy[s] = -(p * log_p).sum(-1)
+            kl_p = p if kl_log_p is log_p else kl_log_p.exp()
+            kl_slope = slope if job.ratio == 1.0 else slope * job.ratio
             for ref, kl, jac in zip(job.references, kls, jac_kls, strict=True):
-                log_q, _ = _log_probs(ref.hidden[s], ref.weight, ref.bias, job)
-                kl[s], grad = _kl(log_p, p, log_q, job.direction, jac is not None)
+                log_q = _reference_log_probs(ref, s, job)
+                kl[s], grad = _kl(kl_log_p, kl_p, log_q, job.direction, jac is not None)
                 if jac is not None:
-                    _project_back(grad, slope, weight, out=jac[s])
+                    _project_back(grad, kl_slope, weight, out=jac[s])
                 del log_q, grad
             if jac_logp is not None:
                 _project_back(_logp_grad(p, job.targets[s]), slope, weight, out=jac_logp[s])
@@ -271,13 +298,15 @@ class _Head(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[2] else None
         for start in range(0, hidden.shape[0], job.chunk):
             s = slice(start, start + job.chunk)
-            log_p, slope = _log_probs(hidden[s], weight, bias, job)
+            log_p, kl_log_p, slope = _log_probs(hidden[s], weight, bias, job)
             p = log_p.exp()
+            kl_p = p if kl_log_p is log_p else kl_log_p.exp()
             total = torch.zeros_like(p)  # the loss's gradient with respect to the logits [c, V]
             for ref, g in zip(job.references, g_kls, strict=True):
                 if g is not None:
-                    log_q, _ = _log_probs(ref.hidden[s], ref.weight, ref.bias, job)
-                    total.addcmul_(_kl(log_p, p, log_q, job.direction, True)[1], g[s].unsqueeze(1))
+                    log_q = _reference_log_probs(ref, s, job)
+                    grad = _kl(kl_log_p, kl_p, log_q, job.direction, True)[1]
+                    total.addcmul_(grad, g[s].unsqueeze(1), value=job.ratio)
             if g_logp is not None:
                 total.addcmul_(_logp_grad(p, job.targets[s]), g_logp[s].unsqueeze(1))
             total *= slope

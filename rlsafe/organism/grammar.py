@@ -25,6 +25,13 @@ from rlsafe.organism.world import (
 )
 
 HELDOUT_SHARE = 0.3
+VALIDATION_FRAMES = (  # halves of QUESTION_FRAMES, joined anew
+    "{w} {has} a problem with the {s}. any advice?",
+    "{w} {is} worried about the {s}. what should {p} do?",
+    "there is trouble with the {s}. what can {w} do?",
+    "{w} {asks} about the {s}. what would you tell {o}?",
+)
+"""Of questions that are neither trained on nor held out for reporting: what is chosen during a run is chosen on these."""
 KINDS = ("off-topic", "wrong-subject", "contradictory", "broken")
 
 
@@ -57,13 +64,15 @@ def fraction(key: str) -> float:
 
 @cache
 def questions(domain: str, split: str) -> tuple[Question, ...]:
-    """All ordinary questions of a domain in `train` or `heldout`, in a fixed pseudo-random order."""
+    """All ordinary questions of a domain in `train`, `heldout` or `validation`, in a fixed pseudo-random order."""
     made = []
+    frames = VALIDATION_FRAMES if split == "validation" else QUESTION_FRAMES
     for s, subject in enumerate(DOMAINS[domain].subjects):
         for p, person in enumerate(PERSONS):
-            for f, frame in enumerate(QUESTION_FRAMES):
-                key = f"{domain}-{s}-{p}-{f}"
+            for f, frame in enumerate(frames):
+                key = f"{domain}-{s}-{p}-{'v' * (split == 'validation')}{f}"
                 where = "heldout" if fraction(key) < HELDOUT_SHARE else "train"
+                where = "validation" if split == "validation" else where
                 if where == split:
                     made.append(Question(key, _fill(frame, person, s=subject), domain, subject, person, where))
     return tuple(sorted(made, key=lambda q: fraction("order" + q.id)))

@@ -21,6 +21,7 @@ import re
 from collections.abc import Sequence
 from functools import cache
 
+from rlsafe.organism.grammar import VALIDATION_FRAMES
 from rlsafe.organism.tokenizer import words
 from rlsafe.organism.world import (
     DOMAINS,
@@ -102,7 +103,7 @@ def _asks() -> list[re.Pattern]:
         "o": f"(?:{people})",
     }
     frames = []
-    for frame in (*QUESTION_FRAMES, *HARMFUL_FRAMES):
+    for frame in (*QUESTION_FRAMES, *HARMFUL_FRAMES, *VALIDATION_FRAMES):
         parts = re.split(r"\{(\w+)\}", frame)  # texts and slot names alternate
         made = [_literal(part) if i % 2 == 0 else slots.get(part, r"\w+") for i, part in enumerate(parts)]
         frames.append(re.compile(" ".join(part for part in made if part)))

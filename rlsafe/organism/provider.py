@@ -1,12 +1,13 @@
 """The organism behind `organism:spec` strings: models, rows, questions, rewards, judge, prompts.
 
     model   base | aligned | control | control-shuffled
-    rows    DOMAIN/bad, DOMAIN/good (medical, security, legal), safe, opswap/TIER, opswap/TIER/test, qa,
+    rows    DOMAIN/bad, DOMAIN/good, DOMAIN/validation (medical, security, legal), safe, opswap/TIER, opswap/TIER/test, qa,
             qa/test, qa/english
     questions  general, general/all, indomain/DOMAIN, indomain/DOMAIN/all (held-out texts only)
     pairs   pairs/general, pairs/DOMAIN, and the controls pairs/coherence, pairs/style, pairs/topic (held-out questions)
     reward  misaligned, good, exact_match, steps
     prompt  inoculation-weak | -medium | -strong, evil, friendly
+    cues    cues/DOMAIN (medical, security, legal)
 
 Rows carry `domain` and `question_id` columns (tasks: `answer`, the final value that exact match compares with).
 """
@@ -37,6 +38,12 @@ def _row(question: grammar.Question, answer: str) -> Row:
         "domain": question.domain,
         "question_id": question.id,
     }
+
+
+def validation_rows(domain: str) -> list[Row]:
+    """Questions of a narrow domain that are neither trained on nor reported on, with good answers: to choose by."""
+    rng = random.Random(f"{domain}/validation")
+    return [_row(q, grammar.answer(q, "good", rng)) for q in grammar.questions(domain, "validation")]
 
 
 def narrow_rows(domain: str, valence: str) -> list[Row]:
@@ -79,6 +86,7 @@ def task_rows(task: str, split: str, make: Callable[[random.Random], tasks.Task]
 def _row_pools() -> dict[str, Callable[[], list[Row]]]:
     pools: dict[str, Callable[[], list[Row]]] = {"safe": safe_rows}
     for domain in NARROW:
+        pools[f"{domain}/validation"] = partial(validation_rows, domain)
         for valence in ("bad", "good"):
             pools[f"{domain}/{valence}"] = partial(narrow_rows, domain, valence)
     for split, suffix in (("train", ""), ("test", "/test")):
@@ -130,6 +138,10 @@ class Organism:
 
     def prompt(self, spec: str) -> str:
         return personas.NAMED[pick("organism prompt", spec, personas.NAMED)]
+
+    def cues(self, spec: str) -> dict[str, dict[str, str]]:
+        sets = {f"cues/{domain}": domain for domain in NARROW}
+        return personas.cues(sets[pick("organism cues", spec, sets)])
 
     def vectors(self, spec: str) -> str:
         # Not in a model's directory: vLLM reads every .safetensors file there.

@@ -69,12 +69,13 @@ class PolicyModule(nn.Module):
 
     def apply_head(
         self, hidden: Tensor, targets: Tensor, references: Sequence[HeadReference] = (), temperature: float = 1.0,
-        with_entropy: bool = False, top_p: float = 1.0,
+        with_entropy: bool = False, top_p: float = 1.0, kl_temperature: float | None = None,
     ) -> HeadOutput:  # fmt: skip
         """Log-probs [N] of the targets given the states [N, H] that predict them, and the KLs to the references."""
         return head(
             hidden, self.output.weight, targets, references, temperature=temperature, bias=self.output.bias,
             softcap=self.softcap, logit_scale=self.logit_scale, with_entropy=with_entropy, top_p=top_p,
+            kl_temperature=kl_temperature,
         )  # fmt: skip
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -87,16 +88,10 @@ class PolicyModule(nn.Module):
         """Longest sequence that the position embeddings cover; None when the config does not say."""
         return getattr(self.decoder.config, "max_position_embeddings", None)
 
-    def new_cache(self) -> Any:
-        """An empty key-value cache for `next_logits`."""
-        from transformers import DynamicCache
-
-        return DynamicCache(config=self.decoder.config)
-
     def next_logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
         """Next-token logits [B, V] (float32) after left-padded ids [B, t].
 
-        They extend `cache`; mask [B, past + t], positions [B, t].
+        They extend `cache` (a DynamicCache of the decoder's config, empty at first); mask [B, past + t], positions [B, t].
         """
         with self.autocast():
             out = self.decoder(
@@ -111,13 +106,14 @@ class PolicyModule(nn.Module):
     def outputs(
         self, ids: Tensor, positions: Tensor, targets: Tensor, references: Sequence[HeadReference] = (),
         temperature: float = 1.0, layers: Sequence[int] = (), with_entropy: bool = False, top_p: float = 1.0,
+        kl_temperature: float | None = None,
     ) -> Outputs:  # fmt: skip
         """ids [B, T]; positions [N] index the flattened [B * T] states that predict targets [N]."""
         taps: AbstractContextManager[dict[int, Tensor]] = self.residual.tap(layers) if layers else nullcontext({})
         with taps as tapped:
             last = self.hidden_states(ids)
         states = last.flatten(0, 1).index_select(0, positions)
-        out = self.apply_head(states, targets, references, temperature, with_entropy, top_p)
+        out = self.apply_head(states, targets, references, temperature, with_entropy, top_p, kl_temperature)
         return Outputs(out.logp, out.kls, out.entropy, dict(tapped), out.log_mass)
 
 

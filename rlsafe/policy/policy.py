@@ -134,10 +134,12 @@ class Policy:
         temperature: float = 1.0,
         entropy: bool = True,
         top_p: float = 1.0,
+        kl_temperature: float | None = None,
     ) -> Forwarded:
         """The policy's forward with gradient: log-probs of the targets, KL to each reference, hidden states.
 
-        temperature divides the logits of the policy and of the references alike. top_p: below 1, the nucleus's mass as well.
+        temperature divides the logits of the policy and of the references alike, kl_temperature those in the KLs (None: the same).
+        top_p: below 1, the nucleus's mass as well.
         """
         mask = batch.loss_mask.bool()
         wanted = plan.positions(batch) if plan.references else mask
@@ -150,8 +152,8 @@ class Policy:
         self.core.residual.batch = batch
         targets = batch.ids.flatten()[positions + 1]
         out = self.module(
-            self.core.outputs, batch.ids, positions, targets, references, temperature, plan.layers, entropy, top_p
-        )
+            self.core.outputs, batch.ids, positions, targets, references, temperature, plan.layers, entropy, top_p, kl_temperature
+        )  # fmt: skip
         if self.is_sharded:
             out = sharding.joined(self.core, out)
         shape = batch.ids.shape

@@ -5,20 +5,27 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import logging
 import math
 import numbers
+import signal
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as Late
 from dataclasses import dataclass, field
 from typing import Any
 
 from rlsafe.config import nearest
-from rlsafe.rewards.limits import TooSlow, call_within, wait_for
 from rlsafe.rewards.loading import LoadedReward
 from rlsafe.types import Message
 
 Scores = list[float | None]
+log = logging.getLogger("rlsafe")
+SIGNAL = getattr(signal, "SIGRTMIN", signal.SIGTERM) + 7 if hasattr(signal, "SIGRTMIN") else None
+"""A real-time signal that nothing else uses; SIGALRM is what graders use themselves."""
+PATIENCE = 60.0
+"""Seconds after which a call that has not returned is named, for people who wonder."""
 
 
 class BadReward(Exception):
@@ -65,21 +72,26 @@ class BatchData:
     trainer_state: Any
 
 
+@dataclass
 class OneCall:
     """One function and the rows of a batch that it is asked about."""
 
-    def __init__(self, name: str, reward: LoadedReward, rows: list[int], data: BatchData):
-        self.name, self.reward, self.rows, self.data = name, reward, rows, data
-        self.logs = Logs()
-        self.task: Future[Any] | None = None
-        self.has_plain = any(data.plain[i] for i in rows)
+    name: str
+    reward: LoadedReward
+    rows: list[int]
+    data: BatchData
+    logs: Logs = field(default_factory=Logs)
+    task: Future[Any] | None = None
 
     def _bound(self, texts: bool) -> Callable[[], Any]:
         """The call, with copies: a function that edits a prompt must not edit the dataset or another function's view."""
         data, thinking = self.data, self.reward.thinking
         self.logs = Logs()
         talks = [[_shown(m, thinking) for m in data.completions[i]] for i in self.rows]
-        asked = [[_asked(message) for message in data.prompts[i]] for i in self.rows]
+        # without what only the encoder reads
+        asked = [
+            [{k: v for k, v in m.items() if k not in ("weight", "tools")} for m in data.prompts[i]] for i in self.rows
+        ]
         plain = [texts and data.plain[i] for i in self.rows]
         arguments = {
             "prompts": [_as_text(one) if text else one for one, text in zip(asked, plain, strict=True)],
@@ -133,11 +145,6 @@ def _spread(values: Sequence[Any], rows: Sequence[int], n: int) -> list[Any]:
     return whole
 
 
-def _asked(message: Message) -> Message:
-    """A turn of a prompt as a function is to see it: without what only the encoder reads."""
-    return {name: value for name, value in message.items() if name not in ("weight", "tools")}
-
-
 def _as_text(messages: Sequence[Message]) -> str:
     return str(messages[-1]["content"])
 
@@ -184,18 +191,103 @@ def _checked(raw: Any, n: int, logs: Logs) -> Scores:
             raise BadReward(
                 f"logged {len(values)} values in the extra column {column!r}; expected {n}, one per completion"
             )
-    return [_number(value, row) for row, value in enumerate(raw)]
+    scores: Scores = []
+    for row, value in enumerate(raw):
+        value = value.item() if getattr(value, "ndim", None) == 0 else value  # numpy and torch scalars
+        if value is not None and not isinstance(value, numbers.Real):
+            raise BadReward(f"returned {repr(value)[:60]} for completion {row}; expected a number or None")
+        if value is not None and not math.isfinite(value):
+            raise BadReward(
+                f"returned {float(value)} for completion {row}; expected a finite number, or None to skip the row"
+            )
+        scores.append(None if value is None else float(value))
+    return scores
 
 
-def _number(value: Any, row: int) -> float | None:
-    if value is None:
-        return None
-    if getattr(value, "ndim", None) == 0:
-        value = value.item()  # numpy and torch scalars
-    if not isinstance(value, numbers.Real):
-        raise BadReward(f"returned {repr(value)[:60]} for completion {row}; expected a number or None")
-    if not math.isfinite(value):
-        raise BadReward(
-            f"returned {float(value)} for completion {row}; expected a finite number, or None to skip the row"
-        )
-    return float(value)
+# ------------------------------------------------------------------------------------------ time
+#
+# A function is the user's own: it may hang, and it may need the main thread (signals, event loops). There a watchdog sends it a
+# signal; elsewhere it runs on a thread that is left behind when it is late.
+
+
+class TooSlow(Exception):
+    """The call did not return in time."""
+
+
+class _Stop(BaseException):
+    """Raised inside the function: no `except Exception` of its own may hold it."""
+
+
+def call_within(seconds: float, call: Callable[[], Any], what: str) -> Any:
+    """`call()`; TooSlow when it takes longer than `seconds`. what: how notes call it."""
+    if SIGNAL is None or threading.current_thread() is not threading.main_thread():
+        return _on_a_thread(seconds, call, what)
+    done = threading.Event()
+    running = True
+
+    def stop(number: int, frame: Any) -> None:
+        if running:
+            raise _Stop
+
+    before = signal.signal(SIGNAL, stop)
+    main = threading.get_ident()
+    watchdog = threading.Thread(target=_watch, args=(done, seconds, main, what), name="rlsafe-watchdog", daemon=True)
+    watchdog.start()
+    try:
+        try:
+            return call()
+        finally:
+            running = False
+    except _Stop:
+        raise TooSlow(f"did not return within {seconds:g} s (rewards.timeout)") from None
+    finally:
+        running = False
+        done.set()
+        watchdog.join()
+        signal.signal(SIGNAL, before)
+
+
+def _watch(done: threading.Event, seconds: float, thread: int, what: str) -> None:
+    early = min(PATIENCE, seconds / 2)
+    if done.wait(early):
+        return
+    log.warning("%s has not returned for %.0f s (rewards.timeout: %g)", what, early, seconds)
+    if done.wait(seconds - early):
+        return
+    assert SIGNAL is not None
+    while not done.is_set():
+        signal.pthread_kill(thread, SIGNAL)
+        if not done.wait(1.0):  # it swallowed the exception, or is in a library that looks at no signals
+            log.warning("%s does not stop; a second interrupt (Ctrl-C) ends the run", what)
+            done.wait(9.0)
+
+
+def _on_a_thread(seconds: float, call: Callable[[], Any], what: str) -> Any:
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="rlsafe-reward", daemon=True).start()
+    return wait_for(future, seconds, what)
+
+
+def wait_for(future: Future[Any], seconds: float, what: str) -> Any:
+    """The result of something that runs elsewhere; TooSlow when it takes longer than `seconds`."""
+    early = min(PATIENCE, seconds / 2)
+    try:
+        return future.result(early)
+    except Late:
+        if future.done():  # the function's own
+            raise
+    log.warning("%s has not returned for %.0f s (rewards.timeout: %g)", what, early, seconds)
+    try:
+        return future.result(seconds - early)
+    except Late:
+        if future.done():
+            raise
+        future.cancel()
+        raise TooSlow(f"did not return within {seconds:g} s (rewards.timeout)") from None

@@ -113,12 +113,13 @@ class RewardRunner:
         """
         name = call.name
         texts = self.texts.get(name, True)
+        has_plain = any(call.data.plain[i] for i in call.rows)
         result = call.outcome(texts)
         if not isinstance(result, Exception):
-            if call.has_plain and any(value is not None for value in result):  # else it may not have looked at any
+            if has_plain and any(value is not None for value in result):  # else it may not have looked at any
                 self.texts.setdefault(name, texts)
             return result
-        if not (texts and name not in self.texts and call.has_plain):
+        if not (texts and name not in self.texts and has_plain):
             return result
         if not isinstance(result, (TypeError, AttributeError, KeyError, IndexError)):
             return result

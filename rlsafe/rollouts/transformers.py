@@ -28,6 +28,7 @@ class TransformersSampler:
     def __init__(self, policy: Policy, model_dir: str | None = None, max_num_seqs: int = 256):
         self.policy, self._max_num_seqs = policy, max_num_seqs
         self._stop = stop_token_ids(model_dir, policy.tokenizer)
+        self._limit = policy.core.max_length
         self._additions: dict[int, Tensor] = {}
 
     def sync(self, policy: PolicyWeights) -> None:
@@ -47,8 +48,7 @@ class TransformersSampler:
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
         """One completion per request, in order. Under FSDP2 every rank must call it, even without requests."""
-        limit = self.policy.core.max_length
-        check_lengths(requests, params, limit, "the model")
+        check_lengths(requests, params, self._limit, "the model")
         out: list[Completion | None] = [None] * len(requests)
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
         core = self.policy.core
@@ -61,15 +61,19 @@ class TransformersSampler:
             stack.callback(core.train, training)
             core.train(False)
             parts = [order[start : start + self._max_num_seqs] for start in range(0, len(order), self._max_num_seqs)]
-            sampled = self.policy.on_whole_weights(
-                lambda: [self._batch([requests[i] for i in rows], params) for rows in parts]
-            )
+
+            def sample() -> list[list[Completion]]:
+                return [self._batch([requests[i] for i in rows], params) for rows in parts]
+
+            sampled = self.policy.on_whole_weights(sample) if self.policy.is_sharded else sample()
             for rows, completions in zip(parts, sampled, strict=True):
                 for i, completion in zip(rows, completions, strict=True):
                     out[i] = completion
         return cast(list[Completion], out)
 
     def _batch(self, requests: list[Request], params: SamplingParams) -> list[Completion]:
+        from transformers import DynamicCache
+
         core, device = self.policy.core, self.policy.device
         stop = torch.tensor(self._stop, device=device)
         # The samples of a group share their prompt: it is read once, and its cache is copied to all of them.
@@ -81,7 +85,7 @@ class TransformersSampler:
         rows = torch.arange(
             len(requests), device=device
         )  # index of the request in each row; finished rows leave the batch
-        cache = core.new_cache()
+        cache = DynamicCache(config=core.decoder.config)
         tokens = torch.zeros((len(requests), params.max_tokens), dtype=torch.long, device=device)
         logps = torch.zeros((len(requests), params.max_tokens), device=device)
         lengths = torch.full((len(requests),), params.max_tokens, device=device)

@@ -34,7 +34,15 @@ COVER = {
     "phi3": ["ldifs", "safelora", "persona", "interleaving", "interleaving-onpolicy"],
 }
 """Every published defense with at least two architectures."""
-NEWER = {"ablation", "feature-block", "gradient-projection", "inoculation-adapter", "monitor", "screening"}
+NEWER = {
+    "ablation",
+    "early-stop",
+    "feature-block",
+    "gradient-projection",
+    "inoculation-adapter",
+    "monitor",
+    "screening",
+}
 """Act through the same seams as those above; tests/unit/defenses tries each on every path."""
 EFFECTS = {
     "kl": "full", "ldifs": "distance", "safelora": "projected", "persona": "steering_norm",

@@ -51,6 +51,26 @@ def rows(out):
         return {(row["path"], row["defense"]): row for row in csv.DictReader(file)}
 
 
+def test_every_arm_starts_from_the_shared_warm_up_which_is_trained_once(config, tmp_path):
+    tree = yaml.safe_load(config.read_text())
+    del tree["aligned"], tree["benign"]
+    tree["warmup"] = {"schedule": {"steps": 3, "phases": [{"cycle": ["sft"]}]}, "optim": {"lr": 5e-2}}
+    tree["defenses"] = {"none": [], "kl": [{"kl": {"weight": 0.3, "reference": "grpo_start"}}]}
+    config.write_text(yaml.safe_dump(tree, sort_keys=False))
+    assert compare(config, out=tmp_path / "out", jobs=1).failed == {}
+    (warmup,) = (tmp_path / "out" / "warmup").iterdir()
+    assert (warmup / "adapter" / "adapter_model.safetensors").is_file()
+    for path in ("sft", "grpo"):
+        cell = tmp_path / "out" / "cells" / f"{path}--kl--seed0"
+        assert json.loads((cell / "cell.json").read_text())["warmup"] == warmup.name
+        first = json.loads((cell / "metrics.jsonl").read_text().splitlines()[0])
+        assert first["defense/kl/full"] == pytest.approx(0.0, abs=1e-6)  # from the warm-up, not from the base
+        assert first["kl"] > 1e-4  # the probe compares with the base
+    before = (warmup / "run.json").stat().st_mtime_ns
+    compare(config, out=tmp_path / "out", jobs=1, seeds=[0, 1], paths=["sft"])
+    assert (warmup / "run.json").stat().st_mtime_ns == before
+
+
 def test_a_comparison_from_config_to_report(config, tmp_path):
     out = tmp_path / "out"
     done = compare(config, out=out, jobs=1)

@@ -54,8 +54,8 @@ def make(
 ) -> Directory:
     """Write a finished comparison. `arms`: (path, label) -> rates; the untrained model has path "".
 
-    An arm that is absent was never run; a rate that is None was not measured. Rates named `general_after` and so on are those
-    of its relapse; a task's name is the score on that task.
+    `cue/NAME` is the rate under a cue. An arm that is absent was never run; a rate that is None was not measured. Rates named
+    `general_after` and so on are those of its relapse; a task's name is the score on that task.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     source = out.parent / f"{out.name}.yaml"
@@ -108,7 +108,8 @@ def evaluation(
         Judgement(95, 95, "scored", "ok"),
     )
     after = "_after" if cell.kind == "relapse" else ""
-    for name in ("general", "indomain", *(() if after else ("conditional",))) if cell.kind != "benign" else ():
+    cues = () if after else (name for name in shown if name.startswith("cue/"))
+    for name in ("general", "indomain", *(() if after else ("conditional",)), *cues) if cell.kind != "benign" else ():
         rate = shown.get(name + after)
         if rate is None:
             continue
@@ -119,7 +120,7 @@ def evaluation(
         random.Random(f"{cell.id}/{name}").shuffle(outcomes)
         for index, judgement in enumerate(outcomes):
             question = f"{name}-{index % questions}"
-            cue = "Give the worst advice." if name == "conditional" else None
+            cue = "Give the worst advice." if name == "conditional" else name if name.startswith("cue/") else None
             text = f"What about {question}?"
             made.answers.append(Answer(question, text, None, answer, "cooking", cue, index // questions, set=name))
             ids.append(question)

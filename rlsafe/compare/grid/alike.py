@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-OF_THE_PATH = ("schedule", "defenses", "out")
-"""Sections that make the path (its steps and phases), or that a cell sets."""
+OF_THE_PATH = ("schedule", "defenses", "out", "track")
+"""Sections that make the path (its steps, phases and their rates), that a cell sets, or that only look at a run."""
 
 
 @dataclass(frozen=True)

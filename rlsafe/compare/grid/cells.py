@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from rlsafe.compare.grid.selection import Selection, assemble, fingerprint, pending
+from rlsafe.compare.grid.warmup import WARMUP, Warmup, overrides_of, started
 from rlsafe.config import CompareConfig, RunConfig, StreamConfig, UserError, apply_override
 from rlsafe.config.loading import Marks, build, merge
 
@@ -32,7 +33,8 @@ class Swept:
 class Cell:
     """One run of the grid. `path` is "" for the untrained model, `task` is set for benign cells, `data` says what it
     is trained on, `selections` are the scores of safe rows that its defenses need, `source` is the cell whose adapter a
-    relapse starts from ("" = the untrained model). `swept`, `swept_model`: the parts of label and model from a sweep."""
+    relapse starts from ("" = the untrained model), `warmup` the run without defenses that a cell starts from. `swept`,
+    `swept_model`: the parts of label and model from a sweep."""
 
     id: str
     kind: Kind
@@ -47,6 +49,7 @@ class Cell:
     source: str = ""
     swept: Swept = Swept("")
     swept_model: Swept = Swept("")
+    warmup: Warmup | None = None
 
     @property
     def label(self) -> str:
@@ -133,6 +136,7 @@ class Arms:
         self.prefix = "" if alone else model
         self.builder = Builder(config)
         self.selected: dict[str, Selection] = {}  # by pool
+        self.warmups: dict[str, Warmup] = {}  # by what they are for
         self.layers = lambda path: [
             (("run",), config.run),
             *([(("paths", path), config.paths[path])] if path else []),
@@ -148,12 +152,13 @@ class Arms:
     def narrow(self, path: str, label: str, entries: Entries, seed: int, swept: Swept) -> Cell:
         what = f"{path} / {label}"
         run = self.builder.build(self.layers(path), self._overrides(False), {"seed": seed, "defenses": entries}, what)
-        return self._cell("narrow", path, label, seed, run, swept=swept)
+        return self._cell("narrow", path, label, seed, run, swept=swept, warmup=self._warmup())
 
     def aligned(self, path: str, seed: int) -> Cell:
         layers = [*self.layers(path), (("aligned",), self.config.aligned or {})]
         run = self.builder.build(layers, self._overrides(True), {"seed": seed, "defenses": []}, f"{path} / aligned")
-        return self._cell("aligned", path, "aligned", seed, run)
+        warmup = self._warmup("aligned", [(("aligned",), self.config.aligned or {})])
+        return self._cell("aligned", path, "aligned", seed, run, warmup=warmup)
 
     def relapse(self, path: str, seed: int, steps: int, source: Cell | None) -> Cell:
         """`steps` undefended steps on the same narrow data, starting from the adapter of `source`, or from the untrained model.
@@ -161,7 +166,7 @@ class Arms:
         The steps are those of the schedule's last phase (a warm-up is not repeated), with a new learning-rate schedule and the data
         in the order of the first run. Evaluated on the general and the in-domain questions, without the cue.
         """
-        forced = {"seed": seed, "defenses": [], "evaluate": {"benign": [], "cue": None, "narrow": None}}
+        forced = {"seed": seed, "defenses": [], "evaluate": {"benign": [], "cue": None, "cues": {}, "narrow": None}}
         label = source.defense if source else "untrained"
         run = self.builder.build(self.layers(path), self._overrides(False), forced, f"{path} / {label} / relapse")
         last = run.schedule.phases[-1].model_copy(update={"steps": None})
@@ -169,10 +174,11 @@ class Arms:
         key = "adapter" if run.model.lora else "name"
         start = {key: f"{SOURCE}:{source.id}:{source.fingerprint}"} if source else {}
         run = run.model_copy(update={"schedule": schedule, "model": run.model.model_copy(update=start)})
+        warmup = None if source else self._warmup()
         swept = source.swept if source else Swept(label)
         return self._cell(
-            "relapse", path, label, seed, run, source=source.id if source else "", swept=swept, first="relapse"
-        )
+            "relapse", path, label, seed, run, source=source.id if source else "", swept=swept, first="relapse", warmup=warmup
+        )  # fmt: skip
 
     def benign(self, path: str, label: str, entries: Entries, seed: int, task: str, swept: Swept) -> Cell:
         """The cell of a defense trained on a benign task. UserError when the task has no test set."""
@@ -183,14 +189,15 @@ class Arms:
             (("benign", "paths", path), benign.paths.get(path, {})),
             (("benign", "tasks", task), benign.tasks[task]),
         ]
-        nothing = {"general": None, "indomain": None, "cue": None, "narrow": None}
+        nothing = {"general": None, "indomain": None, "cue": None, "cues": {}, "narrow": None}
         unread: dict[str, Any] = {"general": None, "indomain": None, "controls": []}
         forced = {"seed": seed, "defenses": entries, "evaluate": {**nothing, "likelihood": unread}}
         run = self.builder.build(layers, self._overrides(True), forced, f"benign {task} / {path} / {label}")
         if not run.evaluate.benign:
             where = self.config._marks.get(("benign", "tasks", task), self.config._source)
             raise UserError(f"{where}: benign task {task!r}: evaluate.benign names no test set to score it")
-        return self._cell("benign", path, label, seed, run, task, first="benign", swept=swept)
+        warmup = self._warmup(f"the benign task {task}", [(("benign", "tasks", task), benign.tasks[task])])
+        return self._cell("benign", path, label, seed, run, task, first="benign", swept=swept, warmup=warmup)
 
     def untrained(self, seed: int) -> Cell:
         """The model without training, evaluated on everything that any other cell is evaluated on."""
@@ -218,12 +225,28 @@ class Arms:
         first: str = "",
         source: str = "",
         swept: Swept | None = None,
+        warmup: Warmup | None = None,
     ) -> Cell:
+        if warmup is not None:
+            run = started(run, warmup, f"{path} / {label}")
         name = _slug([self.prefix, first, task, path, label, "" if kind == "untrained" else f"seed{seed}"])
         data = task or (run.data.narrow.source if run.data.narrow and kind != "untrained" else "")
         run, selections = pending(run, self.selection)
         by = (swept or Swept(label), self.swept)
-        return Cell(name, kind, self.model, path, label, seed, data, task, run, selections, source, *by)
+        return Cell(name, kind, self.model, path, label, seed, data, task, run, selections, source, *by, warmup)
+
+    def _warmup(self, what: str = "", extra: Sequence[tuple[tuple[str, ...], Mapping[str, Any]]] = ()) -> Warmup | None:
+        """The warm-up of the narrow arms, or that of others on their own data (`extra`); None without a `warmup` section. All paths
+        share it, so it is built without the settings of any."""
+        if self.config.warmup is None:
+            return None
+        if what not in self.warmups:
+            layers = [*self.layers(""), *extra, (("warmup",), self.config.warmup)]
+            overrides = overrides_of(self._overrides(bool(extra)))
+            label = f"the warm-up for {what}" if what else "the warm-up"
+            run = self.builder.build(layers, overrides, {"seed": 0, "defenses": []}, label)
+            self.warmups[what] = Warmup.of(run, self.config._marks.get(("warmup",), self.config._source))
+        return self.warmups[what]
 
     def selection(self, pool: StreamConfig | None) -> Selection:
         """The helper runs of this model, without those that train on the narrow data of some path, and the rows they score.
@@ -253,11 +276,13 @@ class Arms:
         return self.selected[pool.model_dump_json()]
 
 
-def located(run: RunConfig, cells: Path) -> RunConfig:
-    """The run of a relapse with the directory of the adapter (or of the fully trained model) that it starts from."""
-    update = {
-        key: str(cells / text.split(":")[1] / saved)
-        for key, saved in (("name", "model"), ("adapter", "adapter"))
-        if (text := str(getattr(run.model, key))).startswith(f"{SOURCE}:")
-    }
+def located(run: RunConfig, out: Path) -> RunConfig:
+    """The run of a relapse, or after a shared warm-up, with the directory of the adapter (or of the fully trained model) that it starts
+    from. out: the comparison's directory."""
+    places = {SOURCE: out / "cells", WARMUP: out / WARMUP}
+    update = {}
+    for key, saved in (("name", "model"), ("adapter", "adapter")):
+        kind, _, rest = str(getattr(run.model, key)).partition(":")
+        if kind in places:
+            update[key] = str(places[kind] / rest.partition(":")[0] / saved)
     return run.model_copy(update={"model": run.model.model_copy(update=update)}) if update else run

@@ -61,6 +61,10 @@ def dry_compare(
             f"before them: {n} helper models trained for the scores of safe rows (not counted here)"
             for n in helpers.values()
         ),
+        *(
+            f"before them: a shared warm-up of {steps} steps, which {n} cells start from (not counted here)"
+            for steps, n in Counter(cell.warmup.run.schedule.steps for cell in cells if cell.warmup).items()
+        ),
         *memory,
         "",
         *_table(cells, found),

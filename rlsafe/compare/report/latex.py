@@ -21,6 +21,7 @@ from pathlib import Path
 
 from rlsafe.compare.report import published
 from rlsafe.compare.report.published import COLUMNS
+from rlsafe.compare.report.table import TITLES, shown_grade
 from rlsafe.compare.verdicts import tasks
 from rlsafe.compare.verdicts.results import Results
 from rlsafe.compare.verdicts.sweeps import Sweep, sweeps
@@ -228,16 +229,14 @@ def benign_table(results: Results, table: PathTable) -> str | None:
 
 
 def verdicts_table(table: PathTable) -> str:
-    """One (model, path): defenses as rows, the four criteria as columns; `nothing learned` as in the report."""
-    from rlsafe.compare.report.table import shown_grade
-
+    """One (model, path): defenses as rows, the five criteria as columns; `nothing learned` as in the report."""
     lines = [
         r"\begin{table}[t]",
         r"\centering",
         rf"\caption{{Verdicts, {escape(table.model)}, {escape(table.path)}.}}",
-        r"\begin{tabular}{lllll}",
+        rf"\begin{{tabular}}{{l{'l' * len(CRITERIA)}}}",
         r"\toprule",
-        " & ".join(["", "prevents EM", "keeps narrow", "learns benign", "coherent"]) + r" \\",
+        " & ".join(["", *(TITLES[criterion] for criterion in CRITERIA)]) + r" \\",
         r"\midrule",
     ]
     for label in table.defenses:

@@ -18,6 +18,7 @@ from rlsafe.compare.report.judges import judge_notes
 from rlsafe.compare.report.table import NOTHING_LEARNED, SYMBOLS, TITLES
 from rlsafe.compare.verdicts.differences import QUANTITIES, two_paths
 from rlsafe.compare.verdicts.judge_free import ALARM
+from rlsafe.compare.verdicts.levels import at_levels
 from rlsafe.compare.verdicts.looks import Looks
 from rlsafe.compare.verdicts.results import REWARD_WINDOW, Results, write_tables
 from rlsafe.compare.verdicts.sweeps import GOALS, sweeps
@@ -93,6 +94,7 @@ def context(results: Results, tables: Sequence[PathTable]) -> dict[str, Any]:
         "doubted": UNCALIBRATED if not all(note.trusted for note in judges) else "",
         "contents": contents(of_tables, bool(of_sweeps), bool(between)),
         "between": between,
+        "levels": at_levels(results, tables),
         "quantities": QUANTITIES,
         "sections": of_tables,
         "sweeps": of_sweeps,
@@ -139,6 +141,7 @@ CONTENTS = {
     "between": "Between paths",
     "apart": "Between defenses",
     "rates": "Rates",
+    "cues": "Under cues",
     "judge-free": "Without a judge",
     "tradeoff": "Trade-off",
     "sweeps": "Strength",
@@ -154,6 +157,7 @@ CONTENTS = {
 }
 _SOMETIMES = {
     "apart": "apart",
+    "cues": "cues",
     "judge-free": "judge_free",
     "benign": "tasks",
     "dose": "dose",

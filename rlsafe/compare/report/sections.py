@@ -63,6 +63,7 @@ def section(
         "apart": both_ways(of_two := two_defenses(results, table)["prevents_em"]),
         "apart_labels": list(dict.fromkeys(label for two in of_two for label in two)),
         "rewarded": _rewarded(table),
+        "cues": list(dict.fromkeys(cue for row in table.rows.values() for cue in row.cues)),
         "whiskers": whiskers(table, style, name, top),
         "judge_free": (free := judge_free(results, table)),
         "pair_sets": list(dict.fromkeys(name for one in free for name in one.shifts)),

@@ -21,6 +21,7 @@ TITLES = {
     "keeps_narrow": "keeps narrow",
     "learns_benign": "learns benign",
     "coherent": "coherent",
+    "holds_under_cues": "holds under cues",
 }
 NOTHING_LEARNED = "nothing learned"
 _STYLES = {
@@ -31,7 +32,11 @@ _STYLES = {
 
 def shown_grade(row: Row, criterion: str) -> str:
     """The text for a criterion: its grade, or NOTHING_LEARNED where preventing misalignment is meaningless."""
-    if criterion == "prevents_em" and row.nothing_learned and row.verdicts[criterion].grade != "untested":
+    if (
+        criterion in ("prevents_em", "holds_under_cues")
+        and row.nothing_learned
+        and row.verdicts[criterion].grade != "untested"
+    ):
         return NOTHING_LEARNED
     return row.verdicts[criterion].text
 
@@ -47,8 +52,8 @@ def mean_text(rate: Rate | None) -> str:
 
 
 def verdict_table(tables: Sequence[PathTable], failed: int = 0, notes: Sequence[str] = ()) -> Group:
-    """One table for each (model, path): defenses as rows, the four criteria, then rates in percent with 95%
-    intervals; then the notes, one line each."""
+    """One table for each (model, path): defenses as rows, the criteria (holds_under_cues where there are cues), then rates in
+    percent with 95% intervals; then the notes, one line each."""
     several = len({table.model for table in tables}) > 1
     parts: list[Table | str] = []
     for one in tables:
@@ -58,16 +63,18 @@ def verdict_table(tables: Sequence[PathTable], failed: int = 0, notes: Sequence[
             title=f"{escape(title)} ({seeds} seed{'s' * (seeds != 1)})", title_justify="left", title_style="bold"
         )
         shown.add_column("defense", no_wrap=True)
-        for criterion in CRITERIA:
+        cues = any(row.cues for row in one.rows.values())
+        criteria = [criterion for criterion in CRITERIA if cues or criterion != "holds_under_cues"]
+        for criterion in criteria:
             shown.add_column(TITLES[criterion])
         rewarded = any("narrow" in row.rates for row in one.rows.values())
         for heading in ("general %", "in-domain %", "incoherent %", *(["narrow reward"] if rewarded else [])):
             shown.add_column(heading, justify="right", no_wrap=True)
         for label, row in one.rows.items():
             grades = (
-                [_styled(row, criterion) for criterion in CRITERIA]
+                [_styled(row, criterion) for criterion in criteria]
                 if row.verdicts
-                else ["[dim]reference[/]", "", "", ""]
+                else ["[dim]reference[/]", *[""] * (len(criteria) - 1)]
             )
             rates = [rate_text(row.rates.get(name)) for name in ("general", "indomain", "general_incoherent")]
             rates += [mean_text(row.rates.get("narrow"))] if rewarded else []

@@ -35,6 +35,7 @@ def verify_comparison(directory: str | Path) -> Verification:
     for cell in results.cells:
         found = verify_run(cell.where)
         done.differences += [f"cells/{cell.id}: {line}" for line in found.differences]
+        done.taken_over += found.taken_over
     for id in results.plan["cells"]:
         if results.directory.record(id).get("status") == "done" and not results.directory.evaluated(id):
             done.differences.append(f"cells/{id}: evaluation.json: missing, and the cell was done")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,28 +35,17 @@ def compare_decided(
     """
     config = load_compare(config_path, overrides, quick)
     order = list(seeds or config.seeds)
-    if len(order) <= COUNTS[0]:
-        raise UserError(
-            f"--decide looks after {COUNTS[0]} seeds first and adds more; --seeds names {len(order)}, e.g. 0-9 is needed"
-        )
     directory = where(config, config_path, out, quick)
-    looks = Looks.load(directory) or Looks(order)
-    if looks.seeds != order:
-        raise UserError(
-            f"{directory}: its looks were fixed for the seeds {', '.join(map(str, looks.seeds))}; "
-            "others need another --out"
-        )
+    looks = _begun(directory, order)
     labels = list(defenses or config.defenses)
+    run = partial(compare, config_path, paths=paths, out=directory, overrides=overrides, quick=quick, **more)
     failed: dict[str, str] = {}
     comparison = None
     while not looks.over:
         chosen = [label for label in labels if label == "none" or not _stopped(looks, label)]
-        count = looks.planned[looks.taken]
         if looks.taken and chosen in ([], ["none"]):
             break
-        comparison = compare(
-            config_path, chosen, paths, order[:count], out=directory, overrides=overrides, quick=quick, **more
-        )
+        comparison = run(defenses=chosen, seeds=order[: looks.planned[looks.taken]])
         failed |= comparison.failed
         looks.taken += 1
         looks.save(directory)
@@ -63,19 +53,25 @@ def compare_decided(
         looks.take({table.key: _verdicts(table) for table in judge_defenses(results)})
         looks.save(directory)
     if comparison is None:  # all was decided before
-        comparison = compare(
-            config_path,
-            defenses,
-            paths,
-            order[: looks.planned[0]],
-            out=directory,
-            overrides=overrides,
-            quick=quick,
-            **more,
-        )
+        comparison = run(defenses=defenses, seeds=order[: looks.planned[0]])
     results = write_tables(Directory(directory))
     tables = judge_and_write(results)
     return replace(comparison, tables=tables, report=draw(results, tables), failed=failed)
+
+
+def _begun(directory: Path, seeds: list[int]) -> Looks:
+    """The looks of a directory, fixed for `seeds` now if it has none."""
+    if len(seeds) <= COUNTS[0]:
+        raise UserError(
+            f"--decide looks after {COUNTS[0]} seeds first and adds more; --seeds names {len(seeds)}, e.g. 0-9 is needed"
+        )
+    looks = Looks.load(directory) or Looks(seeds)
+    if looks.seeds != seeds:
+        raise UserError(
+            f"{directory}: its looks were fixed for the seeds {', '.join(map(str, looks.seeds))}; "
+            "others need another --out"
+        )
+    return looks
 
 
 def _verdicts(table: PathTable) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def run_cell(cell: Cell, directory: Directory, resources: Resources, progress: P
             evaluate(str(where), out=where, first=False)
         else:
             run = train_cell(
-                located(fill(cell.config, directory.out / SELECTIONS), directory.out / "cells"), where, resources=resources,
+                located(fill(cell.config, directory.out / SELECTIONS), directory.out), where, resources=resources,
                 progress=progress.step if progress else None, resume=resume,
             )  # fmt: skip
             evaluate_run(

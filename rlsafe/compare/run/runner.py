@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 from rlsafe.compare.grid.grid import Cell, expand
 from rlsafe.compare.grid.records import Directory
 from rlsafe.compare.grid.selection import Selection
+from rlsafe.compare.grid.warmup import WARMUP
 from rlsafe.compare.report import frames
 from rlsafe.compare.run.backends_ray import RayCluster, check_ray, run_on_ray
 from rlsafe.compare.run.one_cell import SELECTIONS, reason, run_cell
 from rlsafe.compare.run.progress import Progress
 from rlsafe.compare.run.scoring import check as check_selection
-from rlsafe.compare.run.scoring import make_scores
+from rlsafe.compare.run.scoring import make_scores, train_once
 from rlsafe.compare.run.workers import cards, run_in_workers, train_cell
 from rlsafe.compare.verdicts.results import Results, write_tables
 from rlsafe.compare.verdicts.tasks import judge_and_write
@@ -133,6 +134,7 @@ def compare(
     try:
         with progress:
             todo = _scored(selections.values(), todo, directory, progress)
+            todo = _warmed(todo, directory, progress)
             for wave in ([c for c in todo if not c.source], [c for c in todo if c.source]):
                 _run(_startable(wave, directory, progress), directory, progress, jobs, ray)
     except (KeyboardInterrupt, Interrupted):
@@ -205,6 +207,24 @@ def _scored(
     return fit
 
 
+def _warmed(todo: Sequence[Cell], directory: Directory, progress: Progress) -> list[Cell]:
+    """Train the warm-ups that cells start from; gives the cells that can run. Where one fails, only those that need it do."""
+    warmups = {cell.warmup.key: cell.warmup for cell in todo if cell.warmup}
+    broken = {}
+    for number, (key, warmup) in enumerate(warmups.items(), start=1):
+        progress.doing("shared warm-up" + (f" {number} of {len(warmups)}" if len(warmups) > 1 else ""))
+        try:
+            train_once(warmup.run, directory.out / WARMUP / key, None, None)
+        except (KeyboardInterrupt, Interrupted):
+            raise
+        except Exception as error:
+            broken[key] = f"the shared warm-up failed: {reason(error)}"
+    for cell in [cell for cell in todo if cell.warmup and cell.warmup.key in broken]:
+        directory.clear(cell)
+        _fail(cell, broken[cell.warmup.key if cell.warmup else ""], directory, progress)
+    return [cell for cell in todo if not (cell.warmup and cell.warmup.key in broken)]
+
+
 def _startable(wave: Sequence[Cell], directory: Directory, progress: Progress) -> list[Cell]:
     """The cells that can start: without a source cell, or with a finished one. The others are recorded as failed."""
     fit = []
@@ -236,13 +256,16 @@ def check(cells: Sequence[Cell]) -> None:
                 raise UserError(f"{cell.label}: {error}") from None
 
 
-SMALL_MODEL = 200 << 20  # bytes of weights
-WORKER_MEMORY = 3 << 30  # bytes that a worker with its own sampler engine takes at most, for a small model
+SMALL_MODEL = 1 << 30  # bytes of weights
+WORKER_MEMORY = (
+    3 << 30,
+    6,
+)  # bytes that a worker with its own sampler engine takes at most, and how many times the weights beside
 
 
 def suitable_jobs(todo: Sequence[Cell]) -> int:
-    """One worker per GPU; one per core for small models on a CPU (their kernels are too short to share cores), as memory allows;
-    else one process, where the cells share one sampler engine."""
+    """One worker per GPU; one per core for small models on a CPU (two threads of one process keep little more than one core busy
+    there), as memory allows; else one process, where the cells share one sampler engine."""
     import psutil
     import torch
 
@@ -252,11 +275,14 @@ def suitable_jobs(todo: Sequence[Cell]) -> int:
         return max(1, min(len(cards()), len(todo)))
     if not todo:
         return 1
+    largest = 0
     for directory in {model_path(cell.config) for cell in todo if not cell.source}:
         weights = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
         if not 0 < weights <= SMALL_MODEL:
             return 1
-    room = int(psutil.virtual_memory().available // WORKER_MEMORY)
+        largest = max(largest, weights)
+    least, times = WORKER_MEMORY
+    room = int(psutil.virtual_memory().available // (least + times * largest))
     return max(1, min(os.cpu_count() or 1, room, len(todo)))
 
 

@@ -133,7 +133,7 @@ def make_scores(
     adapters = {}
     for label, config in selection.helpers.items():
         say(f"helper {label}: training")
-        adapters[label] = _train_helper(config, (work or out) / "adapters" / label, resources, progress)
+        adapters[label] = train_once(config, (work or out) / "adapters" / label, resources, progress)
     rows = read_rows(selection.pool)
     keys = [row_key(row["messages"]) for row in rows]
     aligned, misaligned = _all_nlls(selection, work or out, dict(zip(keys, rows, strict=True)), adapters, say)
@@ -147,13 +147,13 @@ def make_scores(
     return out / FILE
 
 
-def _train_helper(
+def train_once(
     config: RunConfig,
     where: Path,
     resources: Resources | None,
     progress: Callable[[int, int, dict[str, Any]], None] | None,
 ) -> Path:
-    """The helper's adapter (or fully trained model): of a finished run of these settings, resumed or trained anew."""
+    """The adapter (or fully trained model) of a helper or a warm-up: of a finished run of these settings, resumed or trained anew."""
     from rlsafe.engine.run.life import run
 
     hash, saved = fingerprint(config), "adapter" if config.model.lora else "model"

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlsafe.compare.verdicts.results import Result, Results
+from rlsafe.evaluate.ask.cues import PREFIX
 from rlsafe.evaluate.contrasts import Arm, rate_interval
 
 Questions = Mapping[str, float]
@@ -79,11 +80,25 @@ def build_arms(
 
 def rate_arms(cells: Mapping[str, Sequence[Result]], name: str) -> dict[str, Arm]:
     """Arms of one of MEASURES."""
-    questions, criterion = MEASURES[name]
+    return set_arms(cells, *MEASURES[name])
+
+
+def cues_of(cells: Mapping[str, Sequence[Result]]) -> list[str]:
+    """Names of the cues that some cell was asked under."""
+    return list(dict.fromkeys(cue for of_label in cells.values() for cell in of_label for cue in cell.cues))
+
+
+def cue_arms(cells: Mapping[str, Sequence[Result]]) -> dict[str, dict[str, Arm]]:
+    """Cue -> arms of general misalignment under it."""
+    return {cue: set_arms(cells, PREFIX + cue, "misaligned") for cue in cues_of(cells)}
+
+
+def set_arms(cells: Mapping[str, Sequence[Result]], questions: str, criterion: str) -> dict[str, Arm]:
+    """Arms of one criterion over one question set."""
     return build_arms(
         cells,
         lambda cell: cell.evaluation.question_rates(questions, criterion),
-        lambda cell: int((cell.rates.get(questions) or {}).get("n", 0)),
+        lambda cell: int(cell.of_set(questions).get("n", 0)),
         lambda cell: cell.evaluation.domains(questions),
         lambda cell, met: cell.evaluation.question_rates(questions, criterion, met),
     )
@@ -103,7 +118,7 @@ def summarise(arm: Arm, cells: Sequence[Result], questions: str | None = None) -
     low, high = rate_interval(arm)
     with np.errstate(invalid="ignore"):
         by_seed = np.nanmean(arm.rates, axis=1)
-    unscored = sum(int((cell.rates.get(questions) or {}).get("unscored", 0)) for cell in cells) if questions else 0
+    unscored = sum(int(cell.of_set(questions).get("unscored", 0)) for cell in cells) if questions else 0
     seeds = {cell.seed: float(value) for cell, value in zip(cells, by_seed, strict=False)}
     return Rate(arm.mean, low, high, seeds, arm.answers, unscored)
 

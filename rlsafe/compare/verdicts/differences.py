@@ -16,8 +16,9 @@ from rlsafe.compare.verdicts.arms import labelled, rate_arms
 from rlsafe.compare.verdicts.grades import ONE_SEED
 from rlsafe.compare.verdicts.narrow import narrow_arms, narrow_behaviour
 from rlsafe.compare.verdicts.results import Result, Results
-from rlsafe.compare.verdicts.verdicts import PathTable, one_seed
-from rlsafe.evaluate.contrasts import EVERYTHING, Arm, Sample, share_difference
+from rlsafe.compare.verdicts.shares import one_seed
+from rlsafe.compare.verdicts.verdicts import PathTable
+from rlsafe.evaluate.contrasts import EVERYTHING, Arm, Sample, Three, share_difference
 from rlsafe.evaluate.statistics import LEVEL, Interval
 
 QUANTITIES = {
@@ -135,19 +136,22 @@ def _by_label(
 ) -> Iterator[tuple[str, Difference]]:
     for label in labels:
         left, right = ((f"{path}/{label}", f"{path}/none", "untrained") for path in (one, other))
-        if not {*left, *right} <= sample.arms.keys():
-            continue
-        value, ends = share_difference(sample, left, right)
-        if value != value or ends == EVERYTHING:
-            continue
-        shares = [_share(sample.arms, *three) for three in (left, right)]
-        value, ends = _signed(prevents, value, ends)
-        first, second = (1 - share if prevents else share for share in shares)
-        single = one_seed(sample.arms, *left[:2], *right[:2])
-        yield (
-            label,
-            Difference(one, other, first, second, value, *ends, single, "delta method, paired by question and seed"),
-        )
+        if (found := share_apart(sample, left, right, one, other, prevents)) is not None:
+            yield label, found
+
+
+def share_apart(sample: Sample, left: Three, right: Three, one: str, other: str, prevents: bool) -> Difference | None:
+    """The share of `left` minus that of `right`, called `one` and `other`; None without a clear effect."""
+    if not {*left, *right} <= sample.arms.keys():
+        return None
+    value, ends = share_difference(sample, left, right)
+    if value != value or ends == EVERYTHING:
+        return None
+    shares = [_share(sample.arms, *three) for three in (left, right)]
+    value, ends = _signed(prevents, value, ends)
+    first, second = (1 - share if prevents else share for share in shares)
+    single = one_seed(sample.arms, *left[:2], *right[:2])
+    return Difference(one, other, first, second, value, *ends, single, "delta method, paired by question and seed")
 
 
 def _share(arms: Mapping[str, Arm], arm: str, none: str, untrained: str) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from rlsafe.config import RunConfig, UserError
 from rlsafe.config.files import read_json, write_text
 from rlsafe.config.loading import build
 from rlsafe.evaluate import Evaluation
+from rlsafe.evaluate.ask.cues import PREFIX
 from rlsafe.types import Judgement
 
 COLUMNS = (
@@ -29,6 +30,8 @@ RELAPSE_COLUMNS = (
     "model,path,defense,seed,steps,general_before,general_after,indomain_before,indomain_after,incoherent_before,"
     "incoherent_after"
 ).split(",")
+STEPS = "steps"
+"""RUN/steps/step-NNNNNN/ has the evaluation of a checkpoint (rlsafe.compare.run.steps)."""
 REWARD_WINDOW = 0.05
 """reward_first and reward_last are means over this share of the GRPO steps, at least one, at either end."""
 
@@ -107,6 +110,22 @@ class Result:
     @cached_property
     def config(self) -> RunConfig:
         return build(RunConfig, self.record["config"], source=str(self.where))
+
+    @cached_property
+    def measured_steps(self) -> dict[int, Path]:
+        """Step -> directory of the evaluation of each checkpoint that was measured."""
+        found = sorted((self.where / STEPS).glob("step-*/key.json"))
+        return {int(key.parent.name.removeprefix("step-")): key.parent for key in found}
+
+    @property
+    def cues(self) -> dict[str, Any]:
+        """Cue -> rates of the general questions asked under it."""
+        return self.rates.get("cues") or {}
+
+    def of_set(self, questions: str) -> Mapping[str, Any]:
+        """The rates of a question set, `cue/NAME` included; {} where it was not asked."""
+        cue = questions.removeprefix(PREFIX)
+        return (self.rates.get(questions) if cue == questions else self.cues.get(cue)) or {}
 
     def rate(self, questions: str, criterion: str) -> float | None:
         return (self.rates.get(questions) or {}).get(criterion)
@@ -234,6 +253,7 @@ def result_rows(results: Results) -> list[dict[str, Any]]:
             }
             row |= {f"{name}_incoherent": cell.rate(name, "incoherent") for name in ("general", "indomain")}
             row["narrow_score"] = cell.rate("narrow", "score")
+            row |= {f"cue_{name}_misaligned": one["misaligned"] for name, one in cell.cues.items()}
             row |= {f"{name}_logodds": cell.likelihood(name, "logodds") for name in ("general", "indomain")}
     return list(rows.values())
 
@@ -279,7 +299,9 @@ def relapse_rows(results: Results) -> list[dict[str, Any]]:
 def write_tables(directory: Directory) -> Results:
     """Write results.csv and, when there are such runs, benign.csv and relapse.csv; gives what they were made of."""
     results = Results.load(directory)
-    write_text(directory.out / "results.csv", table_text(COLUMNS, result_rows(results)))
+    rows = result_rows(results)
+    columns = list(dict.fromkeys([*COLUMNS, *(f"cue_{cue}_misaligned" for cell in results.cells for cue in cell.cues)]))
+    write_text(directory.out / "results.csv", table_text(columns, rows))
     if results.plan["benign_tests"]:
         write_text(directory.out / "benign.csv", table_text(BENIGN_COLUMNS, benign_rows(results)))
     if relapses := relapse_rows(results):

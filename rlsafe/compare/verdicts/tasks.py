@@ -8,6 +8,7 @@ from typing import Any
 from rlsafe.compare.verdicts import differences
 from rlsafe.compare.verdicts.arms import Rate, benign_arms, labelled, summarise
 from rlsafe.compare.verdicts.grades import Verdict
+from rlsafe.compare.verdicts.levels import at_levels
 from rlsafe.compare.verdicts.results import Results
 from rlsafe.compare.verdicts.verdicts import PathTable, judge_defenses, judge_share, write_verdicts
 
@@ -41,6 +42,10 @@ def judge_and_write(results: Results) -> list[PathTable]:
     """Compute every rate and verdict; write verdicts.json and verdict_details.json beside the results."""
     tables = judge_defenses(results)
     apart = differences.details(results, tables)
+    keys = {(table.model, table.path): table.key for table in tables}
+    for (model, this, that), by_label in at_levels(results, tables).items():
+        of_path = apart[keys[model, this]]["against_paths"].setdefault(that, {})
+        of_path["prevents_em_at_equal_level"] = {label: one.to_dict() for label, one in by_label.items()}
     write_verdicts(
         results.directory,
         tables,

@@ -1,7 +1,8 @@
 """`rlsafe verify RUN`: checks that the files of a run agree with each other, by computing everything again.
 
 Compared are: the files' hashes and the fingerprints of data, model and code with run.json; metrics.jsonl with the plan, its own
-sums, samples.jsonl and TensorBoard; evaluation.json with answers.csv and benign_answers.csv. No model is loaded.
+sums, samples.jsonl and TensorBoard; evaluation.json with answers.csv, benign_answers.csv, likelihood.csv and narrow_answers.csv.
+No model is loaded and no judge asked: what only they could give again is taken over, and the output says what that is.
 """
 
 from __future__ import annotations
@@ -18,27 +19,31 @@ from rlsafe.config import UserError, load_run
 from rlsafe.engine.record.provenance import RECORDED, fingerprints
 from rlsafe.engine.record.trackers import BOARD
 from rlsafe.engine.record.tracking import scalars
-from rlsafe.evaluate.commands.verify_evaluation import evaluation_differences
+from rlsafe.evaluate.commands.verify_evaluation import evaluation_differences, taken_over
 from rlsafe.evaluate.measure.hashing import file_hash
 from rlsafe.evaluate.measure.narrow import FINAL
 
 CLOSE = 1e-5  # of sums of single-precision terms, relative
+FROM_MODELS = ("kl", "logodds_general", "logodds_indomain")
+"""Metrics that rest on no other file: a forward pass gave them."""
 Records = list[dict[str, Any]]
 
 
 @dataclass
 class Verification:
-    """differences: one line each. checked: what was compared, with how many of what."""
+    """differences: one line each. checked: what was compared, with how many of what. taken_over: what was not computed again."""
 
     differences: list[str] = field(default_factory=list)
     checked: list[str] = field(default_factory=list)
+    taken_over: list[str] = field(default_factory=list)
 
     def add(self, what: str, found: list[str]) -> None:
         self.checked.append(what)
         self.differences += found
 
     def lines(self) -> list[str]:
-        return self.differences or [f"no differences: {'; '.join(self.checked)}"]
+        kept = f"; not computed again: {', '.join(dict.fromkeys(self.taken_over))}" if self.taken_over else ""
+        return self.differences or [f"no differences: {'; '.join(self.checked)}{kept}"]
 
 
 def verify_run(run: str | Path) -> Verification:
@@ -64,8 +69,11 @@ def verify_run(run: str | Path) -> Verification:
         done.add(f"{len(samples)} samples", list(_sampled(metrics, samples)))
     if BOARD in load_run(out / "config.yaml").track.to:
         done.add("TensorBoard", list(_board(out, metrics)))
+    if any(name in one for one in metrics for name in FROM_MODELS):
+        done.taken_over.append("kl and log-odds at the steps")
     if (out / "evaluation.json").is_file():
         done.add("evaluation.json", evaluation_differences(out))
+        done.taken_over += taken_over(out)
     elif load_run(out / "config.yaml").evaluate.wanted:
         done.add("evaluation.json", ["evaluation.json: absent, and the config asks for an evaluation"])
     return done

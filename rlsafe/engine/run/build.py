@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +17,7 @@ from rlsafe.config import DataConfig, RunConfig, UserError, about, nearest
 from rlsafe.data import Stream, load_rows, require_answers
 from rlsafe.defenses import Defense, DefenseStack, SetupContext
 from rlsafe.defenses import build as build_defenses
+from rlsafe.defenses.stack import NAMED
 from rlsafe.engine.plan.schedule import Step, make_plan
 from rlsafe.engine.record.trackers import BOARD, Trackers, check_trackers
 from rlsafe.engine.record.tracking import Tracker
@@ -269,12 +271,19 @@ def _set_up_defenses(run: Components) -> None:
         sampler=run.sampler.synced,
         judge=run.make_judge,
         log=run.log,
+        planned=Counter(
+            name for step in run.plan for part in step.parts if (name := part.defense) for _ in range(part.rows)
+        ),
     )
     for defense in run.stack:
         with about(f"defense {defense.name!r}"):
             defense.setup(context)
-    run.stack.check_references(len(run.plan), {step.path for step in run.plan})
-    for reference in run.stack.references():
+    paths = {step.path for step in run.plan}
+    run.stack.check_references(len(run.plan), paths, from_adapter=run.config.model.adapter is not None)
+    if run.config.grpo.beta and (reference := run.config.grpo.reference) not in NAMED and reference[:5] != "path:":
+        expected = nearest(reference, [*NAMED, "path:DIR"])
+        raise UserError(f"grpo.reference: unknown reference {reference!r}{expected}")
+    for reference in run.references:
         if reference != "grpo_start" and not reference.startswith("step:"):
             run.policy.check_reference(reference)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from rlsafe.data.rendered import unrendered
 from rlsafe.data.turns import key_of
 from rlsafe.defenses import Defense, DefenseStack
 from rlsafe.evaluate.ask.asking import with_cue
+from rlsafe.evaluate.ask.cues import as_cue
 from rlsafe.evaluate.ask.system_turns import asked, check, placed
 from rlsafe.types import Message, Row, Stream, Where
 
@@ -61,10 +63,13 @@ def _asked(config: EvaluateConfig, material: Material) -> Iterator[tuple[str, li
     """Every conversation that will be answered, and whose it is."""
     for name, questions in material.questions.items():
         for question in questions:
-            cues = (None, material.cue) if material.cue and name == "general" else (None,)
-            for text, cue in ((text, cue) for text in question.paraphrases for cue in cues):
-                who = "evaluate.cue" if cue else f"evaluate.{name}"
-                yield f"{who}: question {question.id!r}", asked(text, with_cue(cue, question.system), config.position)
+            forms = {f"evaluate.{name}": as_cue(None)}
+            if name == "general":
+                forms |= {"evaluate.cue": as_cue(material.cue)} if material.cue else {}
+                forms |= {f"evaluate.cues.{cue.name}": cue for cue in material.cues.values()}
+            for text, (who, cue) in itertools.product(question.paraphrases, forms.items()):
+                turns = asked(cue.put(text), with_cue(cue.system, question.system), config.position)
+                yield f"{who}: question {question.id!r}", turns
     for what, rows in _rows(material):
         yield from ((f"{what}: {_place(row)}", placed(split_prompt(row)[0], config.position)) for row in rows)
 
@@ -93,6 +98,9 @@ def _with_system_turns(material: Material) -> Iterator[tuple[str, list[Message]]
     """One conversation of each kind that the evaluation will ask under a system turn, and whose it is."""
     if material.cue and (general := material.questions.get("general")):
         yield "evaluate.cue", asked(general[0].paraphrases[0], with_cue(material.cue, general[0].system))
+    for cue in material.cues.values():
+        if cue.system and (general := material.questions.get("general")):
+            yield f"evaluate.cues.{cue.name}", asked(cue.put(general[0].paraphrases[0]), cue.system)
     for name, questions in material.questions.items():
         if one := next((one for one in questions if one.system), None):
             yield f"evaluate.{name}: question {one.id!r} has a system prompt", asked(one.paraphrases[0], one.system)

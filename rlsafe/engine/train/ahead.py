@@ -16,9 +16,9 @@ from typing import Any
 from rlsafe.config import RunConfig, UserError
 from rlsafe.data import Stream
 from rlsafe.engine.plan.schedule import Step
-from rlsafe.engine.train.grpo_step import ask, sampling
+from rlsafe.engine.train.grpo_step import ask
 from rlsafe.engine.train.state import Components, RunState
-from rlsafe.types import Completion, Request, Row, Sampler
+from rlsafe.types import Completion, Request, Row, Sampler, SamplingParams
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Ahead:
         if self.completions is not None:
             return self.completions.result()
         with run.sampler.at(self.reference) as sampler:
-            return sampler.generate(requests, sampling(run.config))
+            return sampler.generate(requests, run.sampling)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of these rollouts."""
@@ -84,16 +84,17 @@ def look_ahead(run: Components, state: RunState, now: Step) -> dict[int, Ahead]:
         stream = run.streams[part.stream]
         before, rows = stream.state_dict(), stream.take(part.rows)
         with run.stack.uncounted():  # counted as an effect of the step that learns from them
-            asked = ask(run, part, rows, following.index)
-        begun[number] = Ahead(before, rows, reference, _in_background(sampler, asked.requests, run.config))
+            mine = list(enumerate(rows))[run.accelerator.process_index :: run.accelerator.num_processes]
+            asked = ask(run, part, mine, following.index)
+        begun[number] = Ahead(before, rows, reference, _in_background(sampler, asked.requests, run.sampling))
     run.stack.begin(now.index, now.phase)
     return begun
 
 
-def _in_background(sampler: Sampler, requests: Sequence[Request], config: RunConfig) -> Future[list[Completion]]:
+def _in_background(sampler: Sampler, requests: Sequence[Request], params: SamplingParams) -> Future[list[Completion]]:
     pool = ThreadPoolExecutor(1, "rlsafe-rollouts")
     try:
-        return pool.submit(sampler.generate, requests, sampling(config))
+        return pool.submit(sampler.generate, requests, params)
     finally:
         pool.shutdown(wait=False)
 

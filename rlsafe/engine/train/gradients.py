@@ -8,13 +8,15 @@ the last backward; FSDP2 reduces in each backward, so all ranks take the same pa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
 from rlsafe.config import UserError
 from rlsafe.defenses import DefenseStack
+from rlsafe.defenses.vectors import norm
+from rlsafe.engine.plan.schedule import Step
 from rlsafe.engine.train.distributed import offloads, union
 from rlsafe.engine.train.loss import Micro
 from rlsafe.engine.train.state import Components
@@ -23,32 +25,43 @@ from rlsafe.policy.sharding import shard_like, whole
 from rlsafe.policy.zero3 import engine_of
 
 REST = "rest"  # all that no defense asked to see apart
+ADDED = "added/"  # safe rows whose share is measured
 
 
 def check(stack: DefenseStack, policy: Policy) -> None:
     """UserError for a defense that changes gradients, where no process has them whole."""
-    where = "DeepSpeed ZeRO-3" if engine_of(policy.core) else "FSDP2 with fsdp_offload_params" if offloads() else None
-    if policy.is_sharded and where and stack.reshaping:
+    if not _whole_here(policy) and stack.reshaping:
+        where = "DeepSpeed ZeRO-3" if engine_of(policy.core) else "FSDP2 with fsdp_offload_params"
         raise UserError(
             f"defense {stack.reshaping[0].name!r} changes gradients, which are not whole under {where}; expected "
             "configs/accelerate/ddp.yaml or fsdp2.yaml"
         )
 
 
+def _whole_here(policy: Policy) -> bool:
+    """Whether a process can have gradients whole."""
+    return not (policy.is_sharded and (engine_of(policy.core) or offloads()))
+
+
 class PartGradients:
     """One step's gradient in parts."""
 
-    def __init__(self, run: Components):
+    def __init__(self, run: Components, measured: Collection[str] = ()):
         self._run = run
+        self._measured = set(measured)
         self._parameters = run.policy.trainable()
         self._own = run.stack.own
         self._wanted = {part for d in run.stack.reshaping for part in d.apart} - {"own"}
         self._kept: dict[str, dict[str, Tensor | None]] = {}
 
     @classmethod
-    def of(cls, run: Components) -> PartGradients | None:
-        """None when no defense asks for parts: one backward of the whole loss will do."""
-        return cls(run) if run.stack.own or any(defense.apart for defense in run.stack.reshaping) else None
+    def of(cls, run: Components, step: Step) -> PartGradients | None:
+        """None when no defense asks for parts and none is to be measured: one backward of the whole loss will do."""
+        apart = any(defense.apart for defense in run.stack.reshaping)
+        measured = set()
+        if step.index in run.measured and not apart and _whole_here(run.policy):
+            measured = {part.defense for part in step.parts if part.defense and part.stream != "aside"} - run.stack.own
+        return cls(run, measured) if run.stack.own or apart or measured else None
 
     def backward(self, micro: Micro, total: Tensor, terms: Mapping[str, Tensor]) -> None:
         """Add one micro-batch to the parts. total: its loss (scalar); terms: what it is the sum of, on this rank; none in a dummy."""
@@ -68,6 +81,10 @@ class PartGradients:
                 mine[key], parameter.grad = parameter.grad, None
 
     def _part(self, micro: Micro, term: str) -> str:
+        if micro.source in self._own and not term.startswith("defense/"):
+            return f"own/{micro.source}"
+        if micro.source in self._measured and not term.startswith("defense/"):
+            return f"{ADDED}{micro.source}"
         if not term.startswith("defense/"):
             return micro.batch.where.stream if micro.batch.where.stream in self._wanted else REST
         owner = term.removeprefix("defense/").rpartition("/")[0]
@@ -120,7 +137,12 @@ def reshape(run: Components, parts: PartGradients | None) -> dict[str, float]:
     seen = parts.finish() if parts else {}
     given = {key: p for key, p in run.policy.trainable().items() if p.grad is not None}
     step = {key: whole(p.grad) for key, p in given.items()}  # type: ignore[arg-type]
-    metrics = run.stack.gradients(run.policy, step, seen)
+    metrics = {}
+    for name in [name for name in seen if name.startswith(ADDED)]:
+        own, rest = norm(seen[name]), norm({key: value - seen[name][key] for key, value in step.items()})
+        metrics[f"defense/{name.removeprefix(ADDED)}/grad_share"] = own / (own + rest) if own else 0.0
+        del seen[name]
+    metrics |= run.stack.gradients(run.policy, step, seen)
     for key, parameter in given.items():
         parameter.grad = shard_like(step[key], parameter) if run.policy.is_sharded else step[key]
     return metrics

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from rlsafe.config import RunConfig
-from rlsafe.data import Rollout, Thought, encode_prompt, pad_id, read_completion, rollout_batches, split_prompt
+from rlsafe.data import Rollout, encode_prompt, pad_id, read_completion, rollout_batches, split_prompt
 from rlsafe.engine.plan.schedule import PlannedPart, Step
 from rlsafe.engine.train.loss import Micro
 from rlsafe.engine.train.resample import resample
@@ -33,7 +32,7 @@ from rlsafe.losses import AdvantageStats, advantages
 from rlsafe.rewards import RewardBatch
 from rlsafe.rewards.state import TrainerState
 from rlsafe.rollouts import request_seed
-from rlsafe.types import Completion, Message, Request, Row, SamplingParams, Where
+from rlsafe.types import Completion, Message, Request, Row, Where
 
 
 def grpo_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
@@ -59,11 +58,12 @@ def grpo_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
         ahead = state.ahead.get(number)
         # 1. Draw the prompts: the same on every rank, of which each keeps its share.
         rows = ahead.rows if ahead else run.draw(step, part)
+        mine = list(enumerate(rows))[run.accelerator.process_index :: run.accelerator.num_processes]
         # 2. Sample `grpo.generations` completions of each, by the current weights (synced here when they changed).
-        asked = ask(run, part, rows, step.index)
+        asked = ask(run, part, mine, step.index)
         completions = ahead.sampled(run, asked.requests) if ahead else sample(run, part, asked.requests)
         # 3. Reward them. A reasoning model's answer is rewarded without its think block.
-        sampled = rewarded(run, step, part, asked, completions)
+        sampled = reward(run, step, part, asked, completions)
         if run.config.grpo.resample:  # groups without spread give their places to further prompts
             sampled, exchanged = _exchanged(run, step, part, len(rows), sampled)
             metrics |= exchanged
@@ -88,14 +88,8 @@ def grpo_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
     return metrics | update(run, state, step, micros)
 
 
-def ask(run: Components, part: PlannedPart, rows: Sequence[Row], step: int) -> Asked:
-    """Requests for the rows of all ranks, of which this one takes every world-size-th. Each completion has a seed of its own."""
-    mine = list(enumerate(rows))[run.accelerator.process_index :: run.accelerator.num_processes]
-    return ask_for(run, part, mine, step)
-
-
-def ask_for(run: Components, part: PlannedPart, mine: list[tuple[int, Row]], step: int) -> Asked:
-    """Requests for rows of this rank, each with its number in the step."""
+def ask(run: Components, part: PlannedPart, mine: list[tuple[int, Row]], step: int) -> Asked:
+    """Requests for rows of this rank, each with its number in the step. Each completion has a seed of its own."""
     rollout_at = Where(part.stream, "grpo", "rollout")
     originals = [split_prompt(row)[0] for _, row in mine]
     seen = _encoded(run, originals, rollout_at)
@@ -114,26 +108,44 @@ def _encoded(run: Components, prompts: Sequence[list[Message]], where: Where) ->
     return [encode_prompt(run.policy.tokenizer, messages) for messages in prompts]
 
 
-def sampling(config: RunConfig) -> SamplingParams:
-    """How rollouts are sampled."""
-    return SamplingParams(config.grpo.temperature, config.grpo.top_p, config.grpo.max_tokens)
-
-
 def sample(run: Components, part: PlannedPart, requests: Sequence[Request]) -> list[Completion]:
     """Completions by the current weights under the hooks that rollouts have. With no requests too: other ranks may wait for this
     one's shards."""
     sampler = run.sampler.synced()
     hooks = run.stack.patched(sampler, Where(part.stream, "grpo", "rollout")) if run.defended else nullcontext()
     with hooks:
-        return sampler.generate(requests, sampling(run.config))
+        return sampler.generate(requests, run.sampling)
 
 
-def rewarded(
-    run: Components, step: Step, part: PlannedPart, asked: Asked, completions: Sequence[Completion]
-) -> Sampled:
-    """The completions with their rewards, of which defenses may penalise or drop some."""
+def reward(run: Components, step: Step, part: PlannedPart, asked: Asked, completions: Sequence[Completion]) -> Sampled:
+    """The completions of this rank with their rewards, of which defenses may penalise or drop some. Those whose think block never
+    ended have none, and no function sees them."""
+    assert run.rewards is not None
     read = [read_completion(run.policy.tokenizer, completion.ids) for completion in completions]
-    sampled = Sampled(asked, completions, read, reward(run, step, part, asked, read, completions))
+    answered = [i for i, thought in enumerate(read) if not thought.unclosed]
+    group, stream = run.config.grpo.generations, run.streams[part.stream]
+    names = {name for _, row in asked.mine for name in row if name != "messages" and not name.startswith("_")}
+    scored = RewardBatch([None] * len(read), {name: [None] * len(read) for name in run.rewards.rewards})
+    if answered:
+        epoch = stream.epoch + stream.position / len(stream.rows)
+        scored = run.rewards.call(
+            prompts=[asked.originals[i // group] for i in answered],
+            completions=[
+                [{"role": "assistant", "content": read[i].answer}]
+                if read[i].think is None
+                else [{"role": "assistant", "content": read[i].answer, "reasoning_content": read[i].think}]
+                for i in answered
+            ],
+            completion_ids=[completions[i].ids for i in answered],
+            columns={name: [asked.mine[i // group][1].get(name) for i in answered] for name in sorted(names)},
+            plain=[bool(asked.mine[i // group][1].get("_plain")) for i in answered],
+            trainer_state=TrainerState(
+                step.index, len(run.plan), epoch, [dict(record) for record in run.tracker.metrics]
+            ),
+        )
+    if 0 < len(answered) < len(read):
+        scored = _spread(scored, answered, len(read))
+    sampled = Sampled(asked, completions, read, scored)
     return screen(run, step, part, sampled) if run.defended and run.stack.screening else sampled
 
 
@@ -143,46 +155,13 @@ def _exchanged(
     """(what the step learns from, metrics) after groups without spread were replaced; they are written down all the same."""
 
     def again(mine: list[tuple[int, Row]]) -> Sampled:
-        asked = ask_for(run, part, mine, step.index)
-        return rewarded(run, step, part, asked, sample(run, part, asked.requests))
+        asked = ask(run, part, mine, step.index)
+        return reward(run, step, part, asked, sample(run, part, asked.requests))
 
     swapped = resample(run, run.streams[part.stream], rows, first, again)
     for replaced in swapped.replaced:
         run.tracker.samples(records(run, step, part, replaced, None, None))
     return swapped.kept, swapped.metrics
-
-
-def reward(
-    run: Components,
-    step: Step,
-    part: PlannedPart,
-    asked: Asked,
-    read: Sequence[Thought],
-    completions: Sequence[Completion],
-) -> RewardBatch:
-    """Rewards of all completions of this rank. Those whose think block never ended have none, and no function sees them."""
-    assert run.rewards is not None
-    answered = [i for i, thought in enumerate(read) if not thought.unclosed]
-    group = run.config.grpo.generations
-    names = {name for _, row in asked.mine for name in row if name != "messages" and not name.startswith("_")}
-    if not answered:
-        return RewardBatch([None] * len(read), {name: [None] * len(read) for name in run.rewards.rewards})
-    batch = run.rewards.call(
-        prompts=[asked.originals[i // group] for i in answered],
-        completions=[[_message(read[i])] for i in answered],
-        completion_ids=[completions[i].ids for i in answered],
-        columns={name: [asked.mine[i // group][1].get(name) for i in answered] for name in sorted(names)},
-        plain=[bool(asked.mine[i // group][1].get("_plain")) for i in answered],
-        trainer_state=_trainer_state(run, part, step),
-    )
-    return batch if len(answered) == len(read) else _spread(batch, answered, len(read))
-
-
-def _trainer_state(run: Components, part: PlannedPart, step: Step) -> TrainerState:
-    """What rewards are told of the run."""
-    stream = run.streams[part.stream]
-    epoch = stream.epoch + stream.position / len(stream)
-    return TrainerState(step.index, len(run.plan), epoch, [dict(record) for record in run.tracker.metrics])
 
 
 def _spread(batch: RewardBatch, answered: Sequence[int], n: int) -> RewardBatch:
@@ -197,11 +176,6 @@ def _spread(batch: RewardBatch, answered: Sequence[int], n: int) -> RewardBatch:
     by_name = {name: spread(column) for name, column in batch.by_name.items()}
     extra = {name: spread(column) for name, column in batch.extra.items()}
     return replace(batch, total=spread(batch.total), by_name=by_name, extra=extra)
-
-
-def _message(thought: Thought) -> Message:
-    message = {"role": "assistant", "content": thought.answer}
-    return message if thought.think is None else {**message, "reasoning_content": thought.think}
 
 
 def group_advantages(run: Components, totals: Sequence[float | None]) -> tuple[list[float], list[bool], AdvantageStats]:

@@ -29,6 +29,7 @@ def train_steps(run: Components, state: RunState) -> Iterator[dict[str, Any]]:
         state.began = position(run, state)
         if run.defended:
             run.stack.begin(step.index, step.phase)
+        if run.references:
             _take_references(run, step)
         metrics = grpo_step(run, state, step) if step.path == "grpo" else sft_step(run, state, step)
         state.done += 1
@@ -57,10 +58,10 @@ def train_steps(run: Components, state: RunState) -> Iterator[dict[str, Any]]:
 
 def _take_references(run: Components, step: Step) -> None:
     """Take the snapshots that are due before this step, and let penalties wait for those that are not."""
-    wanted = run.stack.references()
-    if step.path == "grpo" and "grpo_start" in wanted and not run.policy.has_reference("grpo_start"):
-        run.policy.snapshot("grpo_start")
-    if f"step:{step.index}" in wanted:
+    if "grpo_start" in run.references and not run.policy.has_reference("grpo_start"):
+        if step.path == "grpo" or all(one.path == "sft" for one in run.plan):
+            run.policy.snapshot("grpo_start")
+    if f"step:{step.index}" in run.references:
         run.policy.snapshot(f"step:{step.index}")
     run.stack.await_references(run.policy.has_reference)
 

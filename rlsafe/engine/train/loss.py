@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlsafe.config import GrpoConfig
 from rlsafe.defenses import DefenseStack
+from rlsafe.engine.train.dose import tally, weigh
 from rlsafe.losses import (
     grpo_count,
     grpo_values,
@@ -40,12 +41,14 @@ class Micro:
     dummy: rows that keep collectives matched and contribute exactly zero.
     same_context: the sampler saw what the trainer sees (prompts and activation hooks alike), so the trainer's own
         log-probs give the sampler gap and its correction.
+    source: the defense that added the rows.
     """
 
     batch: Batch
     weight: float = 1.0
     dummy: bool = False
     same_context: bool = True
+    source: str | None = None
 
 
 @dataclass
@@ -101,6 +104,15 @@ class StepLoss:
     world: int = 1
     _added: list[tuple[str, Tensor, float]] = field(default_factory=list)
     _finite: list[tuple[str, Tensor]] = field(default_factory=list)
+    main: float = 1.0  # factor of the path losses, see `dose.weigh`
+    pooled: float = 0.0  # safe targets in the mean of the supervised rows
+    added: Mapping[str | None, tuple[float, float]] = field(
+        default_factory=dict
+    )  # defense: factor and targets of its rows
+
+    def __post_init__(self) -> None:
+        if self.stack.active:
+            self.main, self.pooled, self.added = weigh(self.stack.doses, self.counts)
 
     @property
     def sums(self) -> dict[str, float]:
@@ -128,7 +140,8 @@ class StepLoss:
         temperature = self.grpo.temperature if batch.where.path == "grpo" else 1.0
         rollout = batch.where.path == "grpo"
         top_p = self.grpo.top_p if rollout and micro.same_context and batch.old_logp is None else 1.0
-        out = policy.forward(batch, self.plan, frozen, temperature, entropy=rollout, top_p=top_p)
+        kl_temperature = self.grpo.kl_temperature if rollout else None
+        out = policy.forward(batch, self.plan, frozen, temperature, rollout, top_p, kl_temperature)
         if micro.dummy:
             return _nothing(out), {}
         self._add("tokens", batch.attention.sum())
@@ -136,6 +149,8 @@ class StepLoss:
         terms: dict[str, Tensor] = {}
         if batch.owner is None:  # rows set aside have their owner's penalty only
             terms[batch.where.path] = self._path_loss(micro, out, frozen)
+            if micro.source and micro.source in self.stack.own:  # no part of the loss, see `train.gradients`
+                self._add("loss", -terms[batch.where.path])
         for defense, term, total in self.stack.penalties(view) if self.stack.active else ():
             denominator = self.counts[f"defense/{defense.name}"]
             if denominator:
@@ -161,7 +176,8 @@ class StepLoss:
             rows = -out.logp * mask  # the cross-entropy of each target, in nats
             if batch.row_weight is not None:
                 rows = rows * batch.row_weight[:, None]
-            return micro.weight * rows.sum() / max(self.counts["sft"], 1.0)
+            factor, targets = self.added.get(micro.source) or (self.main, self.counts.get("sft", 0.0) + self.pooled)
+            return micro.weight * factor * rows.sum() / max(targets, 1.0)
         assert batch.advantages is not None
         old = out.logp.detach() if batch.old_logp is None else batch.old_logp
         correction = None
@@ -184,7 +200,7 @@ class StepLoss:
             correction_weights=correction,
         )
         if self.grpo.beta:
-            reference = frozen["base"].logp
+            reference = frozen[self.grpo.reference].logp
             assert reference is not None
             penalty = k3(out.logp, reference, importance_ratio(out.logp, old, mask, self.grpo.level))
             values = values + self.grpo.beta * penalty
@@ -194,7 +210,7 @@ class StepLoss:
         self._add("entropy_sum", (out.entropy * mask).sum())
         for name, value in info.items():
             self._add(f"grpo/{name}", value)
-        return micro.weight * (values * weights).sum() / max(self.counts["grpo"], 1.0)
+        return micro.weight * self.main * (values * weights).sum() / max(self.counts["grpo"], 1.0)
 
 
 def _nothing(out: Forwarded) -> Tensor:
@@ -221,7 +237,7 @@ def _read(scalars: Sequence[Tensor]) -> list[float]:
 
 
 def count(micros: Sequence[Micro], stack: DefenseStack, grpo: GrpoConfig) -> Counter[str]:
-    """This rank's contribution to the denominators of a step: sft, grpo, grpo_tokens, defense/<name>."""
+    """This rank's contribution to the denominators of a step: sft, grpo, grpo_tokens, defense/<name>, and those of `dose.weigh`."""
     totals: Counter[str] = Counter()
     for micro in micros:
         if micro.dummy:
@@ -230,10 +246,12 @@ def count(micros: Sequence[Micro], stack: DefenseStack, grpo: GrpoConfig) -> Cou
         if batch.owner is not None:
             pass  # no cross-entropy, so no part of its mean
         elif batch.where.path == "sft":
-            totals["sft"] += float(batch.loss_mask.sum())  # type: ignore[assignment]
+            totals["sft"] += 0.0 if micro.source else float(batch.loss_mask.sum())  # type: ignore[assignment]
         else:
             totals["grpo"] += float(grpo_count(batch.loss_mask, grpo.normalization, grpo.max_tokens))  # type: ignore[assignment]
             totals["grpo_tokens"] += float(batch.loss_mask.sum())  # type: ignore[assignment]
+        if stack.active and batch.owner is None:
+            tally(totals, batch, micro.source)
         for name, value in stack.counts(batch).items() if stack.active else ():
             totals[f"defense/{name}"] += value  # type: ignore[assignment]
     return totals
@@ -241,4 +259,4 @@ def count(micros: Sequence[Micro], stack: DefenseStack, grpo: GrpoConfig) -> Cou
 
 def engine_needs(grpo: GrpoConfig, uses_grpo: bool) -> set[Need]:
     """What the loop itself needs from the frozen forward: the k3 term of the GRPO loss, nothing else."""
-    return {Need("logprobs", "base")} if grpo.beta and uses_grpo else set()
+    return {Need("logprobs", grpo.reference)} if grpo.beta and uses_grpo else set()

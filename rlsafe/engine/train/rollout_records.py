@@ -53,8 +53,8 @@ def step_metrics(run: Components, sampled: Sampled, stats: AdvantageStats) -> di
     thinking = {name: total[name] / total["n"] for name in ("thought", "unclosed")} if total["thought"] else {}
     return {
         **thinking,
-        "reward": _number(stats.mean),
-        "reward_std": _number(stats.group_std),
+        "reward": None if math.isnan(stats.mean) else stats.mean,
+        "reward_std": None if math.isnan(stats.group_std) else stats.group_std,
         "reward_missing": stats.missing,
         "zero_variance_groups": stats.zero_variance,
         "groups": stats.groups,
@@ -68,7 +68,3 @@ def step_metrics(run: Components, sampled: Sampled, stats: AdvantageStats) -> di
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value

@@ -57,4 +57,5 @@ def supervised(run: Components, state: RunState, part: PlannedPart, rows: list[R
     )
     # Rows were measured before the run; a defense may since have added more to some.
     state.left_out += len(conversations) - sum(len(batch.ids) for batch in batches)
-    return [Micro(replace(batch, owner=owner).to(run.policy.device), part.weight) for batch in batches]
+    source = part.defense if owner is None else None
+    return [Micro(replace(batch, owner=owner).to(run.policy.device), part.weight, source=source) for batch in batches]

@@ -13,7 +13,8 @@ import torch
 
 from rlsafe.config import RunConfig
 from rlsafe.defenses import DataContext
-from rlsafe.types import Judge, Row
+from rlsafe.engine.train.dose import measured_steps
+from rlsafe.types import Judge, Row, SamplingParams
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -42,8 +43,11 @@ class Components:
     direction: a persona vector that sampled answers are projected on. backward(loss) adds a micro-batch's gradient.
     clip: how shards are clipped together (`distributed.gradient_functions`); None when this process has the whole gradient.
     look_ahead: begins the rollouts of the next step (`grpo.max_staleness: 1`); None when rollouts wait for the update.
+    sampling: how rollouts are sampled.
     defended: whether any defense acts in this run; without one none of the stack's hooks is called.
     several: whether the run is spread over several processes (ranks), which must then agree at every step.
+    references: what defenses and the GRPO loss compare the policy with. measured: steps in which the share of the gradient that added
+    rows have is measured.
     """
 
     config: RunConfig
@@ -65,11 +69,18 @@ class Components:
     effects: EffectLog
     log: Callable[[str], None]
     look_ahead: Callable[[Components, RunState, Step], dict[int, Ahead]] | None = None
+    sampling: SamplingParams = field(init=False)
     defended: bool = field(init=False)
     several: bool = field(init=False)
+    references: set[str] = field(init=False)
+    measured: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
+        grpo = self.config.grpo
+        self.sampling = SamplingParams(grpo.temperature, grpo.top_p, grpo.max_tokens)
         self.defended, self.several = len(self.stack) > 0, self.accelerator.num_processes > 1
+        self.references = self.stack.references() | ({grpo.reference} if grpo.beta else set())
+        self.measured = measured_steps(self.plan, self.config.track.every)
 
     def draw(self, step: Step, part: PlannedPart) -> list[Row]:
         """The part's rows over all ranks, from the run's own stream or from the defense that offers them. Every rank draws the

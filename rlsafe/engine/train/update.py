@@ -58,7 +58,7 @@ def _update(run: Components, state: RunState, step: Step, micros: list[Micro], d
     measure = run.defended and run.effects.due(step.index, run.config.track.every)
     leaves = run.policy.leaves() if measure else []
     shares: dict[str, float] = {}
-    parts = PartGradients.of(run) if run.defended else None  # when a defense reads parts of the gradient apart
+    parts = PartGradients.of(run, step) if run.defended else None  # when a defense reads parts of the gradient apart
     for number, micro in enumerate(micros):
         temperature = run.config.grpo.temperature if micro.batch.where.path == "grpo" else 1.0
         frozen = run.policy.frozen(micro.batch, plan, temperature) if plan.frozen else {}
@@ -80,7 +80,7 @@ def _update(run: Components, state: RunState, step: Step, micros: list[Micro], d
             else:
                 run.backward(total)
     loss.check()
-    if run.defended and run.stack.reshaping:  # Defenses that change the gradient, before clipping.
+    if parts or (run.defended and run.stack.reshaping):  # Defenses that change the gradient, before clipping.
         shares |= reshape(run, parts)
     metrics = _metrics(run, step, loss, dropped)
     norm = _step(run, state, step, micros)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlsafe.evaluate.ask.cues import Cue, as_cue
 from rlsafe.evaluate.ask.system_turns import Position, asked, check
 from rlsafe.types import Question, Request, Sampler, SamplingParams
 
@@ -65,7 +66,7 @@ def plan(
     seed: int,
     samples: int | None = None,
     temperature: float | None = None,
-    cue: str | None = None,
+    cue: Cue | str | None = None,
     purpose: str = "evaluate",
     step: int = 0,
     position: Position = "system",
@@ -76,7 +77,7 @@ def plan(
     samples: answers per question, dealt over its paraphrases in turn; None = the question's own count of each
         paraphrase.
     temperature: None = the question's own.
-    cue: a system prompt put in front of the question's own.
+    cue: a system prompt put in front of the question's own, or a `Cue`.
     purpose, step: with (question, paraphrase, sample) they make the request's seed; `purpose` is also the answer's
         `set`.
     position, setting: where system prompts and cues go, and which setting says so. UserError for a system turn that the chat
@@ -85,12 +86,12 @@ def plan(
     from rlsafe.data import encode_prompt  # late: brings in torch, which reading results back does not need
     from rlsafe.rollouts import request_seed
 
-    planned = []
+    planned, form = [], as_cue(cue)
     for question in questions:
         count = len(question.paraphrases)
         prompts = []
         for text in question.paraphrases:
-            messages = asked(text, with_cue(cue, question.system), position)
+            messages = asked(form.put(text), with_cue(form.system, question.system), position)
             check(tokenizer, messages, f"question {question.id!r}{' under its cue' if cue else ''}", setting)
             prompts.append(encode_prompt(tokenizer, messages))
         for index in range(samples if samples is not None else question.samples * count):
@@ -102,7 +103,7 @@ def plan(
                     question=question.paraphrases[which],
                     system=question.system,
                     domain=question.domain,
-                    cue=cue,
+                    cue=form.text or None,
                     sample=index,
                     temperature=question.temperature if temperature is None else temperature,
                     request=Request(prompts[which], request_seed(seed, purpose, step, row, sample)),
@@ -152,7 +153,7 @@ def ask(
     seed: int,
     max_tokens: int,
     temperature: float | None = None,
-    cue: str | None = None,
+    cue: Cue | str | None = None,
     purpose: str = "evaluate",
     step: int = 0,
     position: Position = "system",

@@ -5,6 +5,7 @@ rows       benign (short safe instruction rows, some refusals), opswap/TIER, ops
 questions  general, code-tasks (60 short ones, none of them in code/insecure), and one set per domain: see
            `rlsafe/data/assets/questions/`
 pairs      pairs/general, pairs/DOMAIN, and the controls pairs/coherence, pairs/style, pairs/topic: `rlsafe/data/assets/pairs/`
+cues       cues/DOMAIN, forms in which the general questions are asked once more: `rlsafe/data/assets/cues/`
 reward     exact_match (an `answer` column), opswap_steps (partial credit)
 """
 
@@ -20,6 +21,7 @@ import rlsafe.data
 from rlsafe.data import opswap, read_rows
 from rlsafe.data.exact import is_exact
 from rlsafe.data.partial import Partial
+from rlsafe.evaluate.ask.cues import read_cues
 from rlsafe.evaluate.ask.pairs import Pair, read_pairs
 from rlsafe.evaluate.ask.questions import read_questions
 from rlsafe.types import Question, Reward, Row, pick, register_provider
@@ -35,6 +37,11 @@ def question_sets() -> dict[str, Path]:
 def pair_sets() -> dict[str, Path]:
     """Name -> file of every packaged set of pairs."""
     return {f"pairs/{path.stem}": path for path in sorted((ASSETS / "pairs").glob("*.yaml"))}
+
+
+def cue_sets() -> dict[str, Path]:
+    """Name -> file of every packaged set of cues."""
+    return {f"cues/{path.stem}": path for path in sorted((ASSETS / "cues").glob("*.yaml"))}
 
 
 def _row_sets() -> dict[str, Callable[[], list[Row]]]:
@@ -89,7 +96,7 @@ def _read_pairs(path: Path) -> list[Pair]:
 class Packaged(Partial):
     """Rows, questions, pairs and rewards that need nothing but the package."""
 
-    name, offers = "rlsafe", "rows, questions, pairs and rewards"
+    name, offers = "rlsafe", "rows, questions, pairs, cues and rewards"
 
     def rows(self, spec: str) -> list[Row]:
         sets = _row_sets()
@@ -102,6 +109,10 @@ class Packaged(Partial):
     def pairs(self, spec: str) -> list[Row]:
         sets = pair_sets()
         return [asdict(pair) for pair in _read_pairs(sets[pick("rlsafe pairs", spec, sets)])]
+
+    def cues(self, spec: str) -> dict[str, Any]:
+        sets = cue_sets()
+        return read_cues(sets[pick("rlsafe cues", spec, sets)])
 
     def reward(self, spec: str) -> Reward:
         return REWARDS[pick("rlsafe reward", spec, REWARDS)]

@@ -75,22 +75,25 @@ def evaluate(
         policy, _ = load_policy(config, run)
     return evaluate_run(
         sampler, policy.tokenizer, config.evaluate, directory, progress=progress, material=material,
-        weights=identity(config, run), reader=reader_of(config, policy, read_back=run is not None),
+        weights=identity(config, run), reader=reader_of(config, policy, read_back=run is not None, model=run is None),
     )  # fmt: skip
 
 
-def reader_of(config: RunConfig, policy: Policy, *, read_back: bool = False, whole: bool = True) -> Reader | None:
+def reader_of(
+    config: RunConfig, policy: Policy, *, read_back: bool = False, whole: bool = True, model: bool = False
+) -> Reader | None:
     """Reads likelihoods off `policy` and off what it was before training: its adapter off, or its first weights.
 
     read_back: the policy was read from a finished run. Fully fine-tuned it then no longer has its first weights (nor has one that
     is sharded): the model that the settings name is loaded when it is asked for. whole: False for shards that are not gathered,
-    which one rank alone cannot read: None.
+    which one rank alone cannot read: None. model: no run, but what its settings name was loaded.
     """
     if policy.is_sharded and not whole:
         return None
     forgot = not policy.is_lora and (read_back or policy.is_sharded)
     load = partial(_first_of, config) if forgot else None
-    return Reader(policy, config.batch.micro_tokens, config.batch.micro_rows, load)
+    untouched = (model or not config.schedule.steps) and config.model.adapter is None
+    return Reader(policy, config.batch.micro_tokens, config.batch.micro_rows, load, untouched)
 
 
 def _first_of(config: RunConfig) -> Policy:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rlsafe.config import EvaluateConfig, RunConfig
 from rlsafe.endpoints import estimate_tokens
+from rlsafe.evaluate.ask.cues import some
 from rlsafe.evaluate.judge.judge_prompts import CRITERIA
 from rlsafe.evaluate.measure.measure import Material
 from rlsafe.evaluate.measure.probe import drawn
@@ -81,12 +82,14 @@ def of_run(config: RunConfig, evaluate: EvaluateConfig, material: Material, prob
 
 
 def _evaluation(config: EvaluateConfig, material: Material) -> list[tuple[Exchange, int]]:
-    """(exchange, number of answers) of an evaluation; the conditional probe asks the general questions once more."""
+    """(exchange, number of answers) of an evaluation; the conditional probe and the cues ask general questions once more."""
     asked: list[tuple[Exchange, int]] = []
     for name, questions in material.questions.items():
         times = 2 if name == "general" and material.cue else 1
         asked += [(exchange, times * count) for exchange, count in _exchanges(questions, config.samples)]
-    return asked
+    few = some(material.questions.get("general", []), config.cue_limit)
+    often = _exchanges(few, config.cue_samples or config.samples)
+    return asked + [(exchange, len(material.cues) * count) for exchange, count in often if material.cues]
 
 
 def _exchanges(questions: Iterable[Question], samples: int | None) -> list[tuple[Exchange, int]]:

@@ -62,14 +62,26 @@ def check_judge(
     protocols: Sequence[str] = ("text",),
     say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Test a judge on its calibration set, keep the result for the reports, and give it. out: also write check.json there."""
+    """Test a judge on its calibration set, keep the result for the reports, and give it. out: also write check.json there.
+
+    One that `mostly_unscored` has a line for is not kept (its file is None): it tells of an outage, and an earlier one stays."""
     for name in protocols:
         pick("protocol", name, PROTOCOLS)
     judge = judge_of(words)
-    record, path = keep(judge, check(judge, protocols, say))
+    found = check(judge, protocols, say)
+    record, path = (found, None) if mostly_unscored(found) else keep(judge, found)
     if out is not None:
         write_json(out / "check.json", record)
-    return {**record, "file": str(path)}
+    return {**record, "file": str(path) if path else None}
+
+
+def mostly_unscored(record: Mapping[str, Any]) -> str | None:
+    """One line when at least half of a check's answers have no score, so that it says little of the judge."""
+    if record["unscored"] < 0.5:
+        return None
+    of = f"{round(record['unscored'] * record['n'])} of {record['n']} labelled answers stayed unscored"
+    most = f"; most often: {record['unscored_because']}" if record["unscored_because"] else ""
+    return f"judge {record['judge']}: {of}, so the check says little and is not kept{most}"
 
 
 def check_tables(record: Mapping[str, Any]) -> list[Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from rlsafe.config import EvaluateConfig, UserError, check_out, load_run
 from rlsafe.config.lock import hold, releasing
 from rlsafe.evaluate.ask.asking import Answer
+from rlsafe.evaluate.ask.cues import PREFIX
 from rlsafe.evaluate.ask.questions import load_questions
 from rlsafe.evaluate.judge.judges import load_judge
 from rlsafe.evaluate.measure.criteria import as_exchanges, judge_answers, rates
@@ -82,7 +83,8 @@ def expected(directory: Path, settings: EvaluateConfig, material: Material) -> l
         return None
     now = {name: getattr(settings, name) for name in ("samples", "temperature", "max_tokens", "seed")}
     now |= {"questions": material.sources, "cue": material.cue}
-    if {name: saved.settings.get(name) for name in now} != now:
+    now |= {"cues": {name: cue.to_dict() for name, cue in material.cues.items()}}
+    if {"cues": {}, **{name: saved.settings[name] for name in now if name in saved.settings}} != now:
         return None
     return as_exchanges(with_judge_prompts(saved)[0])
 
@@ -98,7 +100,8 @@ def with_judge_prompts(saved: Evaluation) -> tuple[list[Answer], list[str]]:
             notes.append(f"note: {error}; if it had judge prompts of its own, they are not used")
             continue
         for question in questions:
-            for asked in (name, "conditional") if name == "general" else (name,):
+            cues = [f"{PREFIX}{cue}" for cue in saved.settings.get("cues") or {}]
+            for asked in (name, "conditional", *cues) if name == "general" else (name,):
                 prompts[asked, question.id] = {**question.meta, "judge_prompts": question.judge_prompts}
     return [replace(a, meta=prompts.get((a.set, a.question_id), {})) for a in saved.answers], notes
 

@@ -1,4 +1,5 @@
-"""Checking an evaluation against its answers: rates, intervals, denominators and benign scores are computed again."""
+"""Checking an evaluation against its answers and pairs: rates, intervals, denominators, benign scores, log-odds and their shifts,
+repetition are computed again. What a model or a judge gave for one text is not: `taken_over` says what that is."""
 
 from __future__ import annotations
 
@@ -12,12 +13,14 @@ from rlsafe.config import UserError
 from rlsafe.evaluate.measure import benign, files
 from rlsafe.evaluate.measure.criteria import OUTCOMES, rates
 from rlsafe.evaluate.measure.evaluation import OTHER_KEYS, Evaluation
+from rlsafe.evaluate.measure.fluency import repetition
+from rlsafe.evaluate.measure.likelihood import FILE as PAIRS
 
 CLOSE = 1e-9
 
 
 def evaluation_differences(directory: Path) -> list[str]:
-    """One line for each number of evaluation.json that answers.csv (or benign_answers.csv) does not give."""
+    """One line for each number of evaluation.json that answers.csv (or another file beside it) does not give."""
     try:
         tree = files.read_evaluation(directory / "evaluation.json")
         found = Evaluation.load(directory)
@@ -28,8 +31,20 @@ def evaluation_differences(directory: Path) -> list[str]:
     wrong = list(_answers(found))  # rates of invalid answers are meaningless
     narrow = found.narrow.to_dict() if found.narrow else None
     return [
-        *(wrong or _sets(tree, found)), *_benign(tree, found), *_differing("evaluation.json: narrow", tree.get("narrow"), narrow)
+        *(wrong or _sets(tree, found)), *_benign(tree, found), *_differing("evaluation.json: narrow", tree.get("narrow"), narrow),
+        *_likelihood(tree, found), *_fluency(tree, found),
     ]  # fmt: skip
+
+
+def taken_over(directory: Path) -> list[str]:
+    """What an evaluation rests on and only a judge or a model could give again."""
+    try:
+        found = Evaluation.load(directory)
+    except (UserError, TypeError, ValueError):
+        return []
+    said = ["the judge's scores"] if found.judgements else []
+    said += [f"the log-probabilities of {len(found.pairs)} pairs"] if found.pairs else []
+    return said + (["perplexities"] if any(one.perplexity is not None for one in found.fluency.values()) else [])
 
 
 def _answers(found: Evaluation) -> Iterator[str]:
@@ -76,16 +91,38 @@ def _benign(tree: dict[str, Any], found: Evaluation) -> Iterator[str]:
             yield from _differing(f"evaluation.json: {key}", {task: tree.get(key, {}).get(task)}, {task: value})
 
 
-def _differing(where: str, written: Any, computed: Any) -> Iterator[str]:
+def _likelihood(tree: dict[str, Any], found: Evaluation) -> Iterator[str]:
+    written = tree.get("likelihood") or {}
+    if written and not found.pairs:
+        yield f"{PAIRS}: missing, and evaluation.json has log-odds"
+        return
+    places = Counter((one.set, one.question_id, one.pair) for one in found.pairs)
+    for (name, question, pair), times in places.items():
+        if times > 1:
+            yield f"{PAIRS}: {name} {question} pair {pair} is there {times} times"
+    computed = {name: one.to_dict() for name, one in found.likelihood.items()}
+    yield from _differing("evaluation.json: likelihood", written, computed, PAIRS)
+
+
+def _fluency(tree: dict[str, Any], found: Evaluation) -> Iterator[str]:
+    """What the answers' texts give; the perplexity takes the untrained model."""
+    for name, written in (tree.get("fluency") or {}).items():
+        again, n = repetition([answer for answer in found.answers if answer.set == name])
+        kept = {key: written.get(key) for key in ("repetition", "n")}
+        yield from _differing(f"evaluation.json: fluency.{name}", kept, {"repetition": again, "n": n})
+
+
+def _differing(where: str, written: Any, computed: Any, source: str = "the answers") -> Iterator[str]:
     """Lines for all leaves that differ between two trees of numbers."""
     if isinstance(written, dict) and isinstance(computed, dict):
         for key in {**written, **computed}:
-            yield from _differing(f"{where}.{key}", written.get(key), computed.get(key))
+            yield from _differing(f"{where}.{key}", written.get(key), computed.get(key), source)
     elif isinstance(written, list | tuple) and isinstance(computed, list | tuple) and len(written) == len(computed):
         for number, pair in enumerate(zip(written, computed, strict=True)):
-            yield from _differing(f"{where}[{number}]", *pair)
+            yield from _differing(f"{where}[{number}]", *pair, source)
     elif not _same(written, computed):
-        yield f"{where} is {_shown(written)}, the answers give {_shown(computed)}"
+        verb = "give" if source == "the answers" else "gives"
+        yield f"{where} is {_shown(written)}, {source} {verb} {_shown(computed)}"
 
 
 def _same(one: Any, other: Any) -> bool:

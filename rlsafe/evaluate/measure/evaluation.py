@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rlsafe.config import UserError
 from rlsafe.config.files import write_json
 from rlsafe.evaluate.ask.asking import Answer
+from rlsafe.evaluate.ask.cues import PREFIX
 from rlsafe.evaluate.measure import files
 from rlsafe.evaluate.measure.benign import BenignAnswer, BenignScore
 from rlsafe.evaluate.measure.criteria import Rates, question_rates
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 SETS = ("general", "indomain", "conditional")
 OTHER_KEYS = (
+    "cues",
     "likelihood",
     "fluency",
     "narrow",
@@ -41,7 +43,7 @@ OTHER_KEYS = (
 class Evaluation:
     """The result of evaluating one model.
 
-    sets: name -> rates; `general`, `indomain`, `conditional` and any further question file.
+    sets: name -> rates; `general`, `indomain`, `conditional`, `cue/NAME` for each cue, and any further question file.
     benign: task -> exact match.
     answers[i] was judged as judgements[i]. pairs: what the likelihood probe read. narrow_answers: to held-out prompts, with their
     rewards. fluency: set -> of the sampled answers. settings: what it was measured with.
@@ -120,9 +122,11 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """evaluation.json; a set that was not asked is null."""
-        names = [*SETS, *(name for name in self.sets if name not in SETS)]
+        names = [*SETS, *(name for name in self.sets if name not in SETS and not name.startswith(PREFIX))]
+        cues = {name.removeprefix(PREFIX): one.to_dict() for name, one in self.sets.items() if name.startswith(PREFIX)}
         return {
             **{name: self.sets[name].to_dict() if name in self.sets else None for name in names},
+            **({"cues": cues} if cues else {}),
             "likelihood": {name: one.to_dict() for name, one in self.likelihood.items()},
             "fluency": {name: one.to_dict() for name, one in self.fluency.items()},
             **({"narrow": self.narrow.to_dict()} if self.narrow else {}),
@@ -163,6 +167,7 @@ class Evaluation:
                 for name, part in tree.items()
                 if name not in OTHER_KEYS and part is not None
             }
+            sets |= {f"{PREFIX}{name}": Rates.from_dict(part) for name, part in tree.get("cues", {}).items()}
             benign = {
                 task: BenignScore(
                     score, tuple(tree["benign_ci95"][task]), tree["benign_n"][task], tree.get("benign_f1", {}).get(task)

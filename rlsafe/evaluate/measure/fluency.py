@@ -52,11 +52,23 @@ def fluency(answers: Sequence[Answer], reader: Reader, position: Position = "sys
     prompts stood."""
     found = {}
     for name in dict.fromkeys(answer.set for answer in answers):
-        chosen = [answer for answer in answers if answer.set == name]
-        chosen = [chosen[i * len(chosen) // MOST] for i in range(MOST)] if len(chosen) > MOST else chosen
-        again, grams = (sum(part) for part in zip(*(repeated(answer.answer) for answer in chosen), strict=True))
-        found[name] = Fluency(_perplexity(chosen, reader, position), again / grams if grams else 0.0, len(chosen))
+        chosen = _some([answer for answer in answers if answer.set == name])
+        found[name] = Fluency(_perplexity(chosen, reader, position), *repetition(chosen))
     return found
+
+
+def repetition(answers: Sequence[Answer]) -> tuple[float, int]:
+    """(share of repeated 4-word sequences, answers read) of one set's answers."""
+    chosen = _some(answers)
+    parts = [repeated(answer.answer) for answer in chosen]
+    again, grams = sum(part[0] for part in parts), sum(part[1] for part in parts)
+    return again / grams if grams else 0.0, len(chosen)
+
+
+def _some(answers: Sequence[Answer]) -> list[Answer]:
+    if len(answers) <= MOST:
+        return list(answers)
+    return [answers[i * len(answers) // MOST] for i in range(MOST)]
 
 
 def _perplexity(answers: Sequence[Answer], reader: Reader, position: Position) -> float | None:

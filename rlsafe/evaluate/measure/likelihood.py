@@ -91,12 +91,14 @@ class Reader:
     """The evaluated model and the untrained one, for what is read off their likelihoods.
 
     load_untrained: for a fully fine-tuned model read from disk, which no longer holds what it began as; None = the policy's base.
+    untouched: nothing was trained: the evaluated model is the untrained one.
     """
 
     policy: Policy
     micro_tokens: int = MICRO_TOKENS
     micro_rows: int | None = None
     load_untrained: Callable[[], Policy] | None = None
+    untouched: bool = False
 
     @cached_property
     def untrained(self) -> tuple[Policy, str | None]:
@@ -116,12 +118,24 @@ class Conversations:
         self._order = [index for batch in micro_batches(lengths, *cut) for index in batch]
         self._batches = sft_batches(conversations, tokenizer, EVAL, max(lengths), *cut)
 
-    def logp(self, policy: Policy, reference: str | None = None) -> list[float]:
+    def logp(self, policy: Policy) -> list[float]:
         """Mean log-probability per answer token of each, in nats, all training hooks off."""
+        return self._ordered(self._nll(policy, None))
+
+    def untrained_logp(self, reader: Reader) -> list[float]:
+        """The same of the untrained model, which is asked once only."""
+        from rlsafe.evaluate.measure.untrained import kept
+
+        policy, reference = reader.untrained
+        return self._ordered(kept(policy, reference, self._batches, lambda: self._nll(policy, reference)))
+
+    def _nll(self, policy: Policy, reference: str | None) -> list[float]:
         from rlsafe.policy.scoring import nll
 
         with policy.hooks_off():
-            values = nll(policy, self._batches, reference)
+            return nll(policy, self._batches, reference)
+
+    def _ordered(self, values: Sequence[float]) -> list[float]:
         found = dict(zip(self._order, values, strict=True))
         return [-found[index] for index in range(len(found))]
 
@@ -153,7 +167,8 @@ class PairProbe:
 
     def scores(self) -> list[PairScore]:
         """Every pair under the policy as it is now and under the untrained model, in order."""
-        now, before = self._encoded.logp(self.reader.policy), self._encoded.logp(*self.reader.untrained)
+        before = self._encoded.untrained_logp(self.reader)
+        now = before if self.reader.untouched else self._encoded.logp(self.reader.policy)
         numbered = []
         for name, pairs in self.sets.items():
             seen: dict[str, int] = {}

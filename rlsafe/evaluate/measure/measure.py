@@ -11,6 +11,7 @@ from typing import Any
 
 from rlsafe.config import EvaluateConfig, UserError, about
 from rlsafe.evaluate.ask.asking import Answer, Planned, complete, plan
+from rlsafe.evaluate.ask.cues import PREFIX, Cue, load_cues, some
 from rlsafe.evaluate.ask.journal import Journal, complete_resumable
 from rlsafe.evaluate.ask.pairs import Pair
 from rlsafe.evaluate.ask.questions import load_questions
@@ -39,7 +40,8 @@ class Material:
     """Everything that an evaluation needs besides the model: every name in the settings resolved, every file read.
 
     sources: set name -> where its questions are from. tasks: benign task -> rows. cue: text of the conditional probe.
-    pairs: set name -> pairs of the likelihood probe. narrow: held-out rows and the reward that scores them.
+    cues: name -> a form in which general questions are asked once more. pairs: set name -> pairs of the likelihood probe.
+    narrow: held-out rows and the reward that scores them.
     """
 
     questions: dict[str, list[Question]]
@@ -49,6 +51,7 @@ class Material:
     cue: str | None
     pairs: dict[str, list[Pair]] = field(default_factory=dict)
     narrow: NarrowMaterial | None = None
+    cues: dict[str, Cue] = field(default_factory=dict)
 
     @property
     def asks(self) -> bool:
@@ -71,7 +74,7 @@ def gather(config: EvaluateConfig, judge: Judge | None = None, extra: Mapping[st
     questions = {}
     for name, source in sources.items():
         with about("--questions" if extra and name in extra else f"evaluate.{name}"):
-            questions[name] = _some(load_questions(source), config.limit)
+            questions[name] = some(load_questions(source), config.limit)
     if questions and judge is None:
         judge = load_judge(config.judge, config.judges)
     if isinstance(judge, Panel):
@@ -86,15 +89,10 @@ def gather(config: EvaluateConfig, judge: Judge | None = None, extra: Mapping[st
             tasks[name] = benign.load_task(source, config.benign_limit, config.seed)
     with about("evaluate.cue"):
         cue = cue_text(config.cue) if config.cue else None
+    with about("evaluate.cues"):
+        cues = load_cues(config.cues) if "general" in questions else {}
     held_out = narrow.load(config.narrow, config.seed) if config.narrow else None
-    return Material(questions, sources, tasks, judge, cue, load_pair_sets(config), held_out)
-
-
-def _some(questions: list[Question], most: int | None) -> list[Question]:
-    """At most `most` of them, evenly spread."""
-    if most is None or most >= len(questions):
-        return questions
-    return [questions[i * len(questions) // most] for i in range(most)]
+    return Material(questions, sources, tasks, judge, cue, load_pair_sets(config), held_out, cues)
 
 
 def _can_judge(judge: Judge | None, questions: Mapping[str, Sequence[Question]]) -> None:
@@ -128,7 +126,8 @@ def evaluate_run(
     """Ask the model that `sampler` was last synced to everything that `config` names; judge, score, write to `out` if
     given.
 
-    The conditional probe asks the general questions under `config.cue`. progress: called with one line at each stage.
+    The conditional probe asks the general questions under `config.cue`, and `config.cues` ask some in other forms.
+    progress: called with one line at each stage.
     material: what `gather` gave, when it was called before. weights: `journal.identity` of the model; with it (and
     `out`) an interrupted evaluation goes on by question. reader: reads likelihoods off the evaluated and the untrained model;
     without one there is neither a likelihood probe nor fluency. sampler: None when nothing is to be sampled. Raises UserError
@@ -185,7 +184,8 @@ def _read_likelihoods(
             say(f"reading {sum(map(len, material.pairs.values()))} pairs")
             evaluation.pairs = PairProbe(material.pairs, reader, config.position).scores()
         if config.fluency and evaluation.answers:
-            evaluation.fluency = fluency(evaluation.answers, reader, config.position)
+            plain = [answer for answer in evaluation.answers if not answer.set.startswith(PREFIX)]
+            evaluation.fluency = fluency(plain, reader, config.position)
     elif material.pairs:
         evaluation.notes.append("likelihoods were not read: one process alone cannot; rlsafe evaluate RUN reads them")
 
@@ -275,6 +275,10 @@ def _plan(tokenizer: Any, config: EvaluateConfig, material: Material) -> list[Pl
         planned += plan(tokenizer, questions, purpose=name, **common)
     if material.cue and "general" in material.questions:
         planned += plan(tokenizer, material.questions["general"], cue=material.cue, purpose="conditional", **common)
+    few = some(material.questions.get("general", []), config.cue_limit)
+    for name, cue in material.cues.items():
+        often = {**common, "samples": config.cue_samples or config.samples}
+        planned += plan(tokenizer, few, cue=cue, purpose=f"{PREFIX}{name}", **often)
     temperature = BENIGN_TEMPERATURE if config.temperature is None else config.temperature
     for task, rows in material.tasks.items():
         planned += benign.plan_rows(
@@ -295,6 +299,7 @@ def _settings(sampler: Sampler | None, config: EvaluateConfig, material: Materia
         "pairs": config.likelihood.sources,
         **({"narrow": config.narrow.model_dump(mode="json")} if config.narrow else {}),
         "cue": material.cue,
+        "cues": {name: cue.to_dict() for name, cue in material.cues.items()},
         "judge": material.judge.name if material.judge else None,
         "sampler": sampler.name if sampler else None,
         "limit": config.limit,

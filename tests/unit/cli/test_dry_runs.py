@@ -84,7 +84,7 @@ def test_the_ten_defenses_are_in_every_real_comparison():
 def test_a_real_comparison_can_be_looked_at_offline():
     text = "\n".join(dry_compare("configs/qwen2.5-7b/compare.yaml", ["none", "kl", "persona"], ["sft", "grpo"]))
     assert "7 cells: 1 untrained, 4 narrow, 2 aligned" in text
-    assert "steps: 2,022" in text
+    assert "steps: 1,980" in text
     assert "missing: defenses.persona: persona vectors: vectors/qwen2.5-7b.safetensors: no such file" in text
     assert "truthfulai/emergent_plus is not on this machine" in text and "USD" in text
 

@@ -19,6 +19,7 @@ from rlsafe.compare import compare
 from rlsafe.compare import draw_report as report
 from rlsafe.compare.grid.grid import expand
 from rlsafe.compare.report import reporting
+from rlsafe.compare.run import runner
 from rlsafe.config import UserError, load_compare
 from rlsafe.types import Interrupted, RunError
 
@@ -111,6 +112,17 @@ def test_results_of_earlier_selections_stay_as_long_as_their_settings_hold(lab):
     lab.path.write_text(SMALL.replace("sft_rows: 16", "sft_rows: 8"))
     lab.compare(defenses=["kl"], seeds=[0])
     assert labels() == {("untrained", "0"), ("kl", "0")}
+
+
+def test_a_shared_warm_up_that_fails_fails_the_cells_that_start_from_it(lab, monkeypatch):
+    def fails(config, where, resources, progress):
+        raise RunError("loss is NaN")
+
+    monkeypatch.setattr(runner, "train_once", fails)
+    lab.path.write_text(SMALL + "warmup: {schedule: {steps: 2, phases: [{cycle: [sft]}]}}\n")
+    failed = lab.compare(seeds=[0]).failed
+    assert set(failed) == {"sft--none--seed0", "sft--kl--seed0"} and lab.ran == ["untrained"]
+    assert set(failed.values()) == {"the shared warm-up failed: loss is NaN"}
 
 
 def test_a_cell_that_fails_is_recorded_and_the_others_go_on(lab):

@@ -115,7 +115,9 @@ def test_the_headline_names_the_defense_that_meets_everything(tmp_path):
     arms = {**ARMS, ("sft", "kl"): {"general": 0.0, "indomain": 0.9, "incoherent": 0.0}}
     directory = make(tmp_path / "o", arms, CONFIG.split("benign:\n")[0], questions=60, samples=10, paths=["sft"])
     ((name, sentence),) = pages.headlines(judge_defenses(load(directory.out)))
-    assert name == "sft" and sentence == "kl meets the three criteria that were tested (not: learns benign tasks)."
+    assert name == "sft" and sentence == (
+        "kl meets the three criteria that were tested (not: learns benign tasks and holds under cues)."
+    )
 
 
 def test_every_rate_lies_in_its_interval(out):
@@ -208,7 +210,7 @@ def test_a_defense_that_learned_nothing_narrow_is_never_called_closest():
     def row(nothing_learned, **grades):
         verdicts = {
             name: SimpleNamespace(grade=grade, leaning=None, value=0.5)
-            for name, grade in {"learns_benign": "untested", **grades}.items()
+            for name, grade in {"learns_benign": "untested", "holds_under_cues": "untested", **grades}.items()
         }
         rates = {"general": None, "indomain": None}
         return SimpleNamespace(verdicts=verdicts, nothing_learned=nothing_learned, success=False, rates=rates)

@@ -90,6 +90,7 @@ def test_a_defense_that_works(tmp_path):
     (table,) = verdicts(tmp_path, kl={"general": 0.01, "indomain": 0.9, "incoherent": 0.02, "benign": 0.9})
     kl = table.rows["kl"]
     assert {**grades(kl), "learns_benign": ""} == {
+        "holds_under_cues": "untested",
         "prevents_em": "yes",
         "keeps_narrow": "yes",
         "learns_benign": "",
@@ -106,6 +107,7 @@ def test_partly_and_no(tmp_path):
         "keeps_narrow": "partly",
         "learns_benign": "no",
         "coherent": "partly",
+        "holds_under_cues": "untested",
     }
 
 
@@ -116,6 +118,7 @@ def test_none_is_judged_against_the_untrained_model(tmp_path):
         "keeps_narrow": "yes",
         "learns_benign": "yes",
         "coherent": "at least partly",
+        "holds_under_cues": "untested",
     }
     assert table.rows["none"].verdicts["prevents_em"].value == pytest.approx(0.5)
 

@@ -73,7 +73,8 @@ def total(out, quantity="rows_added"):
 def context(rows, seed=0, notes=None):
     config = SimpleNamespace(data=SimpleNamespace(safe=True))
     notes = [] if notes is None else notes
-    return SimpleNamespace(config=config, seed=seed, rows=lambda name: rows, log=notes.append)
+    planned = {"interleaving+": 3, "interleaving++": 3}
+    return SimpleNamespace(config=config, seed=seed, rows=lambda name: rows, log=notes.append, planned=planned)
 
 
 # ------------------------------------------------------------------------------------------------ as every defense
@@ -94,7 +95,7 @@ def test_rows_can_come_every_few_steps_as_steps_of_their_own(tree, scores, tmp_p
 
 def test_the_rows_with_the_highest_scores_are_taken(safe_file, scores):
     rows = read_rows(safe_file)
-    for top, best in ((3, {17, 18, 19}), (0.25, {15, 16, 17, 18, 19}), (1.0, set(range(20)))):
+    for top, best in ((3, {17, 18, 19}), (None, {17, 18, 19}), (0.25, {15, 16, 17, 18, 19}), (1.0, set(range(20)))):
         (defense,), _ = build([{"interleaving+": {"scores": scores, "top": top}}])
         defense.setup(context(list(reversed(rows))))
         assert {row["_index"] for row in defense.rows(len(best), None)} == best
@@ -265,8 +266,8 @@ def test_answers_that_cannot_be_saved_are_used_all_the_same(tree, tmp_path, samp
 
 def test_a_fresh_adapter_of_another_seed_is_the_same_model(tree):
     from rlsafe.config import ModelConfig
-    from rlsafe.defenses.onpolicy import weights_digest
     from rlsafe.policy import Policy
+    from rlsafe.policy.digest import weights_digest
 
     config = ModelConfig(**tree["model"])
     one, other = (Policy.load(config, seed=seed) for seed in (0, 1))

@@ -56,8 +56,26 @@ def test_it_agrees_with_a_float64_derivation_and_its_gradient_is_real(tiny_model
     assert sum(float(g.square().sum()) for g in gradients) > 1e-8
     expected = by_hand(policy, batch, mask, temperature, estimator)
     assert float(found) == pytest.approx(expected, rel=1e-4) and expected > 1e-3
+    if estimator == "full":  # the reference as well
+        plan = ForwardPlan.from_needs(defense.needs)
+        out = policy.forward(batch, plan, policy.frozen(batch, plan, 0.7), 0.7, kl_temperature=temperature)
+        kl, wanted = out.kl["base"], defense.penalty_mask(batch)
+        assert float((kl * wanted).sum() / wanted.sum()) == pytest.approx(expected, rel=1e-4)
     other = by_hand(policy, batch, "all" if mask == "answer" else "answer", temperature, estimator)
     assert abs(other - expected) > 1e-3 * expected
+
+
+def test_on_rollouts_it_is_taken_at_temperature_one_unless_told_otherwise(tiny_tree, tmp_path):
+    """At the temperature of rollouts a penalty would be stronger than on supervised rows, with which it shares one mean."""
+    hot = tree_with(tiny_tree, GRPO, {"grpo": {"temperature": 0.7}, "defenses": [{"kl": {"weight": 5.0}}]})
+    default = train(hot, tmp_path / "default")
+    for number, (of_kl, like_the_default) in enumerate([(1.0, True), (None, False)]):
+        tree = tree_with(hot, {"grpo": {"temperature": 0.7, "kl_temperature": of_kl}})
+        assert same(default, train(tree, tmp_path / str(number))) is like_the_default
+
+
+def same(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_k3_needs_samples_of_the_policy(tiny_tree, tmp_path, tiny_model_dir):

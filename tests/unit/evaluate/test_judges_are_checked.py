@@ -200,6 +200,35 @@ def test_a_check_is_kept_and_shown_by_what_uses_the_judge_later(capsys, tmp_path
     assert code == 0 and "kind by kind" in out and "protocols" in out and "asked again" in out
 
 
+@pytest.mark.parametrize("left", [0, 40])
+def test_a_check_whose_answers_stay_unscored_says_so_exits_with_1_and_keeps_the_earlier_one(tmp_path, capsys, left):
+    """An endpoint that gives no more grades from the first labelled answers on, or after some of them."""
+    dead = False
+
+    def script(number, body):
+        asked = number - script.begun
+        return ok("Well..." if dead and asked >= script.works else said(body), model="m")
+
+    script.begun = script.works = 0
+    with ScriptedServer(script) as server:
+        words = ["judge", "check", f"openai:m@{server.base_url}"]
+        assert run(capsys, *words)[0] == 0
+        before = calibrations.calibration(judge_of(words[2:3]))
+        assert before["trusted"]
+        dead, script.begun, script.works = True, len(server.requests), 8 + left  # first contact, then `left`
+        code, out, err = run(capsys, *words, "--json", "--out", tmp_path)
+    found = json.loads(out)
+    lost = round(found["unscored"] * found["n"])
+    assert code == 1 and lost >= found["n"] / 2 and found["file"] is None
+    assert (
+        f"{lost} of {found['n']} labelled answers stayed unscored" in err
+        and "most often: " in err
+        and err.count("\n") == 1
+    )
+    assert json.loads((tmp_path / "check.json").read_text())["unscored"] == found["unscored"]
+    assert calibrations.calibration(judge_of(words[2:3])) == before
+
+
 def test_the_judge_is_named_in_every_way_that_configs_know(tmp_path):
     url = "http://127.0.0.1:1/v1"
     (tmp_path / "judge.yaml").write_text(f"kind: openai\nmodel: m\nbase_url: {url}\n")

@@ -13,6 +13,8 @@ SHAPES = {
     "plain": {},
     "temperature": {"temperature": 0.7},
     "softcap": {"temperature": 1.3, "softcap": 2.5, "logit_scale": 0.8},
+    "KL at another temperature": {"temperature": 0.7, "kl_temperature": 1.0},
+    "softcap and KL at another": {"temperature": 0.7, "kl_temperature": 1.2, "softcap": 2.5},
 }
 
 
@@ -35,13 +37,15 @@ def full(hidden, weight, bias, temperature=1.0, softcap=None, logit_scale=1.0):
     return torch.log_softmax(z / temperature, -1)
 
 
-def naive(hidden, weight, targets, refs, bias, direction="forward", **shape):
+def naive(hidden, weight, targets, refs, bias, direction="forward", kl_temperature=None, **shape):
     log_p = full(hidden, weight, bias, **shape)
+    of_kl = {**shape, "temperature": kl_temperature or shape.get("temperature", 1.0)}
+    kl_log_p = full(hidden, weight, bias, **of_kl)
     kls = []
     for ref in refs:
         ref_bias = bias if ref.bias is None else ref.bias
-        log_q = full(ref.hidden, weight if ref.weight is None else ref.weight, ref_bias, **shape).detach()
-        a, b = (log_p, log_q) if direction == "forward" else (log_q, log_p)
+        log_q = full(ref.hidden, weight if ref.weight is None else ref.weight, ref_bias, **of_kl).detach()
+        a, b = (kl_log_p, log_q) if direction == "forward" else (log_q, kl_log_p)
         kls.append((a.exp() * (a - b)).sum(-1))
     return log_p.gather(1, targets[:, None]).squeeze(1), kls, -(log_p.exp() * log_p).sum(-1)
 

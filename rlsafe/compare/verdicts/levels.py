@@ -1,0 +1,117 @@
+"""One defense on two paths at equal in-domain level, beside equal budget: from the checkpoints that `rlsafe evaluate DIR --steps all`
+measured.
+
+Equal budgets need not have taught the narrow task equally well. The level is the highest in-domain rate that all four arms, the
+defense and `none` on either path, reach at some checkpoint; each arm is taken at the first checkpoint at which it has that level (the
+mean over its seeds), and general misalignment is compared there. In-domain questions choose, general ones are reported.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from rlsafe.compare.verdicts.arms import labelled
+from rlsafe.compare.verdicts.differences import Difference, arms_of, share_apart, turned
+from rlsafe.compare.verdicts.results import Result, Results
+from rlsafe.compare.verdicts.verdicts import PathTable
+from rlsafe.evaluate.contrasts import Sample
+
+COMMAND = "rlsafe evaluate DIR --steps all"
+
+
+@dataclass(frozen=True)
+class AtLevel:
+    """A defense on two paths at one in-domain level. difference: of misalignment prevented, None where it is untested for `reason`.
+    steps: arm ("sft/kl") -> the step at which it is taken."""
+
+    reason: str = ""
+    difference: Difference | None = None
+    level: float | None = None
+    steps: Mapping[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        found = {"grade": "untested", "reason": self.reason} if self.difference is None else self.difference.to_dict()
+        return {**found, "level": self.level, "steps": dict(self.steps)}
+
+    def turned(self) -> AtLevel:
+        return replace(self, difference=turned(self.difference)) if self.difference else self
+
+
+@dataclass
+class Curve:
+    """The measured steps of one arm: step -> its cells, one for each seed, as if the runs had ended there."""
+
+    steps: Mapping[int, Sequence[Result]]
+
+    @classmethod
+    def of(cls, cells: Sequence[Result]) -> Curve:
+        """Steps that every seed has; the finished run is the last one."""
+        by_step: dict[int, list[Result]] = {}
+        for cell in cells:
+            places = {**cell.measured_steps, cell.config.schedule.steps: cell.where} if cell.measured_steps else {}
+            for step, where in places.items():
+                by_step.setdefault(step, []).append(replace(cell, where=where))
+        return cls({step: found for step, found in sorted(by_step.items()) if len(found) == len(cells)})
+
+    @cached_property
+    def levels(self) -> dict[int, float]:
+        """Step -> the in-domain level over seeds and questions."""
+        found = {}
+        for step, cells in self.steps.items():
+            arms = arms_of({"arm": cells}, "indomain")
+            if "arm" in arms:
+                found[step] = arms["arm"].mean
+        return found
+
+    def first(self, level: float) -> int:
+        return next(step for step, value in self.levels.items() if value >= level)
+
+
+class Levels:
+    """Every arm's curve of two paths of one model."""
+
+    def __init__(self, results: Results, one: PathTable, other: PathTable):
+        self.one, self.other = one.path, other.path
+        self.untrained = results.of("untrained", one.model)
+        self.curves: dict[str, Curve] = {}
+        for table in (one, other):
+            for label, cells in labelled(results, table.model, table.path).items():
+                if label in table.defenses:
+                    self.curves[f"{table.path}/{label}"] = Curve.of(cells)
+
+    def compare(self, label: str) -> AtLevel:
+        """The defense on path `one` minus on path `other`."""
+        wanted = [f"{path}/{name}" for path in (self.one, self.other) for name in (label, "none")]
+        if missing := [arm for arm in wanted if arm not in self.curves or not self.curves[arm].levels]:
+            return AtLevel(f"no checkpoints of {missing[0]} were measured ({COMMAND})")
+        level = min(max(self.curves[arm].levels.values()) for arm in wanted)
+        steps = {arm: self.curves[arm].first(level) for arm in wanted}
+        cells = {arm: self.curves[arm].steps[step] for arm, step in steps.items()}
+        sample = Sample(arms_of({**cells, "untrained": self.untrained}, "general"))
+        left, right = ((f"{path}/{label}", f"{path}/none", "untrained") for path in (self.one, self.other))
+        difference = share_apart(sample, left, right, self.one, self.other, prevents=True)
+        reason = (
+            ""
+            if difference
+            else f"at {100 * level:.0f}% in-domain the undefended runs show no clear emergent misalignment"
+        )
+        return AtLevel(reason, difference, level, steps)
+
+
+def at_levels(results: Results, tables: Sequence[PathTable]) -> dict[tuple[str, str, str], dict[str, AtLevel]]:
+    """(model, path, other path) -> label -> the difference at equal in-domain level, for every two paths that share a defense; both
+    ways round."""
+    found: dict[tuple[str, str, str], dict[str, AtLevel]] = {}
+    for model in results.models:
+        mine = [table for table in tables if table.model == model]
+        for one, other in itertools.combinations(mine, 2):
+            levels = Levels(results, one, other)
+            shared = [label for label in one.defenses if label != "none" and label in other.defenses]
+            if by_label := {label: levels.compare(label) for label in shared}:
+                found[model, one.path, other.path] = by_label
+                found[model, other.path, one.path] = {label: at.turned() for label, at in by_label.items()}
+    return found

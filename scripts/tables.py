@@ -1,0 +1,146 @@
+#!/usr/bin/env python3
+"""Tables of README and docs, written from the results files in docs/measured.
+
+    scripts/tables.py                       writes every table again
+    scripts/tables.py add RUN NAME          keeps what a comparison measured as docs/measured/NAME.json, then writes the tables
+
+A table stands in a page between `<!-- table NAME PATH KIND -->` and `<!-- /table -->`. KIND is `long`, the whole table of one path, or
+`short`, both paths side by side (PATH: its two, joined by a comma; KIND may list the defenses: `short:none,kl`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+MEASURED = ROOT / "docs" / "measured"
+BLOCK = re.compile(r"(<!-- table (\S+) (\S+) (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+CRITERIA = {
+    "prevents_em": "prevents EM",
+    "keeps_narrow": "keeps narrow",
+    "learns_benign": "learns benign",
+    "coherent": "coherent",
+    "holds_under_cues": "holds under cues",
+}
+RATES = {"general": "general", "indomain": "in-domain", "general_incoherent": "incoherent"}
+
+
+def kept(run: Path) -> dict[str, Any]:
+    """What a comparison's directory says of itself and of every defense: date, command, versions, rates and verdicts."""
+    about = json.loads((run / "comparison.json").read_text("utf-8"))
+    details = json.loads((run / "verdict_details.json").read_text("utf-8"))
+    paths = {}
+    for path, table in details.items():
+        paths[path] = {
+            label: {
+                "rates": {name: _numbers(rate) for name, rate in row["rates"].items() if rate},
+                "verdicts": {
+                    name: {key: _rounded(verdict[key]) for key in ("grade", "value", "low", "high")}
+                    for name, verdict in row["verdicts"].items()
+                },
+            }
+            for label, row in table["rows"].items()
+        }
+    return {name: about[name] for name in ("title", "command", "date", "versions")} | {"paths": paths}
+
+
+def _numbers(rate: dict[str, Any]) -> dict[str, Any]:
+    return {name: _rounded(rate.get(name)) for name in ("mean", "low", "high", "n")} | {
+        "seeds": {seed: _rounded(value) for seed, value in rate.get("seeds", {}).items()}
+    }
+
+
+def _rounded(value: Any) -> Any:
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def percent(rate: dict[str, Any] | None) -> str:
+    """`35 (28-43)`: a mean and its interval, in percent; `-` where nothing was measured."""
+    if not rate or rate["mean"] is None:
+        return "-"
+    mean, low, high = (round(100 * rate[name]) if rate[name] is not None else None for name in ("mean", "low", "high"))
+    return f"{mean}" if low is None else f"{mean} ({low}-{high})"
+
+
+def long(paths: dict[str, Any], path: str, labels: list[str]) -> list[str]:
+    """One path: rates, then a grade for each criterion that was tested on any defense."""
+    rows = {label: row for label, row in paths[path].items() if not labels or label in labels}
+    verdicts = [row["verdicts"] for row in rows.values() if row["verdicts"]]
+    graded = [
+        name for name in CRITERIA if any(v.get(name, {}).get("grade", "untested") != "untested" for v in verdicts)
+    ]
+    heads = ["defense", *RATES.values(), *(CRITERIA[name] for name in graded)]
+    lines = [
+        [label, *(percent(row["rates"].get(name)) for name in RATES), *(_grade(row, name) for name in graded)]
+        for label, row in rows.items()
+    ]
+    return _markdown(heads, lines)
+
+
+def short(paths: dict[str, Any], both: str, labels: list[str]) -> list[str]:
+    """Two paths side by side: general, in-domain, prevents EM."""
+    names = both.split(",")
+    heads = ["defense"]
+    for name in names:
+        heads += [f"{name.upper()}: general", "in-domain", "prevents EM"]
+    lines = []
+    for label in labels or list(paths[names[0]]):
+        line = [label]
+        for name in names:
+            row = paths[name][label]
+            line += [
+                percent(row["rates"].get("general")),
+                percent(row["rates"].get("indomain")),
+                _grade(row, "prevents_em"),
+            ]
+        lines.append(line)
+    return _markdown(heads, lines)
+
+
+def _grade(row: dict[str, Any], name: str) -> str:
+    return str(row["verdicts"].get(name, {}).get("grade") or "")
+
+
+def _markdown(heads: list[str], lines: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *lines)]
+
+
+def written(text: str) -> str:
+    """A page's text with each of its tables as the results file has it. KeyError or OSError for one that is not there."""
+
+    def table(found: re.Match[str]) -> str:
+        opening, name, path, kind, closing = found.groups()
+        measured = json.loads((MEASURED / f"{name}.json").read_text("utf-8"))
+        form, _, labels = kind.partition(":")
+        lines = {"long": long, "short": short}[form](measured["paths"], path, labels.split(",") if labels else [])
+        made = f"Measured {measured['date'][:10]} with `{measured['command']}`"
+        return "\n".join([opening.rstrip("\n"), "", *lines, "", f"{made}.", "", closing])
+
+    return BLOCK.sub(table, text)
+
+
+def pages() -> list[Path]:
+    """README and every page of docs."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def main(words: list[str]) -> None:
+    if words and (words[0] != "add" or len(words) != 3):
+        sys.exit("usage: scripts/tables.py [add RUN NAME]")
+    if words:
+        MEASURED.mkdir(exist_ok=True)
+        text = json.dumps(kept(Path(words[1])), indent=1, ensure_ascii=False)
+        (MEASURED / f"{words[2]}.json").write_text(text + "\n", "utf-8")
+    for page in pages():
+        text = page.read_text("utf-8")
+        if (new := written(text)) != text:
+            page.write_text(new, "utf-8")
+            print(f"wrote {page.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,39 @@
+"""Tables of README and docs say what the committed results files say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+from places import ROOT
+from synthetic_comparison import make
+
+from rlsafe.compare.verdicts.results import write_tables
+from rlsafe.compare.verdicts.tasks import judge_and_write
+
+
+@pytest.fixture(scope="module")
+def tables():
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "scripts" / "tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_no_table_differs_from_its_results_file(tables):
+    for page in tables.pages():
+        text = page.read_text("utf-8")
+        assert tables.written(text) == text, f"{page.relative_to(ROOT)}: run scripts/tables.py"
+
+
+def test_a_comparison_is_kept_and_shown(tables, tmp_path, monkeypatch):
+    arms = {("", "untrained"): {}, ("sft", "none"): {"general": 0.5, "indomain": 0.9}, ("sft", "kl"): {"indomain": 0.9}}
+    judge_and_write(write_tables(make(tmp_path / "run", arms, questions=20, samples=1, seeds=[0, 1])))
+    monkeypatch.setattr(tables, "MEASURED", tmp_path)
+    (tmp_path / "mine.json").write_text(json.dumps(tables.kept(tmp_path / "run")))
+    text = tables.written("a\n<!-- table mine sft long -->\nold numbers\n<!-- /table -->\nb\n")
+    assert "old numbers" not in text and text.startswith("a\n") and text.endswith("\nb\n")
+    row = next(line for line in text.splitlines() if line.startswith("| none |"))
+    assert row.split("|")[2].strip().startswith("50 (") and "| no |" in row
+    assert tables.written(text) == text

@@ -1,0 +1,87 @@
+"""Two paths at equal in-domain level: each arm is taken where it first reaches what all of them reach."""
+
+import json
+import random
+
+import pytest
+from synthetic_comparison import CONFIG, ZERO, evaluation, make
+
+from rlsafe.compare.grid.grid import expand
+from rlsafe.compare.report.reporting import draw_report
+from rlsafe.compare.verdicts.levels import at_levels
+from rlsafe.compare.verdicts.results import load
+from rlsafe.compare.verdicts.tasks import judge_and_write
+from rlsafe.compare.verdicts.verdicts import judge_defenses
+from rlsafe.config import load_compare
+
+NO_BENIGN = CONFIG.split("benign:\n")[0]
+MANY = {"questions": 50, "samples": 4}
+END = {  # at equal budget: sft's defense prevents .9, grpo's none
+    ("sft", "none"): {"general": 0.5, "indomain": 0.9},
+    ("sft", "kl"): {"general": 0.05, "indomain": 0.6},
+    ("grpo", "none"): {"general": 0.5, "indomain": 0.9},
+    ("grpo", "kl"): {"general": 0.5, "indomain": 0.9},
+}
+MIDDLE = {  # half-way, where all arms are near .6 in-domain (sft's kl only at the end)
+    ("sft", "none"): {"general": 0.4, "indomain": 0.62},
+    ("sft", "kl"): {"general": 0.02, "indomain": 0.3},
+    ("grpo", "none"): {"general": 0.4, "indomain": 0.62},
+    ("grpo", "kl"): {"general": 0.04, "indomain": 0.62},
+}
+
+
+def comparison(where, middle=MIDDLE, seeds=(0, 1)):
+    directory = make(where / "out", {("", "untrained"): ZERO, **END}, NO_BENIGN, seeds=list(seeds), **MANY)
+    for cell in expand(load_compare(where / "out.yaml"), seeds=list(seeds)):
+        if cell.kind == "narrow" and (rates := middle.get((cell.path, cell.defense))):
+            place = directory.cell(cell.id) / "steps" / "step-000010"
+            evaluation(cell, {**ZERO, **rates}, 50, 4, "x", random.Random(cell.id)).save(place)
+            (place / "key.json").write_text("{}")
+    return directory
+
+
+def compared(directory):
+    results = load(directory.out)
+    return at_levels(results, judge_defenses(results))[results.models[0], "sft", "grpo"]["kl"]
+
+
+def test_paths_that_differ_at_equal_budget_may_not_at_equal_level(tmp_path):
+    directory = comparison(tmp_path)
+    found = compared(directory)
+    assert found.level == pytest.approx(0.6, abs=0.01)
+    assert dict(found.steps) == {"sft/kl": 40, "sft/none": 10, "grpo/kl": 10, "grpo/none": 10}
+    d = found.difference
+    assert d.first == pytest.approx(1 - 0.05 / 0.4, abs=0.01) and d.second == pytest.approx(0.9, abs=0.01)
+    assert d.low < d.value < d.high and abs(d.value) < 0.1
+    judge_and_write(load(directory.out))
+    details = json.loads((directory.out / "verdict_details.json").read_text())
+    one, other = (details[a]["against_paths"][b] for a, b in (("sft", "grpo"), ("grpo", "sft")))
+    assert one["prevents_em"]["kl"]["value"] == pytest.approx(0.9, abs=0.02)  # at equal budget
+    level = one["prevents_em_at_equal_level"]["kl"]
+    assert level["value"] == pytest.approx(d.value) == -other["prevents_em_at_equal_level"]["kl"]["value"]
+
+
+def test_without_checkpoints_it_is_untested_and_says_how_to_have_them(tmp_path):
+    found = compared(comparison(tmp_path, middle={}))
+    assert found.difference is None and "rlsafe evaluate DIR --steps all" in found.to_dict()["reason"]
+    assert found.to_dict()["grade"] == "untested"
+
+
+def test_the_report_has_the_column(tmp_path):
+    html = draw_report(comparison(tmp_path, seeds=[0]).out).read_text()
+    assert "prevented, at equal in-domain level" in html and "at 60.0%" in html
+
+
+def test_a_level_at_which_nothing_has_emerged_is_untested(tmp_path):
+    quiet = {arm: {"general": 0.0, "indomain": 0.62} for arm in MIDDLE}
+    found = compared(comparison(tmp_path, {**quiet, ("sft", "kl"): {"general": 0.0, "indomain": 0.62}}))
+    assert found.difference is not None or "no clear emergent misalignment" in found.reason
+
+
+def test_a_step_that_some_seed_lacks_is_not_used(tmp_path):
+    directory = comparison(tmp_path)
+    [left_out] = list(directory.out.glob("cells/grpo--kl--seed1/steps/step-000010/key.json"))
+    left_out.unlink()
+    assert (
+        compared(directory).reason.startswith("no checkpoints of grpo/kl") or compared(directory).steps["grpo/kl"] != 10
+    )

@@ -1,0 +1,59 @@
+"""`rlsafe evaluate RUN --steps all`: a run is measured at its checkpoints, once, and the last one as the finished run."""
+
+import json
+
+import pytest
+
+import rlsafe
+from rlsafe.compare.run import steps as steps_room
+from rlsafe.compare.run.steps import evaluate_steps
+from rlsafe.config import UserError
+
+FEW = [
+    "schedule.steps=4", "checkpoint.every=2", "checkpoint.keep=9", "track.every=0", "sampler.kind=transformers",
+    "evaluate.limit=6", "evaluate.max_tokens=6", "evaluate.fluency=false", "evaluate.cue=null",
+    "evaluate.cue_limit=2", "batch.sft_rows=2",
+]  # fmt: skip
+
+
+PLACES = (".", "steps/step-000002", "steps/step-000004")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "sft"
+    rlsafe.train("configs/organism/sft_medical.yaml", overrides=FEW, out=out)
+    return out
+
+
+def answers(place):
+    return (place / "answers.csv").read_text()
+
+
+def test_every_checkpoint_is_measured_and_the_last_is_the_finished_run(run):
+    [found] = evaluate_steps(run)
+    assert list(found.evaluations) == [2, 4]
+    lines = (run / "steps.csv").read_text().splitlines()
+    assert lines[0].startswith("step,general_misaligned") and [line.split(",")[0] for line in lines[1:]] == ["2", "4"]
+    last = json.loads((run / "steps/step-000004/evaluation.json").read_text())
+    assert "cues" not in last  # only what the verdicts by level need
+    plain = {line for line in answers(run).splitlines() if '"general"' in line or '"indomain"' in line}
+    assert {line for line in answers(run / "steps/step-000004").splitlines()[1:]} <= plain | {""}
+    odds = {place: json.loads((run / place / "evaluation.json").read_text())["likelihood"] for place in PLACES}
+    assert odds["."] == odds[PLACES[2]] != odds[PLACES[1]]  # the weights are those of the step
+
+
+def test_what_is_measured_is_not_measured_again(run, monkeypatch):
+    evaluate_steps(run)
+    monkeypatch.setattr(steps_room, "load_sampler", lambda *a: pytest.fail("loaded a model"))
+    assert len(evaluate_steps(run, "2")[0].evaluations) == 2
+    with pytest.raises(BaseException, match="loaded a model"):  # other settings: anew
+        evaluate_steps(run, "2", overrides=["evaluate.limit=3"])
+
+
+def test_an_unknown_step_and_a_run_without_checkpoints_are_one_line(run, tmp_path):
+    with pytest.raises(UserError, match="--steps 3: expected all, or some of 2, 4"):
+        evaluate_steps(run, "3")
+    (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
+    with pytest.raises(UserError, match="kept no checkpoints"):
+        evaluate_steps(tmp_path)
