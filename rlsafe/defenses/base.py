@@ -64,7 +64,7 @@ class When:
         return index >= self.from_step and (self.phases is None or phase in self.phases)
 
 
-Dose = Literal["rows", "tokens", "gradient", "term"]
+Dose = Literal["published", "rows", "tokens", "gradient", "term"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Offer:
     """Safe rows *added* to the schedule (nothing is taken away).
 
     fraction: rows added per training row (SFT) or per completion (GRPO), spread evenly; parts of a row add up over steps.
-    weight: multiplies the rows' loss. dose: what they weigh against the narrow rows or completions, the same on both paths
+    weight: multiplies the rows' loss. dose: what they weigh against the narrow rows or completions
         (`rlsafe.engine.train.dose`); gradient goes with the defense's `target_share`.
     every: added only in each k-th step. own_step: added as an optimizer step of their own, after that step.
     rows: as many rows in each such step, besides the fraction.
@@ -87,7 +87,7 @@ class Offer:
     rows: int = 0
     aside: bool = False
     when: When = When()
-    dose: Dose = "tokens"
+    dose: Dose = "published"
 
 
 @dataclass

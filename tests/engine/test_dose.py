@@ -45,6 +45,13 @@ def gradient(policy, micros, **settings):
 
 
 @PATHS
+def test_the_usual_dose_is_that_of_the_papers(tiny_model_dir, path):
+    policy, main, safe = nudge(load(tiny_model_dir)), main_rows(path), safe_rows()
+    expected = gradient(policy, [main, safe], dose="term" if main.batch.where.path == "grpo" else "tokens")
+    torch.testing.assert_close(gradient(policy, [main, safe]), expected)
+
+
+@PATHS
 @pytest.mark.parametrize("dose", ["rows", "tokens", "term"])
 def test_a_dose_weighs_alike_on_both_paths(tiny_model_dir, path, dose):
     policy, main, safe = nudge(load(tiny_model_dir)), main_rows(path), safe_rows()

@@ -1,4 +1,4 @@
-"""How much the safe rows that defenses add weigh in a step: the same on rows and on rollouts (`Offer.dose`).
+"""How much the safe rows that defenses add weigh in a step (`Offer.dose`).
 
 Narrow rows and completions are what a step is about; L is their loss, S the mean cross-entropy of the safe targets.
 
@@ -6,6 +6,7 @@ Narrow rows and completions are what a step is about; L is their loss, S the mea
 - `tokens`: a safe token weighs as much as a narrow token: likewise in targets. On supervised rows that is their common mean.
 - `gradient`: the gradient of S has a share of its own of the sum of both norms (`Defense.target_share`); it is no part of the loss.
 - `term`: L + S, whatever there is of each.
+- `published`: `tokens` in steps of supervised rows alone, `term` in steps with rollouts. The others mean the same on both.
 
 Safe rows in a step of their own (`Offer.own_step`) have nothing to be weighed against: the loss of that step is S.
 """
@@ -36,7 +37,10 @@ def tally(totals: Counter[str], batch: Batch, source: str | None) -> None:
 
 def weigh(doses: Mapping[str, Dose], counts: Mapping[str, float]) -> Weights:
     """The weights of a step, from the doses of the defenses and the counts over the whole step (`tally`, all ranks)."""
-    pooled = {name for name, dose in doses.items() if dose == "tokens" and not counts.get("grpo_tokens")}
+    rollouts = bool(counts.get("grpo_tokens"))
+    usual: Dose = "term" if rollouts else "tokens"
+    doses = {name: usual if dose == "published" else dose for name, dose in doses.items()}
+    pooled = {name for name, dose in doses.items() if dose == "tokens" and not rollouts}
     targets = {name: counts.get(f"added/{name}/tokens", 0.0) for name in doses}
     ratios: dict[str, float] = {}
     for name, dose in doses.items():
