@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlsafe.compare.grid.alike import lines, unlike
 from rlsafe.compare.grid.grid import Cell, expand
+from rlsafe.compare.grid.jobs import suitable_jobs
 from rlsafe.config import CompareConfig, UserError, dump_yaml, load_compare
 from rlsafe.data import read_once
 from rlsafe.defenses import build as build_defenses
@@ -38,7 +39,6 @@ def dry_compare(
 
     UserError for every other error that `rlsafe compare` would stop at.
     """
-    from rlsafe.compare.run.runner import suitable_jobs
     from rlsafe.engine.plan.timing import START
     from rlsafe.engine.run.dry import Work, dry
 

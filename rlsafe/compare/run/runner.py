@@ -3,7 +3,6 @@ kept."""
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsafe.compare.grid.grid import Cell, expand
+from rlsafe.compare.grid.jobs import suitable_jobs
 from rlsafe.compare.grid.records import Directory
 from rlsafe.compare.grid.selection import Selection
 from rlsafe.compare.grid.warmup import WARMUP
@@ -21,7 +21,7 @@ from rlsafe.compare.run.one_cell import SELECTIONS, reason, run_cell
 from rlsafe.compare.run.progress import Progress
 from rlsafe.compare.run.scoring import check as check_selection
 from rlsafe.compare.run.scoring import make_scores, train_once
-from rlsafe.compare.run.workers import cards, run_in_workers, train_cell
+from rlsafe.compare.run.workers import run_in_workers, train_cell
 from rlsafe.compare.verdicts.results import Results, write_tables
 from rlsafe.compare.verdicts.tasks import judge_and_write
 from rlsafe.compare.verdicts.verdicts import PathTable
@@ -254,36 +254,6 @@ def check(cells: Sequence[Cell]) -> None:
                 contact(prepare(cell.config), resources)
             except UserError as error:
                 raise UserError(f"{cell.label}: {error}") from None
-
-
-SMALL_MODEL = 1 << 30  # bytes of weights
-WORKER_MEMORY = (
-    3 << 30,
-    6,
-)  # bytes that a worker with its own sampler engine takes at most, and how many times the weights beside
-
-
-def suitable_jobs(todo: Sequence[Cell]) -> int:
-    """One worker per GPU; one per core for small models on a CPU (two threads of one process keep little more than one core busy
-    there), as memory allows; else one process, where the cells share one sampler engine."""
-    import psutil
-    import torch
-
-    from rlsafe.engine.run.build import model_path
-
-    if torch.cuda.is_available():
-        return max(1, min(len(cards()), len(todo)))
-    if not todo:
-        return 1
-    largest = 0
-    for directory in {model_path(cell.config) for cell in todo if not cell.source}:
-        weights = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
-        if not 0 < weights <= SMALL_MODEL:
-            return 1
-        largest = max(largest, weights)
-    least, times = WORKER_MEMORY
-    room = int(psutil.virtual_memory().available // (least + times * largest))
-    return max(1, min(os.cpu_count() or 1, room, len(todo)))
 
 
 def _run(

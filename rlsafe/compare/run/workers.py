@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsafe.compare.grid.cells import Cell
+from rlsafe.compare.grid.jobs import cards as cards_here
 from rlsafe.compare.grid.records import Directory
 from rlsafe.types import Interrupted
 
@@ -170,19 +171,9 @@ class _Worker:
         os._exit(1)
 
 
-def cards() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return []
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return [card.strip() for card in named.split(",")] if named else [str(i) for i in range(torch.cuda.device_count())]
-
-
 def placed(jobs: int) -> list[str | None]:
     """The GPU of each of `jobs` workers: one each, shared evenly when there are fewer; None on a machine without."""
-    found = cards()
+    found = cards_here()
     return [found[i % len(found)] if found else None for i in range(jobs)]
 
 
