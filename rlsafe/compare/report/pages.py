@@ -45,7 +45,8 @@ def headlines(tables: Sequence[PathTable]) -> list[tuple[str, str]]:
         none = table.rows.get("none")
         defenses = [label for label in table.defenses if label != "none"]
         if not any("general" in table.rows[label].rates for label in table.defenses):
-            sentences.append((name, _benign_only(table, defenses)))
+            narrow = none is not None and none.verdicts["keeps_narrow"].grade != "untested"
+            sentences.append((name, _narrow_only(table, defenses) if narrow else _benign_only(table, defenses)))
         elif none is None or none.verdicts["prevents_em"].grade == "untested":
             reason = "was not run" if none is None else "shows no emergent misalignment"
             sentences.append((name, f"the undefended run {reason}, so there is nothing to compare defenses by."))
@@ -53,10 +54,10 @@ def headlines(tables: Sequence[PathTable]) -> list[tuple[str, str]]:
             general = none.rates["general"]
             sentences.append((name, f"without defense {100 * general.mean:.0f}% of general answers are misaligned."))
         elif winners := [label for label in defenses if table.rows[label].success]:
-            untested = [c for c in CRITERIA if any(table.rows[label].verdicts[c].grade != "yes" for label in winners)]
-            count = {5: "five", 4: "four", 3: "three"}[len(CRITERIA) - len(untested)]
-            missing = joined([WORDS[c] for c in untested])
-            what = f"the {count} criteria that were tested (not: {missing})" if untested else "every criterion"
+            unasked = [c for c in CRITERIA if any(table.rows[label].verdicts[c].grade != "yes" for label in winners)]
+            count = {5: "five", 4: "four", 3: "three"}[len(CRITERIA) - len(unasked)]
+            missing = joined([WORDS[c] for c in unasked])
+            what = f"the {count} criteria that were tested (not: {missing})" if unasked else "every criterion"
             sentences.append((name, f"{joined(winners)} {'meets' if len(winners) == 1 else 'meet'} {what}."))
         else:
             learned = [label for label in defenses if not table.rows[label].nothing_learned]
@@ -70,6 +71,17 @@ def headlines(tables: Sequence[PathTable]) -> list[tuple[str, str]]:
             words = "; ".join(filter(None, (missed, untested and f"not tested: {untested}")))
             sentences.append((name, f"no defense meets every criterion; closest is {best} ({words})."))
     return sentences
+
+
+def _narrow_only(table: PathTable, defenses: Sequence[str]) -> str:
+    """The sentence of a comparison whose general answers nobody judged."""
+    asked = "no judge graded general answers (the likelihood of given ones stands below)"
+    if table.rows["none"].verdicts["keeps_narrow"].grade != "yes":
+        return f"{asked}; without defense the narrow behaviour was not clearly learned, so there is nothing to compare defenses by."
+    grades = [f"{label}: {table.rows[label].verdicts['keeps_narrow'].grade}" for label in defenses]
+    return f"{asked}; the narrow behaviour was learned without defense" + (
+        f"; kept? {joined(grades)}." if grades else "."
+    )
 
 
 def _benign_only(table: PathTable, defenses: Sequence[str]) -> str:

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from rlsafe.config import GrpoConfig
 from rlsafe.defenses import DefenseStack
-from rlsafe.engine.train.dose import tally, weigh
+from rlsafe.engine.train.dose import NOTHING_ADDED, Weights, tally, weigh
 from rlsafe.losses import (
     grpo_count,
     grpo_values,
@@ -27,7 +28,7 @@ from rlsafe.losses import (
     truncated_correction,
 )
 from rlsafe.policy import Forwarded, ForwardPlan, Frozen, Policy
-from rlsafe.types import Batch, Need, Where, pick
+from rlsafe.types import Batch, Where, pick
 
 
 class NotFinite(Exception):
@@ -104,15 +105,10 @@ class StepLoss:
     world: int = 1
     _added: list[tuple[str, Tensor, float]] = field(default_factory=list)
     _finite: list[tuple[str, Tensor]] = field(default_factory=list)
-    main: float = 1.0  # factor of the path losses, see `dose.weigh`
-    pooled: float = 0.0  # safe targets in the mean of the supervised rows
-    added: Mapping[str | None, tuple[float, float]] = field(
-        default_factory=dict
-    )  # defense: factor and targets of its rows
 
-    def __post_init__(self) -> None:
-        if self.stack.active:
-            self.main, self.pooled, self.added = weigh(self.stack.doses, self.counts)
+    @cached_property
+    def _weights(self) -> Weights:
+        return weigh(self.stack.doses, self.counts)
 
     @property
     def sums(self) -> dict[str, float]:
@@ -120,8 +116,8 @@ class StepLoss:
         for the device several times a micro-batch."""
         total: dict[str, float] = defaultdict(float)
         values = _read([value for _, value, _ in self._added])
-        for (name, _, scale), value in zip(self._added, values, strict=True):
-            total[name] += value / scale
+        for (name, _, divisor), value in zip(self._added, values, strict=True):
+            total[name] += value / divisor
         return total
 
     def check(self) -> None:
@@ -131,14 +127,15 @@ class StepLoss:
         if wrong:
             raise NotFinite(f"{', '.join(wrong)}: NaN or Inf")
 
-    def _add(self, name: str, value: Tensor, scale: float = 1.0) -> None:
-        self._added.append((name, value.detach(), scale))
+    def _add(self, name: str, value: Tensor, divisor: float = 1.0) -> None:
+        self._added.append((name, value.detach(), divisor))
 
     def forward(self, policy: Policy, micro: Micro, frozen: dict[str, Frozen]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of one micro-batch (a scalar, to be summed over the step) and its terms."""
         batch = micro.batch
-        temperature = self.grpo.temperature if batch.where.path == "grpo" else 1.0
         rollout = batch.where.path == "grpo"
+        temperature = self.grpo.temperature if rollout else 1.0
+        # The nucleus's mass is needed only where this forward's log-probs are compared with the sampler's.
         top_p = self.grpo.top_p if rollout and micro.same_context and batch.old_logp is None else 1.0
         kl_temperature = self.grpo.kl_temperature if rollout else None
         out = policy.forward(batch, self.plan, frozen, temperature, rollout, top_p, kl_temperature)
@@ -156,7 +153,7 @@ class StepLoss:
             if denominator:
                 weighted = terms[f"defense/{defense.name}/{term}"] = defense.weight * total / denominator
                 if defense.name in self.stack.own:  # its gradient goes elsewhere, see `train.gradients`
-                    self._add("loss", -weighted)
+                    self._add("loss", -weighted)  # not part of the loss that is logged: `loss` below includes it
                 else:
                     self._add("loss/penalties", weighted)
                 self._add(f"defense/{defense.name}/{term}", total, denominator)
@@ -164,7 +161,7 @@ class StepLoss:
             return _nothing(out), {}
         loss = torch.stack([term for term in terms.values()]).sum()
         if self.world == 1:  # several ranks find it at the same step in the norm of their common gradient
-            self._finite += _finite(batch, terms)
+            self._finite += _all_finite(batch, terms)
         if batch.owner is None:
             self._add(f"loss/{batch.where.path}", terms[batch.where.path])
         self._add("loss", loss)
@@ -172,11 +169,12 @@ class StepLoss:
 
     def _path_loss(self, micro: Micro, out: Forwarded, frozen: dict[str, Frozen]) -> Tensor:
         batch, mask = micro.batch, micro.batch.loss_mask
+        main, pooled, added = self._weights if self.stack.active else NOTHING_ADDED
         if batch.where.path == "sft":
             rows = -out.logp * mask  # the cross-entropy of each target, in nats
             if batch.row_weight is not None:
                 rows = rows * batch.row_weight[:, None]
-            factor, targets = self.added.get(micro.source) or (self.main, self.counts.get("sft", 0.0) + self.pooled)
+            factor, targets = added.get(micro.source) or (main, self.counts.get("sft", 0.0) + pooled)
             return micro.weight * factor * rows.sum() / max(targets, 1.0)
         assert batch.advantages is not None
         old = out.logp.detach() if batch.old_logp is None else batch.old_logp
@@ -210,7 +208,7 @@ class StepLoss:
         self._add("entropy_sum", (out.entropy * mask).sum())
         for name, value in info.items():
             self._add(f"grpo/{name}", value)
-        return micro.weight * self.main * (values * weights).sum() / max(self.counts["grpo"], 1.0)
+        return micro.weight * main * (values * weights).sum() / max(self.counts["grpo"], 1.0)
 
 
 def _nothing(out: Forwarded) -> Tensor:
@@ -218,7 +216,7 @@ def _nothing(out: Forwarded) -> Tensor:
     return 0.0 * (out.logp.sum() + sum(kl.sum() for kl in out.kl.values()) + sum(h.sum() for h in out.hidden.values()))
 
 
-def _finite(batch: Batch, terms: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+def _all_finite(batch: Batch, terms: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
     """(what, whether all of it is finite) of one micro-batch."""
     values = {"advantages": batch.advantages, "sampler's log-probs": batch.sampler_logp}
     values |= {f"{name} loss" if "/" not in name else f"penalty {name}": term for name, term in terms.items()}
@@ -255,8 +253,3 @@ def count(micros: Sequence[Micro], stack: DefenseStack, grpo: GrpoConfig) -> Cou
         for name, value in stack.counts(batch).items() if stack.active else ():
             totals[f"defense/{name}"] += value  # type: ignore[assignment]
     return totals
-
-
-def engine_needs(grpo: GrpoConfig, uses_grpo: bool) -> set[Need]:
-    """What the loop itself needs from the frozen forward: the k3 term of the GRPO loss, nothing else."""
-    return {Need("logprobs", grpo.reference)} if grpo.beta and uses_grpo else set()
