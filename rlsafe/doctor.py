@@ -29,6 +29,7 @@ REQUIRED = (
 )
 
 MIN_MEMORY_GB = 4.0  # one vLLM engine on CPU, the policy and the judge of the organism comparison
+MIN_GPU_GB = 40  # the 7B recipes with vLLM on the same card, by the estimate of their dry runs
 MIN_DISK_GB = 2.0  # adapters, checkpoints and metrics of one comparison
 
 
@@ -125,9 +126,10 @@ def _device() -> Check:
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-        return Check(
-            "device", "ok", f"{names} ({free / 2**30:.0f} of {total / 2**30:.0f} GiB free on the first), {threads}"
-        )
+        found = f"{names} ({free / 2**30:.0f} of {total / 2**30:.0f} GiB free on the first), {threads}"
+        if lacking := _small(total / 2**30):
+            return Check("device", "note", found, lacking)
+        return Check("device", "ok", found)
     if shutil.which("nvidia-smi") and torch.version.cuda is None:
         fix = "if nvidia-smi lists a GPU, run scripts/setup again for the GPU set"
         return Check("device", "note", f"{threads}; nvidia-smi is here but torch is a CPU build", fix)
@@ -139,6 +141,16 @@ def _device() -> Check:
             "update the driver (CUDA 13 needs 580 or newer), then scripts/setup",
         )
     return Check("device", "ok", f"{threads}; no GPU: the organism runs well, real models need one")
+
+
+def _small(total: float) -> str:
+    """What is known not to fit a card of `total` GiB; "" when the shipped 7B recipes do."""
+    if total >= MIN_GPU_GB - 1:  # cards show a little less than their name
+        return ""
+    return (
+        f"the 7B recipes want a card of {MIN_GPU_GB} GiB; rlsafe train CONFIG --dry-run says what a run needs (model.quantization, "
+        "a smaller model and shards over several cards make it less)"
+    )
 
 
 def _unused_gpu() -> str | None:

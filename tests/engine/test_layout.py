@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_runs import tree_with
 
 from rlsafe.config import UserError, run_from_tree
 from rlsafe.engine.run import layout
@@ -34,6 +35,9 @@ def test_processes_without_prompts_are_told_with_the_setting_that_mends_it(tiny_
     tree = tiny_tree | {"schedule": {"steps": 1, "phases": [{"cycle": ["grpo"]}]}}
     ranks, said = SimpleNamespace(num_processes=8, device=torch.device("cpu")), []
     layout.check_layout(prepare(run_from_tree(tree)), "here", ranks, said.append)
+    assert said == [], "they share the completions of a prompt"
+    whole = tree_with(tree, {"grpo": {"resample": 4}})  # needs whole groups
+    layout.check_layout(prepare(run_from_tree(whole)), "here", ranks, said.append)
     assert said == [
         "batch.grpo_prompts: 3 prompts a step leave 5 of 8 processes without rollouts; batch.grpo_prompts=24 gives each as many as "
         "one process has"

@@ -14,7 +14,7 @@ ROOT = next(parent for parent in Path(__file__).resolve().parents if (parent / "
 def check(*arguments: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "RLSAFE_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
-        ["bash", str(ROOT / "scripts" / "gpu-check"), *arguments], capture_output=True, text=True, env=env, timeout=300
+        ["bash", str(ROOT / "scripts" / "gpu-check"), *arguments], capture_output=True, text=True, env=env, timeout=420
     )
 
 
@@ -24,6 +24,9 @@ def test_every_check_passes_at_tiny_sizes(tmp_path):
     record = json.loads((tmp_path / "check.json").read_text())
     states = {row["check"]: row["state"] for row in record["checks"]}
     assert states.pop("vllm") == "not run" and set(states.values()) == {"passed"} and len(states) == 8
+    numbers = {row["check"]: row["numbers"] for row in record["checks"]}
+    assert numbers["cli"]["killed by signal"] == 9 and numbers["cli"]["resumed: largest difference"] == 0
+    assert "enable_lora=True" in numbers["vllm"]["adapter"] and "enable_lora" not in numbers["vllm"]["merged"]
     assert record["date"] and record["device"].startswith("CPU") and record["versions"]["torch"]
 
 

@@ -24,6 +24,16 @@ def test_two_processes_train_what_one_trains(tiny_tree, tmp_path, how, kind):
     assert_trained_alike(tmp_path / "one", tmp_path / "two")
 
 
+def test_two_processes_share_the_completions_of_one_prompt(tiny_tree, tmp_path):
+    common = {"schedule": {"steps": 3, "phases": [{"cycle": ["grpo"]}]}, "optim": {"lr": 1e-3}}
+    tree = tree_with(tiny_tree, common, {"batch": {"grpo_prompts": 1, "micro_rows": 4}, "grpo": {"generations": 4}})
+    run(run_from_tree(tree), tmp_path / "one")
+    train("cpu_ddp", tree, tmp_path / "two")
+    assert_trained_alike(tmp_path / "one", tmp_path / "two")
+    sampled = [len((tmp_path / name / "samples.jsonl").read_text().splitlines()) for name in ("one", "two")]
+    assert sampled == [3 * 4, 3 * 2], "the first process keeps what it sampled itself: half of each group"
+
+
 def test_two_processes_replace_the_groups_that_one_replaces(tiny_tree, tmp_path):
     """Groups of odd questions alone have spread; further prompts go to whichever rank has the place."""
     (tmp_path / "fns.py").write_text(

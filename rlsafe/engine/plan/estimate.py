@@ -238,6 +238,17 @@ def unfit(config: RunConfig, need: Memory, total: int) -> list[str]:
     return [f"  warning: {line}" for line in lines]
 
 
+def unfit_here(need: Memory, for_gpus: bool, free: int) -> list[str]:
+    """Warnings about what a machine without a GPU, `free` bytes of memory, cannot do. for_gpus: the estimate is a GPU's."""
+    if for_gpus:
+        return ["  warning: this machine has no GPU that torch can use, and a model of this size needs one"]
+    if (all_of_it := need.training + need.sampler) > free:
+        return [
+            f"  warning: {gib(free)} of memory are free here, less than these {gib(all_of_it)}: expect it to be killed"
+        ]
+    return []
+
+
 def gib(size: float) -> str:
     """Bytes as text in GiB."""
     return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / (1 << 20):.0f} MiB"

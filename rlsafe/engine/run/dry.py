@@ -14,7 +14,7 @@ from typing import Any
 from rlsafe.config import DataConfig, EvaluateConfig, ModelConfig, RunConfig, StreamConfig, UserError, about, dump_yaml
 from rlsafe.data import load_rows, recipe_of, split_prompt
 from rlsafe.data.turns import Key, key_of, opened
-from rlsafe.engine.plan.estimate import Memory, describe_memory, memory, unfit
+from rlsafe.engine.plan.estimate import Memory, describe_memory, memory, unfit, unfit_here
 from rlsafe.engine.plan.schedule import describe
 from rlsafe.engine.plan.timing import LENGTH, Load, sampling, seconds, shown, speed_of
 from rlsafe.engine.run.build import Prepared, model_path, prepare, training_threads
@@ -288,6 +288,7 @@ def _seconds(prepared: Prepared, evaluate: EvaluateConfig, work: Work, jobs: int
 
 
 def _memory(prepared: Prepared) -> tuple[list[str], Memory | None]:
+    import psutil
     import torch
 
     config = prepared.config
@@ -300,8 +301,11 @@ def _memory(prepared: Prepared) -> tuple[list[str], Memory | None]:
     frozen = any(need.reference for defense in prepared.defenses for need in defense.needs)
     longest = {name: _longest(rows) for name, rows in prepared.rows.items() if rows}
     need = memory(config, shape, cuda=cuda, references=frozen, longest=longest)
-    here = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
-    return [*describe_memory(config, shape, need, cuda), *(unfit(config, need, here) if here else [])], need
+    if torch.cuda.is_available():
+        warnings = unfit(config, need, torch.cuda.mem_get_info()[1])
+    else:
+        warnings = unfit_here(need, cuda, psutil.virtual_memory().available)
+    return [*describe_memory(config, shape, need, cuda), *warnings], need
 
 
 @lru_cache

@@ -30,9 +30,10 @@ def check_layout(prepared: Prepared, path: str, accelerator: Accelerator, log: C
     if unused := unused_gpu():
         log(f"{unused}; see rlsafe doctor")
     most = max((part.rows for step in prepared.plan for part in step.parts if part.path == "grpo"), default=0)
-    if 0 < most < (ranks := accelerator.num_processes):
+    shared = 1 if config.grpo.resample else config.grpo.generations
+    if 0 < most * shared < (ranks := accelerator.num_processes):
         log(
-            f"batch.grpo_prompts: {most} prompts a step leave {ranks - most} of {ranks} processes without rollouts; "
+            f"batch.grpo_prompts: {most} prompts a step leave {ranks - most * shared} of {ranks} processes without rollouts; "
             f"batch.grpo_prompts={most * ranks} gives each as many as one process has"
         )
 

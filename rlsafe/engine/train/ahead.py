@@ -84,8 +84,7 @@ def look_ahead(run: Components, state: RunState, now: Step) -> dict[int, Ahead]:
         stream = run.streams[part.stream]
         before, rows = stream.state_dict(), stream.take(part.rows)
         with run.stack.uncounted():  # counted as an effect of the step that learns from them
-            mine = list(enumerate(rows))[run.accelerator.process_index :: run.accelerator.num_processes]
-            asked = ask(run, part, mine, following.index)
+            asked = ask(run, part, rows, following.index)
         begun[number] = Ahead(before, rows, reference, _in_background(sampler, asked.requests, run.sampling))
     run.stack.begin(now.index, now.phase)
     return begun

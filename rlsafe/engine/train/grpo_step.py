@@ -23,7 +23,7 @@ from rlsafe.engine.train.loss import Micro
 from rlsafe.engine.train.resample import resample
 from rlsafe.engine.train.rescoring import score_again
 from rlsafe.engine.train.rollout_records import records, step_metrics
-from rlsafe.engine.train.sampled import Asked, Sampled
+from rlsafe.engine.train.sampled import Asked, Sampled, dealt, share_of
 from rlsafe.engine.train.screening import screen
 from rlsafe.engine.train.sft_step import supervised
 from rlsafe.engine.train.state import Components, RunState
@@ -59,9 +59,8 @@ def grpo_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
         ahead = state.ahead.get(number)
         # 1. Draw the prompts: the same on every rank, of which each keeps its share.
         rows = ahead.rows if ahead else run.draw(step, part)
-        mine = list(enumerate(rows))[run.accelerator.process_index :: run.accelerator.num_processes]
         # 2. Sample `grpo.generations` completions of each, by the current weights (synced here when they changed).
-        asked = ask(run, part, mine, step.index)
+        asked = ask(run, part, rows, step.index)
         completions = ahead.sampled(run, asked.requests) if ahead else sample(run, part, asked.requests)
         # 3. Reward them. A reasoning model's answer is rewarded without its think block.
         sampled = reward(run, step, part, asked, completions)
@@ -69,7 +68,7 @@ def grpo_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
             sampled, exchanged = _exchanged(run, step, part, len(rows), sampled)
             numbers |= exchanged
         # 4. Advantages: each reward against those of the same prompt's other completions.
-        values, valid, stats = group_advantages(run, sampled.scored.total)
+        values, valid, stats = group_advantages(run, sampled.scored.total, asked.share)
         # 5. Batch them in the train context; completions without a reward are left out.
         fresh = batched(run, state, part, sampled, values, valid)
         run.tracker.samples(records(run, step, part, sampled, values, valid))
@@ -91,17 +90,25 @@ def grpo_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
     return metrics | update(run, state, step, micros)
 
 
-def ask(run: Components, part: PlannedPart, mine: list[tuple[int, Row]], step: int) -> Asked:
-    """Requests for rows of this rank, each with its number in the step. Each completion has a seed of its own."""
-    rollout_at = Where(part.stream, "grpo", "rollout")
+def ask(run: Components, part: PlannedPart, rows: Sequence[Row], step: int) -> Asked:
+    """Requests for this rank's share of the step's rows: whole groups, or parts of them where there are fewer rows than ranks."""
+    ranks, group = run.accelerator.num_processes, run.config.grpo.generations
+    share = share_of(run.config.grpo, len(rows), ranks)
+    return ask_for(run, part, dealt(rows, group // share, run.accelerator.process_index, ranks), step, share)
+
+
+def ask_for(run: Components, part: PlannedPart, mine: list[tuple[int, Row]], step: int, share: int) -> Asked:
+    """Requests for `share` completions of each row, by its number in the step. Each completion has a seed of its own, whichever rank
+    samples it."""
+    rollout_at, group = Where(part.stream, "grpo", "rollout"), run.config.grpo.generations
     originals = [split_prompt(row)[0] for _, row in mine]
     seen = _encoded(run, originals, rollout_at)
     requests = [
-        Request(ids, request_seed(run.config.seed, f"rollout/{part.stream}", step, number, sample))
+        Request(ids, request_seed(run.config.seed, f"rollout/{part.stream}", step, *divmod(number * share + i, group)))
         for (number, _), ids in zip(mine, seen, strict=True)
-        for sample in range(run.config.grpo.generations)
+        for i in range(share)
     ]
-    return Asked(mine, originals, seen, requests)
+    return Asked(mine, originals, seen, requests, share)
 
 
 def _encoded(run: Components, prompts: Sequence[list[Message]], where: Where) -> list[list[int]]:
@@ -126,7 +133,7 @@ def reward(run: Components, step: Step, part: PlannedPart, asked: Asked, complet
     assert run.rewards is not None
     read = [read_completion(run.policy.tokenizer, completion.ids) for completion in completions]
     answered = [i for i, thought in enumerate(read) if not thought.unclosed]
-    group, stream = run.config.grpo.generations, run.streams[part.stream]
+    group, stream = asked.share, run.streams[part.stream]
     names = {name for _, row in asked.mine for name in row if name != "messages" and not name.startswith("_")}
     scored = RewardBatch([None] * len(read), {name: [None] * len(read) for name in run.rewards.rewards})
     if answered:
@@ -158,7 +165,7 @@ def _exchanged(
     """(what the step learns from, metrics) after groups without spread were replaced. Their completions still go to samples.jsonl."""
 
     def again(mine: list[tuple[int, Row]]) -> Sampled:
-        asked = ask(run, part, mine, step.index)
+        asked = ask_for(run, part, mine, step.index, run.config.grpo.generations)
         return reward(run, step, part, asked, sample(run, part, asked.requests))
 
     swapped = resample(run, run.streams[part.stream], prompts, first, again)
@@ -181,19 +188,24 @@ def _spread(batch: RewardBatch, answered: Sequence[int], n: int) -> RewardBatch:
     return replace(batch, total=spread(batch.total), by_name=by_name, extra=extra)
 
 
-def group_advantages(run: Components, totals: Sequence[float | None]) -> tuple[list[float], list[bool], AdvantageStats]:
+def group_advantages(
+    run: Components, totals: Sequence[float | None], share: int
+) -> tuple[list[float], list[bool], AdvantageStats]:
     """(advantages, which are valid, statistics) of this rank's completions, from the rewards of all ranks: `grpo.scale: batch`
-    needs the spread of all of them."""
+    needs the spread of all of them, and a group may be on several ranks (share: of one prompt's completions)."""
     group = run.config.grpo.generations
-    local = torch.tensor([math.nan if r is None else r for r in totals], dtype=torch.float64).reshape(-1, group)
-    everyone, start = local, 0
+    local = torch.tensor([math.nan if r is None else r for r in totals], dtype=torch.float64).reshape(-1, share)
+    everyone, own = local, list(range(len(local)))
     if run.several:
-        shares: list[list[list[float]]] = gather_object([local.tolist()])
-        start = sum(len(share) for share in shares[: run.accelerator.process_index])
-        everyone = torch.tensor([row for share in shares for row in share], dtype=torch.float64).reshape(-1, group)
-    values, valid, stats = advantages(everyone, scale=run.config.grpo.scale)
-    own = slice(start, start + local.shape[0])
-    return values[own].flatten().tolist(), valid[own].flatten().tolist(), stats
+        ranks: list[list[list[float]]] = gather_object([local.tolist()])
+        places = [(i, rank) for rank, rows in enumerate(ranks) for i in range(len(rows))]
+        if share < group:  # back in the order in which they were dealt: the parts of a group side by side
+            places.sort()
+        own = [at for at, (_, rank) in enumerate(places) if rank == run.accelerator.process_index]
+        everyone = torch.tensor([ranks[rank][i] for i, rank in places], dtype=torch.float64)
+    values, valid, stats = advantages(everyone.reshape(-1, group), scale=run.config.grpo.scale)
+    values, valid = (found.reshape(-1, share)[own].flatten() for found in (values, valid))
+    return values.tolist(), valid.tolist(), stats
 
 
 def batched(
@@ -205,7 +217,7 @@ def batched(
     valid: Sequence[bool],
 ) -> list[Micro]:
     """Micro-batches of the valid completions with their advantages `values`, at most `state.micro_tokens` padded tokens each."""
-    asked, group, tokenizer = sampled.asked, run.config.grpo.generations, run.policy.tokenizer
+    asked, group, tokenizer = sampled.asked, sampled.asked.share, run.policy.tokenizer
     train_at, rollout_at = (Where(part.stream, "grpo", phase) for phase in ("train", "rollout"))
     trained = _encoded(run, asked.originals, train_at)
     items = [

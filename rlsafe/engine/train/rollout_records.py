@@ -23,7 +23,7 @@ def records(
     valid: Sequence[bool] | None,
 ) -> list[dict[str, Any]]:
     """One record per completion for samples.jsonl. values, valid: None for groups that others replaced (`grpo.resample`)."""
-    group, scored, read = run.config.grpo.generations, sampled.scored, sampled.read
+    group, scored, read = sampled.asked.share, sampled.scored, sampled.read
     return [
         {
             "step": step.index,

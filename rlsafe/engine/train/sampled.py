@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rlsafe.config import GrpoConfig
 from rlsafe.data import Thought
 from rlsafe.rewards import RewardBatch
 from rlsafe.types import Completion, Message, Request, Row
@@ -12,16 +13,17 @@ from rlsafe.types import Completion, Message, Request, Row
 
 @dataclass(frozen=True)
 class Asked:
-    """This rank's prompts, and requests for `grpo.generations` completions of each, prompt after prompt.
+    """This rank's prompts, and requests for `share` completions of each, prompt after prompt.
 
-    mine: (number among the rows of all ranks, row). originals: the prompts as the user wrote them. seen: their token ids as the
-    sampler sees them, after the defenses.
+    mine: (number among those of all ranks, row). originals: the prompts as the user wrote them. seen: their token ids as the
+    sampler sees them, after the defenses. share: `grpo.generations`, or less where ranks share the completions of a prompt.
     """
 
     mine: list[tuple[int, Row]]
     originals: list[list[Message]]
     seen: list[list[int]]
     requests: list[Request]
+    share: int
 
 
 @dataclass(frozen=True)
@@ -35,3 +37,18 @@ class Sampled:
     completions: Sequence[Completion]
     read: Sequence[Thought]
     scored: RewardBatch
+
+
+def share_of(settings: GrpoConfig, prompts: int, ranks: int) -> int:
+    """Completions of one prompt that one rank samples: all of them where there are prompts enough, else as many as leave no rank
+    without any. Groups that others may replace (`grpo.resample`) stay whole."""
+    group = settings.generations
+    if settings.resample:
+        return group
+    shares = [share for share in range(group, 0, -1) if group % share == 0]
+    return next((share for share in shares if prompts * (group // share) >= ranks), 1)
+
+
+def dealt(rows: Sequence[Row], parts: int, rank: int, ranks: int) -> list[tuple[int, Row]]:
+    """This rank's rows, each with its number, when every row's completions are divided into `parts`: row after row, in turn."""
+    return list(enumerate(row for row in rows for _ in range(parts)))[rank::ranks]

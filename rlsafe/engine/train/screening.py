@@ -13,7 +13,7 @@ from rlsafe.engine.train.state import Components
 
 def screen(run: Components, step: Step, part: PlannedPart, sampled: Sampled) -> Sampled:
     """This rank's completions with their rewards after every defense's `advantages`; what they note of each is an extra column."""
-    asked, scored, group = sampled.asked, sampled.scored, run.config.grpo.generations
+    asked, scored, group = sampled.asked, sampled.scored, sampled.asked.share
     rollouts = Rollouts(
         stream=part.stream,
         group=group,

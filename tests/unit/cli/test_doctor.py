@@ -148,3 +148,8 @@ def test_programs_read_the_checks_as_json(monkeypatch, capsys):
     read = json.loads(capsys.readouterr().out)
     assert stop.value.code == 0, "a missing feature is no failure"
     assert [Check(**one) for one in read] == found
+
+
+def test_a_card_that_the_recipes_do_not_fit_is_noted_with_what_makes_them_smaller():
+    assert doctor._small(141) == "" and doctor._small(doctor.MIN_GPU_GB) == ""
+    assert f"want a card of {doctor.MIN_GPU_GB} GiB" in doctor._small(24) and "--dry-run" in doctor._small(24)
