@@ -65,7 +65,7 @@ def test_the_readme_is_short():
 
 
 def test_a_broken_link_is_found():
-    text = "[a](none.md) [b](usage.md#nowhere) [`nobody`](../rlsafe/types.py) [c](evaluation.md#the-four-criteria) `[d](code.md)`"
+    text = "[a](none.md) [b](usage.md#nowhere) [`nobody`](../rlsafe/types.py) [c](evaluation.md#the-five-criteria) `[d](code.md)`"
     found = [line.split(": ")[-1] for line in broken(ROOT / "docs" / "usage.md", text)]
     assert found == ["no such file", "no such heading", "does not define nobody"]
     assert slug("What it does *not* show: `kl` & more") == "what-it-does-not-show-kl--more"
