@@ -41,7 +41,7 @@ ELSEWHERE = (
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder like a checkout, with the pages' own files, a tiny run and a made-up comparison."""
-    from synthetic_comparison import make
+    from synthetic_comparison import CONFIG, make
 
     import rlsafe
 
@@ -79,7 +79,8 @@ def place(tmp_path_factory):
             ("sft", "kl"): {"indomain": 0.9},
             ("sft", "interleaving"): {"general": 0.2, "indomain": 0.9},
         }
-        make(folder / "runs" / "mine", arms, questions=4, samples=1, seeds=[0])
+        both = CONFIG.replace("  none: []\n", "  none: []\n  interleaving: [interleaving]\n")
+        make(folder / "runs" / "mine", arms, both, questions=4, samples=1, seeds=[0])
     finally:
         os.chdir(before)
     return folder
@@ -167,6 +168,20 @@ def test_no_command_is_left_out():
 def test_a_snippet_of_python_runs(snippet, place, monkeypatch):
     monkeypatch.chdir(place)
     exec(compile(snippet.text, snippet.place, "exec"), {"__name__": "snippet"})
+
+
+@pytest.mark.parametrize("path", ["sft", "grpo"])
+def test_the_defense_on_the_gradient_takes_something_out_of_it(path, place, monkeypatch):
+    import rlsafe
+
+    monkeypatch.chdir(place)
+    tiny = [*TINY, "evaluate.general=null", "evaluate.indomain=null", "grpo.max_tokens=8", "seed=1"]
+    done = rlsafe.train(
+        f"configs/organism/{path}_medical.yaml",
+        ["plugins=[my_damped.py]", "defenses=[damped, interleaving]", *tiny],
+        out=f"runs/damped-{path}",
+    )
+    assert done.metrics["defense/damped/removed"].sum() > 0  # a group without spread has no gradient
 
 
 @pytest.mark.parametrize(
