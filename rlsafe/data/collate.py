@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlsafe.data.encode import Encoded, encoded_row, pad_id
-from rlsafe.types import Batch, Completion, Message, Row, Where
+from rlsafe.types import Batch, Completion, Message, Where
 
 R = TypeVar("R")
 
@@ -34,7 +34,6 @@ class Rollout:
     completion: Completion
     advantage: float = math.nan
     valid: bool = True
-    row: Row = field(default_factory=dict)
 
 
 def micro_batches(

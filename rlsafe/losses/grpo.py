@@ -18,11 +18,12 @@ Normalization = Literal["grpo", "dr_grpo", "dapo", "bnpo"]
 
 @dataclass(frozen=True)
 class AdvantageStats:
-    """Statistics of a step's rewards. NaN where nothing was scored (std: fewer than two scored)."""
+    """Statistics of a step's rewards. NaN where nothing was scored (group_std: fewer than two in any group)."""
 
     mean: float  # over scored completions
-    std: float  # over all scored completions (TRL's reward_std)
-    group_std: float  # mean over groups of the spread inside a group
+    group_std: (
+        float  # mean over groups of the spread inside a group (TRL's reward_std is that of all completions at once)
+    )
     groups: int  # groups with at least one scored completion
     zero_variance: int  # of those, the ones whose rewards are all equal: their advantages are 0
     missing: int  # completions whose reward is None
@@ -59,7 +60,6 @@ def advantages(rewards: Tensor, scale: Scale = "group", eps: float = 1e-4) -> tu
     scored = count > 0
     stats = AdvantageStats(
         mean=rewards.nanmean().item(),
-        std=batch_std.item(),
         group_std=group_std.nanmean().item(),
         groups=int(scored.sum()),
         zero_variance=int((scored & ~spread).sum()),
@@ -149,12 +149,12 @@ def grpo_count(
 
 
 def truncated_correction(
-    trainer_logp: Tensor, sampler_logp: Tensor, loss_mask: Tensor, cap: float = 3.0, level: Level = "token"
+    trainer_logp: Tensor, sampler_logp: Tensor, loss_mask: Tensor, cap: float, level: Level = "token"
 ) -> Tensor:
     """min(p_trainer / p_sampler, cap), detached: [B, T] at "token"; at "sequence" [B, 1], the product over the row.
 
     Corrects the gradient for completions drawn by a slightly different distribution than the trainer's (truncated
-    importance sampling; TRL's token_truncate and sequence_truncate, default cap 3). Both log-probabilities are of the
+    importance sampling; TRL's token_truncate and sequence_truncate, whose default cap is 3). Both log-probabilities are of the
     rollout context. Tokens whose sampler log-probability is NaN (not reported) count as ratio 1.
     """
     log_ratio = torch.where(loss_mask & ~sampler_logp.isnan(), (trainer_logp - sampler_logp).detach(), 0)

@@ -83,7 +83,10 @@ class _Frozen(NamedTuple):
 
 @dataclass(frozen=True)
 class _Job:
-    """The arguments of one call that carry no gradient."""
+    """The arguments of one call that carry no gradient.
+
+    ratio: what the logits of `temperature` are multiplied by for those of the KLs.
+    """
 
     targets: Tensor
     references: list[_Frozen]
@@ -95,12 +98,7 @@ class _Job:
     with_entropy: bool
     wants_grad: bool
     top_p: float = 1.0
-    kl_temperature: float | None = None
-
-    @property
-    def ratio(self) -> float:
-        """What the logits of `temperature` are multiplied by for those of the KLs."""
-        return 1.0 if self.kl_temperature is None else self.temperature / self.kl_temperature
+    ratio: float = 1.0
 
 
 def head(
@@ -146,8 +144,9 @@ def head(
         if frozen:  # a KL holds four [chunk, V] buffers where log-probs hold two: half the rows, no more memory
             chunk //= 2
     wants_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    ratio = 1.0 if kl_temperature is None else temperature / kl_temperature
     job = _Job(
-        targets, frozen, temperature, softcap, logit_scale, direction, chunk, with_entropy, wants_grad, top_p, kl_temperature
+        targets, frozen, temperature, softcap, logit_scale, direction, chunk, with_entropy, wants_grad, top_p, ratio
     )  # fmt: skip
     with torch.autocast(device, enabled=False):
         logp, entropy, mass, *kls = _Head.apply(hidden, weight, bias, job)

@@ -61,11 +61,11 @@ class TransformersSampler:
             stack.callback(core.train, training)
             core.train(False)
             parts = [order[start : start + self._max_num_seqs] for start in range(0, len(order), self._max_num_seqs)]
-
-            def sample() -> list[list[Completion]]:
-                return [self._batch([requests[i] for i in rows], params) for rows in parts]
-
-            sampled = self.policy.on_whole_weights(sample) if self.policy.is_sharded else sample()
+            batches = [[requests[i] for i in rows] for rows in parts]
+            if self.policy.is_sharded:
+                sampled = self.policy.on_whole_weights(lambda: [self._batch(batch, params) for batch in batches])
+            else:
+                sampled = [self._batch(batch, params) for batch in batches]
             for rows, completions in zip(parts, sampled, strict=True):
                 for i, completion in zip(rows, completions, strict=True):
                     out[i] = completion

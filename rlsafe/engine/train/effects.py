@@ -37,7 +37,8 @@ class EffectLog:
         self.alive |= set(names)
 
     def due(self, step: int, every: int) -> bool:
-        """Whether to measure gradient shares in this step: at probes, in the second step and just before judging."""
+        """Whether to measure gradient shares in this step: at probes, in the second step, and in every step until each penalty has
+        shown a gradient or was judged."""
         return (
             step == 1
             or (every > 0 and step % every == 0)

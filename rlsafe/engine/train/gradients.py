@@ -1,9 +1,10 @@
 """The gradient lever: what a step's gradient consists of, apart where a defense asks, and the defenses' changes to it.
 
-Nothing here runs unless a defense overrides `gradients`. One that looks only at the whole step costs no backward. Parts are kept apart
-by pointing every parameter's `.grad` at the part's own tensors while its terms are run backward: one forward as always, and one more
-backward for each further part in the same micro-batch (`retain_graph`). DDP then adds ranks up here, once per part, instead of under
-the last backward; FSDP2 reduces in each backward, so all ranks take the same parts in the same order.
+Nothing here runs unless a defense overrides `gradients`, has a `target_share`, or has its dose measured. One that looks only at the
+whole step costs no backward. Parts are kept apart by pointing every parameter's `.grad` at the part's own tensors while its terms are
+run backward: one forward as always, and one more backward for each further part in the same micro-batch (`retain_graph`). DDP then
+adds ranks up here, once per part, instead of under the last backward; FSDP2 reduces in each backward, so all ranks take the same
+parts in the same order.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class PartGradients:
             sums[part] = sums[part] + term if part in sums else term
         names = sorted(union(sums or [REST], self._run.accelerator) if sharded else sums or [REST])
         for number, name in enumerate(names):
-            loss = sums.get(name, 0.0 * total) * (world if sharded else 1)  # FSDP2 averages, `whole_parts` adds
+            loss = sums.get(name, 0.0 * total) * (world if sharded else 1)  # FSDP2 averages, `finish` adds
             mine = self._kept.setdefault(name, dict.fromkeys(self._parameters))
             for key, parameter in self._parameters.items():
                 parameter.grad = mine[key]
@@ -132,7 +133,7 @@ def _zeros(parameter: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def reshape(run: Components, parts: PartGradients | None) -> dict[str, float]:
+def edit(run: Components, parts: PartGradients | None) -> dict[str, float]:
     """Let the defenses change the step's gradient; the parameters' `.grad` is then what they made of it. Gives metrics."""
     seen = parts.finish() if parts else {}
     given = {key: p for key, p in run.policy.trainable().items() if p.grad is not None}

@@ -54,6 +54,7 @@ def grpo_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
             state.pending[place] = (reused, uses_left - 1)
             metrics["rollout_reused"] = 1
             continue
+        numbers: dict[str, Any] = {}  # of this part
         started = time.perf_counter()
         ahead = state.ahead.get(number)
         # 1. Draw the prompts: the same on every rank, of which each keeps its share.
@@ -67,23 +68,25 @@ def grpo_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
         sampled = reward(run, step, part, asked, completions)
         if run.config.grpo.resample:  # groups without spread give their places to further prompts
             sampled, exchanged = _exchanged(run, step, part, len(rows), sampled)
-            metrics |= exchanged
+            numbers |= exchanged
         # 5. Advantages: each reward against those of the same prompt's other completions.
         values, valid, stats = group_advantages(run, sampled.scored.total)
         # 6. Batch them in the train context; completions without a reward are left out.
         fresh = batched(run, state, part, sampled, values, valid)
         run.tracker.samples(records(run, step, part, sampled, values, valid))
-        metrics |= step_metrics(run, sampled, stats)
-        metrics["rollout_seconds"] = time.perf_counter() - started
+        numbers |= step_metrics(run, sampled, stats)
+        numbers["rollout_seconds"] = time.perf_counter() - started
         # Rollouts that are stale, used again or seen in another context need a forward before the update.
-        plain = ahead is None and run.config.grpo.iterations == 1 and all(micro.same_context for micro in fresh)
-        if not plain or run.several:  # the ranks find out together whether any of them has others
-            metrics |= score_again(run, state, step, part, fresh, ahead.reference if ahead else None)
+        again = ahead is not None or run.config.grpo.iterations > 1 or any(not micro.same_context for micro in fresh)
+        if again or run.several:  # the ranks find out together whether any of them has others
+            numbers |= score_again(run, state, step, part, fresh, ahead.reference if ahead else None)
         if run.config.grpo.max_staleness:  # optimizer steps since the weights that sampled
-            metrics["staleness"] = int(ahead is not None)
+            numbers["staleness"] = int(ahead is not None)
         if run.config.grpo.iterations > 1:
             state.pending[place] = (fresh, run.config.grpo.iterations - 1)
         micros += fresh
+        # A step may reward several streams: the first has the plain names.
+        metrics |= {f"{part.stream}/{name}" if "reward" in metrics else name: value for name, value in numbers.items()}
     # 8. Count  9. forward  10. loss and penalties  11. backward, clip, step: `update.update`, with the losses of `loss.StepLoss`.
     # The sampler is synced when it is next asked (`sync.SyncedSampler.synced`). 12. The loop writes what is returned.
     return metrics | update(run, state, step, micros)
@@ -151,15 +154,15 @@ def reward(run: Components, step: Step, part: PlannedPart, asked: Asked, complet
 
 
 def _exchanged(
-    run: Components, step: Step, part: PlannedPart, rows: int, first: Sampled
+    run: Components, step: Step, part: PlannedPart, prompts: int, first: Sampled
 ) -> tuple[Sampled, dict[str, float | None]]:
-    """(what the step learns from, metrics) after groups without spread were replaced; they are written down all the same."""
+    """(what the step learns from, metrics) after groups without spread were replaced. Their completions still go to samples.jsonl."""
 
     def again(mine: list[tuple[int, Row]]) -> Sampled:
         asked = ask(run, part, mine, step.index)
         return reward(run, step, part, asked, sample(run, part, asked.requests))
 
-    swapped = resample(run, run.streams[part.stream], rows, first, again)
+    swapped = resample(run, run.streams[part.stream], prompts, first, again)
     for replaced in swapped.replaced:
         run.tracker.samples(records(run, step, part, replaced, None, None))
     return swapped.kept, swapped.metrics
@@ -213,7 +216,6 @@ def batched(
             completion=completion,
             advantage=values[i],
             valid=valid[i] and not (run.config.grpo.mask_truncated and completion.finish == "length"),
-            row=asked.mine[i // group][1],
         )
         for i, completion in enumerate(sampled.completions)
     ]

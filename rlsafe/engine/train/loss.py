@@ -27,7 +27,7 @@ from rlsafe.losses import (
     truncated_correction,
 )
 from rlsafe.policy import Forwarded, ForwardPlan, Frozen, Policy
-from rlsafe.types import Batch, Need, Where, pick
+from rlsafe.types import Batch, Where, pick
 
 
 class NotFinite(Exception):
@@ -120,8 +120,8 @@ class StepLoss:
         for the device several times a micro-batch."""
         total: dict[str, float] = defaultdict(float)
         values = _read([value for _, value, _ in self._added])
-        for (name, _, scale), value in zip(self._added, values, strict=True):
-            total[name] += value / scale
+        for (name, _, divisor), value in zip(self._added, values, strict=True):
+            total[name] += value / divisor
         return total
 
     def check(self) -> None:
@@ -131,14 +131,15 @@ class StepLoss:
         if wrong:
             raise NotFinite(f"{', '.join(wrong)}: NaN or Inf")
 
-    def _add(self, name: str, value: Tensor, scale: float = 1.0) -> None:
-        self._added.append((name, value.detach(), scale))
+    def _add(self, name: str, value: Tensor, divisor: float = 1.0) -> None:
+        self._added.append((name, value.detach(), divisor))
 
     def forward(self, policy: Policy, micro: Micro, frozen: dict[str, Frozen]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of one micro-batch (a scalar, to be summed over the step) and its terms."""
         batch = micro.batch
-        temperature = self.grpo.temperature if batch.where.path == "grpo" else 1.0
         rollout = batch.where.path == "grpo"
+        temperature = self.grpo.temperature if rollout else 1.0
+        # The nucleus's mass is needed only where this forward's log-probs are compared with the sampler's.
         top_p = self.grpo.top_p if rollout and micro.same_context and batch.old_logp is None else 1.0
         kl_temperature = self.grpo.kl_temperature if rollout else None
         out = policy.forward(batch, self.plan, frozen, temperature, rollout, top_p, kl_temperature)
@@ -156,7 +157,7 @@ class StepLoss:
             if denominator:
                 weighted = terms[f"defense/{defense.name}/{term}"] = defense.weight * total / denominator
                 if defense.name in self.stack.own:  # its gradient goes elsewhere, see `train.gradients`
-                    self._add("loss", -weighted)
+                    self._add("loss", -weighted)  # not part of the loss that is logged: `loss` below includes it
                 else:
                     self._add("loss/penalties", weighted)
                 self._add(f"defense/{defense.name}/{term}", total, denominator)
@@ -164,7 +165,7 @@ class StepLoss:
             return _nothing(out), {}
         loss = torch.stack([term for term in terms.values()]).sum()
         if self.world == 1:  # several ranks find it at the same step in the norm of their common gradient
-            self._finite += _finite(batch, terms)
+            self._finite += _all_finite(batch, terms)
         if batch.owner is None:
             self._add(f"loss/{batch.where.path}", terms[batch.where.path])
         self._add("loss", loss)
@@ -218,7 +219,7 @@ def _nothing(out: Forwarded) -> Tensor:
     return 0.0 * (out.logp.sum() + sum(kl.sum() for kl in out.kl.values()) + sum(h.sum() for h in out.hidden.values()))
 
 
-def _finite(batch: Batch, terms: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+def _all_finite(batch: Batch, terms: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
     """(what, whether all of it is finite) of one micro-batch."""
     values = {"advantages": batch.advantages, "sampler's log-probs": batch.sampler_logp}
     values |= {f"{name} loss" if "/" not in name else f"penalty {name}": term for name, term in terms.items()}
@@ -255,8 +256,3 @@ def count(micros: Sequence[Micro], stack: DefenseStack, grpo: GrpoConfig) -> Cou
         for name, value in stack.counts(batch).items() if stack.active else ():
             totals[f"defense/{name}"] += value  # type: ignore[assignment]
     return totals
-
-
-def engine_needs(grpo: GrpoConfig, uses_grpo: bool) -> set[Need]:
-    """What the loop itself needs from the frozen forward: the k3 term of the GRPO loss, nothing else."""
-    return {Need("logprobs", grpo.reference)} if grpo.beta and uses_grpo else set()

@@ -97,9 +97,9 @@ class RunState:
     """Where a run stands, apart from weights, streams and files. Checkpoints hold it (`rlsafe.engine.run.resume`).
 
     done: optimizer steps finished. micro_tokens: the present budget of a micro-batch, halved when memory ran out.
-    pending: rollouts that further steps use again: {part of the schedule: (micro-batches, uses left)}.
-    ahead: rollouts begun for the next step, by the number of its part.
-    began: the `position` before the present step; None as soon as that step has changed weights.
+    pending: rollouts that further steps use again: {"KIND/NUMBER of the part": (micro-batches, uses left)}.
+    ahead: rollouts begun for the next step (by `update`, before it changes the weights), by the number of its part.
+    began: the `position` before the present step; None as soon as that step has changed weights, so that it cannot be begun again.
     left_out: supervised rows of the present step, on this rank, that were too long with what defenses added.
     skipped: steps left out in a row (optim.on_nan). gave_up: why waiting for the judge ended; the run then saves its state and stops.
     told: what the log has been told by `tell_once`, in this process.

@@ -14,8 +14,8 @@ from rlsafe.engine.plan.schedule import Step
 from rlsafe.engine.train import faults
 from rlsafe.engine.train.distributed import anywhere
 from rlsafe.engine.train.effects import gradient_shares
-from rlsafe.engine.train.gradients import PartGradients, reshape
-from rlsafe.engine.train.loss import Micro, NotFinite, StepLoss, count, engine_needs
+from rlsafe.engine.train.gradients import PartGradients, edit
+from rlsafe.engine.train.loss import Micro, NotFinite, StepLoss, count
 from rlsafe.engine.train.micro import even_out, reduce_sums
 from rlsafe.engine.train.state import Components, RunState
 from rlsafe.policy import ForwardPlan
@@ -49,7 +49,9 @@ def update(run: Components, state: RunState, step: Step, micros: list[Micro]) ->
 
 def _update(run: Components, state: RunState, step: Step, micros: list[Micro], dropped: int) -> dict[str, Any]:
     needs = run.stack.needs if run.defended else set()
-    plan = _plan(frozenset(needs | engine_needs(run.config.grpo, step.path == "grpo")))
+    if run.config.grpo.beta and step.path == "grpo":
+        needs = needs | {Need("logprobs", run.config.grpo.reference)}  # the k3 term of the GRPO loss
+    plan = _plan(frozenset(needs))
     counts: Mapping[str, float] = count(micros, run.stack, run.config.grpo)
     if run.several:  # every rank runs as many micro-batches, and divides by the counts over all of them
         micros = even_out(micros, run.accelerator, run.policy)
@@ -81,7 +83,7 @@ def _update(run: Components, state: RunState, step: Step, micros: list[Micro], d
                 run.backward(total)
     loss.check()
     if parts or (run.defended and run.stack.reshaping):  # Defenses that change the gradient, before clipping.
-        shares |= reshape(run, parts)
+        shares |= edit(run, parts)
     metrics = _metrics(run, step, loss, dropped)
     norm = _step(run, state, step, micros)
     if run.defended and run.stack.after_step(run.policy, "step"):

@@ -18,7 +18,7 @@ from rlsafe.defenses.kl import KL
 from rlsafe.defenses.vectors import norm
 from rlsafe.engine.run.life import run
 from rlsafe.engine.train import gradients, update
-from rlsafe.engine.train.gradients import PartGradients, reshape
+from rlsafe.engine.train.gradients import PartGradients, edit
 from rlsafe.engine.train.loss import Micro, StepLoss, count
 from rlsafe.policy import ForwardPlan
 from rlsafe.types import Where
@@ -76,7 +76,7 @@ def backward(policy, defenses, micros):
         total, terms = loss.forward(policy, micro, policy.frozen(micro.batch, plan))
         parts.backward(micro, total, terms) if parts else total.backward()
     if stack.reshaping:
-        reshape(world, parts)
+        edit(world, parts)
     return {key: p.grad for key, p in policy.trainable().items()}
 
 
@@ -206,9 +206,9 @@ def test_without_such_a_defense_nothing_is_visited(tiny_tree, tmp_path, monkeypa
     def never(*_):
         raise AssertionError("visited")
 
-    monkeypatch.setattr(update, "reshape", never)
+    monkeypatch.setattr(update, "edit", never)
     monkeypatch.setattr(gradients.PartGradients, "__init__", never)
-    train(tree_with(tiny_tree, path, {"defenses": [{"kl": {"weight": 0.5}}, "interleaving"]}), tmp_path / "run")
+    train(tree_with(tiny_tree, path, {"defenses": [{"kl": {"weight": 0.5}}]}), tmp_path / "run")
 
 
 @pytest.mark.parametrize("offload", [False, True], ids=["zero3", "offload"])
