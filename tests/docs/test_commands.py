@@ -28,7 +28,7 @@ STAND_INS = {
     "KEY": "defenses.kl", "runs/NAME": "runs/kl", "runs/NAME/samples.jsonl": "samples.jsonl", "runs/my-comparison": "runs/mine",
     "model.name=DIR_OR_ID": "model.name=organism:aligned", "openai:MODEL": "organism", "openai:MODEL@URL": "organism",
     "openai:judge@http://127.0.0.1:8000/v1": "organism", "judge.yaml": "organism",
-    "track.to=[tensorboard, wandb]": "track.to=[tensorboard]",
+    "track.to=[tensorboard, wandb]": "track.to=[tensorboard]", "first_plot_questions.yaml": "rlsafe:general",
 }  # fmt: skip
 """What a page leaves open, and endpoints that are not here -> what stands for it."""
 ELSEWHERE = (
