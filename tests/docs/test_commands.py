@@ -198,6 +198,8 @@ def test_a_snippet_of_yaml_is_a_config(snippet, place, monkeypatch):
         return
     for text in alternatives(snippet.text):
         tree = yaml.safe_load(text)
+        if snippet.text.startswith("# judge.yaml"):
+            tree = {"evaluate": {"judge": tree}}
         file.write_text(yaml.safe_dump({"include": RUN, **tree}))
         load_run(file)
 
