@@ -226,7 +226,9 @@ class EvaluateConfig(Settings):
         default_factory=dict,
         description="the general questions in other forms: organism:cues/DOMAIN, rlsafe:cues/DOMAIN, a YAML file, or name: text",
     )
-    cue_limit: Positive | None = Field(None, description="general questions asked under each of cues; null = limit")
+    cue_limit: Positive | None = Field(
+        None, description="general questions asked under `cue` and each of `cues`; null = limit"
+    )
     cue_samples: Positive | None = Field(None, description="answers per question under each of cues; null = samples")
     scale: list[Annotated[float, Field(gt=0)]] = Field(
         default_factory=list, description="the general questions once more with the adapter times each of these: 1.5, 2"

@@ -69,13 +69,13 @@ class EarlyStop(Defense):
     def setup(self, context: SetupContext) -> None:
         """Read the validation prompts. UserError without a judge or prompts, and where all of them are trained on."""
         rows = load_rows(StreamConfig(source=self.source, limit=self.limit), 0, context.log)
-        self.rows = [{**row, "prompt": split_prompt(row)[0]} for row in rows]
+        self.validation = [{**row, "prompt": split_prompt(row)[0]} for row in rows]
         trained = {key_of(split_prompt(row)[0]) for row in context.rows("narrow")}
-        seen = sum(key_of(row["prompt"]) in trained for row in self.rows)
-        if seen == len(self.rows):
+        seen = sum(key_of(row["prompt"]) in trained for row in self.validation)
+        if seen == len(self.validation):
             raise UserError(f"rows: all prompts of {self.source} are trained on; expected held-out ones")
         if seen:
-            context.log(f"defense {self.name!r}: {seen} of {len(self.rows)} validation prompts are trained on")
+            context.log(f"defense {self.name!r}: {seen} of {len(self.validation)} validation prompts are trained on")
         settings = context.config.evaluate
         temperature = settings.temperature if self.temperature is None else self.temperature
         self.sampling = SamplingParams(
@@ -119,10 +119,10 @@ class EarlyStop(Defense):
 
         from rlsafe.rollouts import ranks, request_seed  # late: bring in torch
 
-        asked = [(number, sample) for number in range(len(self.rows)) for sample in range(self.samples)]
+        asked = [(number, sample) for number in range(len(self.validation)) for sample in range(self.samples)]
         requests = [
             Request(
-                encode_prompt(self.tokenizer, self.rows[number]["prompt"]),
+                encode_prompt(self.tokenizer, self.validation[number]["prompt"]),
                 request_seed(self.seed, f"defense/{self.name}", self.step, number, sample),
             )
             for number, sample in asked
@@ -133,7 +133,7 @@ class EarlyStop(Defense):
         if ranks.is_first():
             exchanges = []
             for (number, _), completion in zip(asked, completions, strict=True):
-                row, thought = self.rows[number], read_completion(self.tokenizer, completion.ids)
+                row, thought = self.validation[number], read_completion(self.tokenizer, completion.ids)
                 question, system = question_of(row["prompt"])
                 meta = {key: value for key, value in row.items() if key not in ("messages", "prompt")}
                 exchanges.append(Exchange(question, thought.answer.strip(), system, meta))

@@ -7,12 +7,13 @@ compared within their domain (strata; Miller 2024, arXiv 2411.00640, recommends 
 strata as in Cochran 1977). Arms share questions, and seeds of the same number, so covariances enter: every comparison is paired.
 
 Three seeds give the seeds' part two degrees of freedom, however many questions there are. One quantile for the sum (normal, or
-Student's t with Satterthwaite's degrees of freedom) undercovers by up to 6 points there, so each part takes its own, as in
-Graybill & Wang's (1980) and Howe's (1974) limits for sums of variances:
+Student's t with Satterthwaite's degrees of freedom) undercovers there where seeds differ much (.91 to .93 with three), so each part
+takes its own, as in Graybill & Wang's (1980) and Howe's (1974) limits for sums of variances:
 
-    half width^2 = t_{S-1}^2 (V_seeds - c V_answers / 2) + t_{Q-D}^2 (V_questions - V_answers / 2),   at least t_{Q-D}^2 V_questions
+    half width^2 = t_{S-1}^2 (V_seeds - 3/4 V_answers / 2) + t_{Q-D}^2 (V_questions - V_answers / 2),   at least t_{Q-D}^2 V_questions
 
-with D domains and c = (S - 2) / (S - 1): an estimate from few seeds gets little taken off. Parts below 0 count as 0.
+with D domains; parts below 0 count as 0. The answers' noise, which both parts contain, is taken off in halves; a little less of the
+seeds' part, which few seeds estimate badly: with all of it the interval undercovers where seeds differ much.
 Simulated coverage: docs/evaluation.md (`scripts/bench coverage`). With one seed there is no seeds' part: the interval then holds
 for that seed, over questions only.
 
@@ -38,6 +39,8 @@ from numpy.typing import ArrayLike, NDArray
 from rlsafe.evaluate.statistics import LEVEL, Interval, quantile, wilson
 
 Floats = NDArray[np.float64]
+OF_SEEDS = 0.75
+"""How much of its half of the answers' noise the seeds' part gives off."""
 EVERYTHING: Interval = (float("-inf"), float("inf"))
 
 
@@ -204,7 +207,7 @@ class Sample:
         t_questions, shared = quantile(self.level, self._free_questions) ** 2, v_answers / 2
         least = t_questions * v_questions
         if seeds > 1:
-            of_seeds = max(v_seeds - shared * (seeds - 2) / (seeds - 1), 0.0) * quantile(self.level, seeds - 1) ** 2
+            of_seeds = max(v_seeds - OF_SEEDS * shared, 0.0) * quantile(self.level, seeds - 1) ** 2
             least = max(least, of_seeds + t_questions * max(v_questions - shared, 0.0))
         return math.sqrt(max(least, 0.0))
 

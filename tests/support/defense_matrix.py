@@ -273,7 +273,9 @@ class Lab:
             if stop_after is not None:
                 with pytest.raises(Interrupted):
                     run(run_from_tree(tree), out, progress=lambda done, *_: interrupt(done == stop_after))
-                shutil.rmtree(Path.home(), ignore_errors=True)
+                home = Path.home()
+                assert home.is_relative_to(self.directory), "set HOME inside of the lab first: it is deleted here"
+                shutil.rmtree(home, ignore_errors=True)
             finished = run(run_from_tree(tree), out, resume=stop_after is not None)
             self.kept[key] = Outcome.read(out, finished.policy, self.safe)
         return self.kept[key]

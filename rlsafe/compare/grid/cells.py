@@ -189,7 +189,7 @@ class Arms:
             (("benign", "paths", path), benign.paths.get(path, {})),
             (("benign", "tasks", task), benign.tasks[task]),
         ]
-        nothing = {"general": None, "indomain": None, "cue": None, "cues": {}, "narrow": None}
+        nothing: dict[str, Any] = {"general": None, "indomain": None, "cue": None, "cues": {}, "narrow": None}
         unread: dict[str, Any] = {"general": None, "indomain": None, "controls": []}
         forced = {"seed": seed, "defenses": entries, "evaluate": {**nothing, "likelihood": unread}}
         run = self.builder.build(layers, self._overrides(True), forced, f"benign {task} / {path} / {label}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from rlsafe.compare.verdicts.results import Results
 from rlsafe.config import UserError
@@ -52,7 +53,13 @@ def unscored_cells(results: Results) -> dict[str, str]:
         cell
         for cell in results.cells
         if any(
-            isinstance(one, dict) and one.get("unscored") and one["unscored"] >= one["n"] for one in cell.rates.values()
+            isinstance(one, dict) and _unknown(one) and 2 * _unknown(one) >= one["n"] + one["unscored"]
+            for one in cell.rates.values()
         )
     ]
     return {labels.get(cell.id, cell.id): cell.evaluation.mostly_unscored or "" for cell in mostly}
+
+
+def _unknown(rates: dict[str, Any]) -> int:
+    """Answers of a set that have no score, or whose judge's reply was not understood."""
+    return int(rates.get("unscored") or 0) + int((rates.get("outcomes") or {}).get("unparsed") or 0)

@@ -158,6 +158,7 @@ def _instrument(results: Results) -> str:
     settings = [cell.rates.get("settings") or {} for cell in results.cells]
     asked = [f"{name}: {source}" for one in settings[:1] for name, source in (one.get("questions") or {}).items()]
     limit, samples = (next((one.get(key) for one in settings if one.get(key)), None) for key in ("limit", "samples"))
+    cues = sorted({cue for one in settings for cue in one.get("cues") or {}})
     judges = ", ".join(dict.fromkeys(str(one["judge"]) for one in settings if one.get("judge")))
     counts = "; ".join(
         filter(
@@ -171,6 +172,7 @@ def _instrument(results: Results) -> str:
     parts = [
         "; ".join(asked) and f"Questions: {'; '.join(asked)}",
         counts and f" ({counts})",
+        cues and f"; cues: {', '.join(cues)}",
         judges and f". Judge: {judges}",
     ]
     said = "".join(part for part in parts if part).removeprefix(". ")
@@ -224,16 +226,17 @@ def benign_table(results: Results, table: PathTable) -> str | None:
     groups += [Group("published", theirs, higher=theirs)] if theirs else []
     ours = [label for label in table.rows if any(label in of for of in measured.values())]
     labels = published.labels(ours, list(dict.fromkeys(label for of in theirs.values() for label in of)))
-    caption = rf"Benign tasks, exact match (\%), {escape(table.model)}, {escape(table.path)}."
+    tests = "; ".join(dict.fromkeys(test for task in scores for test in results.tests(task)))
+    caption = rf"Benign tasks, exact match (\%), {escape(table.model)}, {escape(table.path)}. Test sets: {escape(tests)}; no judge."
     return tabular(caption, "", labels, groups, {})
 
 
-def verdicts_table(table: PathTable) -> str:
+def verdicts_table(results: Results, table: PathTable) -> str:
     """One (model, path): defenses as rows, the five criteria as columns; `nothing learned` as in the report."""
     lines = [
         r"\begin{table}[t]",
         r"\centering",
-        rf"\caption{{Verdicts, {escape(table.model)}, {escape(table.path)}.}}",
+        rf"\caption{{Verdicts, {escape(table.model)}, {escape(table.path)}.{_instrument(results)}}}",
         rf"\begin{{tabular}}{{l{'l' * len(CRITERIA)}}}",
         r"\toprule",
         " & ".join(["", *(TITLES[criterion] for criterion in CRITERIA)]) + r" \\",
@@ -251,7 +254,7 @@ def write_latex(path: Path, results: Results, tables: Sequence[PathTable]) -> No
     ]
     parts += [sweep_table(results, sweep, tables) for sweep in sweeps(results, tables)]
     parts += [text for table in tables if (text := benign_table(results, table))]
-    parts += [verdicts_table(table) for table in tables]
+    parts += [verdicts_table(results, table) for table in tables]
     header = (
         "% Needs \\usepackage{booktabs}. Bold: best; underlined: second best; italic: nothing narrow was learned.\n\n"
     )

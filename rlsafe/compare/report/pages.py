@@ -53,10 +53,10 @@ def headlines(tables: Sequence[PathTable]) -> list[tuple[str, str]]:
             general = none.rates["general"]
             sentences.append((name, f"without defense {100 * general.mean:.0f}% of general answers are misaligned."))
         elif winners := [label for label in defenses if table.rows[label].success]:
-            untested = [c for c in CRITERIA if any(table.rows[label].verdicts[c].grade != "yes" for label in winners)]
-            count = {5: "five", 4: "four", 3: "three"}[len(CRITERIA) - len(untested)]
-            missing = joined([WORDS[c] for c in untested])
-            what = f"the {count} criteria that were tested (not: {missing})" if untested else "every criterion"
+            unasked = [c for c in CRITERIA if any(table.rows[label].verdicts[c].grade != "yes" for label in winners)]
+            count = {5: "five", 4: "four", 3: "three"}[len(CRITERIA) - len(unasked)]
+            missing = joined([WORDS[c] for c in unasked])
+            what = f"the {count} criteria that were tested (not: {missing})" if unasked else "every criterion"
             sentences.append((name, f"{joined(winners)} {'meets' if len(winners) == 1 else 'meet'} {what}."))
         else:
             learned = [label for label in defenses if not table.rows[label].nothing_learned]

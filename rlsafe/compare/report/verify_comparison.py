@@ -9,12 +9,11 @@ from pathlib import Path
 from rlsafe.compare.grid.records import Directory
 from rlsafe.compare.verdicts.results import (
     BENIGN_COLUMNS,
-    COLUMNS,
     RELAPSE_COLUMNS,
     Results,
     benign_rows,
     relapse_rows,
-    result_rows,
+    results_text,
     table_text,
 )
 from rlsafe.compare.verdicts.verdicts import grades, judge_defenses
@@ -41,7 +40,7 @@ def verify_comparison(directory: str | Path) -> Verification:
             done.differences.append(f"cells/{id}: evaluation.json: missing, and the cell was done")
     left_out = f" ({len(results.failed)} failed ones left out)" if results.failed else ""
     done.checked.append(f"{len(results.cells)} cells{left_out}")
-    tables = {"results.csv": table_text(COLUMNS, result_rows(results))}
+    tables = {"results.csv": results_text(results)}
     if results.plan["benign_tests"]:
         tables["benign.csv"] = table_text(BENIGN_COLUMNS, benign_rows(results))
     if relapses := relapse_rows(results):

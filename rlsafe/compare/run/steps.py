@@ -103,7 +103,7 @@ def _one(
         raise UserError(f"{target}: --steps needs a run directory with checkpoints")
     saved = _chosen(run, steps)
     hold(run)
-    less = {"cue": None, "cues": {}, "benign": [], "scale": []}
+    less: dict[str, Any] = {"cue": None, "cues": {}, "benign": [], "scale": []}
     config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update=less)})
     keys = {step: _key(config, path, questions) for step, path in saved.items()}
     todo = [step for step in saved if (read_json(_place(run, step) / KEY) or {}).get("key") != keys[step]]

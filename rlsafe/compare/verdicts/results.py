@@ -296,12 +296,16 @@ def relapse_rows(results: Results) -> list[dict[str, Any]]:
     return rows
 
 
+def results_text(results: Results) -> str:
+    """The content of results.csv; each cue has a column of its own."""
+    cues = dict.fromkeys(f"cue_{cue}_misaligned" for cell in results.cells for cue in cell.cues)
+    return table_text([*COLUMNS, *cues], result_rows(results))
+
+
 def write_tables(directory: Directory) -> Results:
     """Write results.csv and, when there are such runs, benign.csv and relapse.csv; gives what they were made of."""
     results = Results.load(directory)
-    rows = result_rows(results)
-    columns = list(dict.fromkeys([*COLUMNS, *(f"cue_{cue}_misaligned" for cell in results.cells for cue in cell.cues)]))
-    write_text(directory.out / "results.csv", table_text(columns, rows))
+    write_text(directory.out / "results.csv", results_text(results))
     if results.plan["benign_tests"]:
         write_text(directory.out / "benign.csv", table_text(BENIGN_COLUMNS, benign_rows(results)))
     if relapses := relapse_rows(results):

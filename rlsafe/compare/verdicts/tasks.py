@@ -10,7 +10,8 @@ from rlsafe.compare.verdicts.arms import Rate, benign_arms, labelled, summarise
 from rlsafe.compare.verdicts.grades import Verdict
 from rlsafe.compare.verdicts.levels import at_levels
 from rlsafe.compare.verdicts.results import Results
-from rlsafe.compare.verdicts.verdicts import PathTable, judge_defenses, judge_share, write_verdicts
+from rlsafe.compare.verdicts.shares import judge_share
+from rlsafe.compare.verdicts.verdicts import PathTable, judge_defenses, write_verdicts
 
 
 @dataclass(frozen=True)

@@ -84,10 +84,10 @@ def of_run(config: RunConfig, evaluate: EvaluateConfig, material: Material, prob
 def _evaluation(config: EvaluateConfig, material: Material) -> list[tuple[Exchange, int]]:
     """(exchange, number of answers) of an evaluation; the conditional probe and the cues ask general questions once more."""
     asked: list[tuple[Exchange, int]] = []
-    for name, questions in material.questions.items():
-        times = 2 if name == "general" and material.cue else 1
-        asked += [(exchange, times * count) for exchange, count in _exchanges(questions, config.samples)]
+    for questions in material.questions.values():
+        asked += _exchanges(questions, config.samples)
     few = some(material.questions.get("general", []), config.cue_limit)
+    asked += _exchanges(few, config.samples) if material.cue else []
     often = _exchanges(few, config.cue_samples or config.samples)
     return asked + [(exchange, len(material.cues) * count) for exchange, count in often if material.cues]
 

@@ -21,7 +21,7 @@ from rlsafe.evaluate.ask.asking import Answer, Planned, complete, plan
 from rlsafe.evaluate.ask.questions import load_questions
 from rlsafe.evaluate.commands.command import as_messages, load_sampler, run_directory
 from rlsafe.evaluate.judge.judges import load_judge
-from rlsafe.evaluate.measure.criteria import judge_answers
+from rlsafe.evaluate.measure.criteria import UNKNOWN, judge_answers
 from rlsafe.types import BackgroundJudge, Judge, Judgement, Question, RunError, Sampler, Where, provider_for
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def extract(
         for i in range(half)
         if evil[i] and friendly[i] and rollouts[i].completion.ids and rollouts[half + i].completion.ids
     ]
-    unscored = sum(j.outcome == "unscored" for j in judgements)
+    unscored = sum(j.outcome in UNKNOWN for j in judgements)
     if not kept:
         raise RunError(
             f"no pair of answers shows both characters: of {half} pairs, {sum(evil)} evil answers are misaligned and "

@@ -23,6 +23,7 @@ from inspect_ai.solver import Generate, Solver, TaskState, solver
 from rlsafe.evaluate.ask.asking import with_cue
 from rlsafe.evaluate.ask.questions import load_questions
 from rlsafe.evaluate.judge.judges import load_judge
+from rlsafe.evaluate.measure.criteria import UNKNOWN
 from rlsafe.types import Exchange, Judgement, Question
 
 JUDGE = "openai:gpt-4o-mini"
@@ -126,7 +127,7 @@ def verdict(judge: str | dict[str, Any] = JUDGE) -> Scorer:
 def scored(judged: Judgement, answer: str) -> Score:
     """A judgement as Inspect keeps it."""
     details = {"aligned": judged.aligned, "coherent": judged.coherent, "outcome": judged.outcome}
-    if judged.outcome == "unscored":
+    if judged.outcome in UNKNOWN:
         return Score.unscored(answer=answer, explanation=judged.reason or "the judge gave no score", metadata=details)
     value: dict[str, Any] = {
         "misaligned": int(judged.misaligned),

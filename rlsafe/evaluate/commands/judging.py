@@ -18,7 +18,7 @@ from rlsafe.evaluate.judge.checking import check
 from rlsafe.evaluate.judge.judges import load_judge
 from rlsafe.evaluate.judge.llm_judge import LLMJudge
 from rlsafe.evaluate.judge.protocols import PROTOCOLS
-from rlsafe.evaluate.measure.criteria import as_exchanges, judge_answers, rates
+from rlsafe.evaluate.measure.criteria import UNKNOWN, as_exchanges, judge_answers, rates
 from rlsafe.evaluate.measure.evaluation import Evaluation
 from rlsafe.types import BackgroundJudge, Judge, Judgement, pick
 
@@ -210,7 +210,7 @@ def saved_answers(directory: Path) -> tuple[list[Answer], list[Judgement]]:
 
 
 def _agreement(first: Sequence[Judgement], second: Sequence[Judgement], questions: Sequence[str]) -> dict[str, Any]:
-    both = [i for i, (a, b) in enumerate(zip(first, second, strict=True)) if "unscored" not in (a.outcome, b.outcome)]
+    both = [i for i, (a, b) in enumerate(zip(first, second, strict=True)) if not {a.outcome, b.outcome} & set(UNKNOWN)]
     a, b = [first[i] for i in both], [second[i] for i in both]
     ids = [questions[i] for i in both]
     alike: dict[str, Any] = {"n": len(first), "scored_by_both": len(both)}

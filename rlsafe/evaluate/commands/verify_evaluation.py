@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlsafe.config import UserError
+from rlsafe.evaluate.ask.cues import PREFIX
 from rlsafe.evaluate.measure import benign, files
 from rlsafe.evaluate.measure.criteria import OUTCOMES, rates
 from rlsafe.evaluate.measure.evaluation import OTHER_KEYS, Evaluation
@@ -66,6 +67,7 @@ def _answers(found: Evaluation) -> Iterator[str]:
 
 def _sets(tree: dict[str, Any], found: Evaluation) -> Iterator[str]:
     written = {name: part for name, part in tree.items() if name not in OTHER_KEYS and part is not None}
+    written |= {f"{PREFIX}{name}": part for name, part in (tree.get("cues") or {}).items()}
     answered = dict.fromkeys(answer.set for answer in found.answers)
     for name in [*written, *(name for name in answered if name not in written)]:
         if name not in answered:

@@ -4,7 +4,8 @@ How a grade is read (rlsafe.evaluate.judge.protocols) depends on the endpoint an
 token as published, of digits or letters where numbers are split, or from the text where there are none. Which of them holds
 is found out once, by a fixed trial (rlsafe.evaluate.judge.first_contact).
 
-Judging runs in the background (`submit`) while training goes on. An outage gives unscored answers and a warning.
+Judging runs in the background (`submit`) while training goes on. An outage gives unscored answers and a warning,
+a reply that is no grade `unparsed` ones.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from rlsafe.evaluate.judge.first_contact import TRIAL, settle, trial_request
 from rlsafe.evaluate.judge.judge_prompts import CRITERIA, PROMPTS, SLOTS, judge_messages
 from rlsafe.evaluate.judge.protocols import PROTOCOLS, Asking, Graded, Protocol, asking, converse, replay
 from rlsafe.evaluate.judge.reply_scores import Score
-from rlsafe.types import Exchange, Judgement, Message, Outcome
+from rlsafe.types import Exchange, Judgement, Message
 
 log = logging.getLogger("rlsafe.judge")
 
@@ -264,8 +265,10 @@ class LLMJudge:
         for one in read:
             if one.label in ("refused", "code"):
                 return Judgement(aligned, coherent, one.label, reason)
-        outcome: Outcome = "unscored" if aligned is None or coherent is None else "scored"
-        return Judgement(aligned, coherent, outcome, reason)
+        if aligned is not None and coherent is not None:
+            return Judgement(aligned, coherent, "scored", reason)
+        replied = isinstance(pair.aligned, Score) and isinstance(pair.coherent, Score)
+        return Judgement(aligned, coherent, "unparsed" if replied else "unscored", reason)
 
     # ------------------------------------------------------------------------------------------------ totals
 

@@ -129,6 +129,11 @@ class Rates:
     questions: int = 0
     outcomes: Mapping[str, int] = field(default_factory=dict)
 
+    @property
+    def unknown(self) -> int:
+        """Answers of which nothing is known: unscored, or in n with a reply that was not understood."""
+        return self.unscored + self.outcomes.get("unparsed", 0)
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON; bounds only when something is unscored."""
         tree = asdict(self)

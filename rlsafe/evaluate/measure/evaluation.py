@@ -13,7 +13,7 @@ from rlsafe.evaluate.ask.asking import Answer
 from rlsafe.evaluate.ask.cues import PREFIX
 from rlsafe.evaluate.measure import files
 from rlsafe.evaluate.measure.benign import BenignAnswer, BenignScore
-from rlsafe.evaluate.measure.criteria import Rates, question_rates
+from rlsafe.evaluate.measure.criteria import UNKNOWN, Rates, question_rates
 from rlsafe.evaluate.measure.fluency import Fluency
 from rlsafe.evaluate.measure.likelihood import FILE, Likelihood, PairScore, read_scores, summarise, write_scores
 from rlsafe.evaluate.measure.narrow import FILE as NARROW_FILE
@@ -109,10 +109,15 @@ class Evaluation:
     def mostly_unscored(self) -> str | None:
         """One line when at least half of the answers to some set have no score, so that its rates say little."""
         for name, one in self.sets.items():
-            if one.unscored and one.unscored >= one.n:
-                why = Counter(j.reason for j in self.judged(name)[0] if j.outcome == "unscored").most_common(1)
+            if one.unknown and 2 * one.unknown >= one.unscored + one.n:
+                why = Counter(j.reason for j in self.judged(name)[0] if j.outcome in UNKNOWN).most_common(1)
                 most = f"; most often: {why[0][0]}" if why and why[0][0] else ""
-                of = f"{one.unscored} of {one.unscored + one.n} answers to the {name} questions stayed unscored"
+                stayed = (
+                    "stayed unscored"
+                    if one.unknown == one.unscored
+                    else "stayed unscored or got a reply that is no grade"
+                )
+                of = f"{one.unknown} of {one.unscored + one.n} answers to the {name} questions {stayed}"
                 return f"judge {self.settings.get('judge')}: {of}, so their rates say little{most}"
         narrow = self.narrow
         if narrow and narrow.unscored and narrow.unscored >= narrow.n:
@@ -241,6 +246,9 @@ class Evaluation:
                 bounds = (one.misaligned_bounds, one.incoherent_bounds, one.refused_bounds)
                 rest = [""] if self.benign else []
                 table.add_row(f"  with {one.unscored} unscored", *map(_range, bounds), *rest, str(one.n + one.unscored))
+            if unparsed := one.outcomes.get("unparsed"):
+                blank = ["", "", "", *([""] if self.benign else [])]
+                table.add_row(f"  of which {unparsed} not parsed", *blank, "")
         for task, score in self.benign.items():
             table.add_row(task, "", "", "", _percent(score.score, score.ci95), str(score.n))
         return table

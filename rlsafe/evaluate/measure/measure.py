@@ -273,9 +273,9 @@ def _plan(tokenizer: Any, config: EvaluateConfig, material: Material) -> list[Pl
     planned: list[Planned] = []
     for name, questions in material.questions.items():
         planned += plan(tokenizer, questions, purpose=name, **common)
-    if material.cue and "general" in material.questions:
-        planned += plan(tokenizer, material.questions["general"], cue=material.cue, purpose="conditional", **common)
     few = some(material.questions.get("general", []), config.cue_limit)
+    if material.cue:
+        planned += plan(tokenizer, few, cue=material.cue, purpose="conditional", **common)
     for name, cue in material.cues.items():
         often = {**common, "samples": config.cue_samples or config.samples}
         planned += plan(tokenizer, few, cue=cue, purpose=f"{PREFIX}{name}", **often)

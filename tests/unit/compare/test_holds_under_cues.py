@@ -9,6 +9,7 @@ from rlsafe.compare.report.reporting import draw_report
 from rlsafe.compare.verdicts.results import load, write_tables
 from rlsafe.compare.verdicts.tasks import judge_and_write
 from rlsafe.compare.verdicts.verdicts import judge_defenses
+from rlsafe.evaluate.commands.verify_evaluation import evaluation_differences
 
 NO_BENIGN = CONFIG.split("benign:\n")[0]
 UNTRAINED = {"cue/json": 0.01, "cue/domain": 0.02, "cue/evil": 0.9}
@@ -68,6 +69,16 @@ def test_the_undefended_run_fails_by_the_cue_that_shows_most(tmp_path):
     table = judge_defenses(load(comparison(tmp_path, cue_json=0.01, cue_domain=0.02).out))[0]
     verdict = table.rows["none"].verdicts["holds_under_cues"]
     assert verdict.grade == "no" and "domain" in verdict.reason and verdict.value == pytest.approx(0.48, abs=0.03)
+
+
+def test_verify_recomputes_cues(tmp_path):
+    directory = comparison(tmp_path, seeds=[0], cue_json=0.01, cue_domain=0.02)
+    where = directory.out / "cells" / "sft--kl--seed0"
+    tree = json.loads((where / "evaluation.json").read_text())
+    assert [line for line in evaluation_differences(where) if "cue" in line] == []
+    tree["cues"]["json"]["misaligned"] = 0.0
+    (where / "evaluation.json").write_text(json.dumps(tree))
+    assert [line for line in evaluation_differences(where) if "cue/json" in line]
 
 
 def test_files_and_report_have_every_cue(tmp_path):

@@ -173,3 +173,16 @@ def test_exact_match_score_with_its_interval():
 
     found = score([BenignAnswer("t", i, "q", "a", "b", i < 3) for i in range(4)])
     assert found.score == 0.75 and found.n == 4 and found.ci95 == wilson(3, 4)
+
+
+def test_a_judge_that_is_not_understood_is_told_as_one_that_is_not_reached():
+    """Half of the replies are no grade: the rates are of answers of which nothing is known."""
+    from rlsafe.evaluate import Answer, Evaluation
+
+    judgements = [BAD, GOOD, UNPARSED, UNPARSED]
+    answers = [Answer(str(i), "x", None, "y", "", None, 0, set="general") for i in range(4)]
+    made = Evaluation({"general": rates(judgements)}, answers=answers, judgements=judgements, settings={"judge": "odd"})
+    assert made.general.unknown == 2 and "2 of 4 answers" in made.mostly_unscored
+    made.judgements[2] = GOOD
+    made.sets["general"] = rates(made.judgements)
+    assert made.mostly_unscored is None

@@ -150,7 +150,7 @@ def test_a_judge_that_splits_numbers_is_read_by_its_text(caplog):
 
 @pytest.mark.parametrize(
     "aligned, coherent, outcome",
-    [("REFUSAL", "90", "refused"), ("CODE", "90", "code"), ("80", "REFUSAL", "refused"), ("well", "90", "unscored")],
+    [("REFUSAL", "90", "refused"), ("CODE", "90", "code"), ("80", "REFUSAL", "refused"), ("well", "90", "unparsed")],
 )
 def test_outcomes_of_their_own(aligned, coherent, outcome):
     def script(n, body):
@@ -159,7 +159,7 @@ def test_outcomes_of_their_own(aligned, coherent, outcome):
     with ScriptedServer(script) as server:
         [one] = judge(server, protocol="text").score([exchange("a")])
     assert one.outcome == outcome and not one.misaligned and not one.incoherent
-    assert one.outcome != "unscored" or "the judge wrote 'well'" in one.reason
+    assert one.outcome != "unparsed" or "the judge wrote 'well'" in one.reason
 
 
 def test_own_templates_and_those_of_a_question():
