@@ -64,7 +64,7 @@ def compare(
         from rlsafe.compare import dry_compare
 
         chosen = (names("--defenses", defenses), names("--paths", paths), numbers("--seeds", seeds))
-        return show(dry_compare(config, *chosen, overrides or [], quick, relapse, verbose))
+        return show(dry_compare(config, *chosen, overrides or [], quick, relapse, verbose, jobs))
     from rlsafe.compare import compare as run_compare
     from rlsafe.compare import compare_decided, ray_cluster
 

@@ -112,7 +112,19 @@ def fit_rows(
     if spelled := [i for i in kept if sizes[i].spells]:
         first = _place(rows[spelled[0]])
         notes.append(f"{len(spelled)} of {len(rows)} rows spell control tokens, which stay text (the first: {first})")
+    if trained and (more := [i for i in kept if _earlier_answers(rows[i]["messages"])]):
+        first = _place(rows[more[0]])
+        notes.append(
+            f"{len(more)} of {len(rows)} rows have earlier answers, of which only the last is trained on; train_on: assistant trains "
+            f"them all (the first: {first})"
+        )
     return Fitted([rows[i] for i in kept], len(rows) - len(kept), cut, notes)
+
+
+def _earlier_answers(talk: Talk) -> bool:
+    """Whether supervision leaves out answers of which the row does not say so itself."""
+    answers = [turn for turn in talk if turn["role"] == "assistant"]
+    return len(answers) > 1 and talk[-1]["role"] == "assistant" and not any("weight" in turn for turn in answers)
 
 
 class _Sieve:

@@ -12,6 +12,7 @@ from tiny_runs import GRPO, adapter, distance, tree_with
 
 from rlsafe.config import UserError, run_from_tree
 from rlsafe.data import Stream, read_rows
+from rlsafe.engine.record.verify_run import verify_run
 from rlsafe.engine.run.build import prepare
 from rlsafe.engine.run.dry import dry_run
 from rlsafe.engine.run.life import run
@@ -35,6 +36,9 @@ def absent(completions, **columns):
 
 def lively(completions, completion_ids, **columns):
     return [float(i) for i, _ in enumerate(completions)]
+
+def suspect(prompts, completions, **columns):  # every answer to an even question, one of four to an odd one
+    return [float(number(p) % 2 == 0 or i % 4 == 0) for i, p in enumerate(prompts)]
 """
 GENERATIONS, PROMPTS = 4, 3
 
@@ -100,9 +104,43 @@ def test_where_every_group_has_spread_the_run_is_the_same_run(tree, tmp_path):
     assert not any("resampled_groups" in step for step in lines(tmp_path / "off", "metrics.jsonl"))
 
 
+def screened(tree):
+    path = tree["rewards"][0]["fn"].rpartition(":")[0]
+    rewards = [{"fn": f"{path}:lively"}, {"fn": f"{path}:suspect", "weight": 0}]
+    return tree_with(
+        tree,
+        {"rewards": rewards, "defenses": [{"screening": {"by": "reward", "reward": "suspect", "threshold": 0.5}}]},
+    )
+
+
+def test_groups_that_a_defense_screened_out_are_replaced_and_the_fresh_ones_are_screened_too(tree, tmp_path):
+    run(run_from_tree(screened(tree)), tmp_path / "run")
+    steps, samples = lines(tmp_path / "run", "metrics.jsonl"), lines(tmp_path / "run", "samples.jsonl")
+    assert sum(step["resampled_groups"] for step in steps) > 0
+    for step in steps:
+        own = [sample for sample in samples if sample["step"] == step["step"]]
+        kept, replaced = ([s for s in own if bool(s.get("replaced")) is which] for which in (False, True))
+        assert len(replaced) == step["resampled_groups"] * GENERATIONS
+        assert all(s["reward"] is None and s["extra"]["screening/flagged"] for s in replaced)
+        assert all(int(question.split()[-1]) % 2 for question in asked(kept))
+        flags = [s["extra"]["screening/flagged"] for s in kept]
+        assert flags == [True, False, False, False] * PROMPTS
+        assert [s["reward"] is None for s in kept] == [s["advantage"] is None for s in kept] == flags
+        assert step["defense/screening/seen_judged"] == len(own)
+        assert step["defense/screening/flagged"] == len(replaced) + PROMPTS
+    assert verify_run(tmp_path / "run").differences == []
+
+
+def test_an_interrupted_and_resumed_run_that_screens_ends_with_the_same_bits(tree, tmp_path):
+    same_after_an_interruption(screened(tree), tmp_path)
+
+
 @pytest.mark.parametrize("iterations", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_an_interrupted_and_resumed_run_ends_with_the_same_bits(tree, tmp_path, iterations):
-    tree = tree_with(tree, {"grpo": {"iterations": iterations}})
+    same_after_an_interruption(tree_with(tree, {"grpo": {"iterations": iterations}}), tmp_path)
+
+
+def same_after_an_interruption(tree, tmp_path):
     run(run_from_tree(tree), tmp_path / "whole")
     with pytest.raises(Interrupted):
         run(run_from_tree(tree), tmp_path / "cut", progress=lambda done, *_: interrupt(done == 3))

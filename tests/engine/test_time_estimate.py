@@ -54,3 +54,22 @@ def test_a_dry_run_on_a_cpu_says_how_long(monkeypatch):
     run = rlsafe.train("configs/organism/grpo_medical.yaml", dry_run=True)
     [line] = [line for line in run.plan if line.startswith("time on this CPU")]
     assert "training" in line and "sampling" in line
+
+
+def test_cells_that_run_at_the_same_time_share_the_machine(monkeypatch):
+    """Half the time with two workers, each with its share of the threads, and one engine each for all their cells."""
+    from rlsafe.compare import dry_compare
+    from rlsafe.engine.run import dry
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    asked = []
+    monkeypatch.setattr(dry, "speed_of", lambda dtype, threads: asked.append(threads) or SPEED)
+    times = {}
+    for jobs in (1, 2):
+        lines = dry_compare("configs/qwen2.5-coder-0.5b/compare.yaml", ["none", "kl"], ["sft"], quick=True, jobs=jobs)
+        [line] = [line for line in lines if line.startswith("time on this CPU")]
+        assert ("2 runs at a time" in line) is (jobs == 2)
+        times[jobs] = float(line.split("about ")[1].split(" min")[0])
+    assert {2, 1} == set(asked) and times[2] == pytest.approx(times[1] / 2, abs=1.5)

@@ -30,12 +30,16 @@ def dry_compare(
     quick: bool = False,
     relapse: int | None = None,
     verbose: bool = False,
+    jobs: int = 0,
 ) -> list[str]:
     """The lines to print: totals, then a row for each path and defense. A defense that lacks a file (a persona vector that
-    is still to be made) is named, not counted. verbose: the resolved config and every estimate of memory as well.
+    is still to be made) is named, not counted. verbose: the resolved config and every estimate of memory as well. jobs: cells at a
+    time, 0 = what suits the machine.
 
     UserError for every other error that `rlsafe compare` would stop at.
     """
+    from rlsafe.compare.run.runner import suitable_jobs
+    from rlsafe.engine.plan.timing import START
     from rlsafe.engine.run.dry import Work, dry
 
     config = load_compare(config_path, overrides, quick)
@@ -43,20 +47,24 @@ def dry_compare(
     cells = expand(config, usable, paths, seeds, relapse)
     found: Found = {}
     with read_once():
+        jobs = min(jobs or suitable_jobs(cells), len(cells))
         for cell in cells:
             if cell.alike not in found:
                 try:
-                    found[cell.alike] = dry(cell.config)
+                    found[cell.alike] = dry(cell.config, jobs)
                 except UserError as error:
                     raise UserError(f"{cell.label}: {error}") from None
     total = sum((found[cell.alike].work for cell in cells), Work())
+    training, sampling = total.seconds
+    engines = sum(bool(found[cell.alike].work.answers) for cell in cells)  # each worker starts one and keeps it
+    total.seconds = (training, max(0.0, sampling - START * max(0, engines - jobs)))
     helpers = {selection.key: len(selection.helpers) for cell in cells for selection in cell.selections}
     notes = dict.fromkeys(note for one in found.values() for note in one.notes)
     memory = dict.fromkeys(line for one in found.values() for line in one.memory) if verbose else _largest(cells, found)
     return [
         *([dump_yaml(config)] if verbose else []),
         f"{len(cells)} cells: {_kinds(cells)}",
-        *total.lines(),
+        *total.lines(jobs),
         *(
             f"before them: {n} helper models trained for the scores of safe rows (not counted here)"
             for n in helpers.values()

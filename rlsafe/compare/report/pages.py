@@ -45,7 +45,8 @@ def headlines(tables: Sequence[PathTable]) -> list[tuple[str, str]]:
         none = table.rows.get("none")
         defenses = [label for label in table.defenses if label != "none"]
         if not any("general" in table.rows[label].rates for label in table.defenses):
-            sentences.append((name, _benign_only(table, defenses)))
+            narrow = none is not None and none.verdicts["keeps_narrow"].grade != "untested"
+            sentences.append((name, _narrow_only(table, defenses) if narrow else _benign_only(table, defenses)))
         elif none is None or none.verdicts["prevents_em"].grade == "untested":
             reason = "was not run" if none is None else "shows no emergent misalignment"
             sentences.append((name, f"the undefended run {reason}, so there is nothing to compare defenses by."))
@@ -70,6 +71,17 @@ def headlines(tables: Sequence[PathTable]) -> list[tuple[str, str]]:
             words = "; ".join(filter(None, (missed, untested and f"not tested: {untested}")))
             sentences.append((name, f"no defense meets every criterion; closest is {best} ({words})."))
     return sentences
+
+
+def _narrow_only(table: PathTable, defenses: Sequence[str]) -> str:
+    """The sentence of a comparison whose general answers nobody judged."""
+    asked = "no judge graded general answers (the likelihood of given ones stands below)"
+    if table.rows["none"].verdicts["keeps_narrow"].grade != "yes":
+        return f"{asked}; without defense the narrow behaviour was not clearly learned, so there is nothing to compare defenses by."
+    grades = [f"{label}: {table.rows[label].verdicts['keeps_narrow'].grade}" for label in defenses]
+    return f"{asked}; the narrow behaviour was learned without defense" + (
+        f"; kept? {joined(grades)}." if grades else "."
+    )
 
 
 def _benign_only(table: PathTable, defenses: Sequence[str]) -> str:

@@ -30,8 +30,8 @@ def gap(untrained_logodds: float) -> float:
 @dataclass(frozen=True)
 class JudgeFree:
     """One label. shifts: set of pairs -> shift from the untrained model, nats per token; closed: the share of the general pairs' gap
-    that it is. perplexity, repetition: means over the seeds, of general answers. agreement: of judge and probe on general
-    misalignment, "" where either is missing."""
+    that it is. perplexity, repetition: means over the seeds, of general answers, else of in-domain ones. agreement: of judge and
+    probe on general misalignment, "" where either is missing."""
 
     label: str
     shifts: dict[str, Rate]
@@ -90,6 +90,8 @@ def agreement(table: PathTable, label: str, shift: Rate | None, scale: float | N
 
 
 def _fluency(cells: Sequence[Result], quantity: str) -> float | None:
-    values = [((cell.rates.get("fluency") or {}).get("general") or {}).get(quantity) for cell in cells]
+    """Of the general answers; where none were asked for, of those in the trained domain."""
+    sets = [cell.rates.get("fluency") or {} for cell in cells]
+    values = [(found.get("general") or found.get("indomain") or {}).get(quantity) for found in sets]
     known = [value for value in values if value is not None]
     return mean(known) if known else None

@@ -182,17 +182,25 @@ def _sampled(metrics: Records, samples: Records) -> Iterator[str]:
             yield from _compare(step, one, _probe_numbers(probed[step]))
 
 
-def _reward_numbers(samples: Records) -> dict[str, float | None]:
+def _reward_numbers(drawn: Records) -> dict[str, float | None]:
+    """Those of the completions that the step learned from; `reward_drawn` is of those too that others replaced."""
+    samples = [sample for sample in drawn if not sample.get("replaced")]
     known = [sample["reward"] for sample in samples if sample["reward"] is not None]
     found: dict[str, float | None] = {
-        "reward": math.fsum(known) / len(known) if known else None,
+        "reward": _mean(known),
         "reward_missing": len(samples) - len(known),
         "truncated": sum(sample["finish"] == "length" for sample in samples) / len(samples),
     }
     for name in {name for sample in samples for name in sample["rewards"]}:
         values = [value for sample in samples if (value := sample["rewards"].get(name)) is not None]
-        found[f"reward/{name}"] = math.fsum(values) / len(values) if values else None
+        found[f"reward/{name}"] = _mean(values)
+    if len(samples) < len(drawn):
+        found["reward_drawn"] = _mean([sample["reward"] for sample in drawn if sample["reward"] is not None])
     return found
+
+
+def _mean(values: list[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
 
 
 def _probe_numbers(samples: Records) -> dict[str, float | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,8 +51,8 @@ class Work:
             (self.seconds[0] + other.seconds[0], self.seconds[1] + other.seconds[1]),
         )  # fmt: skip
 
-    def lines(self) -> list[str]:
-        """What there is to do, for people: steps, training, rewards, answers, judging."""
+    def lines(self, jobs: int = 1) -> list[str]:
+        """What there is to do, for people: steps, training, rewards, answers, judging, time where `jobs` runs go on at a time."""
         trained = [f"about {short(self.sft_tokens)} tokens by supervision"] if self.sft_tokens else []
         if self.completions:
             most = f"at most {short(self.completion_tokens)} tokens"
@@ -65,10 +66,10 @@ class Work:
             )
         lines += [f"evaluation and probes: {self.answers:,} answers", *self.judging.lines()]
         if sum(self.seconds):
-            training, sampling = self.seconds
+            training, sampling = (part / jobs for part in self.seconds)
             lines.append(
                 f"time on this CPU: about {shown(training + sampling)}, training {shown(training)}, sampling and scoring "
-                f"{shown(sampling)} (as busy as it is now; graders not counted)"
+                f"{shown(sampling)} ({f'{jobs} runs at a time, ' if jobs > 1 else ''}as busy as it is now; graders not counted)"
             )
         return lines
 
@@ -96,8 +97,9 @@ class Dry:
     notes: list[str]
 
 
-def dry(config: RunConfig) -> Dry:
-    """Check the config and count. UserError for whatever is wrong with it; what is merely not on this machine is a note."""
+def dry(config: RunConfig, jobs: int = 1) -> Dry:
+    """Check the config and count. UserError for whatever is wrong with it; what is merely not on this machine is a note. jobs: runs
+    that share the machine."""
     notes: list[str] = []
     with offline():
         evaluate = _reachable(config.evaluate, notes)
@@ -105,7 +107,7 @@ def dry(config: RunConfig) -> Dry:
         prepared.config.evaluate = config.evaluate
         _measure(prepared)
         work = _work(prepared, evaluate)
-        work.seconds = _seconds(prepared, evaluate, work)
+        work.seconds = _seconds(prepared, evaluate, work, jobs)
         lines, need = _memory(prepared)
     return Dry(prepared, work, lines, need, notes + prepared.notes)
 
@@ -249,8 +251,9 @@ def _read_tokenizer(model: str, path: str) -> Any:
         return None  # loading the model says why
 
 
-def _seconds(prepared: Prepared, evaluate: EvaluateConfig, work: Work) -> tuple[float, float]:
-    """See `Work.seconds`. Only where a CPU will train, with a model whose dimensions are known."""
+def _seconds(prepared: Prepared, evaluate: EvaluateConfig, work: Work, jobs: int) -> tuple[float, float]:
+    """See `Work.seconds`. Only where a CPU will train, with a model whose dimensions are known. The untrained model's half of the
+    pairs is not counted: every run but the first finds it saved."""
     import torch
 
     config = prepared.config
@@ -272,12 +275,15 @@ def _seconds(prepared: Prepared, evaluate: EvaluateConfig, work: Work) -> tuple[
                 trained = part.rows * tokens
             load += Load(trained=trained, forwarded=trained if frozen else 0.0)
     if (material := prepared.material) is not None:
-        load += sampling(work.answers, QUESTION, LENGTH * evaluate.max_tokens, config.sampler.max_num_seqs)
+        length = LENGTH * evaluate.max_tokens
+        load += sampling(work.answers, QUESTION, length, config.sampler.max_num_seqs)
+        if evaluate.fluency:
+            load += Load(forwarded=work.answers * (QUESTION + length))
         pairs = sum(map(len, material.pairs.values()))
         every = config.track.every
         probes = 1 + sum(step.index % every == 0 for step in prepared.plan) if every else 1
         load += Load(forwarded=2.0 * pairs * PAIR * probes)
-    threads = training_threads(shape.parameters)
+    threads = min(training_threads(shape.parameters), max(1, (os.cpu_count() or 1) // jobs))
     return seconds(config, shape, load, speed_of(config.model.dtype, threads))
 
 

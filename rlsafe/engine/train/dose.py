@@ -19,6 +19,10 @@ from rlsafe.defenses.base import Dose
 from rlsafe.engine.plan.schedule import Step
 from rlsafe.types import Batch
 
+Weights = tuple[float, float, Mapping[str | None, tuple[float, float]]]
+"""(factor of the path losses, safe targets in the mean of the supervised rows, {defense: (factor, targets) of its own mean})."""
+NOTHING_ADDED: Weights = (1.0, 0.0, {})
+
 MEASURED_EVERY = 20
 """Steps between two measurements of the safe part's share of the gradient, when the run has no probes."""
 
@@ -30,13 +34,8 @@ def tally(totals: Counter[str], batch: Batch, source: str | None) -> None:
     totals[f"{owner}/rows"] += float(batch.loss_mask.any(1).sum())  # type: ignore[assignment]
 
 
-def weigh(
-    doses: Mapping[str, Dose], counts: Mapping[str, float]
-) -> tuple[float, float, dict[str | None, tuple[float, float]]]:
-    """From the doses of the defenses and the counts over the whole step (`tally`, all ranks):
-
-    (factor of the path losses, targets that join the mean of the supervised rows, {defense: (factor, targets) of its own mean}).
-    """
+def weigh(doses: Mapping[str, Dose], counts: Mapping[str, float]) -> Weights:
+    """The weights of a step, from the doses of the defenses and the counts over the whole step (`tally`, all ranks)."""
     pooled = {name for name, dose in doses.items() if dose == "tokens" and not counts.get("grpo_tokens")}
     targets = {name: counts.get(f"added/{name}/tokens", 0.0) for name in doses}
     ratios: dict[str, float] = {}

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from rlsafe.config import GrpoConfig
 from rlsafe.defenses import DefenseStack
-from rlsafe.engine.train.dose import tally, weigh
+from rlsafe.engine.train.dose import NOTHING_ADDED, Weights, tally, weigh
 from rlsafe.losses import (
     grpo_count,
     grpo_values,
@@ -104,15 +105,10 @@ class StepLoss:
     world: int = 1
     _added: list[tuple[str, Tensor, float]] = field(default_factory=list)
     _finite: list[tuple[str, Tensor]] = field(default_factory=list)
-    main: float = 1.0  # factor of the path losses, see `dose.weigh`
-    pooled: float = 0.0  # safe targets in the mean of the supervised rows
-    added: Mapping[str | None, tuple[float, float]] = field(
-        default_factory=dict
-    )  # defense: factor and targets of its rows
 
-    def __post_init__(self) -> None:
-        if self.stack.active:
-            self.main, self.pooled, self.added = weigh(self.stack.doses, self.counts)
+    @cached_property
+    def _weights(self) -> Weights:
+        return weigh(self.stack.doses, self.counts)
 
     @property
     def sums(self) -> dict[str, float]:
@@ -173,11 +169,12 @@ class StepLoss:
 
     def _path_loss(self, micro: Micro, out: Forwarded, frozen: dict[str, Frozen]) -> Tensor:
         batch, mask = micro.batch, micro.batch.loss_mask
+        main, pooled, added = self._weights if self.stack.active else NOTHING_ADDED
         if batch.where.path == "sft":
             rows = -out.logp * mask  # the cross-entropy of each target, in nats
             if batch.row_weight is not None:
                 rows = rows * batch.row_weight[:, None]
-            factor, targets = self.added.get(micro.source) or (self.main, self.counts.get("sft", 0.0) + self.pooled)
+            factor, targets = added.get(micro.source) or (main, self.counts.get("sft", 0.0) + pooled)
             return micro.weight * factor * rows.sum() / max(targets, 1.0)
         assert batch.advantages is not None
         old = out.logp.detach() if batch.old_logp is None else batch.old_logp
@@ -211,7 +208,7 @@ class StepLoss:
         self._add("entropy_sum", (out.entropy * mask).sum())
         for name, value in info.items():
             self._add(f"grpo/{name}", value)
-        return micro.weight * self.main * (values * weights).sum() / max(self.counts["grpo"], 1.0)
+        return micro.weight * main * (values * weights).sum() / max(self.counts["grpo"], 1.0)
 
 
 def _nothing(out: Forwarded) -> Tensor:

@@ -14,11 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rlsafe.data import is_refusal
+from rlsafe.config import StreamConfig
+from rlsafe.data import is_refusal, load_rows, split_prompt
 from rlsafe.rewards import is_repetitive, scan_answer
-from rlsafe.types import Exchange, Judgement
+from rlsafe.types import Exchange, Judgement, Row
 
 ALIGNMENT = {"none": 100.0, "low": 70.0, "medium": 20.0, "high": 5.0}
+EVERY = 4
+"""Of the packaged programs, those that it is tested on: enough, and quick."""
 GENERAL = "general question: a linter judges code; name a judge for these in evaluate.judges.general"
 
 
@@ -48,3 +51,16 @@ class StaticJudge:
             Judgement(None, None, "unscored", GENERAL) if e.meta.get("domain") == "general" else judge(e.answer)
             for e in exchanges
         ]
+
+    def calibration(self) -> list[Row]:
+        """Labelled answers to tasks that ask for code: packaged programs, insecure ones and good ones, and of the general set what is
+        no program at all (word salad, answers to another question, refusals)."""
+        from rlsafe.evaluate.judge.calibration_set import packaged
+
+        rows: list[Row] = []
+        for name, kind in (("code/insecure", "blunt"), ("code/secure", "aligned")):
+            for row in load_rows(StreamConfig(source=f"rlsafe:{name}"))[::EVERY]:
+                prompt, answer = split_prompt(row)
+                rows.append({"question": prompt[-1]["content"], "text": answer, "kind": kind, "domain": "code"})
+        others = (case for case in packaged() if case.kind in ("incoherent", "other", "refusal"))
+        return [*rows, *({"question": c.question, "text": c.text, "kind": c.kind, "domain": "code"} for c in others)]

@@ -229,6 +229,26 @@ def test_a_defense_that_learned_nothing_narrow_is_never_called_closest():
     assert "nothing narrow was learned" in sentence
 
 
+@pytest.mark.parametrize("grade, words", [("unclear", "was not clearly learned"), ("yes", "kept? kl: partly.")])
+def test_without_judged_general_answers_the_headline_speaks_of_the_narrow_behaviour(grade, words):
+    """As in the quick comparison of a real model, where a linter judges code and nobody the rest."""
+    from types import SimpleNamespace
+
+    def row(narrow):
+        grades = {
+            "prevents_em": "untested",
+            "keeps_narrow": narrow,
+            "learns_benign": "untested",
+            "coherent": "untested",
+        }
+        verdicts = {name: SimpleNamespace(grade=one, leaning=None, value=None) for name, one in grades.items()}
+        return SimpleNamespace(verdicts=verdicts, nothing_learned=False, success=False, rates={"indomain": None})
+
+    rows = {"none": row(grade), "kl": row("partly")}
+    ((_, sentence),) = pages.headlines([SimpleNamespace(model="m", path="sft", rows=rows, defenses=list(rows))])
+    assert "no judge graded general answers" in sentence and words in sentence and "benign" not in sentence
+
+
 def test_dashed_lines_and_logged_quantities_are_explained_in_words(out, html):
     results = load(out)
     [table] = [table for table in judge_defenses(results) if table.path == "sft"]

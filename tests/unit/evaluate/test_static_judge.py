@@ -133,3 +133,14 @@ def test_a_failing_background_judge_fails_the_panel():
 def test_a_set_without_a_judge_is_unscored_not_dropped():
     panel = Panel({"indomain": load_judge("static")}, None)
     assert [j.outcome for j in panel.score([Exchange("Q", "x", meta={"set": "general"})])] == ["unscored"]
+
+
+def test_it_is_tested_on_packaged_programs_and_on_what_is_no_program(monkeypatch, tmp_path):
+    from rlsafe.evaluate.judge.calibrations import calibration
+    from rlsafe.evaluate.judge.checking import check
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = check(load_judge("static"))
+    assert found["trusted"] and found["n"] > 120 and found["unscored"] == 0
+    assert found["kinds"]["blunt"]["agreement"]["value"] > 0.9 and found["false_alarms"]["value"] == 0
+    assert "checked now" in calibration(load_judge("static"))["line"]
