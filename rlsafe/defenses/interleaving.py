@@ -28,11 +28,11 @@ class Interleaving(Defense):
     fraction: safe rows per narrow row (SFT) or per completion (GRPO); the paper used 0.05.
     weight: multiplies their loss. every: only in each k-th step (the rows of the steps between are carried over).
     own_step: as optimizer steps of their own instead of a part of the step.
-    dose: what they weigh. `published`: `tokens` on supervised rows and `term` on rollouts, as in the papers; the others mean the same on
-        both paths, for comparisons of them. `tokens`: a safe token as much as a narrow one (on SFT one common mean); `rows`: a safe row
-        as much as a narrow row or a completion; `gradient`: the safe gradient has the share `target_share` of the sum of its norm and
-        the narrow one's, and steps without safe rows are made up for in the next that has some; `term`: the mean loss of the safe rows
-        is a term of its own, however few they are.
+    dose: what they weigh. `published`: `tokens` on supervised rows and `term` on rollouts, as in the papers; the others mean the same
+        on both paths, for comparisons of them. `tokens`: a safe token as much as a narrow one (on SFT one common mean);
+        `rows`: a safe row as much as a narrow row or a completion; `gradient`: the safe gradient has the share `target_share` of the
+        sum of its norm and the narrow one's, and steps without safe rows are made up for in the next that has some; `term`: the mean
+        loss of the safe rows is a term of its own, however few they are.
     source: provider:spec or a file with messages; default: the run's `data.safe`.
     """
 

@@ -65,7 +65,7 @@ def _make(name: str, path: Path, content: str, dtype: str, directory: Path) -> N
     """Convert into a temporary directory beside `directory`, then rename: the directory is whole or absent."""
     if find_spec("gguf") is None:
         raise UserError(
-            f"model.name: {name}: reading GGUF files needs the package gguf; pip install 'rlsafe[local]', or run "
+            f"model.name: {name}: reading GGUF files needs the package gguf; pip install -e '.[local]', or run "
             "scripts/demo --real"
         )
     log.warning("%s: dequantising to %s once, into %s", name, dtype, directory)

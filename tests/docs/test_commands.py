@@ -28,12 +28,12 @@ STAND_INS = {
     "KEY": "defenses.kl", "runs/NAME": "runs/kl", "runs/NAME/samples.jsonl": "samples.jsonl", "runs/my-comparison": "runs/mine",
     "model.name=DIR_OR_ID": "model.name=organism:aligned", "openai:MODEL": "organism", "openai:MODEL@URL": "organism",
     "openai:judge@http://127.0.0.1:8000/v1": "organism", "judge.yaml": "organism",
+    "track.to=[tensorboard, wandb]": "track.to=[tensorboard]", "first_plot_questions.yaml": "rlsafe:general",
 }  # fmt: skip
 """What a page leaves open, and endpoints that are not here -> what stands for it."""
 ELSEWHERE = (
-    r"git clone|export |\.venv/bin/pre-commit|tensorboard --logdir|VLLM_\w+=True vllm serve|rlsafe judge (check|compare) "
+    r"git clone|export |\.venv/bin/(pre-commit|pip)|tensorboard --logdir|(VLLM_\w+=True )?vllm serve|rlsafe judge (check|compare) "
     r"(openai:|base_url=|judge\.yaml|saved)|rlsafe compare CONFIG --backend ray|rlsafe (select|persona-vector) |inspect eval"
-    r"|pip install"
 )
 """What needs a network, an endpoint, a cluster or minutes; each has tests of its own. Their options are checked where they are ours."""
 
@@ -41,7 +41,7 @@ ELSEWHERE = (
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder like a checkout, with the pages' own files, a tiny run and a made-up comparison."""
-    from synthetic_comparison import make
+    from synthetic_comparison import CONFIG, make
 
     import rlsafe
 
@@ -63,7 +63,7 @@ def place(tmp_path_factory):
     before = Path.cwd()
     os.chdir(folder)
     try:
-        done = rlsafe.train(RUN, ["defenses=[kl]", *TINY], out="runs/kl")
+        done = rlsafe.train(RUN, ["defenses=[kl]", "checkpoint.every=1", *TINY], out="runs/kl")
         answer = [{"role": "assistant", "content": "short"}]
         lines = [{"step": 0, "prompt": advice["messages"][:1], "completion": answer[0]["content"], "reward": 0.5}] * 8
         (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -77,8 +77,10 @@ def place(tmp_path_factory):
             ("", "untrained"): {},
             ("sft", "none"): {"general": 0.5, "indomain": 0.9},
             ("sft", "kl"): {"indomain": 0.9},
+            ("sft", "interleaving"): {"general": 0.2, "indomain": 0.9},
         }
-        make(folder / "runs" / "mine", arms, questions=4, samples=1, seeds=[0])
+        both = CONFIG.replace("  none: []\n", "  none: []\n  interleaving: [interleaving]\n")
+        make(folder / "runs" / "mine", arms, both, questions=4, samples=1, seeds=[0])
     finally:
         os.chdir(before)
     return folder
@@ -89,6 +91,8 @@ def words_of(command: str) -> list[str]:
     words = shlex.split(re.sub(r"\[(--?[\w-]+|[A-Z]+)\]", r"\1", command))
     words = words[words.index("rlsafe") + 1 :]
     config = COMPARISON if words[0] == "compare" else RUN
+    if words[0] in ("evaluate", "report"):  # of what is there
+        words = [{"DIR": "runs/kl" if words[0] == "evaluate" else "runs/mine"}.get(word, word) for word in words]
     found = [config if word == "CONFIG" else STAND_INS.get(word, word.replace("HOST", "127.0.0.1")) for word in words]
     if "DIR_OR_ID" in command:  # the stand-in's context is short
         where = "run." if words[0] == "compare" else ""
@@ -117,6 +121,8 @@ def test_a_command_of_ours_runs(command, place, capfd, monkeypatch):
         words = [word for word in words if word not in ("--resume", "--dry-run")]
         said = rlsafe_main([*words, "--dry-run"], capfd)
         assert ("rows in all: " if kind == "train" else "cells") in said
+    elif kind == "evaluate" and "--steps" in words:
+        rlsafe_main([*words, *TINY[3:]], capfd)
     elif kind == "evaluate":
         rlsafe_main([*(word for word in words if word != "--dry-run"), "--dry-run"], capfd)
     elif kind == "ask":
@@ -132,7 +138,7 @@ def test_a_command_of_ours_runs(command, place, capfd, monkeypatch):
 
         assert any(one.callback.__name__ == "doctor" for one in app.registered_commands)
     else:
-        assert kind in ("report", "verify", "judge", "config", "organism"), command
+        assert kind in ("report", "verify", "versus", "judge", "config", "organism"), command
         rlsafe_main(words, capfd)
 
 
@@ -164,6 +170,20 @@ def test_a_snippet_of_python_runs(snippet, place, monkeypatch):
     exec(compile(snippet.text, snippet.place, "exec"), {"__name__": "snippet"})
 
 
+@pytest.mark.parametrize("path", ["sft", "grpo"])
+def test_the_defense_on_the_gradient_takes_something_out_of_it(path, place, monkeypatch):
+    import rlsafe
+
+    monkeypatch.chdir(place)
+    tiny = [*TINY, "evaluate.general=null", "evaluate.indomain=null", "grpo.max_tokens=8", "seed=1"]
+    done = rlsafe.train(
+        f"configs/organism/{path}_medical.yaml",
+        ["plugins=[my_damped.py]", "defenses=[damped, interleaving]", *tiny],
+        out=f"runs/damped-{path}",
+    )
+    assert done.metrics["defense/damped/removed"].sum() > 0  # a group without spread has no gradient
+
+
 @pytest.mark.parametrize(
     "snippet", [s for page in PAGES for s in snippets(page) if s.language == "yaml"], ids=lambda s: s.place
 )
@@ -178,6 +198,8 @@ def test_a_snippet_of_yaml_is_a_config(snippet, place, monkeypatch):
         return
     for text in alternatives(snippet.text):
         tree = yaml.safe_load(text)
+        if snippet.text.startswith("# judge.yaml"):
+            tree = {"evaluate": {"judge": tree}}
         file.write_text(yaml.safe_dump({"include": RUN, **tree}))
         load_run(file)
 

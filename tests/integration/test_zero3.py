@@ -17,7 +17,7 @@ from tiny_runs import adapter, distance, tree_with
 from rlsafe.config import run_from_tree
 from rlsafe.engine.run.life import run
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'rlsafe[deepspeed]'")
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install -e '.[deepspeed]'")
 
 COMMON = {"schedule": {"steps": 3}, "optim": {"lr": 1e-3}, "batch": {"micro_rows": 4}, "track": {"check_after": 2}}
 WATCH = """

@@ -79,6 +79,7 @@ def commands(page: Path) -> Iterator[tuple[str, str]]:
         for line in joined.splitlines():
             command = re.sub(r"(^|\s{2,}|\s)#\s.*$", "", line).strip()
             if re.match(
-                r"(rlsafe\s|bash|accelerate|export|pip|git|\.venv/bin/|scripts/|tensorboard|inspect|VLLM_\w+=)", command
+                r"(rlsafe\s|bash|accelerate|export|vllm|git|\.venv/bin/|scripts/|tensorboard|inspect|VLLM_\w+=)",
+                command,
             ):
                 yield snippet.place, command

@@ -58,7 +58,7 @@ def check_ray(cluster: RayCluster) -> None:
     try:
         import ray  # noqa: F401
     except ImportError:
-        raise UserError("--backend ray: Ray is not installed; expected: pip install 'rlsafe[ray]'") from None
+        raise UserError("--backend ray: Ray is not installed; expected: pip install -e '.[ray]'") from None
     for option, share in (("--cell-cpus", cluster.cpus), ("--cell-gpus", cluster.gpus)):
         if share is not None and (share < 0 or (share > 1 and share != int(share))):
             raise UserError(f"{option} {share:g}: expected a fraction up to 1, or a whole number")

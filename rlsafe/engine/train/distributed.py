@@ -73,7 +73,7 @@ def _wants_deepspeed() -> bool:
 def _check_deepspeed() -> None:
     """UserError unless the launch asks for plain ZeRO-3: everything else in a DeepSpeed config is rlsafe's own to decide."""
     if importlib.util.find_spec("deepspeed") is None:
-        raise UserError("accelerate launch: DeepSpeed is not installed: pip install 'rlsafe[deepspeed]'")
+        raise UserError("accelerate launch: DeepSpeed is not installed: pip install -e '.[deepspeed]'")
     for setting, variable, expected, why in (
         ("deepspeed_config_file", "DEEPSPEED_CONFIG_FILE", "none", "rlsafe reads none"),
         ("zero_stage", "DEEPSPEED_ZERO_STAGE", "3", "ddp.yaml keeps the whole model on each process"),

@@ -1,4 +1,4 @@
-"""One GRPO step, from prompts to weights: read `grpo_step` from top to bottom.
+"""One GRPO step, from prompts to weights: read `grpo_step` from top to bottom. The numbers are README's.
 
 What is not visited in a plain run stands elsewhere: rollouts begun one step ahead (`ahead`), groups without spread that are replaced
 (`resample`), defenses that look at rewards (`screening`), forwards before the update (`rescoring`), ranks that must agree
@@ -44,7 +44,7 @@ def grpo_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
     micros: list[Micro] = []
     metrics: dict[str, Any] = {}
     for number, part in enumerate(step.parts):
-        if part.path == "sft":  # supervised rows in the same step, such as the safe rows of interleaving
+        if part.path == "sft":  # 7. Supervised rows in the same step, such as the safe rows of interleaving.
             micros += supervised(run, state, part, run.draw(step, part))
             continue
         place = f"{step.kind}/{number}"
@@ -59,17 +59,18 @@ def grpo_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
         ahead = state.ahead.get(number)
         # 1. Draw the prompts: the same on every rank, of which each keeps its share.
         rows = ahead.rows if ahead else run.draw(step, part)
-        # 2. Sample `grpo.generations` completions of each, by the current weights (synced here when they changed).
+        # 2. Let the defenses edit them, as the sampler shall see them.
         asked = ask(run, part, rows, step.index)
+        # 3. Sample `grpo.generations` completions of each, by the current weights (synced here when they changed).
         completions = ahead.sampled(run, asked.requests) if ahead else sample(run, part, asked.requests)
-        # 3. Reward them. A reasoning model's answer is rewarded without its think block.
+        # 4. Reward them. A reasoning model's answer is rewarded without its think block.
         sampled = reward(run, step, part, asked, completions)
         if run.config.grpo.resample:  # groups without spread give their places to further prompts
             sampled, exchanged = _exchanged(run, step, part, len(rows), sampled)
             numbers |= exchanged
-        # 4. Advantages: each reward against those of the same prompt's other completions.
+        # 5. Advantages: each reward against those of the same prompt's other completions.
         values, valid, stats = group_advantages(run, sampled.scored.total, asked.share)
-        # 5. Batch them in the train context; completions without a reward are left out.
+        # 6. Batch them in the train context; completions without a reward are left out.
         fresh = batched(run, state, part, sampled, values, valid)
         run.tracker.samples(records(run, step, part, sampled, values, valid))
         numbers |= step_metrics(run, sampled, stats)
@@ -85,8 +86,8 @@ def grpo_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
         micros += fresh
         # A step may reward several streams: the first has the plain names.
         metrics |= {f"{part.stream}/{name}" if "reward" in metrics else name: value for name, value in numbers.items()}
-    # 6. Forward  7. penalties  8. backward  9. clip  10. step: `update.update`, with the losses of `loss.StepLoss`.
-    # 11. The sampler is synced when it is next asked (`sync.SyncedSampler.synced`).
+    # 8. Count  9. forward  10. loss and penalties  11. backward, clip, step: `update.update`, with the losses of `loss.StepLoss`.
+    # The sampler is synced when it is next asked (`sync.SyncedSampler.synced`). 12. The loop writes what is returned.
     return metrics | update(run, state, step, micros)
 
 

@@ -1,4 +1,4 @@
-"""One supervised step, from rows to weights: read `sft_step` from top to bottom.
+"""One supervised step, from rows to weights: read `sft_step` from top to bottom. The numbers are README's, of a GRPO step.
 
 What is not visited in a plain run stands elsewhere: ranks that must agree (`distributed`, `micro`), steps that fail (`faults`).
 """
@@ -28,9 +28,9 @@ def sft_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
     for part in step.parts:
         # 1. Draw the rows: the same on every rank, of which each keeps its share.
         rows = run.draw(step, part)
-        # 2. Batch: prompts pass the defenses, conversations become micro-batches with a mask over the answer.
+        # 6. Batch: prompts pass the defenses, conversations become micro-batches with a mask over the answer.
         micros += supervised(run, state, part, rows)
-    # 3. Forward and penalties  4. backward  5. clip  6. step: `update.update`, with the losses of `loss.StepLoss`.
+    # 8. Count  9. forward  10. loss and penalties  11. backward, clip, step: `update.update`, with the losses of `loss.StepLoss`.
     # The sampler, if the run has one, is synced when it is next asked (`sync.SyncedSampler.synced`).
     return update(run, state, step, micros)
 

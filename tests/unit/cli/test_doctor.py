@@ -122,7 +122,7 @@ def test_a_feature_whose_package_is_not_here_names_it_and_stops_nothing(monkeypa
     monkeypatch.setattr(features, "find_spec", lambda module: None if module in absent else real(module))
     checks = {check.name: check for check in doctor.optional()}
     lacking = [check for check in checks.values() if check.status == "missing"]
-    for name, fix in (("vLLM rollouts", "rlsafe[vllm]"), ("grids on Ray (--backend ray)", "rlsafe[ray]"),
+    for name, fix in (("vLLM rollouts", "-e '.[vllm]'"), ("grids on Ray (--backend ray)", "-e '.[ray]'"),
                       ("bandit's findings in rewards", "pip install bandit"),
                       ("4/8-bit base (model.quantization)", "pip install bitsandbytes")):  # fmt: skip
         assert checks[name].status == "missing" and fix in checks[name].fix

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-gguf = pytest.importorskip("gguf", reason="the package gguf is not installed (the extra rlsafe[local])")
+gguf = pytest.importorskip("gguf", reason="the package gguf is not installed (the extra local)")
 
 from rlsafe.config import ModelConfig, UserError  # noqa: E402
 from rlsafe.config.gguf import gguf_file, is_gguf  # noqa: E402
@@ -228,4 +228,4 @@ def test_what_is_wrong_with_a_file_is_one_line(tmp_path, monkeypatch):
     import rlsafe.policy.gguf as module
 
     monkeypatch.setattr(module, "find_spec", lambda name: None)
-    assert "rlsafe[local]" in said()
+    assert "'.[local]'" in said()
