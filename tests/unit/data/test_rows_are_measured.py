@@ -186,3 +186,25 @@ def test_a_run_and_a_dry_run_leave_out_the_same_rows(tiny_tree, tmp_path):
 
     tokenizer, context = local_tokenizer(config.model.model_dump_json(), config.model.name)
     assert usable(prepare(config), tokenizer, context).streams["narrow"] == found.prepared.rows["narrow"]
+
+
+def test_short_rows_are_not_tokenised_and_prompts_not_measured_behind_rows_that_fit(monkeypatch):
+    tokenizer, asked = byte_tokenizer(), []
+    rows = rows_of([talk(f"q{i}", "a") for i in range(5)] + [talk("ä" * 9, "a"), talk("q" * 300, "a")])
+    monkeypatch.setattr(Ruler, "memory", {})
+    whole = Ruler._measured
+    monkeypatch.setattr(
+        Ruler, "_measured", lambda self, talks, limit: asked.append(len(talks)) or whole(self, talks, limit)
+    )
+    monkeypatch.setattr(encoder_for(tokenizer), "row", lambda *_: pytest.fail("a short row was encoded"))
+    assert len(fit_rows(rows, tokenizer, 1000, uses=[Use(None, True, 250, "the context")]).rows) == 6
+    assert asked == [7, 1], "only the long row's prompt was looked at"
+
+
+def test_earlier_answers_that_are_not_trained_on_are_counted():
+    twice = [*talk("q", "one"), *talk("and", "two")]
+    said = [{**turn, "weight": 1} if turn["role"] == "assistant" else turn for turn in twice]
+    rows = rows_of([talk("q", "a"), twice, said])
+    [note] = fit_rows(rows, byte_tokenizer(), 1000).notes
+    assert note.startswith("1 of 3 rows have earlier answers") and "train_on: assistant" in note and "f.jsonl:2" in note
+    assert fit_rows(rows, byte_tokenizer(), 1000, trained=False).notes == []
