@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from rlsafe.config import GrpoConfig
@@ -12,9 +14,11 @@ from rlsafe.engine.train.sampled import dealt, share_of
     "prompts, generations, ranks", [(4, 8, 8), (1, 4, 2), (3, 6, 8), (4, 8, 1), (8, 8, 8), (5, 4, 3)]
 )
 def test_every_completion_is_sampled_once_and_every_rank_has_some(prompts, generations, ranks):
-    share = share_of(GrpoConfig(generations=generations), prompts, ranks)
+    settings = GrpoConfig(generations=generations)
+    share = share_of(settings, prompts, ranks)
     rows = [{"row": number} for number in range(prompts)]
-    found = [dealt(rows, generations // share, rank, ranks) for rank in range(ranks)]
+    each = [SimpleNamespace(process_index=rank, num_processes=ranks) for rank in range(ranks)]
+    found = [mine for mine, _ in (dealt(settings, rows, one) for one in each)]
     assert all(found), "a rank without rollouts"
     sampled = [divmod(number * share + i, generations) for mine in found for number, _ in mine for i in range(share)]
     assert sorted(sampled) == [(prompt, one) for prompt in range(prompts) for one in range(generations)]

@@ -17,6 +17,8 @@ WORDS = {
     "projected": "adapted matrices projected, count",
     "cosine_mean": "cosine of update and projection, mean of the matrices",
     "cosine_min": "cosine of update and projection, smallest",
+    "seen_learned": "share of misaligned answers to the validation prompts, at its last check",
+    "stopped_at": "step whose weights the run ended with",
     "kept": "sampled answers kept as safe rows, in a step",
 }
 

@@ -278,6 +278,7 @@ def _set_up_defenses(run: Components) -> None:
     for defense in run.stack:
         with about(f"defense {defense.name!r}"):
             defense.setup(context)
+    run.references |= run.stack.references()
     paths = {step.path for step in run.plan}
     run.stack.check_references(len(run.plan), paths, from_adapter=run.config.model.adapter is not None)
     if run.config.grpo.beta and (reference := run.config.grpo.reference) not in NAMED and reference[:5] != "path:":

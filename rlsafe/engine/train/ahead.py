@@ -17,6 +17,7 @@ from rlsafe.config import RunConfig, UserError
 from rlsafe.data import Stream
 from rlsafe.engine.plan.schedule import Step
 from rlsafe.engine.train.grpo_step import ask
+from rlsafe.engine.train.sampled import dealt
 from rlsafe.engine.train.state import Components, RunState
 from rlsafe.types import Completion, Request, Row, Sampler, SamplingParams
 
@@ -84,7 +85,7 @@ def look_ahead(run: Components, state: RunState, now: Step) -> dict[int, Ahead]:
         stream = run.streams[part.stream]
         before, rows = stream.state_dict(), stream.take(part.rows)
         with run.stack.uncounted():  # counted as an effect of the step that learns from them
-            asked = ask(run, part, rows, following.index)
+            asked = ask(run, part, *dealt(run.config.grpo, rows, run.accelerator), following.index)
         begun[number] = Ahead(before, rows, reference, _in_background(sampler, asked.requests, run.sampling))
     run.stack.begin(now.index, now.phase)
     return begun

@@ -23,7 +23,7 @@ from rlsafe.engine.train.loss import Micro
 from rlsafe.engine.train.resample import resample
 from rlsafe.engine.train.rescoring import score_again
 from rlsafe.engine.train.rollout_records import records, step_metrics
-from rlsafe.engine.train.sampled import Asked, Sampled, dealt, share_of
+from rlsafe.engine.train.sampled import Asked, Sampled, dealt
 from rlsafe.engine.train.screening import screen
 from rlsafe.engine.train.sft_step import supervised
 from rlsafe.engine.train.state import Components, RunState
@@ -59,8 +59,11 @@ def grpo_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
         ahead = state.ahead.get(number)
         # 1. Draw the prompts: the same on every rank, of which each keeps its share.
         rows = ahead.rows if ahead else run.draw(step, part)
+        mine, share = list(enumerate(rows)), run.config.grpo.generations
+        if run.several:
+            mine, share = dealt(run.config.grpo, rows, run.accelerator)
         # 2. Let the defenses edit them, as the sampler shall see them.
-        asked = ask(run, part, rows, step.index)
+        asked = ask(run, part, mine, share, step.index)
         # 3. Sample `grpo.generations` completions of each, by the current weights (synced here when they changed).
         completions = ahead.sampled(run, asked.requests) if ahead else sample(run, part, asked.requests)
         # 4. Reward them. A reasoning model's answer is rewarded without its think block.
@@ -91,14 +94,7 @@ def grpo_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
     return metrics | update(run, state, step, micros)
 
 
-def ask(run: Components, part: PlannedPart, rows: Sequence[Row], step: int) -> Asked:
-    """Requests for this rank's share of the step's rows: whole groups, or parts of them where there are fewer rows than ranks."""
-    ranks, group = run.accelerator.num_processes, run.config.grpo.generations
-    share = share_of(run.config.grpo, len(rows), ranks)
-    return ask_for(run, part, dealt(rows, group // share, run.accelerator.process_index, ranks), step, share)
-
-
-def ask_for(run: Components, part: PlannedPart, mine: list[tuple[int, Row]], step: int, share: int) -> Asked:
+def ask(run: Components, part: PlannedPart, mine: list[tuple[int, Row]], share: int, step: int) -> Asked:
     """Requests for `share` completions of each row, by its number in the step. Each completion has a seed of its own, whichever rank
     samples it."""
     rollout_at, group = Where(part.stream, "grpo", "rollout"), run.config.grpo.generations
@@ -166,7 +162,7 @@ def _exchanged(
     """(what the step learns from, metrics) after groups without spread were replaced. Their completions still go to samples.jsonl."""
 
     def again(mine: list[tuple[int, Row]]) -> Sampled:
-        asked = ask_for(run, part, mine, step.index, run.config.grpo.generations)
+        asked = ask(run, part, mine, run.config.grpo.generations, step.index)
         return reward(run, step, part, asked, sample(run, part, asked.requests))
 
     swapped = resample(run, run.streams[part.stream], prompts, first, again)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rlsafe.config import GrpoConfig
 from rlsafe.data import Thought
 from rlsafe.rewards import RewardBatch
 from rlsafe.types import Completion, Message, Request, Row
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,9 @@ def share_of(settings: GrpoConfig, prompts: int, ranks: int) -> int:
     return next((share for share in shares if prompts * (group // share) >= ranks), 1)
 
 
-def dealt(rows: Sequence[Row], parts: int, rank: int, ranks: int) -> list[tuple[int, Row]]:
-    """This rank's rows, each with its number, when every row's completions are divided into `parts`: row after row, in turn."""
-    return list(enumerate(row for row in rows for _ in range(parts)))[rank::ranks]
+def dealt(settings: GrpoConfig, rows: Sequence[Row], accelerator: Accelerator) -> tuple[list[tuple[int, Row]], int]:
+    """(this rank's rows, each with its number, row after row in turn; how many completions of each it samples: `share_of`)."""
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    share = share_of(settings, len(rows), ranks)
+    parts = settings.generations // share
+    return list(enumerate(row for row in rows for _ in range(parts)))[rank::ranks], share

@@ -79,7 +79,7 @@ class Components:
         grpo = self.config.grpo
         self.sampling = SamplingParams(grpo.temperature, grpo.top_p, grpo.max_tokens)
         self.defended, self.several = len(self.stack) > 0, self.accelerator.num_processes > 1
-        self.references = self.stack.references() | ({grpo.reference} if grpo.beta else set())
+        self.references = {grpo.reference} if grpo.beta else set()  # those of the defenses come with their set-up
         self.measured = measured_steps(self.plan, self.config.track.every)
 
     def draw(self, step: Step, part: PlannedPart) -> list[Row]:

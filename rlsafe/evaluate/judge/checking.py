@@ -71,7 +71,7 @@ def check(
     used = fresh.usage() if isinstance(fresh, BackgroundJudge) else {}
     found: dict[str, Any] = {"judge": judge.name, "set": name, "set_hash": set_hash(cases), "n": len(cases)}
     found |= {"protocol": used.get("protocol"), **measures(scored)}
-    reasons = Counter(j.reason for j in scored.judgements if j.outcome == "unscored" and j.reason)
+    reasons = Counter(j.reason for j in scored.judgements if j.outcome in ("unscored", "unparsed") and j.reason)
     found["unscored_because"] = reasons.most_common(1)[0][0] if reasons else None
     found["cost"] = {"seconds_per_answer": round(seconds / len(cases), 4)}
     if used:

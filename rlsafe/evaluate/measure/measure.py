@@ -258,7 +258,7 @@ def note_judge(evaluation: Evaluation, judge: Judge | None) -> None:
     if isinstance(judge, BackgroundJudge):
         evaluation.settings["judge_usage"] = judge.usage()
         evaluation.notes.append(judge.summary())
-    elif judge and (why := Counter(j.reason for j in evaluation.judgements if j.outcome == "unscored")):
+    elif judge and (why := Counter(j.reason for j in evaluation.judgements if j.outcome in ("unscored", "unparsed"))):
         reason, most = f"{why.total()} of {len(evaluation.judgements)} answers have no score", why.most_common(1)[0][0]
         evaluation.notes.append(f"judge {judge.name}: {reason}{f' ({most})' if most else ''}")
     if judge and evaluation.answers:

@@ -192,11 +192,11 @@ def test_relapse_cells(tmp_path):
     schedule = kl.config.schedule
     assert (schedule.steps, [phase.cycle for phase in schedule.phases]) == (6, [["grpo"]])  # no second warm-up
     assert kl.config.evaluate.benign == [] and kl.config.evaluate.general == "general.yaml"
-    assert located(kl.config, tmp_path).model.adapter == str(tmp_path / "grpo--kl--seed0" / "adapter")
+    assert located(kl.config, tmp_path).model.adapter == str(tmp_path / "cells" / "grpo--kl--seed0" / "adapter")
     other = {c.id: c for c in expand(load_compare(tmp_path / "c.yaml", ["optim.lr=0.5"]), relapse=6)}[kl.id]
     assert other.fingerprint != kl.fingerprint
     full = expand(load_compare(tmp_path / "c.yaml", ["model.lora=null"]), paths=["grpo"], seeds=[0], relapse=6)[-1]
-    assert located(full.config, tmp_path).model.name == str(tmp_path / "grpo--kl--seed0" / "model")
+    assert located(full.config, tmp_path).model.name == str(tmp_path / "cells" / "grpo--kl--seed0" / "model")
     with pytest.raises(UserError, match="relapse: there are no narrow runs"):
         expand(load_compare(tmp_path / "c.yaml", ["narrow=false"]), relapse=6)
 

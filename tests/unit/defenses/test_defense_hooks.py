@@ -273,6 +273,7 @@ def test_a_subclass_has_the_settings_of_its_base_class_too(tmp_path):
     (made,), (resolved,) = build([{f"{file}:Mine": {"extra": 2, "fraction": 0.5}}])
     assert (made.extra, made.fraction, made.weight, made.every) == (2, 0.5, 1.0, 3)
     settings = {"extra": 2, "every": 3, "fraction": 0.5, "weight": 1.0, "own_step": False, "source": None}
+    settings |= {"dose": "published", "target_share": None}
     assert next(iter(resolved.values())) == settings
     for given, message in [
         ({"fraction": 2}, "fraction: .*less than or equal to 1"),

@@ -284,7 +284,7 @@ def test_a_comparison_makes_the_scores_once_and_hands_them_to_its_cells(tree, tm
         cell = out / "cells" / f"sft--{name}--seed0"
         assert yaml.safe_load((cell / "config.yaml").read_text())["defenses"][0][name]["scores"] == str(file)
         report = json.loads((cell / "run.json").read_text())["defenses"][name]
-        assert report["chosen"] == 2 and (report["refusals_dropped"] > 0) == (name == "interleaving++")
+        assert report["chosen"] == 6 and (report["refusals_dropped"] > 0) == (name == "interleaving++")
         best = sorted(read_scores(file), key=lambda score: -score.s)[:2]
         assert name != "interleaving+" or report["s_d"] == [score.s for score in best]
     with (out / "results.csv").open() as opened:
