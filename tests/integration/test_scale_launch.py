@@ -76,7 +76,7 @@ def test_deepspeed_that_is_not_there_is_named_with_the_way_to_get_it(monkeypatch
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for name, setting in DEEPSPEED.items():
         monkeypatch.setenv(name, setting)
-    with pytest.raises(UserError, match=r"DeepSpeed is not installed: pip install 'rlsafe\[deepspeed\]'"):
+    with pytest.raises(UserError, match=r"DeepSpeed is not installed: pip install -e '.\[deepspeed\]'"):
         start(cpu=True)
 
 
