@@ -118,19 +118,19 @@ def _count(config: ModelConfig, found: Any, source: str) -> ModelShape:
     """Build the model without memory for its weights, and count."""
     from transformers import AutoModelForCausalLM
 
+    saved = _saved_adapter(config.adapter) if config.adapter is not None else (0, 0)
+    lora = config.lora if saved == (0, 0) else None  # also of an adapter that a comparison's warm-up is still to write
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(found, trust_remote_code=config.trust_remote_code)
         parameters = sum(p.numel() for p in model.parameters())
-        linear = adapter = rank = 0
-        if config.adapter is None and config.lora is not None:
-            wrapped = attach_lora(model, config.lora, 0)
-            adapter, rank = sum(p.numel() for p in wrapped.parameters() if p.requires_grad), config.lora.r
+        linear, (adapter, rank) = 0, saved
+        if lora is not None:
+            wrapped = attach_lora(model, lora, 0)
+            adapter, rank = sum(p.numel() for p in wrapped.parameters() if p.requires_grad), lora.r
     for module in model.modules():
         linear += module.weight.numel() if isinstance(module, torch.nn.Linear) else 0
     head = model.get_output_embeddings()
     text = found.get_text_config()
-    if config.adapter is not None:
-        adapter, rank = _saved_adapter(config.adapter)
     heads = text.num_attention_heads
     return ModelShape(
         layers=text.num_hidden_layers,
@@ -143,7 +143,7 @@ def _count(config: ModelConfig, found: Any, source: str) -> ModelShape:
         positions=getattr(text, "max_position_embeddings", None) or 4096,
         qk_norm=any(name.endswith("q_norm") for name, _ in model.named_modules()),
         parameters=parameters,
-        linear=linear - adapter * (config.adapter is None) - head.weight.numel(),
+        linear=linear - adapter * (lora is not None) - head.weight.numel(),
         adapter=adapter,
         rank=rank,
         dtype=str(getattr(text, "dtype", None) or "float32").removeprefix("torch."),

@@ -23,3 +23,14 @@ def test_what_merging_takes(tiny_tree, model, sampler, merges):
     need = memory(config, model_shape(config.model, name), cuda=True)
     assert (need.merging > 0) is merges and need.merging < 8 << 30
     assert need.training >= need.merging
+
+
+def test_an_adapter_that_is_still_to_be_written_counts_as_one_of_its_settings(tiny_tree):
+    """Arms of a comparison start from its warm-up, which a dry run has not trained."""
+    shapes = [
+        model_shape(
+            run_from_tree(tiny_tree | {"model": {**tiny_tree["model"], **start}}).model, tiny_tree["model"]["name"]
+        )
+        for start in ({}, {"adapter": "warmup:0123"})
+    ]
+    assert shapes[0] == shapes[1] and 0 < shapes[1].adapter < shapes[1].parameters
