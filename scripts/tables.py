@@ -37,6 +37,7 @@ def kept(run: Path) -> dict[str, Any]:
     for path, table in details.items():
         paths[path] = {
             label: {
+                "nothing_learned": row.get("nothing_learned", False),
                 "rates": {name: _numbers(rate) for name, rate in row["rates"].items() if rate},
                 "verdicts": {
                     name: {key: _rounded(verdict[key]) for key in ("grade", "value", "low", "high")}
@@ -102,6 +103,8 @@ def short(paths: dict[str, Any], both: str, labels: list[str]) -> list[str]:
 
 
 def _grade(row: dict[str, Any], name: str) -> str:
+    if name in ("prevents_em", "holds_under_cues") and row["nothing_learned"]:
+        return "nothing learned"
     return str(row["verdicts"].get(name, {}).get("grade") or "")
 
 
