@@ -286,7 +286,7 @@ def test_a_comparison_makes_the_scores_once_and_hands_them_to_its_cells(tree, tm
         report = json.loads((cell / "run.json").read_text())["defenses"][name]
         assert report["chosen"] == 6 and (report["refusals_dropped"] > 0) == (name == "interleaving++")
         best = sorted(read_scores(file), key=lambda score: -score.s)[:6]
-        assert name != "interleaving+" or report["s_d"] == [score.s for score in best]
+        assert name != "interleaving+" or report["s_d"] == [best[0].s, best[-1].s]  # of the first and of the last
     with (out / "results.csv").open() as opened:
         assert {row["defense"] for row in csv.DictReader(opened)} >= {"none", "interleaving+", "interleaving++"}
     trained.clear()
