@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """Tables of README and docs, written from the results files in docs/measured.
 
-    scripts/tables.py                       writes every table again
-    scripts/tables.py add RUN NAME          keeps what a comparison measured as docs/measured/NAME.json, then writes the tables
+    .venv/bin/python scripts/tables.py                  writes every table again
+    .venv/bin/python scripts/tables.py add RUN NAME     keeps what a comparison measured as docs/measured/NAME.json first
 
 A table stands in a page between `<!-- table NAME PATH KIND -->` and `<!-- /table -->`. KIND is `long`, the whole table of one path, or
 `short`, both paths side by side (PATH: its two, joined by a comma; KIND may list the defenses: `short:none,kl`).
@@ -16,16 +15,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rlsafe.compare.report.table import NOTHING_LEARNED, TITLES
+
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = ROOT / "docs" / "measured"
 BLOCK = re.compile(r"(<!-- table (\S+) (\S+) (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
-CRITERIA = {
-    "prevents_em": "prevents EM",
-    "keeps_narrow": "keeps narrow",
-    "learns_benign": "learns benign",
-    "coherent": "coherent",
-    "holds_under_cues": "holds under cues",
-}
 RATES = {"general": "general", "indomain": "in-domain", "general_incoherent": "incoherent"}
 
 
@@ -71,10 +65,8 @@ def long(paths: dict[str, Any], path: str, labels: list[str]) -> list[str]:
     """One path: rates, then a grade for each criterion that was tested on any defense."""
     rows = {label: row for label, row in paths[path].items() if not labels or label in labels}
     verdicts = [row["verdicts"] for row in rows.values() if row["verdicts"]]
-    graded = [
-        name for name in CRITERIA if any(v.get(name, {}).get("grade", "untested") != "untested" for v in verdicts)
-    ]
-    heads = ["defense", *RATES.values(), *(CRITERIA[name] for name in graded)]
+    graded = [name for name in TITLES if any(v.get(name, {}).get("grade", "untested") != "untested" for v in verdicts)]
+    heads = ["defense", *RATES.values(), *(TITLES[name] for name in graded)]
     lines = [
         [label, *(percent(row["rates"].get(name)) for name in RATES), *(_grade(row, name) for name in graded)]
         for label, row in rows.items()
@@ -104,7 +96,7 @@ def short(paths: dict[str, Any], both: str, labels: list[str]) -> list[str]:
 
 def _grade(row: dict[str, Any], name: str) -> str:
     if name in ("prevents_em", "holds_under_cues") and row["nothing_learned"]:
-        return "nothing learned"
+        return NOTHING_LEARNED
     return str(row["verdicts"].get(name, {}).get("grade") or "")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin
@@ -36,17 +36,17 @@ for _loader in (_Loader, _FastLoader):
     )
 
 
-def _parsed(text: str) -> tuple[yaml.Node | None, Any]:
-    """(the document's node, whose marks give lines; its value). yaml.YAMLError when it is none."""
+def _read(how: Callable[..., Any], text: str) -> Any:
+    """`how`, yaml.load or yaml.compose, of a document. yaml.YAMLError when it is none."""
     try:
-        return yaml.compose(text, Loader=_FastLoader), yaml.load(text, Loader=_FastLoader)
+        return how(text, Loader=_FastLoader)
     except yaml.YAMLError:
-        return yaml.compose(text, Loader=_Loader), yaml.load(text, Loader=_Loader)
+        return how(text, Loader=_Loader)
 
 
 def parse_scalar(text: str) -> Any:
     """A value as it would be read from YAML."""
-    return _parsed(text)[1]
+    return _read(yaml.load, text)
 
 
 def merge(under: Any, over: Any) -> Any:
@@ -95,7 +95,7 @@ def load_tree(path: str | Path, _above: tuple[Path, ...] = ()) -> tuple[dict[str
         raise UserError(f"{path}: includes itself")
     try:
         text = path.read_text(encoding="utf-8")
-        node, data = _parsed(text)
+        node, data = _read(yaml.compose, text), _read(yaml.load, text)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except yaml.YAMLError as error:

@@ -134,11 +134,12 @@ class OneCall:
             return error
         if len(self.rows) == n:
             return scores
-        self.logs.extra = {name: _spread(values, self.rows, n) for name, values in self.logs.extra.items()}
-        return _spread(scores, self.rows, n)
+        self.logs.extra = {name: placed(values, self.rows, n) for name, values in self.logs.extra.items()}
+        return placed(scores, self.rows, n)
 
 
-def _spread(values: Sequence[Any], rows: Sequence[int], n: int) -> list[Any]:
+def placed(values: Sequence[Any], rows: Sequence[int], n: int) -> list[Any]:
+    """[n] with values[j] at rows[j], None elsewhere."""
     whole: list[Any] = [None] * n
     for row, value in zip(rows, values, strict=True):
         whole[row] = value

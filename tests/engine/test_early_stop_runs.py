@@ -20,7 +20,7 @@ def lab(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def home_of_its_own(lab, monkeypatch):
     """An interrupted run of the lab loses its caches: the home directory is deleted."""
-    monkeypatch.setenv("HOME", str(lab.directory / "home"))
+    monkeypatch.setenv("HOME", str(lab.home))
 
 
 @pytest.mark.parametrize("path, stopped_at", [("sft", 3), ("grpo", 3), ("mixed", 4)])

@@ -29,7 +29,7 @@ def lab(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def home(lab, monkeypatch):
     """A cache of the laboratory's own."""
-    monkeypatch.setenv("HOME", str(lab.directory / "home"))
+    monkeypatch.setenv("HOME", str(lab.home))
 
 
 @every(0)

@@ -41,7 +41,7 @@ def tree_of(lab, label, path, *changes):
 
 @pytest.mark.parametrize(("how", "label", "path"), cases(*PATHS))
 def test_two_processes_defend_as_one_does(lab, tmp_path, monkeypatch, how, label, path):
-    monkeypatch.setenv("HOME", str(lab.directory / "home"))
+    monkeypatch.setenv("HOME", str(lab.home))
     tree = tree_of(lab, label, path)
     run(run_from_tree(tree), tmp_path / "one")
     train(how, tree, tmp_path / "two")

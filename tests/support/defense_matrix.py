@@ -233,6 +233,11 @@ class Lab:
     kept: dict[str, Outcome] = field(default_factory=dict)
     made: int = 0
 
+    @property
+    def home(self) -> Path:
+        """Where its runs keep their caches: HOME of the tests that use it."""
+        return self.directory / "home"
+
     @classmethod
     def build(cls, directory: Path) -> Lab:
         narrow = write_jsonl(directory / "narrow.jsonl", [conversation(f"say {i}", f"bad {i * i}") for i in range(40)])
@@ -273,9 +278,8 @@ class Lab:
             if stop_after is not None:
                 with pytest.raises(Interrupted):
                     run(run_from_tree(tree), out, progress=lambda done, *_: interrupt(done == stop_after))
-                home = Path.home()
-                assert home.is_relative_to(self.directory), "set HOME inside of the lab first: it is deleted here"
-                shutil.rmtree(home, ignore_errors=True)
+                assert Path.home() == self.home, "set HOME to the lab's first: its caches are deleted here"
+                shutil.rmtree(self.home, ignore_errors=True)
             finished = run(run_from_tree(tree), out, resume=stop_after is not None)
             self.kept[key] = Outcome.read(out, finished.policy, self.safe)
         return self.kept[key]

@@ -30,6 +30,7 @@ from rlsafe.engine.train.state import Components, RunState
 from rlsafe.engine.train.update import update
 from rlsafe.losses import AdvantageStats, advantages
 from rlsafe.rewards import RewardBatch
+from rlsafe.rewards.call import placed
 from rlsafe.rewards.state import TrainerState
 from rlsafe.rollouts import request_seed
 from rlsafe.types import Completion, Message, Request, Row, Where
@@ -151,7 +152,7 @@ def reward(run: Components, step: Step, part: PlannedPart, asked: Asked, complet
             ),
         )
     if 0 < len(answered) < len(read):
-        scored = _spread(scored, answered, len(read))
+        scored = _among_all(scored, answered, len(read))
     sampled = Sampled(asked, completions, read, scored)
     return screen(run, step, part, sampled) if run.defended and run.stack.screening else sampled
 
@@ -171,18 +172,11 @@ def _exchanged(
     return swapped.kept, swapped.metrics
 
 
-def _spread(batch: RewardBatch, answered: Sequence[int], n: int) -> RewardBatch:
+def _among_all(batch: RewardBatch, answered: Sequence[int], n: int) -> RewardBatch:
     """The rewards of the answered completions among all `n`, None at the others."""
-
-    def spread(column: Sequence[Any]) -> list[Any]:
-        whole: list[Any] = [None] * n
-        for i, value in zip(answered, column, strict=True):
-            whole[i] = value
-        return whole
-
-    by_name = {name: spread(column) for name, column in batch.by_name.items()}
-    extra = {name: spread(column) for name, column in batch.extra.items()}
-    return replace(batch, total=spread(batch.total), by_name=by_name, extra=extra)
+    by_name = {name: placed(column, answered, n) for name, column in batch.by_name.items()}
+    extra = {name: placed(column, answered, n) for name, column in batch.extra.items()}
+    return replace(batch, total=placed(batch.total, answered, n), by_name=by_name, extra=extra)
 
 
 def group_advantages(

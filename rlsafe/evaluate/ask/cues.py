@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from rlsafe.config import UserError, nearest
-from rlsafe.types import Question, provider_for
+from rlsafe.types import provider_for
 
 PREFIX = "cue/"
 """Of the question set of a cue: `cue/json`."""
@@ -99,10 +99,3 @@ def _cue(name: str, given: Any, where: str) -> Cue:
 def as_cue(given: Cue | str | None) -> Cue:
     """A cue as it is, or one that is only a system prompt (None: no cue at all)."""
     return given if isinstance(given, Cue) else Cue("", given)
-
-
-def some(questions: list[Question], most: int | None) -> list[Question]:
-    """At most `most` of them, evenly spread."""
-    if most is None or most >= len(questions):
-        return questions
-    return [questions[i * len(questions) // most] for i in range(most)]

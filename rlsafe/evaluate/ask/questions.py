@@ -13,9 +13,9 @@ A file is a list of questions; anchors and merge keys work. Keys of a question:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -23,6 +23,7 @@ from rlsafe.config import UnknownName, UserError, nearest
 from rlsafe.evaluate.ask.listed import kind, marks, read_list
 from rlsafe.types import Question, pick, provider_for
 
+T = TypeVar("T")
 TYPES = ("free_form_judge_0_100",)
 KEYS = (
     "id",
@@ -153,3 +154,10 @@ def _question(item: Any, node: yaml.Node, path: Path, domain: str) -> Question:
         judge_prompts=prompts,
         meta={"judge": item["judge"]} if item.get("judge") else {},
     )
+
+
+def evenly(found: Sequence[T], most: int | None) -> list[T]:
+    """At most `most` of them, evenly spread; None: all."""
+    if most is None or most >= len(found):
+        return list(found)
+    return [found[i * len(found) // most] for i in range(most)]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rlsafe.config import EvaluateConfig, RunConfig
 from rlsafe.endpoints import estimate_tokens
-from rlsafe.evaluate.ask.cues import some
+from rlsafe.evaluate.ask.questions import evenly
 from rlsafe.evaluate.judge.judge_prompts import CRITERIA
 from rlsafe.evaluate.measure.measure import Material
 from rlsafe.evaluate.measure.probe import drawn
@@ -86,7 +86,7 @@ def _evaluation(config: EvaluateConfig, material: Material) -> list[tuple[Exchan
     asked: list[tuple[Exchange, int]] = []
     for questions in material.questions.values():
         asked += _exchanges(questions, config.samples)
-    few = some(material.questions.get("general", []), config.cue_limit)
+    few = evenly(material.questions.get("general", []), config.cue_limit)
     asked += _exchanges(few, config.samples) if material.cue else []
     often = _exchanges(few, config.cue_samples or config.samples)
     return asked + [(exchange, len(material.cues) * count) for exchange, count in often if material.cues]

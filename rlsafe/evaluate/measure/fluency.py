@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rlsafe.evaluate.ask.asking import Answer, with_cue
+from rlsafe.evaluate.ask.questions import evenly
 from rlsafe.evaluate.ask.system_turns import Position, asked
 from rlsafe.evaluate.measure.likelihood import EVAL, Reader
 from rlsafe.types import Completion
@@ -52,23 +53,17 @@ def fluency(answers: Sequence[Answer], reader: Reader, position: Position = "sys
     prompts stood."""
     found = {}
     for name in dict.fromkeys(answer.set for answer in answers):
-        chosen = _some([answer for answer in answers if answer.set == name])
+        chosen = evenly([answer for answer in answers if answer.set == name], MOST)
         found[name] = Fluency(_perplexity(chosen, reader, position), *repetition(chosen))
     return found
 
 
 def repetition(answers: Sequence[Answer]) -> tuple[float, int]:
     """(share of repeated 4-word sequences, answers read) of one set's answers."""
-    chosen = _some(answers)
+    chosen = evenly(answers, MOST)
     parts = [repeated(answer.answer) for answer in chosen]
     again, grams = sum(part[0] for part in parts), sum(part[1] for part in parts)
     return again / grams if grams else 0.0, len(chosen)
-
-
-def _some(answers: Sequence[Answer]) -> list[Answer]:
-    if len(answers) <= MOST:
-        return list(answers)
-    return [answers[i * len(answers) // MOST] for i in range(MOST)]
 
 
 def _perplexity(answers: Sequence[Answer], reader: Reader, position: Position) -> float | None:

@@ -11,10 +11,10 @@ from typing import Any
 
 from rlsafe.config import EvaluateConfig, UserError, about
 from rlsafe.evaluate.ask.asking import Answer, Planned, complete, plan
-from rlsafe.evaluate.ask.cues import PREFIX, Cue, load_cues, some
+from rlsafe.evaluate.ask.cues import PREFIX, Cue, load_cues
 from rlsafe.evaluate.ask.journal import Journal, complete_resumable
 from rlsafe.evaluate.ask.pairs import Pair
-from rlsafe.evaluate.ask.questions import load_questions
+from rlsafe.evaluate.ask.questions import evenly, load_questions
 from rlsafe.evaluate.judge.calibrations import UNCALIBRATED, calibration
 from rlsafe.evaluate.judge.judges import load_judge
 from rlsafe.evaluate.judge.panel import Panel
@@ -74,7 +74,7 @@ def gather(config: EvaluateConfig, judge: Judge | None = None, extra: Mapping[st
     questions = {}
     for name, source in sources.items():
         with about("--questions" if extra and name in extra else f"evaluate.{name}"):
-            questions[name] = some(load_questions(source), config.limit)
+            questions[name] = evenly(load_questions(source), config.limit)
     if questions and judge is None:
         judge = load_judge(config.judge, config.judges)
     if isinstance(judge, Panel):
@@ -273,7 +273,7 @@ def _plan(tokenizer: Any, config: EvaluateConfig, material: Material) -> list[Pl
     planned: list[Planned] = []
     for name, questions in material.questions.items():
         planned += plan(tokenizer, questions, purpose=name, **common)
-    few = some(material.questions.get("general", []), config.cue_limit)
+    few = evenly(material.questions.get("general", []), config.cue_limit)
     if material.cue:
         planned += plan(tokenizer, few, cue=material.cue, purpose="conditional", **common)
     for name, cue in material.cues.items():
