@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Tables of README and docs, written from the results files in docs/measured.
 
     .venv/bin/python scripts/tables.py                  writes every table again
