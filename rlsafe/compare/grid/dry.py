@@ -58,17 +58,14 @@ def dry_compare(
     training, sampling = total.seconds
     engines = sum(bool(found[cell.alike].work.answers) for cell in cells)  # each worker starts one and keeps it
     total.seconds = (training, max(0.0, sampling - START * max(0, engines - jobs)))
-    helpers = {selection.key: len(selection.helpers) for cell in cells for selection in cell.selections}
+    helpers = {selection.place: len(selection.helpers) for cell in cells for selection in cell.selections}
     notes = dict.fromkeys(note for one in found.values() for note in one.notes)
     memory = dict.fromkeys(line for one in found.values() for line in one.memory) if verbose else _largest(cells, found)
     return [
         *([dump_yaml(config)] if verbose else []),
         f"{len(cells)} cells: {_kinds(cells)}",
         *total.lines(jobs),
-        *(
-            f"before them: {n} helper models trained for the scores of safe rows (not counted here)"
-            for n in helpers.values()
-        ),
+        *(f"before them: {n} helper models trained (not counted here)" for n in helpers.values()),
         *(
             f"before them: a shared warm-up of {steps} steps, which {n} cells start from (not counted here)"
             for steps, n in Counter(cell.warmup.run.schedule.steps for cell in cells if cell.warmup).items()

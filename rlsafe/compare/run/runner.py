@@ -20,7 +20,7 @@ from rlsafe.compare.run.backends_ray import RayCluster, check_ray, run_on_ray
 from rlsafe.compare.run.one_cell import SELECTIONS, reason, run_cell
 from rlsafe.compare.run.progress import Progress
 from rlsafe.compare.run.scoring import check as check_selection
-from rlsafe.compare.run.scoring import make_scores, train_once
+from rlsafe.compare.run.scoring import make_scores, train_helpers, train_once
 from rlsafe.compare.run.workers import run_in_workers, train_cell
 from rlsafe.compare.verdicts.results import Results, write_tables
 from rlsafe.compare.verdicts.tasks import judge_and_write
@@ -185,17 +185,19 @@ def _unfinished(cells: Sequence[Cell], directory: Directory, progress: Progress)
 def _scored(
     selections: Iterable[Selection], todo: Sequence[Cell], directory: Directory, progress: Progress
 ) -> list[Cell]:
-    """Make the scores of safe rows; gives the cells that can run. If scores cannot be made, only the cells that need them fail."""
+    """Train the helpers and make the scores of safe rows; gives the cells that can run: those whose helpers or scores did not fail."""
     place, broken = directory.out / SELECTIONS, {}
     for selection in selections:
         try:
-            make_scores(
-                selection, place / selection.key, work=place / f"helpers-{selection.helpers_key}", say=progress.doing
-            )
+            if selection.scored:
+                make_scores(selection, place / selection.key, work=place / selection.place, say=progress.doing)
+            else:
+                train_helpers(selection, place / selection.place, say=progress.doing)
         except (KeyboardInterrupt, Interrupted):
             raise
         except Exception as error:
-            broken[selection.key] = f"its safe rows could not be scored: {reason(error)}"
+            what = "its safe rows could not be scored" if selection.scored else "its helpers could not be trained"
+            broken[selection.key] = f"{what}: {reason(error)}"
     fit = []
     for cell in todo:
         reasons = [broken[selection.key] for selection in cell.selections if selection.key in broken]
