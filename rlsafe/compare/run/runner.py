@@ -48,6 +48,7 @@ class Comparison:
     failed: dict[str, str] = field(default_factory=dict)
     judges: list[JudgeNote] = field(default_factory=list)
     unscored: dict[str, str] = field(default_factory=dict)
+    beside: dict[str, Any] = field(default_factory=dict, repr=False)  # report.table.beside_judges of each table
 
     def __post_init__(self) -> None:
         self.failed = {**self.failed, **self.unscored}
@@ -56,7 +57,8 @@ class Comparison:
         """The verdicts as a rich renderable: defenses as rows, for each path the four criteria and the rates."""
         from rlsafe.compare.report.table import verdict_table
 
-        return verdict_table(self.tables, len(self.failed) - len(self.unscored), [note.shown for note in self.judges])
+        notes = [note.shown for note in self.judges]
+        return verdict_table(self.tables, len(self.failed) - len(self.unscored), notes, self.beside)
 
     @classmethod
     def read(cls, out: str | Path) -> Comparison:
@@ -162,9 +164,11 @@ def _comparison(cells: Sequence[Cell], directory: Directory, results: Results, t
 def _drawn(directory: Directory, results: Results, tables: list[PathTable], failed: dict[str, str]) -> Comparison:
     from rlsafe.compare.report.judges import judge_notes, unscored_cells
     from rlsafe.compare.report.reporting import draw
+    from rlsafe.compare.report.table import beside_judges
 
     report = draw(results, tables)
-    return Comparison(directory.out, report, tables, failed, judge_notes(results), unscored_cells(results))
+    beside = {table.key: beside_judges(results, table) for table in tables}
+    return Comparison(directory.out, report, tables, failed, judge_notes(results), unscored_cells(results), beside)
 
 
 def _unfinished(cells: Sequence[Cell], directory: Directory, progress: Progress) -> list[Cell]:
