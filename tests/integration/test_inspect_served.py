@@ -22,8 +22,8 @@ QUIET = [
     "track.every=0",
     "evaluate.general=null",
     "evaluate.indomain=null",
-    "evaluate.cues=null",
-    "evaluate.likelihood=null",
+    "evaluate.cues={}",
+    "evaluate.likelihood={}",
 ]
 ASKED = "-T judge=organism -T samples=1 -T max_tokens=40 --limit 40 --display none"
 
