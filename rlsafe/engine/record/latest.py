@@ -45,12 +45,24 @@ class Latest:
     def numbers(self) -> str:
         """`loss 1.23  reward 0.4  kl 0.02`, and how many steps had nothing to learn from."""
         shown = [f"{name} {self.values[name]:.3g}" for name in SHOWN if name in self.values]
-        return "  ".join([*shown, f"({self.idle} steps without spread in rewards)"] if self.idle else shown)
+        idle = f"({self.idle} step{'s' if self.idle > 1 else ''} without spread in rewards)"
+        return "  ".join([*shown, idle] if self.idle else shown)
+
+    def brief(self) -> str:
+        """The same for a bar, whose end a narrow terminal cuts off: what matters most first, shorter names, the loss last."""
+        first = {"reward": "reward", "kl": "kl", "coherence": "coherence", "misaligned_general": "general",
+                 "misaligned_indomain": "in-domain", "loss": "loss"}  # fmt: skip
+        shown = [f"{words} {self.values[name]:.3g}" for name, words in first.items() if name in self.values]
+        return "  ".join([*shown, f"{self.idle} without spread"] if self.idle else shown)
 
     def line(self) -> str:
         """`step 30/100, about 40 s left: loss 1.23  ...`"""
-        left = self.left
-        return f"step {self.done}/{self.total}{f', {duration(left)} left' if left else ''}: {self.numbers()}"
+        left = self.left_words()
+        return f"step {self.done}/{self.total}{f', {left}' if left else ''}: {self.numbers()}"
+
+    def left_words(self) -> str:
+        """`about 40 s left`; nothing before it is known, or at the end."""
+        return f"{duration(left)} left" if (left := self.left) else ""
 
     def due(self) -> bool:
         """Whether to print a line now; then the silence begins anew."""
