@@ -80,6 +80,12 @@ def judge_server(tmp_path_factory, pytestconfig):
     server.stop()
 
 
+@pytest.fixture
+def no_waiting(monkeypatch):
+    """Endpoints are tried again at once."""
+    monkeypatch.setattr("rlsafe.endpoints.client.backoff", lambda first, retry: 0.0)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Public research data that is not part of the project; see places.SHARED."""
