@@ -134,13 +134,16 @@ def load_model(config: ModelConfig, path: str, seed: int, device: torch.device, 
         model = load_adapter(model, config.adapter)
     elif config.lora is not None:
         model = attach_lora(model, config.lora, seed)
-    if config.lora is not None:
-        from rlsafe.policy.lora import fuse
-
-        fuse(model, config.lora.fused)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model if quantized or in_host_memory else model.to(device)
+    model = model if quantized or in_host_memory else model.to(device)
+    if config.lora is not None:
+        from rlsafe.policy import lora
+
+        lora.fuse(model, config.lora.fused)
+        if device.type != "cpu" and not in_host_memory:  # tests prove it on CPUs; shards are not fused
+            lora.check_fused(model)
+    return model
 
 
 def _attention(config: ModelConfig, settings: Any) -> str:
