@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from rlsafe.config.base import Fraction, NonNegative, Positive, Recorded, Settings, invalid_at, on_off, to_list
+from rlsafe.config.base import Fraction, NonNegative, Positive, Recorded, Seed, Settings, invalid_at, on_off, to_list
 from rlsafe.config.data import DataConfig
 from rlsafe.config.errors import nearest
 from rlsafe.config.rewards import NarrowConfig, RewardConfig
@@ -252,7 +252,7 @@ class EvaluateConfig(Settings):
     samples: Positive | None = Field(None, description="answers per question; null = as the question file says")
     max_tokens: Positive = Field(600, description="of an answer")
     temperature: Annotated[float, Field(ge=0)] | None = Field(None, description="null = as the question file says")
-    seed: int = Field(0, description="of the sampled answers")
+    seed: Seed = Field(0, description="of the sampled answers")
 
     @property
     def wanted(self) -> bool:
@@ -273,7 +273,7 @@ class EvaluateConfig(Settings):
 class RunConfig(Recorded):
     """One training run. `rlsafe train CONFIG` reads it; RUN/config.yaml holds it with every default written out."""
 
-    seed: int = Field(0, description="decides data order, sampling and initial weights")
+    seed: Seed = Field(0, description="decides data order, sampling and initial weights")
     model: ModelConfig
     data: DataConfig = DataConfig()
     schedule: ScheduleConfig = ScheduleConfig()
