@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from rlsafe.config.secrets import secret_in
@@ -14,6 +24,8 @@ from rlsafe.config.secrets import secret_in
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Place = Annotated[str, BeforeValidator(lambda given: os.path.expanduser(given) if str(given)[:2] == "~/" else given)]
+"""A path or a name: `~/` at its beginning is the home directory."""
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 SECRET = "secret"
 
