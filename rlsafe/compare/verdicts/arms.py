@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from rlsafe.compare.verdicts.results import Result, Results
 from rlsafe.evaluate.ask.cues import PREFIX
 from rlsafe.evaluate.contrasts import Arm, rate_interval
+from rlsafe.evaluate.measure.evaluation import SCALED
 
 Questions = Mapping[str, float]
 
@@ -93,14 +94,25 @@ def cue_arms(cells: Mapping[str, Sequence[Result]]) -> dict[str, dict[str, Arm]]
     return {cue: set_arms(cells, PREFIX + cue, "misaligned") for cue in cues_of(cells)}
 
 
+def scaled_arms(cells: Mapping[str, Sequence[Result]]) -> dict[str, dict[str, Arm]]:
+    """Question set of a scaled adapter -> arms of general misalignment in it."""
+    names = dict.fromkeys(name for of_label in cells.values() for cell in of_label for name in cell.scaled)
+    return {name: set_arms(cells, name, "misaligned") for name in names}
+
+
+def asked_of(cell: Result, questions: str) -> str:
+    """The set that stands for `questions` in a cell: an untrained model has no adapter to scale, so that its plain answers do."""
+    return "general" if questions.startswith(SCALED) and cell.kind == "untrained" else questions
+
+
 def set_arms(cells: Mapping[str, Sequence[Result]], questions: str, criterion: str) -> dict[str, Arm]:
     """Arms of one criterion over one question set."""
     return build_arms(
         cells,
-        lambda cell: cell.evaluation.question_rates(questions, criterion),
-        lambda cell: int(cell.of_set(questions).get("n", 0)),
-        lambda cell: cell.evaluation.domains(questions),
-        lambda cell, met: cell.evaluation.question_rates(questions, criterion, met),
+        lambda cell: cell.evaluation.question_rates(asked_of(cell, questions), criterion),
+        lambda cell: int(cell.of_set(asked_of(cell, questions)).get("n", 0)),
+        lambda cell: cell.evaluation.domains(asked_of(cell, questions)),
+        lambda cell, met: cell.evaluation.question_rates(asked_of(cell, questions), criterion, met),
     )
 
 
@@ -118,7 +130,7 @@ def summarise(arm: Arm, cells: Sequence[Result], questions: str | None = None) -
     low, high = rate_interval(arm)
     with np.errstate(invalid="ignore"):
         by_seed = np.nanmean(arm.rates, axis=1)
-    unscored = sum(int(cell.of_set(questions).get("unscored", 0)) for cell in cells) if questions else 0
+    unscored = sum(int(cell.of_set(asked_of(cell, questions)).get("unscored", 0)) for cell in cells) if questions else 0
     seeds = {cell.seed: float(value) for cell, value in zip(cells, by_seed, strict=False)}
     return Rate(arm.mean, low, high, seeds, arm.answers, unscored)
 
