@@ -5,8 +5,8 @@
     .venv/bin/python scripts/tables.py add RUN NAME     keeps what a comparison measured as docs/measured/NAME.json first
 
 A table stands in a page between `<!-- table NAME PATH KIND -->` and `<!-- /table -->`. KIND is `long`, the whole table of one path,
-`short`, both paths side by side (PATH: its two, joined by a comma; KIND may list the defenses: `short:none,kl`), or `models`, likewise with a
-row for each model, undefended.
+`short`, both paths side by side (PATH: its two, joined by a comma; KIND may list the defenses: `short:none,kl`), or `models`, likewise
+with a row for each model, undefended.
 """
 
 from __future__ import annotations

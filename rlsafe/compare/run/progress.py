@@ -87,8 +87,10 @@ class Progress:
             return
         if cell.id not in self.bars:
             self.bars[cell.id] = self.bar.add_task("", total=latest.total, left="")
-        shown = {"description": f"{cell.label}: {latest.brief()}", "left": latest.left_words()}
-        self.bar.update(self.bars[cell.id], completed=latest.done, total=latest.total, **shown)
+        self.bar.update(
+            self.bars[cell.id], completed=latest.done, total=latest.total, description=f"{cell.label}: {latest.brief()}",
+            left=latest.left_words(),
+        )  # fmt: skip
 
     def doing(self, what: str) -> None:
         """Show what the running cell is doing, in a few words."""
