@@ -45,21 +45,13 @@ def run_bar() -> Iterator[RunBar]:
     from rich.console import Console
     from rich.progress import Progress
 
+    from rlsafe.engine.record.latest import bar_columns
+
     console = Console(stderr=True)
     first = os.environ.get("RANK", "0") == "0"
     live = console.is_terminal and first
     with Progress(*bar_columns(), console=console, transient=True, disable=not live, expand=True) as bar:
         yield RunBar(bar, None if live else tell if first else lambda line: None)
-
-
-def bar_columns() -> list[Any]:
-    """Of a bar: how far, the time left (the task's field `left`), and its description, which takes what room the others leave and is
-    cut off where that ends: eighty columns are few."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-    from rich.table import Column
-
-    rest = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
-    return [MofNCompleteColumn(), BarColumn(bar_width=8), TextColumn("{task.fields[left]}"), rest]
 
 
 def tell(line: str) -> None:

@@ -4,9 +4,11 @@
     .venv/bin/python scripts/tables.py                  writes every table again
     .venv/bin/python scripts/tables.py add RUN NAME     keeps what a comparison measured as docs/measured/NAME.json first
 
-A table stands in a page between `<!-- table NAME PATH KIND -->` and `<!-- /table -->`. KIND is `long`, the whole table of one path,
-`short`, both paths side by side (PATH: its two, joined by a comma; KIND may list the defenses: `short:none,kl`), or `models`, likewise
-with a row for each model, undefended.
+A table stands in a page between `<!-- table NAME PATH KIND -->` and `<!-- /table -->`. KIND is
+
+    long      the whole table of one path
+    short     two paths (joined by a comma) side by side; it may list the defenses: short:none,kl
+    models    likewise, a row for each model, undefended
 """
 
 from __future__ import annotations

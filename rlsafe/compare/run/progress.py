@@ -15,8 +15,7 @@ from rich.progress import Progress as Bar
 from rich.progress import TaskID
 
 from rlsafe.compare.grid.grid import Cell
-from rlsafe.engine.record.latest import Followed, Latest, duration
-from rlsafe.progress import bar_columns
+from rlsafe.engine.record.latest import Followed, Latest, bar_columns, duration
 
 
 class Progress:

@@ -99,6 +99,16 @@ class Followed:
         return bool(whole)
 
 
+def bar_columns() -> list[Any]:
+    """Of a bar: how far, the time left (the task's field `left`), and its description, which takes what room the others leave and is
+    cut off where that ends: eighty columns are few."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.table import Column
+
+    rest = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
+    return [MofNCompleteColumn(), BarColumn(bar_width=8), TextColumn("{task.fields[left]}"), rest]
+
+
 def duration(seconds: float) -> str:
     """About how long, for people."""
     if seconds < 90:

@@ -14,8 +14,8 @@ from rlsafe.cli import main
 from rlsafe.compare.grid.grid import expand
 from rlsafe.compare.run.progress import Progress
 from rlsafe.config import load_compare
-from rlsafe.engine.record.latest import SILENCE, Followed, Latest, duration
-from rlsafe.progress import RunBar, bar_columns
+from rlsafe.engine.record.latest import SILENCE, Followed, Latest, bar_columns, duration
+from rlsafe.progress import RunBar
 
 
 class Clock:
