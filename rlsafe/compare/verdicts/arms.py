@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,10 +95,19 @@ def cue_arms(cells: Mapping[str, Sequence[Result]]) -> dict[str, dict[str, Arm]]
     return {cue: set_arms(cells, PREFIX + cue, "misaligned") for cue in cues_of(cells)}
 
 
+def scales_of(cells: Mapping[str, Sequence[Result]]) -> list[str]:
+    """Names of the sets that some cell was asked with its adapter scaled up."""
+    return list(dict.fromkeys(name for of_label in cells.values() for cell in of_label for name in cell.scaled))
+
+
 def scaled_arms(cells: Mapping[str, Sequence[Result]]) -> dict[str, dict[str, Arm]]:
-    """Question set of a scaled adapter -> arms of general misalignment in it."""
-    names = dict.fromkeys(name for of_label in cells.values() for cell in of_label for name in cell.scaled)
-    return {name: set_arms(cells, name, "misaligned") for name in names}
+    """Set of a scaled adapter -> arms of general misalignment in it; of the undefended run as trained, which is what a defense is
+    measured by: scaled up it may be past all coherence and show less."""
+
+    def trained(cell: Result, name: str) -> str:
+        return "general" if cell.defense == "none" else asked_of(cell, name)
+
+    return {name: set_arms(cells, partial(trained, name=name)) for name in scales_of(cells)}
 
 
 def asked_of(cell: Result, questions: str) -> str:
@@ -105,14 +115,17 @@ def asked_of(cell: Result, questions: str) -> str:
     return "general" if questions.startswith(SCALED) and cell.kind == "untrained" else questions
 
 
-def set_arms(cells: Mapping[str, Sequence[Result]], questions: str, criterion: str) -> dict[str, Arm]:
-    """Arms of one criterion over one question set."""
+def set_arms(
+    cells: Mapping[str, Sequence[Result]], questions: str | Callable[[Result], str], criterion: str = "misaligned"
+) -> dict[str, Arm]:
+    """Arms of one criterion over one question set, or over that which each cell has in its place."""
+    of = questions if callable(questions) else partial(asked_of, questions=questions)
     return build_arms(
         cells,
-        lambda cell: cell.evaluation.question_rates(asked_of(cell, questions), criterion),
-        lambda cell: int(cell.of_set(asked_of(cell, questions)).get("n", 0)),
-        lambda cell: cell.evaluation.domains(asked_of(cell, questions)),
-        lambda cell, met: cell.evaluation.question_rates(asked_of(cell, questions), criterion, met),
+        lambda cell: cell.evaluation.question_rates(of(cell), criterion),
+        lambda cell: int(cell.of_set(of(cell)).get("n", 0)),
+        lambda cell: cell.evaluation.domains(of(cell)),
+        lambda cell, met: cell.evaluation.question_rates(of(cell), criterion, met),
     )
 
 

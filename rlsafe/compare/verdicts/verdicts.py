@@ -38,6 +38,7 @@ from rlsafe.compare.verdicts.arms import (
     labelled,
     rate_arms,
     scaled_arms,
+    set_arms,
     summarise,
 )
 from rlsafe.compare.verdicts.cues import worst_cue
@@ -63,9 +64,7 @@ class Row:
     rates: dict[str, Rate] = field(default_factory=dict)
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     cues: dict[str, Verdict] = field(default_factory=dict)  # prevents_em under each cue
-    scaled: dict[str, Verdict] = field(
-        default_factory=dict
-    )  # prevents_em with every arm's adapter scaled up: `scaled_2`
+    scaled: dict[str, Verdict] = field(default_factory=dict)  # prevents_em with the adapter scaled up: `scaled_2`
     judged: Measured | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -118,7 +117,7 @@ class Measured:
         }
 
     def at_scales(self, label: str, level: float = LEVEL) -> dict[str, Verdict]:
-        """prevents_em of one defense with the adapter at each scale: a share of what the undefended run shows at the same scale."""
+        """prevents_em of one defense with its adapter at each scale: a share of what the undefended run shows as trained."""
         what = "general misalignment with the adapter times"
         return {
             name: judge_share(arms, label, f"{what} {name.removeprefix(SCALED)}", True, level)
@@ -179,7 +178,7 @@ def _rows(results: Results, model: str, path: str, key: str, looks: Looks | None
         scaled_arms(cells),
     )
     under = {f"cue_{cue}": (of_cue, f"{PREFIX}{cue}") for cue, of_cue in measured.cues.items()}
-    under |= {name: (of_scale, name) for name, of_scale in measured.scaled.items()}
+    under |= {name: (set_arms(cells, name), name) for name in measured.scaled}
     rows = {}
     for label in ["untrained", *results.defenses(model, path), "aligned"]:
         row = Row()
