@@ -201,7 +201,10 @@ def parsed(text: str, where: str, name: str) -> Any:
 
 def message(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A turn with `role` and `content`: ShareGPT's `from` and `value` renamed, content parts joined, `developer` as `system`,
-    tool calls in the form that chat templates read, and `weight` 0 where the file says that a turn is not to be trained on."""
+    tool calls in the form that chat templates read, and `weight` 0 where the file says that a turn is not to be trained on.
+
+    UserError for a turn that cannot be read so.
+    """
     turn: dict[str, Any] = dict(raw)
     if "role" not in turn and "from" in turn:
         turn = _sharegpt(turn, where)

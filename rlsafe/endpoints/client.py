@@ -33,6 +33,7 @@ given some."""
 CONTACTS, CONTACT_SECONDS = 3, 5.0
 """Tries, and seconds, of a first contact with an endpoint that cannot be reached or refuses."""
 CONNECT_SECONDS = 10.0
+OPENED: list[Endpoint] = []  # of this process
 PROBE_EVERY = 5.0
 """While an endpoint is down, one request tries it every so many seconds."""
 
@@ -328,7 +329,8 @@ class Endpoint:
 
 @cache
 def _open(tree: str) -> Endpoint:
-    return Endpoint(EndpointSettings.model_validate_json(tree))
+    OPENED.append(Endpoint(EndpointSettings.model_validate_json(tree)))
+    return OPENED[-1]
 
 
 def open_endpoint(settings: EndpointSettings) -> Endpoint:

@@ -15,7 +15,7 @@ from typing import Any
 from rlsafe.compare.grid.cells import Swept
 from rlsafe.compare.grid.records import Directory
 from rlsafe.config import RunConfig, UserError
-from rlsafe.config.files import read_json, write_text
+from rlsafe.config.files import read_json, read_lines, write_text
 from rlsafe.config.loading import build
 from rlsafe.evaluate import Evaluation
 from rlsafe.evaluate.ask.cues import PREFIX
@@ -105,8 +105,7 @@ class Result:
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
         """One record per optimizer step; [] for the untrained model."""
-        path = self.where / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
+        return read_lines(self.where / "metrics.jsonl")
 
     @cached_property
     def config(self) -> RunConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import yaml
 
 from rlsafe.config import RunConfig
+from rlsafe.config.files import read_lines
 from rlsafe.config.gguf import is_gguf
 from rlsafe.evaluate import Evaluation
 from rlsafe.evaluate.measure.criteria import Rates
@@ -57,8 +57,7 @@ def _labels(config: RunConfig) -> list[str]:
 
 
 def _trained(run: Path, config: RunConfig) -> str:
-    lines = (run / "metrics.jsonl").read_text("utf-8").splitlines() if (run / "metrics.jsonl").is_file() else []
-    paths = Counter(json.loads(line)["path"] for line in lines)
+    paths = Counter(record["path"] for record in read_lines(run / "metrics.jsonl"))
     steps = ", ".join(f"{count} {path}" for path, count in sorted(paths.items())) or "none"
     facts = {"base model": _base(config)}
     for stream in ("narrow", "safe", "benign"):

@@ -90,7 +90,7 @@ def test_what_a_half_started_engine_took_is_given_back(policy, vllm, tiny_model_
 )
 def test_too_little_memory_names_the_setting_and_what_is_free(policy, vllm, tiny_model_dir, error):
     vllm.fails = error
-    with pytest.raises(UserError, match=r"sampler.gpu_memory: 0.4 .*\(30.0 of 80.0 GiB are\)") as raised:
+    with pytest.raises(UserError, match=r"sampler.gpu_memory: 0.4 .*\(60.0 of 80.0 GiB are\)") as raised:
         make_sampler(CONFIG.model_copy(update={"kind": "auto"}), tiny_model_dir, policy, 0)
     assert "sampler.kind" not in str(raised.value)
 
