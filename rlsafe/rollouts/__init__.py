@@ -104,7 +104,7 @@ def _colocated(
         if cuda:  # each takes its share of the card
             _close_others()
             ranks.give_back()
-            ranks.together(partial(check_free, model_dir, config.gpu_memory), bool)
+            ranks.together(partial(check_free, model_dir, config.gpu_memory), lambda free: None)
         start = partial(
             VLLMSampler, model_dir, dtype=dtype, sync=way, lora_rank=rank, gpu_memory=config.gpu_memory,
             tensor_parallel=config.tensor_parallel, max_model_len=config.max_model_len, max_num_seqs=config.max_num_seqs,

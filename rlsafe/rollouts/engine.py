@@ -135,7 +135,7 @@ def _imported() -> Any:
     def load() -> Any:
         import vllm
 
-        return vllm, vllm.LLM, vllm.SamplingParams
+        return vllm, vllm.LLM
 
     with ThreadPoolExecutor(1, "rlsafe-vllm") as thread:
         return thread.submit(load).result()[0]

@@ -79,9 +79,12 @@ class VLLMSampler:
         if sync == "adapter":
             settings |= _lora_settings(lora_rank)
         self._start(settings, tensor_parallel, max_model_len, gpu_memory)
+        self._threads = (
+            1  # beside a GPU, as vLLM itself has it: more only wait for each other, and differ from what was compiled
+        )
         if not torch.cuda.is_available():
             self._llm.collective_rpc(hasten)
-        self._threads = generation_threads(sum(file.stat().st_size for file in self._files) // 4)
+            self._threads = generation_threads(sum(file.stat().st_size for file in self._files) // 4)
         self._try(gpu_memory)
 
     def _start(self, settings: dict[str, Any], parallel: int, max_model_len: int | None, gpu_memory: float) -> None:

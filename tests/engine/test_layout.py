@@ -132,6 +132,22 @@ def test_the_estimate_is_of_the_dtype_that_this_gpu_will_take(tiny_tree, monkeyp
     assert emulated == 2 * memory(config, shape, cuda=True).weights
 
 
+def test_ranks_wait_for_one_whose_judge_is_out(monkeypatch):
+    """NCCL ends a run whose ranks are ten minutes apart; a grader's outage may take longer."""
+    from rlsafe.engine.train import distributed
+
+    asked = []
+
+    def accelerator(cpu, kwargs_handlers):
+        asked.extend(kwargs_handlers)
+        return SimpleNamespace(mixed_precision="no", num_processes=1)
+
+    monkeypatch.setattr(distributed, "Accelerator", accelerator)
+    distributed.start(cpu=True)
+    [group] = asked
+    assert group.to_kwargs()["timeout"].total_seconds() >= 24 * 3600 and "backend" not in group.to_kwargs()
+
+
 def test_a_checkpoint_goes_on_where_there_are_fewer_cards(monkeypatch):
     """Of the GPUs' generators it holds the one that the run drew from; that of another card may not be there."""
     from rlsafe.engine.train.state import random_state, set_random_state

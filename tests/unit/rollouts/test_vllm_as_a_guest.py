@@ -111,6 +111,20 @@ def test_a_compiled_engine_runs_what_it_compiled_and_an_eager_one_compiles_nothi
         sampler.close()
 
 
+def test_beside_a_gpu_it_has_one_thread_and_the_trainer_keeps_its_own(policy, vllm, tiny_model_dir, monkeypatch):
+    from rlsafe.rollouts import vllm as colocated
+
+    monkeypatch.setattr(colocated, "generation_threads", lambda parameters: 2)
+    seen, before = [], torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        vllm.answers = lambda: seen.append(torch.get_num_threads())
+        make_sampler(CONFIG, tiny_model_dir, policy, 0)
+        assert seen == [1] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_card_with_too_little_free_is_found_before_any_engine_starts(policy, vllm, tiny_model_dir, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (20 << 30, 80 << 30))
     with pytest.raises(
