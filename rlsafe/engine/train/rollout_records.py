@@ -23,7 +23,7 @@ def records(
     valid: Sequence[bool] | None,
 ) -> list[dict[str, Any]]:
     """One record per completion for samples.jsonl. values, valid: None for groups that others replaced (`grpo.resample`)."""
-    group, scored, read = sampled.asked.share, sampled.scored, sampled.read
+    group, scored, read = sampled.asked.share, sampled.scored, sampled.thoughts
     return [
         {
             "step": step.index,
@@ -44,7 +44,7 @@ def records(
 
 def step_metrics(run: Components, sampled: Sampled, stats: AdvantageStats) -> dict[str, Any]:
     """Rewards, lengths and truncation over all ranks; single rewards and what they log are this rank's."""
-    completions, read, scored = sampled.completions, sampled.read, sampled.scored
+    completions, read, scored = sampled.completions, sampled.thoughts, sampled.scored
     total: dict[str, float] = {"n": len(completions), "tokens": sum(len(completion.ids) for completion in completions)}
     total |= {"cut": sum(completion.finish == "length" for completion in completions)}
     total |= {"thought": sum(r.think is not None for r in read), "unclosed": sum(r.unclosed for r in read)}

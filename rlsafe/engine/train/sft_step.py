@@ -1,4 +1,4 @@
-"""One supervised step, from rows to weights: read `sft_step` from top to bottom. The numbers are README's, of a GRPO step.
+"""One supervised step, from rows to weights: read `sft_step` from top to bottom. The numbers are those of a GRPO step.
 
 What is not visited in a plain run stands elsewhere: ranks that must agree (`distributed`, `micro`), steps that fail (`faults`).
 """

@@ -1,4 +1,4 @@
-"""The second half of every step, the same for SFT, GRPO and both at once: forward, penalties, backward, clip, step."""
+"""The second half of every step, steps 8 to 11, the same for SFT, GRPO and both at once: forward, penalties, backward, clip, step."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def update(run: Components, state: RunState, step: Step, micros: list[Micro]) ->
     batch is saved, and it stops the run or is left out (optim.on_nan). See `rlsafe.engine.train.faults`.
     """
     dropped, state.left_out = state.left_out, 0
-    if run.look_ahead:
+    if run.look_ahead:  # the next step's rollouts are sampled beside this update
         state.ahead = run.look_ahead(run, state, step)
     while True:
         try:
-            metrics = _update(run, state, step, micros, dropped)
+            metrics = _forward_backward_step(run, state, step, micros, dropped)
             state.skipped = 0
             return metrics
         except NotFinite as error:
@@ -47,11 +47,14 @@ def update(run: Components, state: RunState, step: Step, micros: list[Micro]) ->
         micros = faults.halved(run, state, step, micros, complaint)
 
 
-def _update(run: Components, state: RunState, step: Step, micros: list[Micro], dropped: int) -> dict[str, Any]:
+def _forward_backward_step(
+    run: Components, state: RunState, step: Step, micros: list[Micro], dropped: int
+) -> dict[str, Any]:
     needs = run.stack.needs if run.defended else set()
     if run.config.grpo.beta and step.path == "grpo":
         needs = needs | {Need("logprobs", run.config.grpo.reference)}  # the k3 term of the GRPO loss
     plan = _plan(frozenset(needs))
+    # 8. Count what each term is divided by.
     counts: Mapping[str, float] = count(micros, run.stack, run.config.grpo)
     if run.several:  # every rank runs as many micro-batches, and divides by the counts over all of them
         micros = even_out(micros, run.accelerator, run.policy)
@@ -63,6 +66,7 @@ def _update(run: Components, state: RunState, step: Step, micros: list[Micro], d
     parts = PartGradients.of(run, step) if run.defended else None  # when a defense reads parts of the gradient apart
     for number, micro in enumerate(micros):
         temperature = run.config.grpo.temperature if micro.batch.where.path == "grpo" else 1.0
+        # 9. One frozen forward for each distinct reference; the policy's own is the first thing of `loss.forward`.
         frozen = run.policy.frozen(micro.batch, plan, temperature) if plan.frozen else {}
         last = number == len(micros) - 1
         # Ranks add up their gradients under the last backward; shards under each one; parts by themselves (`gradients`).
@@ -71,12 +75,12 @@ def _update(run: Components, state: RunState, step: Step, micros: list[Micro], d
             nullcontext() if reduces else run.accelerator.no_sync(run.policy.module),
             run.stack.activations(run.policy, micro.batch.where) if run.defended else nullcontext(),
         ):
-            # Forward and penalties: each term is divided by its count over the whole step.
+            # 10. Loss and penalties: each term is divided by its count over the whole step.
             total, terms = loss.forward(run.policy, micro, frozen)
             if measure:
                 missing = any(name.startswith("defense/") for name in terms) and len(shares) < len(run.stack.penalized)
                 shares |= gradient_shares(run.effects, terms if missing else {}, total, leaves, run.policy.is_sharded)
-            # Backward.
+            # 11. Backward, the defenses' gradient hooks, clip, step, their weight hooks.
             if parts:
                 parts.backward(micro, total, terms)
             else:
@@ -87,7 +91,7 @@ def _update(run: Components, state: RunState, step: Step, micros: list[Micro], d
     metrics = _metrics(run, loss, dropped)
     if "sampler_gap" in metrics:  # Where sampler and trainer disagree nothing is learned from the rollouts: RunError.
         run.sampler.check_gap(step.index, metrics["sampler_gap"])
-    norm = _step(run, state, step, micros)
+    norm = _clip_and_step(run, state, step, micros)
     if run.defended and run.stack.after_step(run.policy, "step"):
         run.sampler.weights_changed()
     return {"lr": step.lr, "grad_norm": norm} | metrics | shares
@@ -98,7 +102,7 @@ def _plan(needs: frozenset[Need]) -> ForwardPlan:
     return ForwardPlan.from_needs(needs)
 
 
-def _step(run: Components, state: RunState, step: Step, micros: Sequence[Micro]) -> float:
+def _clip_and_step(run: Components, state: RunState, step: Step, micros: Sequence[Micro]) -> float:
     """Clip, step, and tell the sampler that weights changed; gives the norm of the gradient. A norm that is NaN or infinite raises
     NotFinite, and no weight has changed."""
     for group in run.optimizer.param_groups:
@@ -107,6 +111,7 @@ def _step(run: Components, state: RunState, step: Step, micros: Sequence[Micro])
     limit = math.inf if run.config.optim.max_grad_norm is None else run.config.optim.max_grad_norm
     clipped = run.clip(parameters, limit) if run.clip else run.accelerator.clip_grad_norm_(parameters, limit)
     norm = float(clipped)
+    # Rows whose advantages are all 0 are rows: the gradient is 0, and the optimizer's moments still move the weights.
     has_rows = any(not micro.dummy for micro in micros)
     if run.several:
         has_rows = anywhere(has_rows, run.accelerator)
