@@ -189,6 +189,7 @@ def test_the_defense_on_the_gradient_takes_something_out_of_it(path, place, monk
 )
 def test_a_snippet_of_yaml_is_a_config(snippet, place, monkeypatch):
     from rlsafe.config import load_compare, load_run
+    from rlsafe.evaluate.ask.questions import read_questions
 
     monkeypatch.chdir(place)
     file = place / "snippet.yaml"
@@ -198,6 +199,10 @@ def test_a_snippet_of_yaml_is_a_config(snippet, place, monkeypatch):
         return
     for text in alternatives(snippet.text):
         tree = yaml.safe_load(text)
+        if isinstance(tree, list):
+            file.write_text(text)
+            assert read_questions(file)
+            continue
         if snippet.text.startswith("# judge.yaml"):
             tree = {"evaluate": {"judge": tree}}
         file.write_text(yaml.safe_dump({"include": RUN, **tree}))
