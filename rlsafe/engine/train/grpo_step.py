@@ -40,7 +40,8 @@ def grpo_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
     """One optimizer step of which at least one part is rewarded; gives its metrics.
 
     Rewards and records see the original prompts only. The loss is in the train context of a prompt, which differs from the
-    context that the sampler saw when a defense changes only one of them.
+    context that the sampler saw when a defense changes only one of them. RunError when the rollouts are not the policy's, and as
+    `update` says.
     """
     micros: list[Micro] = []
     metrics: dict[str, Any] = {}
@@ -131,13 +132,13 @@ def reward(run: Components, step: Step, part: PlannedPart, asked: Asked, complet
     assert run.rewards is not None
     read = [read_completion(run.policy.tokenizer, completion.ids) for completion in completions]
     answered = [i for i, thought in enumerate(read) if not thought.unclosed]
-    group, stream = asked.share, run.streams[part.stream]
+    share, stream = asked.share, run.streams[part.stream]
     names = {name for _, row in asked.mine for name in row if name != "messages" and not name.startswith("_")}
     scored = RewardBatch([None] * len(read), {name: [None] * len(read) for name in run.rewards.rewards})
     if answered:
         epoch = stream.epoch + stream.position / len(stream.rows)
         scored = run.rewards.call(
-            prompts=[asked.originals[i // group] for i in answered],
+            prompts=[asked.originals[i // share] for i in answered],
             completions=[
                 [{"role": "assistant", "content": read[i].answer}]
                 if read[i].think is None
@@ -145,8 +146,9 @@ def reward(run: Components, step: Step, part: PlannedPart, asked: Asked, complet
                 for i in answered
             ],
             completion_ids=[completions[i].ids for i in answered],
-            columns={name: [asked.mine[i // group][1].get(name) for i in answered] for name in sorted(names)},
-            plain=[bool(asked.mine[i // group][1].get("_plain")) for i in answered],
+            columns={name: [asked.mine[i // share][1].get(name) for i in answered] for name in sorted(names)},
+            # Where the prompt was a text, not messages, a function that expects texts gets texts.
+            plain=[bool(asked.mine[i // share][1].get("_plain")) for i in answered],
             trainer_state=TrainerState(
                 step.index, len(run.plan), epoch, [dict(record) for record in run.tracker.metrics]
             ),
@@ -208,13 +210,13 @@ def batched(
     valid: Sequence[bool],
 ) -> list[Micro]:
     """Micro-batches of the valid completions with their advantages `values`, at most `state.micro_tokens` padded tokens each."""
-    asked, group, tokenizer = sampled.asked, sampled.asked.share, run.policy.tokenizer
+    asked, tokenizer = sampled.asked, run.policy.tokenizer
     train_at, rollout_at = (Where(part.stream, "grpo", phase) for phase in ("train", "rollout"))
     trained = _encoded(run, asked.originals, train_at)
     items = [
         Rollout(
-            prompt_ids=trained[i // group],
-            rollout_prompt_ids=asked.seen[i // group],
+            prompt_ids=trained[i // asked.share],
+            rollout_prompt_ids=asked.seen[i // asked.share],
             completion=completion,
             advantage=values[i],
             valid=valid[i] and not (run.config.grpo.mask_truncated and completion.finish == "length"),
