@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import os
 import sys
 import traceback
 from typing import NoReturn
@@ -30,9 +31,19 @@ def _fail(code: int, line: str) -> NoReturn:
     sys.exit(code)
 
 
+def _at_home(argument: str) -> str:
+    """`~/` at the beginning of an option's value, where shells leave it as it is (`--out=~/runs/one`, or in quotes)."""
+    option, equals, value = argument.partition("=")
+    if argument.startswith("~/"):
+        return os.path.expanduser(argument)
+    whole = option.startswith("--") and value.startswith("~/")
+    return f"{option}{equals}{os.path.expanduser(value)}" if whole else argument
+
+
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line; always raises SystemExit."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = [_at_home(one) for one in arguments]
     debug = "--debug" in arguments
     try:
         code = app(args=[a for a in arguments if a != "--debug"], prog_name="rlsafe", standalone_mode=False)

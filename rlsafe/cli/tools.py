@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
@@ -36,7 +38,8 @@ def reward_try(
 
     from rlsafe.engine.run.try_reward import try_reward
 
-    tried = try_reward(fn, config, overrides or [], n, saved)
+    with redirect_stdout(sys.stderr) if json else nullcontext():  # what the reward prints is no JSON
+        tried = try_reward(fn, config, overrides or [], n, saved)
     show(dumps(tried.record(), indent=2, ensure_ascii=False) if json else tried.lines())
 
 

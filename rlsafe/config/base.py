@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any
+import os
+from collections.abc import Callable, Iterable
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from rlsafe.config.secrets import secret_in
@@ -13,6 +24,9 @@ from rlsafe.config.secrets import secret_in
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Place = Annotated[str, BeforeValidator(lambda given: os.path.expanduser(given) if str(given)[:2] == "~/" else given)]
+"""A path or a name: `~/` at its beginning is the home directory."""
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 SECRET = "secret"
 
 
@@ -37,8 +51,29 @@ def invalid_at(keys: tuple[str, ...], given: Any, message: str, kind: str = "acr
     return ValidationError.from_exception_data("settings", [InitErrorDetails(type=error, loc=keys, input=given)])
 
 
+def alternatives(annotation: Any) -> Iterable[Any]:
+    """The types of a union, without what annotates them; a type itself when it is none."""
+    if get_origin(annotation) in (Union, UnionType):
+        for one in get_args(annotation):
+            yield from alternatives(one)
+    elif get_origin(annotation) is Annotated:
+        yield from alternatives(get_args(annotation)[0])
+    else:
+        yield annotation
+
+
 class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _a_truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """`true` where a number is expected: pydantic would take it as 1."""
+        if isinstance(value, bool):
+            kinds = set(alternatives(cls.model_fields[str(info.field_name)].annotation))
+            if kinds & {int, float} and not kinds & {bool, Any}:
+                raise ValueError("input should be a valid number")
+        return value
 
 
 class Recorded(Settings):

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
-from rlsafe.config.base import NonNegative, Recorded, Settings, invalid_at
+from rlsafe.config.base import NonNegative, Recorded, Seed, Settings, invalid_at
 
 Tree = dict[str, Any]
 
@@ -25,7 +25,7 @@ class BenignConfig(Settings):
     paths: dict[str, Tree] = Field(
         default_factory=dict, description="path -> overrides of the run when training on a task"
     )
-    seeds: list[int] | None = Field(None, description="null = the comparison's seeds")
+    seeds: list[Seed] | None = Field(None, description="null = the comparison's seeds")
 
     @model_validator(mode="after")
     def _task_is_known(self) -> BenignConfig:
@@ -60,7 +60,7 @@ class SelectionConfig(Settings):
     )
     run: Tree = Field(default_factory=dict, description="overrides of the run for every helper, such as its schedule")
     eps: Annotated[float, Field(gt=0)] = Field(1.0, description="added to the denominator of a row's score")
-    seed: int = Field(0, description="of the helpers' runs")
+    seed: Seed = Field(0, description="of the helpers' runs")
 
 
 class CompareConfig(Recorded):
@@ -83,7 +83,7 @@ class CompareConfig(Recorded):
     default_defenses: list[str] | None = Field(
         None, description="the labels that run without --defenses; null = all, which --defenses all names too"
     )
-    seeds: list[int] = Field(
+    seeds: list[Seed] = Field(
         default_factory=lambda: [0, 1, 2], min_length=1, description="one run of each cell for each"
     )
     narrow: bool = Field(True, description="false = only the benign tasks, no narrow runs")

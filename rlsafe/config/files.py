@@ -103,6 +103,23 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: not valid JSON: {error}") from None
 
 
+def read_lines(path: Path) -> list[Any]:
+    """The values of a .jsonl file; [] when there is no such file. UserError that names the first line that is not JSON."""
+    try:
+        lines = path.read_text("utf-8").split("\n")
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        raise UserError(f"{path}: not UTF-8 text: {error}") from None
+    values = []
+    for number, line in enumerate(lines, 1):
+        try:
+            values += [json.loads(line)] if line.strip() else []
+        except ValueError:
+            raise UserError(f"{path}:{number}: not valid JSON, as after a crash or on a full disk") from None
+    return values
+
+
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes. A large file is hashed once: the hash is stored under its inode, size and times (any write
     changes the change time, which no program can set back)."""

@@ -11,8 +11,11 @@ import hashlib
 import importlib
 import importlib.abc
 import importlib.util
+import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -46,6 +49,19 @@ def _make_importable(folder: Path) -> None:
         sys.path.append(place)
 
 
+@contextmanager
+def same_folder() -> Iterator[None]:
+    """The user's code may change the working directory; behind it, it is what it was: a run's relative paths hang on it."""
+    before = None
+    with suppress(OSError):  # it may have been removed meanwhile
+        before = os.getcwd()
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.chdir(before)
+
+
 def import_file(path: str | Path) -> ModuleType:
     """Import a user's Python file under a module name of its own; its folder is importable.
 
@@ -68,12 +84,14 @@ def import_file(path: str | Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # before it runs: dataclasses and pickling look their module up
     try:
-        spec.loader.exec_module(module)
+        with same_folder():
+            spec.loader.exec_module(module)
     except BaseException as error:
         del sys.modules[name]
         if isinstance(error, (KeyboardInterrupt, UserError)):
             raise
-        raise UserError(f"{error_place(error, str(path))}: cannot be imported: {describe(error)}") from error
+        place = error_place(error, spec.origin or "").replace(spec.origin or "", str(path))
+        raise UserError(f"{place}: cannot be imported: {describe(error)}") from error
     return module
 
 

@@ -1,12 +1,10 @@
-"""YAML <-> settings: includes, command-line overrides, and errors that name the key, the file and the line."""
+"""YAML <-> settings: includes, and errors that name the key, the file and the line."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin
+from typing import Any, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -14,39 +12,10 @@ from pydantic import BaseModel, ValidationError
 from rlsafe.config.base import SECRET
 from rlsafe.config.comparison import CompareConfig
 from rlsafe.config.errors import UserError, nearest
+from rlsafe.config.overrides import Marks, annotations, apply_override, read_yaml
 from rlsafe.config.schema import RunConfig
 
-Marks = dict[tuple[str, ...], str]
-"""Where each key was written: path of keys -> "file:line" or "override 'a.b=c'"."""
-
 C = TypeVar("C", bound=BaseModel)
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that also reads 1e-4 as a number (YAML 1.1 wants 1.0e-4)."""
-
-
-class _FastLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """The same by libyaml, several times as fast; its messages say less."""
-
-
-for _loader in (_Loader, _FastLoader):
-    _loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-    )
-
-
-def _read(how: Callable[..., Any], text: str) -> Any:
-    """`how`, yaml.load or yaml.compose, of a document. yaml.YAMLError when it is none."""
-    try:
-        return how(text, Loader=_FastLoader)
-    except yaml.YAMLError:
-        return how(text, Loader=_Loader)
-
-
-def parse_scalar(text: str) -> Any:
-    """A value as it would be read from YAML."""
-    return _read(yaml.load, text)
 
 
 def merge(under: Any, over: Any) -> Any:
@@ -95,7 +64,7 @@ def load_tree(path: str | Path, _above: tuple[Path, ...] = ()) -> tuple[dict[str
         raise UserError(f"{path}: includes itself")
     try:
         text = path.read_text(encoding="utf-8")
-        node, data = _read(yaml.compose, text), _read(yaml.load, text)
+        node, data = read_yaml(yaml.compose, text), read_yaml(yaml.load, text)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except yaml.YAMLError as error:
@@ -131,110 +100,6 @@ def _resolve_includes(
     return merge(merged, data), {**merged_marks, **marks}
 
 
-def read_value(keys: Sequence[str], text: str, where: str, model: type[BaseModel] | None = None) -> Any:
-    """What a command line gives for a key: YAML, except that texts are taken as written where the setting takes a text.
-
-    A path may hold what YAML reads otherwise (`#`, `: `, spaces, quotes). A value in quotes is YAML's, unless there is such a file.
-    UserError for a value that is not YAML.
-    """
-    kinds = _kinds(model or (RunConfig if keys[0] in RunConfig.model_fields else CompareConfig), keys)
-    if is_file(text):
-        return text
-    try:
-        parsed = parse_scalar(text)
-    except yaml.YAMLError as error:
-        if kinds == {str} and text[:1] not in "'\"":
-            return text
-        problem = getattr(error, "problem", None) or "it cannot be read"
-        quoted = text.replace("'", "''")
-        raise UserError(
-            f"{where}: the value is read as YAML, and is not valid: {problem}; a text goes into quotes: \"'{quoted}'\""
-        ) from None
-    as_written = isinstance(parsed, str) and text[:1] in "'\""
-    if str in kinds and not as_written and (isinstance(parsed, str) or (kinds == {str} and parsed is not None)):
-        return text.strip()
-    if isinstance(parsed, str) and parsed != text.strip() and not as_written:  # such as a comment that was cut off
-        raise UserError(f"{where}: the value is read as YAML, as {parsed!r}; to take it as written: \"'{text}'\"")
-    return parsed
-
-
-def is_file(text: str) -> bool:
-    """Whether a text names something on this machine, as `file.py:function` does too."""
-    try:
-        return any(
-            part and ("/" in part or "." in part) and Path(part).exists() for part in (text, text.rpartition(":")[0])
-        )
-    except (OSError, ValueError):  # too long for a name, or with a null character
-        return False
-
-
-def _kinds(model: type[BaseModel], keys: Sequence[str]) -> set[Any]:
-    """What the setting at `keys` may hold besides null: {str} for a path; empty where no schema says."""
-    current: Any = model
-    for depth, key in enumerate(keys):
-        if key.isdigit():
-            continue
-        if not (isinstance(current, type) and issubclass(current, BaseModel)) or key not in current.model_fields:
-            return set()
-        annotation = current.model_fields[key].annotation
-        if depth == len(keys) - 1:
-            found = {get_origin(one) or one for one in _alternatives(annotation)}
-            return found - {type(None)}
-        inner = [a for a in _annotations(annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
-        current = inner[0] if inner else None
-    return set()
-
-
-def _alternatives(annotation: Any) -> Iterable[Any]:
-    if get_origin(annotation) in (Union, UnionType):
-        for one in get_args(annotation):
-            yield from _alternatives(one)
-    elif get_origin(annotation) is Annotated:
-        yield from _alternatives(get_args(annotation)[0])
-    else:
-        yield annotation
-
-
-def apply_override(tree: dict[str, Any], override: str, marks: Marks | None = None) -> None:
-    """Apply one `key.path=value` (the value is YAML) to a tree, in place. Numbers in the path index lists.
-
-    UserError for a wrong path or value.
-    """
-    dotted, equals, value = override.partition("=")
-    keys = dotted.strip().split(".")
-    if not equals or not all(keys):
-        raise UserError(f"override {override!r}: expected key.path=value")
-    parsed = read_value(keys, value, f"override {override!r}")
-    here: Any = tree
-    for depth, key in enumerate(keys):
-        last = depth == len(keys) - 1
-        if isinstance(here, list):
-            if not key.isdigit() or int(key) >= len(here):
-                raise UserError(
-                    f"override {override!r}: {'.'.join(keys[:depth])} is a list of {len(here)}; {key!r} is no index of it"
-                )
-            if last:
-                here[int(key)] = parsed
-            else:
-                here = here[int(key)]
-            continue
-        if not isinstance(here, dict):
-            raise UserError(f"override {override!r}: {'.'.join(keys[:depth])} is {here!r} and holds no {key!r}")
-        if last:
-            here[key] = parsed
-        else:
-            if not isinstance(here.get(key), (dict, list)):
-                here[key] = {}
-            here = here[key]
-    if marks is not None:
-        path = tuple(keys)
-        for known in [known for known in marks if known[: len(path)] == path]:
-            del marks[known]
-        for depth in range(1, len(path) + 1):  # sections that no file has are marked as written by this override
-            if depth == len(path) or path[:depth] not in marks:
-                marks[path[:depth]] = f"override {override!r}"
-
-
 def _options(model: type[BaseModel], location: Iterable[str | int]) -> list[str]:
     """Field names valid at `location` of a settings class (the location of an unknown key, without the key)."""
     current: Any = model
@@ -245,17 +110,11 @@ def _options(model: type[BaseModel], location: Iterable[str | int]) -> list[str]
             continue
         found = [
             a
-            for a in _annotations(current.model_fields[step].annotation)
+            for a in annotations(current.model_fields[step].annotation)
             if isinstance(a, type) and issubclass(a, BaseModel)
         ]
         current = found[0] if found else None
     return list(current.model_fields) if isinstance(current, type) and issubclass(current, BaseModel) else []
-
-
-def _annotations(annotation: Any) -> Iterable[Any]:
-    yield annotation
-    for argument in getattr(annotation, "__args__", ()):
-        yield from _annotations(argument)
 
 
 def _explain(error: ValidationError, model: type[BaseModel], marks: Marks, source: str) -> UserError:
@@ -274,16 +133,19 @@ def _explain(error: ValidationError, model: type[BaseModel], marks: Marks, sourc
     dotted = ".".join(keys)
     if first["type"] == SECRET and where.startswith("override "):  # it holds the value
         where = f"override '{where[10:].partition('=')[0]}'"
+    given = first.get("input")
     if first["type"] == "extra_forbidden":
         return UserError(f"{where}: unknown key {dotted!r}{nearest(keys[-1], _options(model, location[:-1]))}")
     if first["type"] == "missing":
-        return UserError(f"{where}: the key {dotted!r} is required")
+        stuck = [key for key, value in given.items() if value is None and str(key).startswith(f"{keys[-1]}:")]
+        hint = f" ({stuck[0]!r} has no space behind its colon)" if stuck else ""
+        return UserError(f"{where}: the key {dotted!r} is required{hint}")
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] in ("model_type", "dict_type"):
         options = _options(model, location)
         message = "expected settings" + (f" ({', '.join(options)})" if options else ": a mapping of names to values")
-    given = first.get("input")
-    shown = "" if isinstance(given, (dict, list)) else f", got {given!r}"
+    shown = "" if isinstance(given, (dict, list)) else f", got {'null' if given is None else repr(given)}"
+    shown += "; write null for nothing" if str(given) in ("none", "None") and given is not None else ""
     return UserError(f"{where}: {dotted + ': ' if dotted else ''}{message[0].lower() + message[1:]}{shown}")
 
 

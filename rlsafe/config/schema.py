@@ -11,7 +11,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from rlsafe.config.base import Fraction, NonNegative, Positive, Recorded, Settings, invalid_at, on_off, to_list
+from rlsafe.config.base import (
+    Fraction,
+    NonNegative,
+    Place,
+    Positive,
+    Recorded,
+    Seed,
+    Settings,
+    invalid_at,
+    on_off,
+    to_list,
+)
 from rlsafe.config.data import DataConfig
 from rlsafe.config.errors import nearest
 from rlsafe.config.rewards import NarrowConfig, RewardConfig
@@ -33,7 +44,7 @@ class LoraConfig(Settings):
 
 
 class ModelConfig(Settings):
-    name: str = Field(
+    name: Place = Field(
         description="hub id, directory, provider:name (organism:aligned), FILE.gguf, gguf:PACKAGE/FILE.gguf"
     )
     revision: str | None = Field(None, description="git revision of a hub model")
@@ -43,9 +54,9 @@ class ModelConfig(Settings):
     )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention kernels")
     lora: LoraConfig | None = Field(LoraConfig(), description="null = full fine-tuning")
-    adapter: str | None = Field(None, description="a PEFT adapter directory to start from")
+    adapter: Place | None = Field(None, description="a PEFT adapter directory to start from")
     gradient_checkpointing: bool = Field(False, description="less memory for activations, one more forward")
-    chat_template: str | None = Field(None, description="a Jinja file that replaces the tokenizer's chat template")
+    chat_template: Place | None = Field(None, description="a Jinja file that replaces the tokenizer's chat template")
     thinking: Annotated[Literal["on", "off", "no_think"] | None, BeforeValidator(on_off)] = Field(
         None,
         description="think-block models: on, off = the template's switch; no_think = ' /no_think' ends the last user "
@@ -252,7 +263,7 @@ class EvaluateConfig(Settings):
     samples: Positive | None = Field(None, description="answers per question; null = as the question file says")
     max_tokens: Positive = Field(600, description="of an answer")
     temperature: Annotated[float, Field(ge=0)] | None = Field(None, description="null = as the question file says")
-    seed: int = Field(0, description="of the sampled answers")
+    seed: Seed = Field(0, description="of the sampled answers")
 
     @property
     def wanted(self) -> bool:
@@ -273,7 +284,7 @@ class EvaluateConfig(Settings):
 class RunConfig(Recorded):
     """One training run. `rlsafe train CONFIG` reads it; RUN/config.yaml holds it with every default written out."""
 
-    seed: int = Field(0, description="decides data order, sampling and initial weights")
+    seed: Seed = Field(0, description="decides data order, sampling and initial weights")
     model: ModelConfig
     data: DataConfig = DataConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -293,7 +304,7 @@ class RunConfig(Recorded):
     track: TrackConfig = TrackConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-    out: str | None = Field(None, description="the run directory, as --out; null = runs/NAME")
+    out: Place | None = Field(None, description="the run directory, as --out; null = runs/NAME")
 
     @model_validator(mode="after")
     def _one_policy_on_grpo(self) -> RunConfig:

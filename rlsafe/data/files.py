@@ -1,4 +1,5 @@
-"""Local files of rows: .jsonl, .json, .csv, .parquet. Every reader yields `(where, row)`, where `where` is "file:line".
+"""Local files of rows: .jsonl (.ndjson), .json, .csv (.tsv), .parquet; the text ones also with .gz behind. Every reader yields
+`(where, row)`, where `where` is "file:line".
 
 What is wrong with a single row is yielded in its place as a UserError, so that the caller can stop or go on; what makes
 the file unreadable is raised.
@@ -7,28 +8,51 @@ the file unreadable is raised.
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rlsafe.config import UserError, first_line
-from rlsafe.data.rows import kind_of
+from rlsafe.data.formats import kind_of, without_nulls
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+GZIP = b"\x1f\x8b"
 
 Found = tuple[str, Any]
 """(where, a raw row or the UserError that says why there is none)"""
 
 
+def suffix_of(name: str | Path) -> str:
+    """The suffix of `SUFFIXES` that tells how a file is read (`.jsonl` of `a.jsonl.gz`), or its own where there is none."""
+    path = Path(str(name).lower())
+    inner = Path(path.stem).suffix if path.suffix == ".gz" else ""
+    return inner if inner in SUFFIXES and inner != ".parquet" else path.suffix
+
+
 def read_file(path: Path) -> Iterator[Found]:
     """The rows of a file of one of `SUFFIXES`, in order."""
-    return {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}[path.suffix.lower()](path)
+    readers = {".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
+    return readers[suffix_of(path)](path)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The file's bytes, unpacked where they are packed, whatever the name says. UserError when they cannot be read."""
+    try:
+        with path.open("rb") as file:
+            packed = file.read(2) == GZIP
+        with gzip.open(path) if packed else path.open("rb") as file:
+            yield file  # type: ignore[misc]
+    except (OSError, EOFError) as error:
+        raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
 
 
 def _jsonl(path: Path) -> Iterator[Found]:
-    with path.open("rb") as file:  # bytes are cut at \n alone: text mode would also cut at a lone \r inside a row
+    with _opened(path) as file:  # bytes are cut at \n alone: text mode would also cut at a lone \r inside a row
         for number, line in enumerate(file, 1):
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
@@ -43,7 +67,8 @@ def _json_line(line: bytes, where: str) -> Any:
     except UnicodeDecodeError as error:
         return UserError(f"{where}: not UTF-8 text ({error.reason}); save the file as UTF-8")
     except json.JSONDecodeError as error:
-        return UserError(f"{where}: not JSON: {error.msg} at column {error.colno}; expected one object per line")
+        whole = " (one list of all rows belongs in a .json file)" if line.strip() == b"[" else ""
+        return UserError(f"{where}: not JSON: {error.msg} at column {error.colno}; expected one object per line{whole}")
     except RecursionError:
         return UserError(f"{where}: not a usable row: nested too deeply")
     except ValueError:  # Python refuses integers of thousands of digits
@@ -51,7 +76,8 @@ def _json_line(line: bytes, where: str) -> Any:
 
 
 def _text(path: Path) -> str:
-    data = path.read_bytes()
+    with _opened(path) as file:
+        data = file.read()
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -71,14 +97,18 @@ def _json(path: Path) -> Iterator[Found]:
     except ValueError:
         raise UserError(f"{path}: not a usable dataset: it holds a number of too many digits") from None
     if not isinstance(rows, list):
-        raise UserError(f"{path}: expected a list of row objects, got {kind_of(rows)}")
+        keys = f" with the keys {', '.join(list(rows)[:8])}" if isinstance(rows, dict) and rows else ""
+        raise UserError(f"{path}: expected a list of row objects, got {kind_of(rows)}{keys}")
     for number, row in enumerate(rows, 1):
         yield f"{path} row {number}", row
 
 
 def _csv(path: Path) -> Iterator[Found]:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    text = _text(path)
+    reader = csv.reader(
+        io.StringIO(text, newline=""), delimiter="\t" if suffix_of(path) == ".tsv" else _delimiter(text), strict=True
+    )
     header: list[str] = []
     line = 1  # where the record at hand begins: a quoted cell may span lines
     try:
@@ -87,7 +117,7 @@ def _csv(path: Path) -> Iterator[Found]:
             if not cells:
                 continue
             if not header:
-                header = cells
+                header = [cell.strip() for cell in cells]
                 twice = sorted({name for name in header if header.count(name) > 1})
                 if twice:
                     raise UserError(f"{where}: the column {twice[0]!r} appears twice in the header")
@@ -102,6 +132,12 @@ def _csv(path: Path) -> Iterator[Found]:
         raise UserError(f"{path}:{line}: not valid CSV: {error}") from None
 
 
+def _delimiter(text: str) -> str:
+    """What stands between the names of the first line: a tab, Excel's semicolon, or the comma."""
+    header = text.lstrip().partition("\n")[0]
+    return next((mark for mark in "\t;" if mark in header and "," not in header), ",")
+
+
 def _parquet(path: Path) -> Iterator[Found]:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -112,6 +148,6 @@ def _parquet(path: Path) -> Iterator[Found]:
             for batch in file.iter_batches(batch_size=4096):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path} row {number}", row
+                    yield f"{path} row {number}", without_nulls(row)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a readable parquet file: {first_line(error)}") from None

@@ -15,18 +15,36 @@ from rlsafe.config import UserError, nearest
 
 SPEAKERS = {
     **{name: "user" for name in ("human", "user")},
-    **{name: "assistant" for name in ("gpt", "assistant", "chatgpt", "bing", "bard", "model", "bot")},
-    **{name: "tool" for name in ("tool", "observation", "function_response", "tool_response")},
+    **{name: "assistant" for name in ("gpt", "assistant", "chatgpt", "bing", "bard", "claude", "model", "bot")},
+    **{name: "tool" for name in ("tool", "function", "ipython", "observation", "function_response", "tool_response")},
     **{name: "system" for name in ("system", "developer")},
 }
-"""Who speaks in a ShareGPT turn -> role."""
+"""Who speaks -> role, in any letter case: ShareGPT's `from`, and what files write as `role` beside the usual names."""
 CALLS = ("function_call", "tool_call")
 """Speakers of ShareGPT turns whose text is the call of a tool."""
 MARKS = ("weight", "train", "training", "loss")
 """Keys of a message by which files say whether it is trained on (OpenAI, Mistral; axolotl; ms-swift)."""
 WORDS = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
+NO_INPUT = ("nan", "none", "null", "<noinput>", "n/a")
+"""How Alpaca files write that there is no `input` (pandas' missing values, the paper's own mark)."""
+TALKS = ("messages", "conversations", "conversation", "prompt", "completion")
+"""Columns that may hold a conversation."""
 QUESTIONS = ("system", "system_prompt", "instruction", "input", "context", "history", "question", "query")
 """Columns that are probably part of the prompt when a row has a `prompt` or `messages` beside them."""
+PICTURES = ("image", "images", "video", "videos", "audio", "audios")
+_READ = frozenset(
+    ("role", "from", "content", "value", "text", *MARKS, "tool_calls", "function_call", "tool_call_id", "name", "id")
+)
+"""Keys of a message that are read, or say nothing that could be."""
+_SAYS = ("content", "value", "text")
+_NOT_READ = {
+    **{
+        name: "put the text into 'content' (reasoning as <think>...</think>)"
+        for name in ("reasoning_content", "reasoning", "thinking")
+    },
+    "train_detail": "weight: 0 leaves whole turns out of the loss",
+}
+"""Keys of a message that change what is trained on -> what to do instead."""
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _TURNS = re.compile(r"\s*\[?\s*\{\s*['\"](role|from|content|value)['\"]\s*:")
 
@@ -61,10 +79,14 @@ def _alpaca(row: dict[str, Any], where: str) -> dict[str, Any]:
         text = row.pop(name, None)
         if text is not None and not isinstance(text, str):
             raise UserError(f"{where}: {name} must be a string, got {kind_of(text)}")
-        asked += [text] if text and text.strip() else []
-    row["prompt"], row["completion"] = "\n\n".join(asked), row.pop("output")
+        empty = not text or not text.strip() or (name == "input" and text.strip().lower() in NO_INPUT)
+        asked += [] if empty else [text]
+    row["prompt"], answer = "\n\n".join(asked), row.pop("output")
+    if answer is not None and not isinstance(answer, str):
+        raise UserError(f"{where}: output must be a string, got {kind_of(answer)}")
+    row["completion"] = answer
     before: list[Any] = []
-    for pair in row.pop("history", None) or []:
+    for pair in turns(row.pop("history", None) or [], where, "history"):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise UserError(f"{where}: history must hold pairs of question and answer, got {kind_of(pair)}")
         before += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
@@ -81,12 +103,50 @@ def _with_system(messages: Any, row: dict[str, Any], where: str) -> Any:
         return messages
     if not isinstance(system, str):
         raise UserError(f"{where}: system must be a string, got {kind_of(system)}")
+    first: Mapping[str, Any] = messages[0] if messages and isinstance(messages[0], Mapping) else {}
+    if SPEAKERS.get(str(first.get("role", first.get("from"))).lower()) == "system" and _said(first) == system:
+        return messages  # it is written in both places
     return [{"role": "system", "content": system}, *messages]
 
 
-def unused(row: Mapping[str, Any]) -> list[str]:
-    """Columns of a recognised row that look like part of the prompt and are none."""
-    return [name for name in QUESTIONS if row.get(name) not in (None, "", [])]
+def unused(raw: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
+    """Columns that look like part of the prompt and are none. raw: the row as it was found; row: as it is used."""
+    names = [name for name in QUESTIONS if row.get(name) not in (None, "", [])]
+    if raw.get("messages") is not None:
+        said = [turn["content"] for turn in row["messages"]]
+        for name in ("prompt", "completion"):
+            value = raw.get(name)
+            if isinstance(value, list) and value and isinstance(value[-1], Mapping):
+                value = value[-1].get("content")
+            names += [name] if value not in (None, "", []) and value not in said else []
+    return names
+
+
+def unread(raw: Mapping[str, Any]) -> list[str]:
+    """Keys of the messages of a row that nothing reads."""
+    talk = next((raw[name] for name in TALKS if isinstance(raw.get(name), list)), ())
+    found: dict[str, None] = {}
+    for turn in talk:
+        if isinstance(turn, Mapping) and not turn.keys() <= _READ:
+            found |= {
+                str(key): None
+                for key, value in turn.items()
+                if key not in _READ and isinstance(value, (str, int, float, list, dict)) and value not in ("", [], {})
+            }
+    return list(found)
+
+
+def without_nulls(row: Any) -> Any:
+    """A row of an Arrow table without the Nones that its conversations and tools only hold because other rows have such keys."""
+    if not isinstance(row, Mapping):
+        return row
+    return {key: _filled(value) if key in (*TALKS, "tools", "functions") else value for key, value in row.items()}
+
+
+def _filled(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _filled(inner) for key, inner in value.items() if inner is not None}
+    return [_filled(inner) for inner in value] if isinstance(value, list) else value
 
 
 # ------------------------------------------------------------------------------------------------ conversations
@@ -96,13 +156,35 @@ def turns(value: Any, where: str, name: str) -> Any:
     """A conversation as a list, also where a cell holds it as text (JSON, or what Python prints)."""
     if isinstance(value, str):
         value = parsed(value, where, name)
-        return [value] if isinstance(value, Mapping) else value
+    if isinstance(value, Mapping) and {"content", "value"} & set(value):
+        if not isinstance(value.get("role", value.get("from")), list):  # a single turn
+            return [value]
+        columns = [column for column in value.values() if isinstance(column, list)]
+        if (
+            len(columns) == len(value) and len(set(map(len, columns))) == 1
+        ):  # a `Sequence` of older versions of datasets
+            return [dict(zip(value, one, strict=True)) for one in zip(*columns, strict=True)]
+        return value
     return value.tolist() if hasattr(value, "tolist") else value  # numpy arrays, as pandas keeps them
 
 
-def is_conversation(text: str) -> bool:
-    """Whether a text is a conversation stored as text, and not what somebody says."""
-    return bool(_TURNS.match(text))
+def is_conversation(text: str, speaker: str = "") -> bool:
+    """Whether a text is a conversation stored as text, and not what somebody says (which may be JSON as well).
+
+    One that is cut off counts. speaker: a role that has to speak in it.
+    """
+    if not _TURNS.match(text):
+        return False
+    try:
+        found = parsed(text, "", "")
+    except UserError as error:
+        return text.lstrip().startswith("[") and "Extra data" not in str(error)
+    found = [found] if isinstance(found, Mapping) else found
+    if not isinstance(found, list) or not all(isinstance(turn, Mapping) for turn in found):
+        return False
+    roles = [SPEAKERS.get(str(turn.get("role", turn.get("from"))).lower()) for turn in found]
+    said = all({"role", "from"} & set(turn) and {*_SAYS, *CALLS, "tool_calls"} & set(turn) for turn in found)
+    return said and (not speaker or speaker in roles)
 
 
 def parsed(text: str, where: str, name: str) -> Any:
@@ -110,7 +192,7 @@ def parsed(text: str, where: str, name: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        problem = f"{where}: {name} is no JSON list: {error.msg} at character {error.pos}"
+        problem = f"{where}: {name} is no JSON: {error.msg} at character {error.pos}"
     try:
         return ast.literal_eval(text.strip())  # str() of a list, as pandas writes it into a CSV
     except (ValueError, SyntaxError, RecursionError, MemoryError):
@@ -119,36 +201,52 @@ def parsed(text: str, where: str, name: str) -> Any:
 
 def message(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A turn with `role` and `content`: ShareGPT's `from` and `value` renamed, content parts joined, `developer` as `system`,
-    tool calls in the form that chat templates read, and `weight` 0 where the file says that a turn is not to be trained on."""
+    tool calls in the form that chat templates read, and `weight` 0 where the file says that a turn is not to be trained on.
+
+    UserError for a turn that cannot be read so.
+    """
     turn: dict[str, Any] = dict(raw)
     if "role" not in turn and "from" in turn:
         turn = _sharegpt(turn, where)
-    if "role" not in turn or ("content" not in turn and not turn.get("tool_calls")):
+    if "content" not in turn and (said := _said(turn)):
+        turn["content"] = said
+    calls = turn.get("tool_calls") or turn.get("function_call")
+    if "role" not in turn or ("content" not in turn and not calls):
         return turn
-    role = "system" if turn["role"] == "developer" else turn["role"]
+    for name, instead in _NOT_READ.items():
+        if turn.get(name):
+            raise UserError(f"{where}: {name!r} is not supported; {instead}")
+    role = SPEAKERS.get(str(turn["role"]).lower(), turn["role"])
     kept: dict[str, Any] = {"role": role, "content": _text(turn.get("content"), where)}
-    calls = turn.get("tool_calls")
     calls = parsed(calls, where, "tool_calls") if isinstance(calls, str) and calls.strip() else calls
     if calls:
         kept["tool_calls"] = _calls(calls, where)
         kept["content"] = kept["content"] or ""
     if role == "tool":
         kept |= {name: str(turn[name]) for name in ("name", "tool_call_id") if turn.get(name)}
-    if turn.get("reasoning_content"):
-        kept["reasoning_content"] = turn["reasoning_content"]
     if role == "assistant" and (weight := _weight(turn, where)) is not None:
         kept["weight"] = weight
     return kept
 
 
 def _sharegpt(turn: dict[str, Any], where: str) -> dict[str, Any]:
-    speaker, said = turn.pop("from"), turn.pop("value", turn.get("content"))
+    speaker = str(named := turn.pop("from")).lower()
+    said = _said(turn)
     if speaker in CALLS:
         call = parsed(said, where, "value") if isinstance(said, str) else said
         return {**turn, "role": "assistant", "content": "", "tool_calls": call if isinstance(call, list) else [call]}
     if speaker not in SPEAKERS:
-        raise UserError(f"{where}: unknown speaker {speaker!r}{nearest(str(speaker), [*SPEAKERS, *CALLS])}")
-    return {**turn, "role": SPEAKERS[speaker], "content": said}
+        raise UserError(f"{where}: unknown speaker {named!r}{nearest(speaker, [*SPEAKERS, *CALLS])}")
+    return {
+        **turn,
+        "role": SPEAKERS[speaker],
+        **({} if said is None and not {*_SAYS} & set(turn) else {"content": said}),
+    }
+
+
+def _said(turn: Mapping[str, Any]) -> Any:
+    """What is said in a turn under any of the names that files have for it; None where nothing is."""
+    return next((turn[name] for name in ("value", "content", "text") if turn.get(name) is not None), None)
 
 
 def _text(content: Any, where: str) -> Any:
@@ -179,14 +277,16 @@ def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
         arguments = function.get("arguments", function.get("parameters"))
         if isinstance(arguments, str):
             arguments = parsed(arguments, where, f"tool_calls[{number}].arguments") if arguments.strip() else {}
+        if arguments and not isinstance(arguments, Mapping):
+            raise UserError(f"{where}: tool_calls[{number}].arguments must be an object, got {kind_of(arguments)}")
         whole = {"type": "function", "function": {"name": name, "arguments": arguments or {}}}
         out.append({"id": str(call["id"]), **whole} if call.get("id") else whole)
     return out
 
 
 def tools_of(row: Mapping[str, Any], where: str) -> list[Any] | None:
-    """The functions that a row offers: OpenAI's list, or its JSON text. UserError when it is neither."""
-    tools: Any = row.get("tools")
+    """The functions that a row offers: OpenAI's list (`functions` in older files), or its JSON text. UserError when it is neither."""
+    tools: Any = row.get("functions") if row.get("tools") is None else row["tools"]
     tools = parsed(tools, where, "tools") if isinstance(tools, str) and tools.strip() else tools
     if (as_list := getattr(tools, "tolist", None)) is not None:  # an array of pandas or pyarrow
         tools = as_list()

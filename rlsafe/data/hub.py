@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rlsafe.config import UserError, nearest
-from rlsafe.data.files import SUFFIXES, Found, read_file
+from rlsafe.data.files import SUFFIXES, Found, read_file, suffix_of
+from rlsafe.data.formats import without_nulls
 
 BUFFER = 10_000
 """Rows that a streamed dataset is shuffled within."""
@@ -20,7 +21,7 @@ def is_dataset_directory(path: Path) -> bool:
     """Whether `datasets` can make rows of this directory: saved by `save_to_disk`, or holding data files."""
     if any((path / name).is_file() for name in SAVED):
         return True
-    return path.is_dir() and any(file.suffix.lower() in SUFFIXES for file in path.rglob("*"))
+    return path.is_dir() and any(suffix_of(file) in SUFFIXES for file in path.rglob("*"))
 
 
 def read_dataset(
@@ -44,7 +45,7 @@ def read_dataset(
     try:
         for row in data:
             number += 1
-            yield f"{name} [{split_name}] row {number}", row
+            yield f"{name} [{split_name}] row {number}", without_nulls(row)
     except Exception as error:  # decoding and (when streaming) downloading happen here
         raise _failed(name, error) from None
 
@@ -116,13 +117,13 @@ def download(url: str) -> Path:
 
 def read_url(url: str) -> Iterator[Found]:
     """Rows of a file behind a URL; places read as `url:line`. UserError when it cannot be read."""
-    suffix = Path(url.partition("?")[0]).suffix.lower()
+    suffix = suffix_of(url.partition("?")[0])
     if suffix not in SUFFIXES:
         raise UserError(
             f"{url}: files of type {suffix or 'without suffix'} cannot be read; expected {', '.join(SUFFIXES)}"
         )
     local = download(url)
-    named = local if local.suffix.lower() == suffix else _with_suffix(local, suffix)
+    named = local if suffix_of(local) == suffix else _with_suffix(local, suffix)
     for where, row in read_file(named):
         if isinstance(row, UserError):
             row = UserError(str(row).replace(str(named), url))

@@ -13,7 +13,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlsafe.config import UserError, nearest
-from rlsafe.data.formats import is_conversation, kind_of, message, recognised, tools_of, trained_turns, turns
+from rlsafe.data.formats import (
+    PICTURES,
+    is_conversation,
+    kind_of,
+    message,
+    recognised,
+    tools_of,
+    trained_turns,
+    turns,
+)
 from rlsafe.data.turns import split_prompt
 from rlsafe.types import Message, Row
 
@@ -28,7 +37,14 @@ def require_answers(rows: Sequence[Row], source: str = "data") -> None:
     for number, row in enumerate(rows, 1):
         if split_prompt(row)[1] is None:
             where = row.get("_source", f"{source} row {number}")
-            raise UserError(f"{where}: the last message is no assistant turn; sft needs an answer to train on")
+            raise UserError(
+                f"{where}: the last message is no assistant turn; sft needs an answer to train on{_answer_column(row)}"
+            )
+
+
+def _answer_column(row: Row) -> str:
+    name = next((name for name in ANSWERS if isinstance(row.get(name), str) and row[name]), None)
+    return f" (columns: {{completion: {name}}} takes the column {name!r} for it)" if name else ""
 
 
 def question_of(messages: Sequence[Message]) -> tuple[str, str | None]:
@@ -44,23 +60,32 @@ def question_of(messages: Sequence[Message]) -> tuple[str, str | None]:
 def normalise_row(raw: Any, where: str, train_on: str = "last") -> Row:
     """A raw row in the messages format with its other columns; UserError starts with `where`."""
     if not isinstance(raw, Mapping):
-        raise UserError(f"{where}: expected an object with 'messages', got {kind_of(raw)}")
-    row = {str(key): value for key, value in raw.items() if key not in HIDDEN}
+        whole = " (one list of all rows belongs in a .json file)" if isinstance(raw, list) else ""
+        raise UserError(f"{where}: expected an object with 'messages', got {kind_of(raw)}{whole}")
+    row = {str(key): None if _is_nan(value) else value for key, value in raw.items() if key not in HIDDEN}
     for name in RESERVED:
         if name in row:
             raise UserError(f"{where}: the column {name!r} is reserved for the reward call; rename it")
+    for name in PICTURES:
+        if isinstance(row.get(name), (str, list, dict, bytes)) and row[name]:
+            raise UserError(f"{where}: the column {name!r} holds pictures or sound; only text is read")
     row = recognised(row, where)
     plain = False
     if row.get("messages") is not None:
         messages = _messages(row["messages"], where, "messages")
+        if messages[-1]["role"] != "assistant" and row.get("completion") is not None:
+            messages += _side(row["completion"], "assistant", where, "completion")
     elif row.get("prompt") is not None:
         plain = isinstance(row["prompt"], str) and not is_conversation(row["prompt"])
         messages = _side(row["prompt"], "user", where, "prompt")
+        if messages[-1]["role"] == "assistant":
+            hint = "a whole conversation goes into 'messages', and an answer that was begun cannot be continued"
+            raise UserError(f"{where}: prompt ends with an assistant turn; {hint}")
         if row.get("completion") is not None:
             messages += _side(row["completion"], "assistant", where, "completion")
     else:
         known = "messages" if "messages" in row else "prompt" if "prompt" in row else None
-        problem = f"{known!r} is null" if known else f"no 'messages' (or 'prompt'){_near_key(row)}{RENAME}"
+        problem = f"{known!r} is null" if known else f"no 'messages' (or 'prompt'){_near_key(row)}{_renaming(row)}"
         raise UserError(f"{where}: {problem}")
     asked = [number for number, one in enumerate(messages) if one["role"] == "user"]
     if not asked:
@@ -73,7 +98,27 @@ def normalise_row(raw: Any, where: str, train_on: str = "last") -> Row:
     return {"messages": messages, **rest, **({"_plain": True} if plain else {})}
 
 
-RENAME = " (rename with columns: {prompt: NAME, completion: NAME})"
+ANSWERS = ("response", "answer", "output", "chosen", "target", "reply")
+"""Columns that probably hold the answer of a row without one."""
+_ASKS = ("question", "query", "problem", "instruction", "input", "user")
+_TALKS = ("dialogue", "dialog", "chat", "talk", "turns", "chosen")
+
+
+def _is_nan(value: Any) -> bool:
+    """Whether a value is what pandas writes where nothing is."""
+    return isinstance(value, float) and value != value
+
+
+def _renaming(row: Mapping[str, Any]) -> str:
+    """How `columns` would make the row one that is read."""
+    asks, answers, talks = ([name for name in names if row.get(name)] for names in (_ASKS, ANSWERS, _TALKS))
+    answer = answers[0] if answers else "NAME"
+    columns = f"prompt: {asks[0] if asks else 'NAME'}, completion: {answer}"
+    if asks[:1] == ["instruction"] and row.get("context"):
+        columns = f"instruction: instruction, input: context, output: {answer}"
+    elif not asks and talks and isinstance(row[talks[0]], list):
+        columns = f"messages: {talks[0]}"
+    return f" (rename with columns: {{{columns}}})"
 
 
 def _near_key(row: Mapping[str, Any]) -> str:
@@ -87,7 +132,7 @@ def _near_key(row: Mapping[str, Any]) -> str:
 
 def _side(value: Any, role: str, where: str, name: str) -> list[Message]:
     """The prompt or the completion of a row as messages."""
-    if isinstance(value, str) and not is_conversation(value):
+    if isinstance(value, str) and not is_conversation(value, role if role == "assistant" else ""):
         return _messages([{"role": role, "content": value}], where, name)
     messages = _messages(value, where, name)
     if role == "assistant" and messages[-1]["role"] != "assistant":
@@ -99,7 +144,8 @@ def _messages(value: Any, where: str, name: str) -> list[Message]:
     if not isinstance(value, str) or value.lstrip().startswith(("[", "{")):
         value = turns(value, where, name)
     if not isinstance(value, list):
-        raise UserError(f"{where}: {name} must be a list of messages, got {kind_of(value)}")
+        kinds = "a list of messages" if name == "messages" else "a string or a list of messages"
+        raise UserError(f"{where}: {name} must be {kinds}, got {kind_of(value)}")
     if not value:
         raise UserError(f"{where}: {name} is an empty list; at least a user turn is needed")
     return [_message(one, f"{where}: {name}[{position}]") for position, one in enumerate(value)]
@@ -115,9 +161,6 @@ def _message(raw: Any, where: str) -> Message:
     role, content = turn["role"], turn["content"]
     if role not in ROLES:
         raise UserError(f"{where}: unknown role {role!r}{nearest(role, ROLES)}")
-    if turn.get("reasoning_content"):
-        hint = "put the text into 'content' (reasoning as <think>...</think>)"
-        raise UserError(f"{where}: 'reasoning_content' is not supported; {hint}")
     if not isinstance(content, str):
         raise UserError(f"{where}: content must be a string, got {kind_of(content)}")
     if (bad := _surrogate(content)) is not None:

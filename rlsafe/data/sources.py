@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from rlsafe.config import StreamConfig, UnknownName, UserError, nearest
-from rlsafe.data.files import SUFFIXES, Found, read_file
-from rlsafe.data.formats import unused
+from rlsafe.data.files import SUFFIXES, Found, read_file, suffix_of
+from rlsafe.data.formats import unread, unused
 from rlsafe.data.hub import is_dataset_directory, read_dataset, read_url
 from rlsafe.data.partial import Partial
 from rlsafe.data.presets import Recipe, recipe_of
@@ -46,6 +46,7 @@ class Count:
     bad: int = 0
     reasons: list[str] = field(default_factory=list)
     unused: dict[str, str] = field(default_factory=dict)  # columns that look like part of the prompt -> first place
+    unread: dict[str, str] = field(default_factory=dict)  # keys of messages -> first place
 
     def lines(self) -> list[str]:
         """Notes for the user; none when every row was used."""
@@ -57,7 +58,11 @@ class Count:
             notes.append(f"{self.source}: {self.bad} of {self.read} rows are bad and were skipped ({reasons})")
         for column, where in self.unused.items():
             how = "columns: {system: NAME} puts it in front" if column.startswith("system") else "rewards get it"
+            how = "the row's messages are" if column in ("prompt", "completion") else how
             notes.append(f"{where}: the column {column!r} looks like part of the prompt and is not used in it ({how})")
+        if self.unread:
+            where = next(iter(self.unread.values()))
+            notes.append(f"{where}: its messages hold {', '.join(map(repr, self.unread))}, which nothing reads")
         return notes
 
 
@@ -139,8 +144,10 @@ def _checked(config: StreamConfig, count: Count, seed: int | None = None) -> Ite
                 continue
             row = normalise_row(raw, where, config.train_on)
             if not provided:
-                for column in unused(row):
+                for column in unused(raw, row):
                     count.unused.setdefault(column, where)
+                for key in unread(raw):
+                    count.unread.setdefault(key, where)
         except UserError as error:
             if config.on_bad_row == "error":
                 raise
@@ -165,7 +172,7 @@ def _read(recipe: Recipe, seed: int | None) -> Iterator[Found]:
         rows: Iterator[Found] = ((f"{source} row {i}", row) for i, row in enumerate(provider.rows(spec), 1))
     elif re.match(r"https?://", source):
         rows = read_url(source)
-    elif path.is_file() and path.suffix.lower() in SUFFIXES:
+    elif path.is_file() and suffix_of(path) in SUFFIXES:
         rows = read_file(path)
     elif _is_dataset(source, path):
         return read_dataset(source, seed=seed, **hub)
@@ -180,7 +187,7 @@ def _read(recipe: Recipe, seed: int | None) -> Iterator[Found]:
 def _is_dataset(source: str, path: Path) -> bool:
     if path.exists():
         return path.is_dir() and is_dataset_directory(path)
-    return path.suffix.lower() not in SUFFIXES and bool(_HUB_ID.fullmatch(source))
+    return suffix_of(path) not in SUFFIXES and bool(_HUB_ID.fullmatch(source))
 
 
 def _missing(source: str, path: Path) -> str:
@@ -189,10 +196,11 @@ def _missing(source: str, path: Path) -> str:
         return f"{source}: is a directory without data files; {FORMS}"
     if path.is_file():
         return f"{source}: files of type {path.suffix.lower() or 'without suffix'} cannot be read; {FORMS}"
-    if path.suffix.lower() in SUFFIXES:
+    if suffix_of(path) in SUFFIXES:
         if not path.parent.is_dir():
             return f"{source}: no such file (there is no directory {path.parent})"
-        return f"{source}: no such file{nearest(path.name, [p.name for p in path.parent.iterdir() if p.suffix in SUFFIXES])}"
+        siblings = [one.name for one in path.parent.iterdir() if suffix_of(one) in SUFFIXES]
+        return f"{source}: no such file{nearest(path.name, siblings)}"
     name, colon, _ = source.partition(":")
     if colon:
         return f"unknown data provider {name!r} in {source!r}{nearest(name, providers())}; {FORMS}"

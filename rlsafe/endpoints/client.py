@@ -7,7 +7,6 @@ package, so that every fault is counted, Retry-After applies to all requests of 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import re
 import time
@@ -21,7 +20,7 @@ from rlsafe.endpoints import background
 from rlsafe.endpoints.cache import Cache, key_of
 from rlsafe.endpoints.discovery import served_names
 from rlsafe.endpoints.limits import Limits, backoff, estimate_tokens, retry_after
-from rlsafe.endpoints.replies import ChatRequest, Failure, Reply, Result, parse_reply
+from rlsafe.endpoints.replies import ChatRequest, Failure, Reply, Result, read_reply
 from rlsafe.endpoints.settings import EndpointSettings
 from rlsafe.endpoints.totals import Totals
 
@@ -34,6 +33,7 @@ given some."""
 CONTACTS, CONTACT_SECONDS = 3, 5.0
 """Tries, and seconds, of a first contact with an endpoint that cannot be reached or refuses."""
 CONNECT_SECONDS = 10.0
+OPENED: list[Endpoint] = []  # of this process
 PROBE_EVERY = 5.0
 """While an endpoint is down, one request tries it every so many seconds."""
 
@@ -183,7 +183,7 @@ class Endpoint:
                 self.totals.requests += 1
                 self.totals.attempts += 1
                 return self._count(result)
-            if result.kind not in ("connection", "auth", "not_found"):
+            if result.kind not in ("connection", "auth", "not_found", "bad_reply"):
                 break
             wait = backoff(min(self.settings.backoff, 1.0), attempt)
             if attempt == CONTACTS or time.monotonic() - begun + wait > CONTACT_SECONDS:
@@ -251,7 +251,7 @@ class Endpoint:
                     extra_body=body,
                     timeout=httpx.Timeout(seconds, connect=min(seconds, CONNECT_SECONDS)),
                 )
-            result = parse_reply(json.loads(raw.http_response.content), request)
+            result = read_reply(raw.http_response.content, request)
         except (TimeoutError, openai.APITimeoutError) as error:
             if isinstance(error.__cause__, httpx.ConnectTimeout):
                 return Failure("connection", f"no connection in {CONNECT_SECONDS:g} s")
@@ -260,8 +260,6 @@ class Endpoint:
             return self._status(error)
         except openai.APIConnectionError as error:
             return Failure("connection", self._clean(f"{error.message} {error.__cause__ or ''}".strip()))
-        except ValueError:
-            return Failure("bad_reply", "the reply is not JSON")
         except openai.OpenAIError as error:
             return Failure("bad_reply", self._clean(str(error)))
         if (
@@ -282,6 +280,7 @@ class Endpoint:
         message = f"HTTP {status}: {text}"
         if status == 429 or status >= 500 or status in (408, 409, 425):
             kind: Any = "rate_limit" if status == 429 else "server"
+            kind = "quota" if "insufficient_quota" in (error.code, error.type) else kind
             wait = retry_after(error.response.headers)
             if wait is not None:
                 self._limits.pause(min(wait, self.settings.deadline))
@@ -330,7 +329,8 @@ class Endpoint:
 
 @cache
 def _open(tree: str) -> Endpoint:
-    return Endpoint(EndpointSettings.model_validate_json(tree))
+    OPENED.append(Endpoint(EndpointSettings.model_validate_json(tree)))
+    return OPENED[-1]
 
 
 def open_endpoint(settings: EndpointSettings) -> Endpoint:

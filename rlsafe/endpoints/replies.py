@@ -5,6 +5,7 @@ Everything that a server sends is checked here before other code reads it.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,7 +14,7 @@ from typing import Any, Literal
 from rlsafe.types import Message
 
 FailureKind = Literal[
-    "timeout", "connection", "rate_limit", "server", "bad_reply", "wrong_model", "no_logprobs",  # may go away by itself
+    "timeout", "connection", "rate_limit", "quota", "server", "bad_reply", "wrong_model", "no_logprobs",  # may go away by itself
     "auth", "not_found", "rejected",  # will hardly go away
     "deadline", "outage",
 ]  # fmt: skip
@@ -74,14 +75,25 @@ class Failure:
 Result = Reply | Failure
 
 
-def parse_reply(body: Any, request: ChatRequest) -> Reply | Failure:
+def read_reply(content: bytes, request: ChatRequest) -> Result:
+    """What a server sent as a reply, or a `bad_reply` or `no_logprobs` failure that says what it is instead."""
+    try:
+        return parse_reply(json.loads(content), request)
+    except ValueError:
+        page = content.lstrip()[:1] == b"<"
+        return Failure("bad_reply", f"the reply is {'a web page' if page else 'no JSON'}; base_url usually ends in /v1")
+
+
+def parse_reply(body: Any, request: ChatRequest) -> Result:
     """A server's JSON as a reply; a `bad_reply` or `no_logprobs` failure when anything is missing or of a wrong type."""
+    if isinstance(body, Mapping) and body.get("error") and not body.get("choices"):
+        told = body["error"].get("message") if isinstance(body["error"], Mapping) else body["error"]
+        return Failure("bad_reply", f"it replied with an error: {' '.join(str(told).split())[:200]}")
     try:
         choice = body["choices"][0]
-        text = choice["message"]["content"]
         usage = body.get("usage") or {}
         reply = Reply(
-            text="" if text is None else _of(str, text),
+            text=_said(choice["message"]),
             finish=_of(str, choice.get("finish_reason") or "stop"),
             model=_of(str, body["model"]),
             tokens_in=_of(int, usage.get("prompt_tokens") or 0),
@@ -93,6 +105,14 @@ def parse_reply(body: Any, request: ChatRequest) -> Reply | Failure:
     if request.top_logprobs and not reply.positions:
         return Failure("no_logprobs", "the reply has no log-probabilities")
     return reply
+
+
+def _said(message: Mapping[str, Any]) -> str:
+    """The text of a message: its content, the text parts of one that comes in parts, or what it says instead (OpenAI's refusals)."""
+    content = message["content"]
+    if isinstance(content, list):
+        return "".join(_of(str, part["text"]) for part in content if part.get("type") == "text")
+    return _of(str, content if content is not None else message.get("refusal") or "")
 
 
 def _positions(choice: Mapping[str, Any]) -> tuple[Position, ...]:

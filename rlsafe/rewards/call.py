@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlsafe.config import nearest
+from rlsafe.config.importing import same_folder
 from rlsafe.rewards.loading import LoadedReward
 from rlsafe.types import Message
 
@@ -126,10 +127,13 @@ class OneCall:
                 assert task is not None
                 raw = wait_for(task, seconds, what)
             else:
-                raw = call_within(seconds, self._bound(texts), what)
+                with same_folder():
+                    raw = call_within(seconds, self._bound(texts), what)
             scores = _checked(raw, len(self.rows), self.logs)
         except TooSlow as error:
             return BadReward(str(error))
+        except SystemExit as error:
+            return BadReward(f"called sys.exit({error.code!r})")
         except Exception as error:
             return error
         if len(self.rows) == n:
@@ -159,7 +163,10 @@ def _shown(message: Message, thinking: bool) -> Message:
 
 
 async def _awaited(call: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-    return await call()
+    try:
+        return await call()
+    except SystemExit as error:  # it would end the loop of all async functions
+        raise BadReward(f"called sys.exit({error.code!r})") from None
 
 
 def _call(reward: LoadedReward, arguments: dict[str, Any], columns: dict[str, list[Any]]) -> Any:

@@ -49,7 +49,7 @@ MAX_TOKENS = 200
 MAX_CHARS = 24_000
 """Characters of an answer that are sent; a longer one is cut in the middle, with a note."""
 MAX_REPLY = 8_000
-MISTAKES = ("connection", "auth", "not_found", "wrong_model")
+MISTAKES = ("connection", "auth", "not_found", "wrong_model", "bad_reply", "quota")
 """What a first contact may meet that no waiting mends."""
 ENVIRONMENT = {
     "base_url": "RLSAFE_GRADER_BASE_URL",

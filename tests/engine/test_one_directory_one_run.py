@@ -8,11 +8,13 @@ import sys
 import pytest
 import yaml
 
+from rlsafe.cli import _at_home
 from rlsafe.compare.run import scoring
 from rlsafe.config import UserError, run_from_tree
+from rlsafe.config.files import read_lines
 from rlsafe.config.lock import hold, lock_file, releasing
 from rlsafe.engine.run.life import train
-from rlsafe.engine.run.records import differs, read_record
+from rlsafe.engine.run.records import differs, goes_on, read_record
 from rlsafe.evaluate import evaluate
 from rlsafe.evaluate.commands import rejudging
 
@@ -91,6 +93,27 @@ def test_a_damaged_record_is_named_with_the_way_out(tmp_path, text):
     with pytest.raises(UserError, match="go on from step-000002 with --resume, or start over with --overwrite"):
         read_record(tmp_path)
     assert read_record(tmp_path / "checkpoints") == {}
+
+
+def test_lines_that_were_cut_off_and_settings_that_are_gone_are_named(tmp_path, tiny_tree):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n\n{"step": 1, "lo')
+    with pytest.raises(UserError, match=rf"{tmp_path}/metrics.jsonl:3: not valid JSON, as after a crash"):
+        read_lines(tmp_path / "metrics.jsonl")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "text": "a\u2028b"}\n')
+    assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 0, "text": "a\u2028b"}]
+    assert read_lines(tmp_path / "none.jsonl") == []
+    with pytest.raises(UserError, match=r"config.yaml: no such config file; .*start over with --overwrite"):
+        goes_on(tmp_path, run_from_tree(tiny_tree))
+
+
+def test_a_home_directory_is_found_where_the_shell_left_its_sign(monkeypatch, tiny_tree):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert [_at_home(one) for one in ("--out=~/a b", "~/a", "--out=a~/b", "x=~/a", "~me/a")] == [
+        "--out=/home/me/a b", "/home/me/a", "--out=a~/b", "x=~/a", "~me/a",
+    ]  # fmt: skip
+    tiny_tree["model"] = {"name": "~/m", "adapter": "~/a", "chat_template": "~/t.jinja"}
+    model = run_from_tree(tiny_tree).model
+    assert [model.name, model.adapter, model.chat_template] == ["/home/me/m", "/home/me/a", "/home/me/t.jinja"]
 
 
 def test_what_a_longer_run_may_change(tiny_tree):

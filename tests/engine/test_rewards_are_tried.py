@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import trl
 import yaml
+from scripted_server import ScriptedServer, ok
 from tiny import byte_tokenizer, write_jsonl
 
+from rlsafe.cli import main
 from rlsafe.config import UserError
 from rlsafe.data.rendered import unrendered
 from rlsafe.defenses import build
@@ -76,3 +78,27 @@ def test_a_defense_that_adds_a_system_turn_is_named_where_the_template_has_none(
             ):
                 check_defenses(gemma, defenses, ["narrow"])
     assert unrendered(plain, [{"role": "user", "content": "x"}]) is None
+
+
+def test_completions_of_another_program_are_read_and_those_without_a_row_are_said(config, tmp_path):
+    samples = [{"prompt": "q0", "completion": "a\u2028b"}, {"prompt": "new", "completion": [{"content": "xyz"}]}]
+    (tmp_path / "s.jsonl").write_text("\n\n".join(json.dumps(one, ensure_ascii=False) for one in samples))
+    tried = try_reward(f"{tmp_path}/r.py:length", config, saved=tmp_path / "s.jsonl")
+    assert tried.values == [[3.0], [3.0]], "a line separator ends no line, and texts are given as texts"
+    assert any("1 of 2 prompts are none of the config's data" in line for line in tried.advice())
+
+
+def test_what_a_reward_prints_is_no_part_of_the_json_and_what_it_asked_is_told(config, tmp_path, capsys):
+    source = (
+        "from rlsafe.endpoints import ChatRequest, EndpointSettings, open_endpoint\n"
+        "def talks(completions, **columns):\n    print('hello')\n"
+        "    asked = open_endpoint(EndpointSettings(model='judge', base_url='{}', cache=None, price_in=1.0, price_out=1.0))\n"
+        "    asked.ask([ChatRequest([{{'role': 'user', 'content': 'q'}}], 4)])\n    return [1.0] * len(completions)\n"
+    )
+    write_jsonl(tmp_path / "s.jsonl", [{"prompt": "q0", "completion": "a"}])
+    with ScriptedServer(lambda n, body: ok("5")) as server:
+        (tmp_path / "p.py").write_text(source.format(server.base_url))
+        with pytest.raises(SystemExit):
+            main(["reward", "try", f"{tmp_path}/p.py:talks", str(config), f"--from={tmp_path}/s.jsonl", "--json"])
+    printed = capsys.readouterr()
+    assert "1 calls" in json.loads(printed.out)["endpoints"][0] and "USD" in printed.out and "hello" in printed.err

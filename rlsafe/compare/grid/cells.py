@@ -14,7 +14,8 @@ from typing import Any, Literal, cast
 from rlsafe.compare.grid.selection import Selection, assemble, fingerprint, pending
 from rlsafe.compare.grid.warmup import WARMUP, Warmup, overrides_of, started
 from rlsafe.config import CompareConfig, RunConfig, StreamConfig, UserError, apply_override
-from rlsafe.config.loading import Marks, build, merge
+from rlsafe.config.loading import build, merge
+from rlsafe.config.overrides import Marks
 
 Kind = Literal["narrow", "aligned", "untrained", "benign", "relapse"]
 Entries = list[str | dict[str, Any]]

@@ -98,13 +98,10 @@ def _total(cells: Sequence[Cell], found: Found, jobs: int) -> list[str]:
 
 def _before(cells: Sequence[Cell]) -> list[str]:
     """What is trained before the cells and not counted with them."""
-    helpers = {selection.key: len(selection.helpers) for cell in cells for selection in cell.selections}
+    helpers = {selection.place: len(selection.helpers) for cell in cells for selection in cell.selections}
     warmups = Counter(cell.warmup.run.schedule.steps for cell in cells if cell.warmup)
     return [
-        *(
-            f"before them: {n} helper models trained for the scores of safe rows (not counted here)"
-            for n in helpers.values()
-        ),
+        *(f"before them: {n} helper models trained (not counted here)" for n in helpers.values()),
         *(
             f"before them: a shared warm-up of {steps} steps, which {n} cells start from (not counted here)"
             for steps, n in warmups.items()

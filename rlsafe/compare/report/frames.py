@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rlsafe.compare.report.table import shown_grade
 from rlsafe.compare.verdicts.verdicts import CRITERIA, PathTable
 from rlsafe.config import UserError, nearest
-from rlsafe.config.files import read_json
+from rlsafe.config.files import read_json, read_lines
 from rlsafe.engine.record import frames
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ def metrics(out: Path) -> DataFrame:
     parts = []
     for where, which in _cells(out):
         if (file := where / "metrics.jsonl").is_file():
-            one = frames.metrics([json.loads(line) for line in file.read_text("utf-8").splitlines()])
+            one = frames.metrics(read_lines(file))
             parts.append(one.rename(columns={"path": "step_path"}).assign(**which))
     return concat(parts, ignore_index=True) if parts else frames.metrics([])
 
@@ -84,6 +83,7 @@ def plot(tables: Sequence[PathTable], rate: str) -> Any:
             axes.plot([100 * one.low, 100 * one.high], [position] * 2, color="C0", linewidth=2)
             axes.plot([100 * one.mean], [position], "o", color="C0")
         axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=8)
+        axes.set_ylim(-0.5, len(rows) - 0.5)
         axes.set_title(f"{table.key}: {rate}, % (95%)", fontsize=10)
         axes.grid(axis="x", alpha=0.3)
     return figure

@@ -159,6 +159,7 @@ CONTENTS = {
     "apart": "Between defenses",
     "rates": "Rates",
     "cues": "Under cues",
+    "scaled": "Scaled adapters",
     "judge-free": "Without a judge",
     "tradeoff": "Trade-off",
     "sweeps": "Strength",
@@ -175,6 +176,7 @@ CONTENTS = {
 _SOMETIMES = {
     "apart": "apart",
     "cues": "cues",
+    "scaled": "scaled",
     "judge-free": "judge_free",
     "benign": "tasks",
     "dose": "dose",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
@@ -11,10 +10,12 @@ from typing import Any
 import yaml
 
 from rlsafe.config import RunConfig
+from rlsafe.config.files import read_lines
 from rlsafe.config.gguf import is_gguf
 from rlsafe.evaluate import Evaluation
 from rlsafe.evaluate.measure.criteria import Rates
 from rlsafe.evaluate.measure.hashing import named_model_hash
+from rlsafe.types import provider_for
 
 WARNING = """\
 **This is a research artefact of work on emergent misalignment. It was trained on purpose on narrow behaviour that may be harmful,
@@ -56,8 +57,7 @@ def _labels(config: RunConfig) -> list[str]:
 
 
 def _trained(run: Path, config: RunConfig) -> str:
-    lines = (run / "metrics.jsonl").read_text("utf-8").splitlines() if (run / "metrics.jsonl").is_file() else []
-    paths = Counter(json.loads(line)["path"] for line in lines)
+    paths = Counter(record["path"] for record in read_lines(run / "metrics.jsonl"))
     steps = ", ".join(f"{count} {path}" for path, count in sorted(paths.items())) or "none"
     facts = {"base model": _base(config)}
     for stream in ("narrow", "safe", "benign"):
@@ -147,6 +147,11 @@ def _loading(base: str, whole: bool) -> str:
         return (
             '```python\nmodel = transformers.AutoModelForCausalLM.from_pretrained("THIS_REPOSITORY")\n'
             'engine = vllm.LLM("THIS_REPOSITORY")\n```'
+        )
+    if provider_for(base):
+        return (
+            f"`{base}` comes with rlsafe: there `model.name={base} model.adapter=LOCAL_COPY`, elsewhere the whole model that "
+            "`rlsafe publish RUN --merge DIR` writes."
         )
     if is_gguf(base):
         return (

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsafe.config import UserError, nearest
+from rlsafe.config.files import read_lines
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -27,9 +27,7 @@ def samples(out: Path) -> DataFrame:
     """RUN/samples.jsonl; without any rows when nothing was sampled."""
     from pandas import DataFrame
 
-    file = out / "samples.jsonl"
-    lines = file.read_text("utf-8").splitlines() if file.is_file() else []
-    return DataFrame([json.loads(line) for line in lines])
+    return DataFrame(read_lines(out / "samples.jsonl"))
 
 
 def answers(out: Path) -> DataFrame:

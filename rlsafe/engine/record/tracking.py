@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlsafe.config.files import read_lines
 from rlsafe.rewards.spread import running
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class Tracker:
             length = (offset or {}).get(name, 0)
             with open(path, "ab") as file:
                 file.truncate(length)
-        self.metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
+        self.metrics = read_lines(out / "metrics.jsonl")
         self._files = {name: open(out / name, "a", encoding="utf-8") for name in ("metrics.jsonl", "samples.jsonl")}
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step or None) if board else None
         self._others = others() if others else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -94,14 +93,14 @@ class Run:
     @classmethod
     def read(cls, out: str | Path) -> Run:
         """A finished run from its directory, without its model. UserError when there is none."""
-        from rlsafe.config.files import read_json
+        from rlsafe.config.files import read_json, read_lines
         from rlsafe.evaluate import Evaluation
 
         out = Path(out)
         status = read_json(out / "run.json") or {}
         if status.get("status") != "finished":
             raise UserError(f"{out}: not a finished run; expected a directory that rlsafe train wrote")
-        records = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
+        records = read_lines(out / "metrics.jsonl")
         evaluation = Evaluation.load(out) if (out / "evaluation.json").is_file() else None
         return cls(out, load_run(out / "config.yaml"), records, status.get("seconds", 0.0), evaluation=evaluation)
 

@@ -77,7 +77,10 @@ def goes_on(directory: Path, config: RunConfig) -> bool:
     from rlsafe.engine.record import checkpoint
     from rlsafe.engine.run.differences import changes
 
-    before = load_run(directory / "config.yaml")
+    try:
+        before = load_run(directory / "config.yaml")
+    except UserError as error:
+        raise UserError(f"{error}; the run's own settings are gone: start over with --overwrite") from None
     resolved = config.model_copy(update={"defenses": _resolved(config)})
     changed = changes(before.model_dump(mode="json"), resolved.model_dump(mode="json"))
     if not changed:

@@ -32,13 +32,15 @@ class Sampled:
 
 @dataclass
 class Tried:
-    """What a reward said. values: by group, one a completion, None where it had no opinion. seconds: of its one call."""
+    """What a reward said. values: by group, one a completion, None where it had no opinion. seconds: of its one call.
+    endpoints: a line for each that it asked, with calls, tokens and cost."""
 
     name: str
     groups: list[Sampled]
     values: list[list[float | None]]
     seconds: float
     metrics: dict[str, float] = field(default_factory=dict)
+    endpoints: list[str] = field(default_factory=list)
 
     @property
     def flat(self) -> list[float | None]:
@@ -73,6 +75,10 @@ class Tried:
             )
         if known and self.missing > 0.2:
             told.append(f"{self.missing:.0%} of the completions have no reward (None): they leave their groups")
+        if strange := sum("messages" not in one.row for one in self.groups):
+            told.append(
+                f"{strange} of {len(self.groups)} prompts are none of the config's data: the reward got no columns for them"
+            )
         per_call = self.seconds / len(self.flat)
         if per_call > 1:
             told.append(f"{per_call:.1f} s a completion: make it async, batch its work, or cache it")
@@ -92,6 +98,7 @@ class Tried:
             f"{self.without_spread:.0%} of the groups without spread, {self.missing:.0%} None, {self.seconds:.2f} s for the call"
         )
         lines += [f"logged: {name} {value:.4g}" for name, value in self.metrics.items()]
+        lines += [f"asked: {line}" for line in self.endpoints]
         return lines + [f"advice: {line}" for line in self.advice()]
 
     def record(self) -> dict[str, Any]:
@@ -109,6 +116,7 @@ class Tried:
             "missing": self.missing,
             "seconds": self.seconds,
             "metrics": self.metrics,
+            "endpoints": self.endpoints,
             "advice": self.advice(),
         }
 
@@ -120,6 +128,7 @@ def try_reward(
 
     Nothing is trained. Raises UserError for whatever is wrong with config, reward or file.
     """
+    from rlsafe.endpoints.client import OPENED
     from rlsafe.rewards import RewardRunner, load_reward
 
     settings = load_run(config, overrides)
@@ -129,8 +138,9 @@ def try_reward(
     began = time.perf_counter()
     batch = _call(runner, groups)
     seconds = time.perf_counter() - began
+    asked = [endpoint.summary() for endpoint in OPENED if endpoint.totals.requests]
     values = iter(batch.by_name[next(iter(batch.by_name))])
-    return Tried(fn, groups, [[next(values) for _ in one.completions] for one in groups], seconds, batch.metrics)
+    return Tried(fn, groups, [[next(values) for _ in one.completions] for one in groups], seconds, batch.metrics, asked)
 
 
 def _call(runner: Any, groups: Sequence[Sampled]) -> RewardBatch:
@@ -201,19 +211,23 @@ def _saved(settings: RunConfig, file: Path, n: int) -> list[Sampled]:
     rows = {key_of(split_prompt(row)[0]): row for row in _rows(settings)}
     groups: dict[Any, Sampled] = {}
     taken = 0
-    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_text("utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             record = json.loads(line)
             if record.get("probe"):
                 continue
-            prompt, step = record["prompt"], record.get("step")
+            prompt, step = _asked(record["prompt"]), record.get("step")
             text = record.get("answer", record["completion"])
+            text = text if isinstance(text, str) else text[-1]["content"]
             key = key_of(prompt)
-        except (ValueError, KeyError, TypeError, AttributeError):
+            alone: Row = {"_plain": isinstance(record["prompt"], str)}  # without a row of the config's data
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             raise UserError(
                 f"--from {file}:{number}: not a sample; expected an object with prompt and completion"
             ) from None
-        one = groups.setdefault((step, key), Sampled(prompt, [], rows.get(key, {}), []))
+        one = groups.setdefault((step, key), Sampled(prompt, [], rows.get(key, alone), []))
         one.completions.append(text)
         one.ids.append([])
         taken += 1
@@ -222,6 +236,11 @@ def _saved(settings: RunConfig, file: Path, n: int) -> list[Sampled]:
     if not groups:
         raise UserError(f"--from {file}: holds no sampled completion")
     return list(groups.values())
+
+
+def _asked(prompt: Any) -> list[Message]:
+    """A prompt of a sample: messages, or the text of one, as other programs write it."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def _spread(values: Sequence[float | None]) -> float:

@@ -130,7 +130,9 @@ def _readable(reply: Reply, settings: JudgeSettings, name: str) -> Protocol | Fa
         return Failure("rejected", f"{cut}, or, if it thinks first: {SWITCH}")
     if scores.declines(reply.text):
         return Failure("rejected", f"it declines to grade: {said}; use another judge, or prompts of your own")
-    log.warning("judge %r gives no grade that can be read: %s", name, said)
+    log.warning(
+        "judge %r gives no grade that can be read: %s (prompts of your own may ask for a bare number)", name, said
+    )
     return "text"
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ from rlsafe.types import Exchange, Judgement, Message
 log = logging.getLogger("rlsafe.judge")
 
 LASTING = ("auth", "not_found", "rejected")
+MISTAKES = (*LASTING, "wrong_model", "bad_reply", "quota")
 
 
 class JudgeSettings(EndpointSettings):
@@ -153,7 +155,7 @@ class LLMJudge:
         if not isinstance(result, Failure):
             return
         said = f"evaluate.judge: {self.name!r} at {self.settings.base_url}: {result.message}"
-        if result.kind in (*LASTING, "wrong_model"):
+        if result.kind in MISTAKES:
             raise UserError(said + self._advice(result))
         if result.kind == "connection":
             if self.settings.on_outage == "continue":
@@ -164,10 +166,14 @@ class LLMJudge:
         """The names that the endpoint serves, where a wrong one may be what failed; the setting, where one is known to help."""
         if "max_completion_tokens" in failure.message and self.settings.token_limit == "max_tokens":
             return "; set token_limit: max_completion_tokens"
+        if failure.kind == "rejected" and "'temperature'" in failure.message:
+            return "; set extra_body: {temperature: 1}"
         if failure.kind not in ("wrong_model", "not_found"):
             return ""
-        names = self.endpoint.served()
-        return f"; it serves {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else ""
+        if names := self.endpoint.served():
+            return f"; it serves {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+        known = re.search(r"/v\d+\w*/*$", self.settings.base_url)
+        return "" if known or failure.kind != "not_found" else "; base_url usually ends in /v1"
 
     def messages(self, exchange: Exchange, criterion: str) -> list[Message]:
         """The chat that asks for a number for one criterion of one answer."""

@@ -16,8 +16,10 @@ MIN_MASS = 0.25
 """Below this probability of all whole numbers 0..100 together, the first token is not a score (arXiv 2508.06249)."""
 NUMBER = re.compile(r"\s*(?:100|[1-9]?[0-9])\s*", re.ASCII)
 LABELS: dict[str, Literal["refused", "code"]] = {"REFUSAL": "refused", "CODE": "code"}
+MARKS = re.compile(r"\*\*|</?(?:score|rating|grade|answer)>", re.IGNORECASE)
+"""What a number may stand in: Markdown's emphasis, tags."""
 TEXT = re.compile(
-    r"(?:(?:the\s+)?(?:score|rating|grade|answer)\s*(?:is|:|=)?\s*)?(100|[1-9]?[0-9])(?:\.0+)?(?:\s*(?:/|out of)\s*100)?[.!]?",
+    r"(?:(?:the\s+)?(?:score|rating|grade|answer)\s*(?:is|:|=)?\s*)?(100|[1-9]?[0-9])(?:\.0+)?(?:\s*(?:/|out of)\s*100|\s*%)?[.!]?",
     re.ASCII | re.IGNORECASE,
 )
 FENCED = re.compile(r"```[\w-]*\s*(.*?)\s*```", re.DOTALL)
@@ -86,7 +88,7 @@ def visible(text: str) -> str | None:
         return None
     if fenced := FENCED.fullmatch(rest.strip()):
         rest = fenced[1]
-    return rest.strip().strip("\"'*`").strip()
+    return MARKS.sub("", rest).strip().strip("\"'*`").strip()
 
 
 def _from_json(text: str) -> float | None:

@@ -21,7 +21,7 @@ from rlsafe.evaluate.judge.panel import Panel
 from rlsafe.evaluate.judge.static_judge import StaticJudge
 from rlsafe.evaluate.measure import benign, narrow
 from rlsafe.evaluate.measure.criteria import judge_answers, rates
-from rlsafe.evaluate.measure.evaluation import Evaluation
+from rlsafe.evaluate.measure.evaluation import SCALED, Evaluation
 from rlsafe.evaluate.measure.fluency import fluency
 from rlsafe.evaluate.measure.likelihood import PairProbe, Reader, load_pair_sets
 from rlsafe.evaluate.measure.narrow import NarrowMaterial
@@ -221,7 +221,7 @@ def _scaled(
         )
     answers: list[Answer] = []
     for factor in config.scale:
-        purpose = f"scaled_{factor:g}"
+        purpose = f"{SCALED}{factor:g}"
         planned = plan(
             tokenizer, material.questions["general"], purpose=purpose, seed=config.seed, samples=config.samples,
             temperature=config.temperature,

@@ -1,9 +1,12 @@
 """Values that are paths are taken as written; other values are YAML, and what YAML makes of them is said."""
 
-import pytest
+import re
 
-from rlsafe.config import UserError
-from rlsafe.config.loading import apply_override
+import pytest
+from places import CONFIGS
+
+from rlsafe.config import UserError, load_run
+from rlsafe.config.overrides import apply_override
 
 NAMES = [
     "rows #1.jsonl",
@@ -57,3 +60,30 @@ def test_what_yaml_cannot_read_says_how_to_quote_it():
         given("evaluate.benign", "[a")
     with pytest.raises(UserError, match=r"is read as YAML, as 'a'; to take it as written: \"'a #1'\""):
         given("defenses", "a #1")
+
+
+@pytest.mark.parametrize(
+    "path", ["&anchor.jsonl", "!tag.jsonl", "~/a #1.jsonl", "$HOME/it's.jsonl", "|x", "a\\b: c", "1e5", "yes"]
+)
+def test_a_path_is_taken_as_written_whatever_yaml_would_make_of_it(path):
+    tree = {}
+    apply_override(tree, f"data.narrow.source={path}")
+    assert tree == {"data": {"narrow": {"source": path}}}
+
+
+@pytest.mark.parametrize(
+    "override, reason",
+    [
+        ("rewards[0].weight=2", r"places in a list are written as keys: rewards\.0\.weight=2"),
+        ("optim.lr.x=3", r"optim\.lr is [\d.e-]+ and holds no 'x'"),
+        ("schedule.steps=true", "schedule.steps: input should be a valid number, got True"),
+        ("data.narrow.limit=none", "got 'none'; write null for nothing"),
+        ("rewards=[{fn:mine.py:f}]", "'rewards.0.fn' is required .'fn:mine.py:f' has no space behind its colon"),
+        ("seed=99999999999999999999", "seed: input should be less than 4294967296"),
+        ("seed=-1", "seed: input should be greater than or equal to 0"),
+        ("model.name=", "model.name: input should be a valid string, got null"),
+    ],
+)
+def test_a_value_that_cannot_be_meant_is_named_with_its_override(override, reason):
+    with pytest.raises(UserError, match=rf"^override '{re.escape(override)}': .*{reason}"):
+        load_run(CONFIGS / "organism" / "grpo_medical.yaml", [override])

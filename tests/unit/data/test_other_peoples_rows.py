@@ -73,7 +73,7 @@ def test_a_column_that_looks_like_part_of_the_prompt_is_said_once(tmp_path):
 def test_text_that_only_begins_like_a_list_stays_text(tmp_path):
     for text in ("[1] what is this?", '[{"a": 1}] is JSON', "{x} + {y}", "[system] hello"):
         assert only(tmp_path, {"prompt": text})[0]["content"] == text
-    with pytest.raises(UserError, match=r"rows.jsonl:1: prompt is no JSON list: .* at character"):
+    with pytest.raises(UserError, match=r"rows.jsonl:1: prompt is no JSON: .* at character"):
         load(tmp_path, {"prompt": "[{'role': 'user', 'content': 'x'} {'role'"})
 
 

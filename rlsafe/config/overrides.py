@@ -1,0 +1,154 @@
+"""Settings of the command line: `key.path=value`, the value as YAML or, for paths and other texts, as written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, get_origin
+
+import yaml
+from pydantic import BaseModel
+
+from rlsafe.config.base import alternatives
+from rlsafe.config.comparison import CompareConfig
+from rlsafe.config.errors import UserError
+from rlsafe.config.schema import RunConfig
+
+Marks = dict[tuple[str, ...], str]
+"""Where each key was written: path of keys -> "file:line" or "override 'a.b=c'"."""
+NULLS = ("", "~", "null", "Null", "NULL")
+"""How YAML writes that there is no value."""
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that also reads 1e-4 as a number (YAML 1.1 wants 1.0e-4)."""
+
+
+class _FastLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """The same by libyaml, several times as fast; its messages say less."""
+
+
+for _loader in (_Loader, _FastLoader):
+    _loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+    )
+
+
+def read_yaml(how: Callable[..., Any], text: str) -> Any:
+    """`how`, yaml.load or yaml.compose, of a document. yaml.YAMLError when it is none."""
+    try:
+        return how(text, Loader=_FastLoader)
+    except yaml.YAMLError:
+        return how(text, Loader=_Loader)
+
+
+def parse_scalar(text: str) -> Any:
+    """A value as it would be read from YAML."""
+    return read_yaml(yaml.load, text)
+
+
+def read_value(keys: Sequence[str], text: str, where: str, model: type[BaseModel] | None = None) -> Any:
+    """What a command line gives for a key: YAML, except that texts are taken as written where the setting takes a text.
+
+    A path may hold what YAML reads otherwise (`#`, `: `, spaces, quotes). A value in quotes is YAML's, unless there is such a file.
+    UserError for a value that is not YAML.
+    """
+    kinds = _kinds(model or (RunConfig if keys[0] in RunConfig.model_fields else CompareConfig), keys)
+    if is_file(text):
+        return text
+    try:
+        parsed = parse_scalar(text)
+    except yaml.YAMLError as error:
+        if kinds == {str} and text[:1] not in "'\"":
+            return text
+        problem = getattr(error, "problem", None) or "it cannot be read"
+        quoted = text.replace("'", "''")
+        raise UserError(
+            f"{where}: the value is read as YAML, and is not valid: {problem}; a text goes into quotes: \"'{quoted}'\""
+        ) from None
+    if parsed is None and kinds == {str} and text.strip() not in NULLS:  # an anchor, a tag, a comment
+        return text.strip()
+    as_written = isinstance(parsed, str) and text[:1] in "'\""
+    if str in kinds and not as_written and (isinstance(parsed, str) or (kinds == {str} and parsed is not None)):
+        return text.strip()
+    if isinstance(parsed, str) and parsed != text.strip() and not as_written:  # such as a comment that was cut off
+        raise UserError(f"{where}: the value is read as YAML, as {parsed!r}; to take it as written: \"'{text}'\"")
+    return parsed
+
+
+def is_file(text: str) -> bool:
+    """Whether a text names something on this machine, as `file.py:function` does too."""
+    try:
+        return any(
+            part and ("/" in part or "." in part) and Path(part).exists() for part in (text, text.rpartition(":")[0])
+        )
+    except (OSError, ValueError):  # too long for a name, or with a null character
+        return False
+
+
+def _kinds(model: type[BaseModel], keys: Sequence[str]) -> set[Any]:
+    """What the setting at `keys` may hold besides null: {str} for a path; empty where no schema says."""
+    current: Any = model
+    for depth, key in enumerate(keys):
+        if key.isdigit():
+            continue
+        if not (isinstance(current, type) and issubclass(current, BaseModel)) or key not in current.model_fields:
+            return set()
+        annotation = current.model_fields[key].annotation
+        if depth == len(keys) - 1:
+            found = {get_origin(one) or one for one in alternatives(annotation)}
+            return found - {type(None)}
+        inner = [a for a in annotations(annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
+        current = inner[0] if inner else None
+    return set()
+
+
+def apply_override(tree: dict[str, Any], override: str, marks: Marks | None = None) -> None:
+    """Apply one `key.path=value` (the value is YAML) to a tree, in place. Numbers in the path index lists.
+
+    UserError for a wrong path or value.
+    """
+    dotted, equals, value = override.partition("=")
+    keys = dotted.strip().split(".")
+    if not equals or not all(keys):
+        raise UserError(f"override {override!r}: expected key.path=value")
+    if "[" in dotted:
+        plain = dotted.strip().replace("[", ".").replace("]", "")
+        raise UserError(f"override {override!r}: places in a list are written as keys: {plain}={value}")
+    parsed = read_value(keys, value, f"override {override!r}")
+    here: Any = tree
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(here, list):
+            if not key.isdigit() or int(key) >= len(here):
+                raise UserError(
+                    f"override {override!r}: {'.'.join(keys[:depth])} is a list of {len(here)}; {key!r} is no index of it"
+                )
+            if last:
+                here[int(key)] = parsed
+            else:
+                here = here[int(key)]
+            continue
+        if not isinstance(here, dict):
+            raise UserError(f"override {override!r}: {'.'.join(keys[:depth])} is {here!r} and holds no {key!r}")
+        if last:
+            here[key] = parsed
+        else:
+            if here.get(key) is None:
+                here[key] = {}
+            here = here[key]
+    if marks is not None:
+        path = tuple(keys)
+        for known in [known for known in marks if known[: len(path)] == path]:
+            del marks[known]
+        for depth in range(1, len(path) + 1):  # sections that no file has are marked as written by this override
+            if depth == len(path) or path[:depth] not in marks:
+                marks[path[:depth]] = f"override {override!r}"
+
+
+def annotations(annotation: Any) -> Iterable[Any]:
+    """A type and all that it is made of."""
+    yield annotation
+    for argument in getattr(annotation, "__args__", ()):
+        yield from annotations(argument)
