@@ -40,7 +40,8 @@ def grpo_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
     """One optimizer step of which at least one part is rewarded; gives its metrics.
 
     Rewards and records see the original prompts only. The loss is in the train context of a prompt, which differs from the
-    context that the sampler saw when a defense changes only one of them.
+    context that the sampler saw when a defense changes only one of them. RunError when the rollouts are not the policy's, and as
+    `update` says.
     """
     micros: list[Micro] = []
     metrics: dict[str, Any] = {}
@@ -153,6 +154,7 @@ def reward(run: Components, step: Step, part: PlannedPart, asked: Asked, complet
             ],
             completion_ids=[completions[i].ids for i in answered],
             columns={name: [asked.mine[i // share][1].get(name) for i in answered] for name in sorted(names)},
+            # Where the prompt was a text, not messages, a function that expects texts gets texts.
             plain=[bool(asked.mine[i // share][1].get("_plain")) for i in answered],
             trainer_state=TrainerState(
                 step.index, len(run.plan), epoch, [dict(record) for record in run.tracker.metrics]
