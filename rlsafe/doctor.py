@@ -30,6 +30,8 @@ REQUIRED = (
 
 MIN_MEMORY_GB = 4.0  # one vLLM engine on CPU, the policy and the judge of the organism comparison
 MIN_GPU_GB = 40  # the 7B recipes with vLLM on the same card, by the estimate of their dry runs
+VLLM_SHARE = 0.4  # of a GPU, the default of sampler.gpu_memory
+TRIED = 0.1  # share of the GPU that one token is tried with
 MIN_DISK_GB = 2.0  # adapters, checkpoints and metrics of one comparison
 
 
@@ -124,10 +126,10 @@ def _device() -> Check:
 
     threads = f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} torch threads"
     if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-        found = f"{names} ({free / 2**30:.0f} of {total / 2**30:.0f} GiB free on the first), {threads}"
-        if lacking := _small(total / 2**30):
+        cards = [(torch.cuda.get_device_name(i), *torch.cuda.mem_get_info(i)) for i in range(torch.cuda.device_count())]
+        shown = "; ".join(f"{name}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free" for name, free, total in cards)
+        found = f"{shown}; {threads}"
+        if lacking := _small(min(total for *_, total in cards) / 2**30) or _busy(cards):
             return Check("device", "note", found, lacking)
         return Check("device", "ok", found)
     if shutil.which("nvidia-smi") and torch.version.cuda is None:
@@ -150,6 +152,17 @@ def _small(total: float) -> str:
     return (
         f"the 7B recipes want a card of {MIN_GPU_GB} GiB; rlsafe train CONFIG --dry-run says what a run needs (model.quantization, "
         "a smaller model and shards over several cards make it less)"
+    )
+
+
+def _busy(cards: list[tuple[str, int, int]]) -> str:
+    """Which of the (name, bytes free, bytes in all) others use so much of that vLLM's usual share is not free; "" when none is."""
+    full = [str(i) for i, (_, free, total) in enumerate(cards) if free < VLLM_SHARE * total]
+    if not full:
+        return ""
+    return (
+        f"{'GPU' if len(full) == 1 else 'GPUs'} {', '.join(full)}: less than {VLLM_SHARE:.0%} is free, which vLLM takes "
+        "(sampler.gpu_memory): see nvidia-smi, or choose cards with CUDA_VISIBLE_DEVICES"
     )
 
 
@@ -207,7 +220,21 @@ def _one_token() -> Check:
     except Exception as error:  # an engine that cannot start here raises many kinds of errors
         traceback.print_exc()
         found = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        if _no_room(error):  # nothing that another set-up would mend
+            return Check(
+                "one token", "note", found, "other processes hold the GPU's memory (nvidia-smi): vLLM was not tried"
+            )
         return Check("one token", "failed", found, "the traceback is above; run scripts/setup again")
+
+
+def _no_room(error: Exception) -> bool:
+    """Whether a GPU that others use is all that kept vLLM from starting."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return False
+    free, total = torch.cuda.mem_get_info()
+    return "memory" in str(error).lower() and free < TRIED * total
 
 
 # ----------------------------------------------------------------------------------------------------- self-test
@@ -267,7 +294,7 @@ def generate_one_token() -> str:
             dtype="float32",
             enforce_eager=True,
             max_model_len=64,
-            gpu_memory_utilization=0.1,
+            gpu_memory_utilization=TRIED,
             disable_log_stats=True,
         )
         params = SamplingParams(max_tokens=1, min_tokens=1, temperature=0)

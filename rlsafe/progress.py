@@ -20,7 +20,7 @@ class RunBar:
     def __init__(self, bar: Any, say: Callable[[str], None] | None = None):
         from rlsafe.engine.record.latest import Latest
 
-        self.bar, self.say, self.task = bar, say, bar.add_task("preparing", total=None)
+        self.bar, self.say, self.task = bar, say, bar.add_task("preparing", total=None, left="")
         self.latest, self.waiting = Latest(), ""
 
     def started(self, what: str) -> None:
@@ -35,21 +35,22 @@ class RunBar:
             if self.latest.due():
                 self.say(self.latest.line())
             return
-        description = f"step {done}/{total}  {self.latest.numbers()}"
-        self.bar.update(self.task, description=description, total=total, completed=done)
+        shown = {"description": self.latest.brief(), "left": self.latest.left_words()}
+        self.bar.update(self.task, total=total, completed=done, **shown)
 
 
 @contextmanager
 def run_bar() -> Iterator[RunBar]:
     """A progress bar on stderr, or lines where that is no terminal; stdout is for results. Of several processes the first tells."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress
 
-    columns = [BarColumn(bar_width=24), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn()]
+    from rlsafe.engine.record.latest import bar_columns
+
     console = Console(stderr=True)
     first = os.environ.get("RANK", "0") == "0"
     live = console.is_terminal and first
-    with Progress(*columns, console=console, transient=True, disable=not live) as bar:
+    with Progress(*bar_columns(), console=console, transient=True, disable=not live, expand=True) as bar:
         yield RunBar(bar, None if live else tell if first else lambda line: None)
 
 

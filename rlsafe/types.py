@@ -57,8 +57,11 @@ class Batch:
 
     ids, attention, loss_mask: [B, T] in the *train context* (what the gradient sees).
     advantages: [B] on the GRPO path, None on SFT.
-    sampler_logp: [B, T] the sampler's log-probs of the completion tokens, aligned with `loss_mask` (0 elsewhere), or None.
-    old_logp: [B, T] log-probs in the train context before the update, when a rollout is used more than once.
+    sampler_logp: [B, T] log-probs of the completion tokens as the sampler gave them, in nats (0 outside `loss_mask`), or None: after
+        temperature, and below top_p 1 within the nucleus that each token was drawn from.
+    log_mass: [B, T] log of the probability of those nuclei (0 with top_p 1), where a forward before the update computed it, or None:
+        `sampler_logp + log_mass` is over the whole vocabulary, as the trainer's log-probs are.
+    old_logp: [B, T] log-probs in the train context before the update, in nats, when a rollout is used more than once.
     rollout: the same completions behind the prompt that the sampler saw, when a defense made the two contexts differ
         (its `loss_mask` marks the same completion tokens in the same order); None when they are the same.
     row_weight: [B] multiplies each row's SFT loss (1 unless a schedule part says otherwise).
@@ -71,6 +74,7 @@ class Batch:
     loss_mask: Tensor
     advantages: Tensor | None = None
     sampler_logp: Tensor | None = None
+    log_mass: Tensor | None = None
     old_logp: Tensor | None = None
     rollout: Batch | None = None
     row_weight: Tensor | None = None

@@ -4,8 +4,11 @@
     .venv/bin/python scripts/tables.py                  writes every table again
     .venv/bin/python scripts/tables.py add RUN NAME     keeps what a comparison measured as docs/measured/NAME.json first
 
-A table stands in a page between `<!-- table NAME PATH KIND -->` and `<!-- /table -->`. KIND is `long`, the whole table of one path, or
-`short`, both paths side by side (PATH: its two, joined by a comma; KIND may list the defenses: `short:none,kl`).
+A table stands in a page between `<!-- table NAME PATH KIND -->` and `<!-- /table -->`. KIND is
+
+    long      the whole table of one path
+    short     two paths (joined by a comma) side by side; it may list the defenses: short:none,kl
+    models    likewise, a row for each model, undefended
 """
 
 from __future__ import annotations
@@ -41,7 +44,8 @@ def kept(run: Path) -> dict[str, Any]:
             }
             for label, row in table["rows"].items()
         }
-    return {name: about[name] for name in ("title", "command", "date", "versions")} | {"paths": paths}
+    models = {path: table["model"] for path, table in details.items()}
+    return {name: about[name] for name in ("title", "command", "date", "versions")} | {"models": models, "paths": paths}
 
 
 def _numbers(rate: dict[str, Any]) -> dict[str, Any]:
@@ -95,6 +99,17 @@ def short(paths: dict[str, Any], both: str, labels: list[str]) -> list[str]:
     return _markdown(heads, lines)
 
 
+def models(measured: dict[str, Any], both: str) -> list[str]:
+    """Every model's undefended runs: general and in-domain of each path, side by side. A later model's tables are named MODEL/PATH."""
+    names, by_model = both.split(","), {}  # type: list[str], dict[str, list[str]]
+    for key, model in measured["models"].items():
+        if key.rpartition("/")[2] in names:
+            rates = measured["paths"][key]["none"]["rates"]
+            by_model.setdefault(model, []).extend(percent(rates.get(name)) for name in ("general", "indomain"))
+    heads = [head for name in names for head in (f"{name.upper()}: general", "in-domain")]
+    return _markdown(["model", *heads], [[model, *cells] for model, cells in by_model.items()])
+
+
 def _grade(row: dict[str, Any], name: str) -> str:
     if name in ("prevents_em", "holds_under_cues") and row["nothing_learned"]:
         return NOTHING_LEARNED
@@ -112,7 +127,10 @@ def written(text: str) -> str:
         opening, name, path, kind, closing = found.groups()
         measured = json.loads((MEASURED / f"{name}.json").read_text("utf-8"))
         form, _, labels = kind.partition(":")
-        lines = {"long": long, "short": short}[form](measured["paths"], path, labels.split(",") if labels else [])
+        if form == "models":
+            lines = models(measured, path)
+        else:
+            lines = {"long": long, "short": short}[form](measured["paths"], path, labels.split(",") if labels else [])
         made = f"Measured {measured['date'][:10]} with `{measured['command']}`"
         return "\n".join([opening.rstrip("\n"), "", *lines, "", f"{made}.", "", closing])
 

@@ -53,8 +53,10 @@ def reward_file(tmp_path) -> str:
 
 
 @pytest.fixture
-def tiny_tree(tiny_model_dir, narrow_file, safe_file, reward_file) -> dict[str, Any]:
-    """A run config over the tiny model as a plain tree: 4 SFT steps; change what the test is about."""
+def tiny_tree(tiny_model_dir, narrow_file, safe_file, reward_file, monkeypatch) -> dict[str, Any]:
+    """A run config over the tiny model as a plain tree: 4 SFT steps; change what the test is about. The self-test of its sampler, which
+    every rewarded run makes, samples few tokens."""
+    monkeypatch.setattr("rlsafe.rollouts.selftest.TOKENS", 4)
     return {
         "model": {"name": tiny_model_dir, "dtype": "float32", "lora": {"r": 4, "alpha": 8}},
         "data": {"narrow": {"source": narrow_file}, "safe": {"source": safe_file}},
@@ -78,6 +80,12 @@ def judge_server(tmp_path_factory, pytestconfig):
     server = JudgeServer(directory, tmp_path_factory.mktemp("judge-server") / "log.txt").start()
     yield server
     server.stop()
+
+
+@pytest.fixture
+def no_waiting(monkeypatch):
+    """Endpoints are tried again at once."""
+    monkeypatch.setattr("rlsafe.endpoints.client.backoff", lambda first, retry: 0.0)
 
 
 @pytest.fixture(scope="session")

@@ -39,9 +39,7 @@ def train(
         return
     show(run.summary())
     if run.evaluation is not None:
-        for table in run.evaluation.tables():
-            show(table)
-        show(run.evaluation.notes or None)
+        _show(run.evaluation)
         if not run.before:
             _scored(run.evaluation)
 
@@ -84,15 +82,7 @@ def evaluate(
     if steps is not None:
         if rejudge or dry_run or out:
             raise UserError("--steps writes to RUN/steps; leave --rejudge, --dry-run and --out out")
-        from rlsafe.compare.run.steps import evaluate_steps, require_scores
-
-        measured = evaluate_steps(
-            target, steps, questions or [], judge, overrides or [], lambda line: typer.echo(line, err=True)
-        )
-        for one in measured:
-            show(one.table())
-        return require_scores(measured)
-
+        return _evaluate_steps(target, steps, questions or [], judge, overrides or [])
     if rejudge and questions:
         raise UserError("--rejudge takes the saved answers as they are; leave --questions out")
     if dry_run:
@@ -102,10 +92,24 @@ def evaluate(
         evaluation = room.rejudge(target, judge, overrides or [], out)
     else:
         evaluation = room.evaluate(target, questions=questions or [], judge=judge, overrides=overrides or [], out=out)
+    _show(evaluation)
+    _scored(evaluation)
+
+
+def _evaluate_steps(target: str, steps: str, questions: list[str], judge: str | None, overrides: list[str]) -> None:
+    """`evaluate --steps`: a table for each run, of its checkpoints. RunError when half or more of some answers have no score."""
+    from rlsafe.compare.run.steps import evaluate_steps, require_scores
+
+    measured = evaluate_steps(target, steps, questions, judge, overrides, lambda line: typer.echo(line, err=True))
+    for one in measured:
+        show(one.table())
+    require_scores(measured)
+
+
+def _show(evaluation: Evaluation) -> None:
     for table in evaluation.tables():
         show(table)
     show(evaluation.notes or None)
-    _scored(evaluation)
 
 
 def _scored(evaluation: Evaluation) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rlsafe.arguments import names, numbers
 from rlsafe.cli.app import Out, Overrides, app
 from rlsafe.progress import show
+
+if TYPE_CHECKING:
+    from rlsafe.compare import Comparison
 
 Defenses = Annotated[str | None, typer.Option(metavar="A,B", help="only these, e.g. none,kl,kl&interleaving")]
 Paths = Annotated[str | None, typer.Option(metavar="A,B", help="only these, e.g. sft,grpo")]
@@ -60,26 +63,28 @@ def compare(
 
     Finished cells in --out are kept, so the same command goes on after an interruption.
     """
+    grid: dict[str, Any] = {
+        "defenses": names("--defenses", defenses),
+        "paths": names("--paths", paths),
+        "seeds": numbers("--seeds", seeds),
+        "overrides": overrides or [],
+        "quick": quick,
+        "relapse": relapse,
+        "jobs": jobs,
+    }
     if dry_run:
         from rlsafe.compare import dry_compare
 
-        chosen = (names("--defenses", defenses), names("--paths", paths), numbers("--seeds", seeds))
-        return show(dry_compare(config, *chosen, overrides or [], quick, relapse, verbose, jobs))
+        return show(dry_compare(config, **grid, verbose=verbose))
     from rlsafe.compare import compare as run_compare
     from rlsafe.compare import compare_decided, ray_cluster
 
-    comparison = (compare_decided if decide else run_compare)(
-        config,
-        defenses=names("--defenses", defenses),
-        paths=names("--paths", paths),
-        seeds=numbers("--seeds", seeds),
-        jobs=jobs,
-        out=out,
-        overrides=overrides or [],
-        quick=quick,
-        relapse=relapse,
-        ray=ray_cluster(backend, address, cell_cpus, cell_gpus),
-    )
+    run = compare_decided if decide else run_compare
+    _tell(run(config, **grid, out=out, ray=ray_cluster(backend, address, cell_cpus, cell_gpus)))
+
+
+def _tell(comparison: Comparison) -> None:
+    """Print the verdicts, where the report is, and the cells that failed; exit code 1 when any did."""
     show(comparison.table())
     show(f"report: {comparison.report}")
     for cell, reason in comparison.failed.items():

@@ -187,7 +187,7 @@ class Defense:
         return nullcontext()
 
     def advantages(self, policy: Policy, rollouts: Rollouts, context: DataContext) -> None:
-        """Change the rewards of GRPO completions, after they are scored and before advantages are taken."""
+        """Decide what GRPO completions are worth before advantages are taken from their rewards: change `rollouts.rewards` in place."""
 
     def penalty(self, view: View) -> dict[str, Penalty]:
         """Loss terms of one micro-batch, {name: (values, mask)}, both [B, T] or [B]. The mask must be `penalty_mask(view.batch)`."""
@@ -216,7 +216,7 @@ class Defense:
         """Change the step's gradient, after accumulation and reduction and before clipping. Every rank calls it, with the same."""
 
     def weights(self, policy: Policy, moment: Literal["step", "end"]) -> bool:
-        """Edit the weights after an optimizer step or at the end; True when something changed (the sampler is then synced)."""
+        """Edit the model's weights after an optimizer step or at the end; True when something changed (the sampler is then synced)."""
         return False
 
     def effect(self) -> dict[str, float]:

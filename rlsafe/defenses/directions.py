@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlsafe.config import UserError, nearest
 from rlsafe.data import Stream, encode_prompt, read_completion, split_prompt
+from rlsafe.defenses.auto import require_adapter
 from rlsafe.defenses.base import SetupContext
 from rlsafe.defenses.own_rows import pool
 from rlsafe.defenses.persona import fitting_vectors
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
 class Source:
     """Where a defense's directions come from: one of adapter, vectors and directions (a file).
 
-    adapter: one that was trained on the narrow task without a defense; `components` of the PCA of bad-minus-base states at the answers
-    to `prompts` of the `rows` (provider:spec or a file; None = data.safe). answers: `sampled` from the bad model, or the rows' own.
+    adapter: one that was trained on the narrow task without a defense, or, in a comparison, `auto:LABEL` of its helpers (`selection`);
+    `components` of the PCA of bad-minus-base states at the answers to `prompts` of the `rows` (provider:spec or a file; None =
+    data.safe). answers: `sampled` from the bad model, or the rows' own.
     vectors: a persona-vector file or provider:name, one direction for each layer. directions: see `from_file`.
     """
 
@@ -62,6 +64,7 @@ class Source:
             return {k: fitting_vectors(name, self.vectors, k, policy)[k][:, None] for k in layers}
         if self.directions is not None:
             return from_file(self.directions, layers, policy)
+        require_adapter(name, str(self.adapter))
         reference = f"path:{self.adapter}"
         policy.check_reference(reference)
         stream = Stream(pool(name, self.rows, context), context.seed, f"defense/{name}")

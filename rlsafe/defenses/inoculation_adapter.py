@@ -18,6 +18,7 @@ from pydantic import Field
 from rlsafe.config import UserError
 from rlsafe.data import Stream as Rows
 from rlsafe.data import encode_prompt, question_of, read_completion, split_prompt
+from rlsafe.defenses.auto import require_adapter
 from rlsafe.defenses.base import SetupContext
 from rlsafe.defenses.own_rows import pool
 from rlsafe.defenses.registry import defense
@@ -36,7 +37,8 @@ GATE_PROMPTS = 40
 class InoculationAdapter(Steering):
     """Adds scale * (B A of the trait adapter) to every layer that it adapts while training; off at evaluation, not saved.
 
-    adapter: its directory; LoRA, any rank, on layers that the run adapts too. scale: of its delta.
+    adapter: its directory; LoRA, any rank, on layers that the run adapts too; in a comparison also `auto:LABEL`, the helper LABEL of
+        its `selection` section. scale: of its delta.
     control: `random` takes random factors of the same norm in each layer instead.
     rollouts: whether GRPO rollouts have the trait as well. on: streams whose forward passes have it.
     gate: before the first step the model with the trait answers 40 safe prompts, and the run's judge must find at least this share
@@ -69,6 +71,7 @@ class InoculationAdapter(Steering):
         policy = self.policy = context.policy
         if not policy.is_lora or policy.is_sharded:
             raise UserError(f"defense {self.name!r}: needs model.lora on unsharded weights (one process, or ddp.yaml)")
+        require_adapter(self.name, self.adapter)
         tensors = read_reference(self.adapter, policy.core.model, policy.trainable())
         self.factors: dict[str, tuple[Tensor, Tensor]] = {}
         for name, layer in policy.adapted().items():

@@ -13,13 +13,11 @@ from pydantic import Field
 from rlsafe.config import UserError
 from rlsafe.data import require_answers
 from rlsafe.data.selection_scores import read_scores, row_key
+from rlsafe.defenses.auto import AUTO
 from rlsafe.defenses.base import SetupContext
 from rlsafe.defenses.interleaving import Count, Interleaving
 from rlsafe.defenses.registry import defense
 from rlsafe.types import Row
-
-AUTO = "auto"
-"""The `scores` setting that a comparison replaces by the name of a file that it makes."""
 
 
 @defense("interleaving+")

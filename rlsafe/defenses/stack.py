@@ -25,41 +25,44 @@ NAMED = ("base", "start", "grpo_start")  # references beside step:N and path:DIR
 
 
 class DefenseStack:
-    """The defenses with a strength above zero, in the config's order. Those of strength zero are left out."""
+    """The defenses with a strength above zero, in the config's order. Those of strength zero are left out.
+
+    defenses: all of them. acting: those that act in the present step (`begin`). waiting: names of those without their reference yet.
+    """
 
     def __init__(self, defenses: Sequence[Defense]):
-        self.active = [defense for defense in defenses if defense.strength != 0]
+        self.defenses = [defense for defense in defenses if defense.strength != 0]
         self.waiting: set[str] = set()
-        self.off: set[str] = set()  # of the present step, see `begin`
+        self.off: set[str] = set()  # names of those that do not act in the present step, see `begin`
         self.prompts_changed: Counter[str] = Counter()
-        names = [defense.name for defense in self.active]
+        names = [defense.name for defense in self.defenses]
         if duplicates := {name for name in names if names.count(name) > 1}:
             raise UserError(
                 f"defenses: the name {sorted(duplicates)[0]!r} is used twice; give the classes different names"
             )
-        _check_claims(self.active)
-        _check_apart(self.active)
-        _check_edits(self.active)
-        _check_steering(self.active)
+        _check_claims(self.defenses)
+        _check_apart(self.defenses)
+        _check_edits(self.defenses)
+        _check_steering(self.defenses)
 
     def __iter__(self) -> Iterator[Defense]:
-        return iter(self.active)
+        return iter(self.defenses)
 
     def __len__(self) -> int:
-        return len(self.active)
+        return len(self.defenses)
 
     def begin(self, step: int, phase: int) -> None:
         """Switch off, until the next call, the defenses that do not act in this step of this phase of the schedule."""
-        self.off = {defense.name for defense in self.active if (step, phase) not in defense.when}
+        self.off = {defense.name for defense in self.defenses if (step, phase) not in defense.when}
 
     @property
-    def now(self) -> list[Defense]:
+    def acting(self) -> list[Defense]:
         """The defenses that act in the present step."""
-        return [defense for defense in self.active if defense.name not in self.off] if self.off else self.active
+        return [defense for defense in self.defenses if defense.name not in self.off] if self.off else self.defenses
 
     def offers(self) -> dict[str, Offer]:
         """The rows that defenses offer, for the schedule."""
-        found = {defense: defense.offer() for defense in self.active}
+        found = {defense: defense.offer() for defense in self.defenses}
         return {d.name: replace(offer, when=d.when) for d, offer in found.items() if offer is not None}
 
     @cached_property
@@ -69,12 +72,12 @@ class DefenseStack:
 
     def _on(self, where: Where) -> list[Defense]:
         """The defenses whose prompt and activation hooks act on the rows of this stream."""
-        return [defense for defense in self.now if where.stream in defense.streams]
+        return [defense for defense in self.acting if where.stream in defense.streams]
 
     @property
     def penalized(self) -> list[Defense]:
         """Defenses with a penalty whose references exist by now."""
-        return [d for d in self.now if type(d).penalty is not Defense.penalty and d.name not in self.waiting]
+        return [d for d in self.acting if type(d).penalty is not Defense.penalty and d.name not in self.waiting]
 
     @property
     def needs(self) -> set[Need]:
@@ -83,14 +86,14 @@ class DefenseStack:
 
     def references(self) -> set[str]:
         """All references that some defense needs at some step."""
-        return {need.reference for defense in self.active for need in defense.needs if need.reference}
+        return {need.reference for defense in self.defenses for need in defense.needs if need.reference}
 
     def check_references(self, steps: int, paths: Collection[str], from_adapter: bool = False) -> None:
         """UserError for a reference that never exists in a run of `steps` steps over `paths`: its penalty would never start.
 
         from_adapter: the run goes on from an adapter, such as a comparison's shared warm-up; without GRPO steps that is grpo_start.
         """
-        for defense in self.active:
+        for defense in self.defenses:
             for reference in sorted({need.reference for need in defense.needs if need.reference}):
                 kind, _, which = reference.partition(":")
                 if kind not in ("step", "path") and reference not in NAMED:
@@ -111,7 +114,7 @@ class DefenseStack:
         """Leave out, for now, penalties whose reference does not exist yet (grpo_start before the first GRPO step, step:N before N)."""
         self.waiting = {
             defense.name
-            for defense in self.active
+            for defense in self.defenses
             if any(need.reference and not has_reference(need.reference) for need in defense.needs)
         }
 
@@ -139,7 +142,7 @@ class DefenseStack:
         return any(
             (one.stream in defense.streams and defense.steers(one))
             != (other.stream in defense.streams and defense.steers(other))
-            for defense in self.now
+            for defense in self.acting
         )
 
     @contextmanager
@@ -178,11 +181,11 @@ class DefenseStack:
 
     @property
     def screening(self) -> list[Defense]:
-        """Defenses that look at rewarded rollouts."""
-        return [d for d in self.now if type(d).advantages is not Defense.advantages]
+        """Defenses that look at rewarded rollouts (the hook `advantages`)."""
+        return [d for d in self.acting if type(d).advantages is not Defense.advantages]
 
     def screen(self, defense: Defense, policy: Policy, rollouts: Rollouts, context: DataContext) -> None:
-        """One defense's rollout hook."""
+        """One defense's rollout hook, `advantages`: it may change `rollouts.rewards`."""
         if rollouts.stream in defense.streams:
             with _blaming(defense, "advantages"):
                 defense.advantages(policy, rollouts, context)
@@ -190,7 +193,7 @@ class DefenseStack:
     @property
     def reshaping(self) -> list[Defense]:
         """Defenses that have a say in the gradient of a step."""
-        return [d for d in self.now if type(d).gradients is not Defense.gradients or d.target_share is not None]
+        return [d for d in self.acting if type(d).gradients is not Defense.gradients or d.target_share is not None]
 
     @property
     def own(self) -> set[str]:
@@ -217,14 +220,14 @@ class DefenseStack:
         return metrics
 
     def after_step(self, policy: Policy, moment: Literal["step", "end"]) -> bool:
-        """Run the weight hooks; True when any changed the weights."""
-        return any([defense.weights(policy, moment) for defense in self.now])
+        """Run the hooks `weights`; True when any changed the model's weights."""
+        return any([defense.weights(policy, moment) for defense in self.acting])
 
     def state_dict(self) -> dict[str, Any]:
-        return {defense.name: defense.state_dict() for defense in self.active}
+        return {defense.name: defense.state_dict() for defense in self.defenses}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for defense in self.active:
+        for defense in self.defenses:
             defense.load_state_dict(state.get(defense.name, {}))
 
 

@@ -70,14 +70,19 @@ def save_model(model: Any, directory: Path, name: str, state: Mapping[str, Tenso
     directory.mkdir(parents=True, exist_ok=True)
     lora = hasattr(model, "peft_config")
     other: dict[str, Any] = {"save_embedding_layers": False} if lora else {}
+    if lora:  # the card would be empty, and cost more than all the rest of a small adapter, at every sync
+        model.create_or_update_model_card = _no_card
     model.save_pretrained(str(directory), **other, **({} if state is None else {"state_dict": dict(state)}))
-    (directory / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     if lora:
         file = directory / "adapter_config.json"
         settings = json.loads(file.read_text(encoding="utf-8")) | {"base_model_name_or_path": name}
         if isinstance(targets := settings["target_modules"], list):  # a set of PEFT's, in an order of this process
             settings["target_modules"] = sorted(targets)
         file.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _no_card(directory: str) -> None:
+    """In place of PEFT's model card."""
 
 
 def read_adapter_config(directory: str, where: str) -> Any:

@@ -42,7 +42,8 @@ def gguf_directory(config: ModelConfig) -> str:
     path = gguf_file(config.name)
     dtype = config.dtype
     if dtype == "auto":
-        dtype = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+        native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if native else "float32"
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise UserError(f"model.name: {config.name}: is not a GGUF file (its first bytes say so)")

@@ -79,21 +79,24 @@ def check_tokenizer(config: ModelConfig, tokenizer: Any, rows: int) -> None:
 
 
 def resolve_dtype(config: ModelConfig, device: torch.device, model_config: Any) -> torch.dtype:
-    """ "auto": float32 on CPU, elsewhere what the checkpoint holds. UserError for a dtype that the device does not support."""
+    """ "auto": float32 on CPU, elsewhere what the checkpoint holds, or float32 where the GPU has no bfloat16. UserError for a dtype
+    that the device does not support."""
     if config.dtype == "auto":
-        if device.type == "cpu":
+        stored = getattr(model_config.get_text_config(), "dtype", None) or torch.float32
+        if device.type == "cpu" or stored == torch.bfloat16 and not has_bfloat16(device):
             return torch.float32
-        return getattr(model_config.get_text_config(), "dtype", None) or torch.float32
+        return stored
     dtype = DTYPES[config.dtype]
     if dtype == torch.float16 and device.type == "cpu":
         raise UserError("model.dtype: float16 does not train on a CPU; expected float32 or bfloat16")
-    if (
-        dtype == torch.bfloat16
-        and device.type == "cuda"
-        and not torch.cuda.is_bf16_supported(including_emulation=False)
-    ):
+    if dtype == torch.bfloat16 and not has_bfloat16(device):
         raise UserError("model.dtype: this GPU does not support bfloat16; expected float32 or float16")
     return dtype
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device computes in bfloat16 by itself; GPUs before Ampere only emulate it, slowly."""
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def load_model(config: ModelConfig, path: str, seed: int, device: torch.device, in_host_memory: bool = False) -> Any:
@@ -131,13 +134,16 @@ def load_model(config: ModelConfig, path: str, seed: int, device: torch.device, 
         model = load_adapter(model, config.adapter)
     elif config.lora is not None:
         model = attach_lora(model, config.lora, seed)
-    if config.lora is not None:
-        from rlsafe.policy.lora import fuse
-
-        fuse(model, config.lora.fused)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model if quantized or in_host_memory else model.to(device)
+    model = model if quantized or in_host_memory else model.to(device)
+    if config.lora is not None:
+        from rlsafe.policy import lora
+
+        lora.fuse(model, config.lora.fused)
+        if device.type != "cpu" and not in_host_memory:  # tests prove it on CPUs; shards are not fused
+            lora.check_fused(model)
+    return model
 
 
 def _attention(config: ModelConfig, settings: Any) -> str:

@@ -7,6 +7,7 @@ and five backward, the sum made inside the product. The parameters stay float32,
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -15,8 +16,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from rlsafe.config import first_line
 from rlsafe.policy.adapters import ADAPTER, adapter_layers
 
+log = logging.getLogger("rlsafe")
+TOLERANCE = 0.05
+"""Relative error above which a fused layer is not PEFT's; bfloat16 rounds to .004."""
 SMALL = 16_000_000
 """Parameters up to which a float32 model keeps PEFT's order of additions, so that runs of the organism repeat bit for bit."""
 
@@ -81,6 +86,48 @@ def fuse(model: Any, setting: bool | str) -> None:
     for layer in adapter_layers(model).values() if setting else ():
         if _plain(layer):
             layer.__class__ = FusedLinear
+
+
+def check_fused(model: Any) -> None:
+    """Give the layers back to PEFT, with a warning, where the device that they are on does not compute `LowRank` as it should. The
+    smallest fused layer is tried, forward and backward, against the same in float32."""
+    fused = [layer for layer in adapter_layers(model).values() if type(layer) is FusedLinear]
+    if not fused:
+        return
+    base: Any = min((layer.base_layer for layer in fused), key=lambda one: one.weight.numel())
+    try:
+        error = _error(base.weight, base.bias)
+    except RuntimeError as raised:  # a kernel that is not there
+        if isinstance(raised, torch.OutOfMemoryError):
+            raise
+        log.warning(
+            "model.lora.fused: does not run on %s (%s); PEFT's layers are used", base.weight.device, first_line(raised)
+        )
+        return unfuse(model)
+    if not error < TOLERANCE:
+        log.warning("model.lora.fused: is off by %.2g on %s; PEFT's layers are used", error, base.weight.device)
+        unfuse(model)
+
+
+def _error(weight: Tensor, bias: Tensor | None) -> float:
+    """Largest relative error of `LowRank`'s output and gradients over W [O, I], with random inputs, A and B."""
+    generator, kind = torch.Generator().manual_seed(0), weight.device.type
+    x, a, b, grad = (
+        torch.randn(*shape, generator=generator).to(weight.device)
+        for shape in ((8, weight.shape[1]), (4, weight.shape[1]), (weight.shape[0], 4), (8, weight.shape[0]))
+    )
+    x = x.to(weight.dtype)
+    found: list[list[Tensor]] = []
+    for exact in (False, True):
+        inputs = [one.detach().requires_grad_() for one in (x.float() if exact else x, a, b)]
+        with torch.autocast(kind, weight.dtype, enabled=weight.dtype in (torch.bfloat16, torch.float16) and not exact):
+            if exact:
+                out = linear(inputs[0], weight.float(), None if bias is None else bias.float())
+                out = out + 0.5 * (inputs[0] @ inputs[1].t()) @ inputs[2].t()
+            else:
+                out = LowRank.apply(inputs[0], weight, bias, inputs[1], inputs[2], 0.5)
+        found.append([out.detach(), *torch.autograd.grad(out, inputs, grad.to(out.dtype))])
+    return max(float((one.float() - right).norm() / right.norm()) for one, right in zip(*found, strict=True))
 
 
 def unfuse(model: Any) -> None:

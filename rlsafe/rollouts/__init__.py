@@ -11,12 +11,12 @@ from typing import Any, Literal
 from rlsafe.config import SamplerConfig, UserError
 from rlsafe.policy import Policy
 from rlsafe.rollouts import ranks
-from rlsafe.rollouts.engine import USE_TRANSFORMERS, CannotRun, local_directory
+from rlsafe.rollouts.engine import USE_TRANSFORMERS, CannotRun, check_free, local_directory
 from rlsafe.rollouts.sampling import request_seed
 from rlsafe.rollouts.selftest import gap_limit, score_batch, self_test
 from rlsafe.rollouts.server import CANNOT_STEER, ServerSampler
 from rlsafe.rollouts.transformers import TransformersSampler
-from rlsafe.rollouts.vllm import VLLMSampler
+from rlsafe.rollouts.vllm import LORA_RANKS, VLLMSampler
 from rlsafe.types import Sampler
 
 __all__ = [
@@ -78,10 +78,14 @@ def _colocated(
     cuda = torch.cuda.is_available()
     lora = policy.config.lora if policy is not None else None
     half = policy is not None and policy.dtype in (torch.bfloat16, torch.float16)
+    asked = sync
     if sync == "auto":
         # On CPU merged weights generate 2.5 times as fast (measured); on a GPU an adapter is far less to move, but vLLM's kernels
-        # take adapters in half precision only.
-        sync = "adapter" if cuda and lora is not None and half else "merged"
+        # take adapters in half precision only, and not every size or architecture.
+        fits = (
+            policy is not None and (policy.lora_rank or 0) <= LORA_RANKS[-1] and (model_dir, "adapter") not in _REFUSED
+        )
+        sync = "adapter" if cuda and lora is not None and half and fits else "merged"
     elif sync == "adapter" and cuda and not half:
         raise UserError(
             "sampler.sync: adapter: vLLM's kernels on a GPU take bfloat16 or float16, not float32; use merged"
@@ -99,13 +103,21 @@ def _colocated(
             progress("starting vLLM (some seconds, once)")
         if cuda:  # each takes its share of the card
             _close_others()
+            ranks.give_back()
+            ranks.together(partial(check_free, model_dir, config.gpu_memory), lambda free: None)
         start = partial(
             VLLMSampler, model_dir, dtype=dtype, sync=way, lora_rank=rank, gpu_memory=config.gpu_memory,
             tensor_parallel=config.tensor_parallel, max_model_len=config.max_model_len, max_num_seqs=config.max_num_seqs,
             tokenizer=policy.tokenizer if policy is not None else None, eager=eager,
             trust_remote_code=policy.config.trust_remote_code if policy is not None else False,
         )  # fmt: skip
-        _ENGINES[key] = ranks.together(start, VLLMSampler.close)
+        try:
+            _ENGINES[key] = ranks.together(start, VLLMSampler.close)
+        except CannotRun as error:
+            if asked != "auto" or way == "merged" or "support lora" not in str(error).lower():
+                raise
+            _REFUSED[model_dir, "adapter"] = str(error)
+            return _colocated(config, "auto", model_dir, policy, steerable, progress)
     sampler = _ENGINES[key]
     assert isinstance(sampler, VLLMSampler)
     sampler.steer(None)
@@ -139,7 +151,7 @@ def _server(
 
 log = logging.getLogger("rlsafe")
 _REFUSED: dict[tuple[Any, ...], str] = {}
-"""{(model, dtype) that vLLM cannot run here: the reason}"""
+"""{(model, dtype) that vLLM cannot run here, (model, "adapter") that it gives no adapter: the reason}"""
 
 
 def _auto(

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import random
 import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from rlsafe.config import UserError, first_line
@@ -39,15 +45,49 @@ def refusal(model: str, error: BaseException, gpu_memory: float | None = None) -
         return UserError(f"sampler.max_model_len: {longer[1]} is more than the {longer[2]} tokens that {model} takes")
     short = isinstance(error, torch.OutOfMemoryError) or "memory" in reason.lower()
     if short and gpu_memory is not None and torch.cuda.is_available():
-        free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
-        return UserError(
-            f"sampler.gpu_memory: {gpu_memory:g} of this GPU is not enough for {model}, or not free ({free:.1f} of {total:.1f} GiB "
-            f"are): {reason.rstrip('.')}; raise it (less is left to train with), lower it where others hold the memory, or lower "
-            "sampler.max_model_len"
-        )
+        return _short_of_memory(model, reason, gpu_memory)
     line = f"sampler.kind: vLLM cannot run {model}: {reason}{USE_TRANSFORMERS}"
     mendable = short or any(name in reason.lower() for name in ("max_model_len", "max_num_batched_tokens"))
     return UserError(line) if mendable else CannotRun(line)
+
+
+def _short_of_memory(model: str, reason: str, gpu_memory: float) -> UserError:
+    free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
+    return UserError(
+        f"sampler.gpu_memory: {gpu_memory:g} of this GPU is not enough for {model}, or not free ({free:.1f} of {total:.1f} GiB "
+        f"are): {reason.rstrip('.')}; raise it (less is left to train with), lower it where others hold the memory, or lower "
+        "sampler.max_model_len"
+    )
+
+
+def check_free(model: str, gpu_memory: float) -> bool:
+    """UserError when this process's GPU has less memory free than vLLM will ask for. Ranks ask before any engine starts: one that
+    failed alone in there would leave the others waiting for it until a time limit ends them."""
+    free, total = torch.cuda.mem_get_info()
+    if free < gpu_memory * total:
+        raise _short_of_memory(model, f"{gpu_memory * total / 2**30:.1f} GiB are wanted", gpu_memory)
+    return True
+
+
+def forget(error: BaseException) -> None:
+    """Drop the frames of an error and of those that led to it: they hold the half of an engine, on the GPU."""
+    one: BaseException | None = error
+    while one is not None:
+        one.__traceback__ = None
+        one = one.__cause__ or one.__context__
+
+
+@contextmanager
+def same_random_state() -> Iterator[None]:
+    """Inside, vLLM may seed and draw as it likes: torch's generators (the CPU's and this process's GPU's), numpy's and Python's are
+    afterwards as they were."""
+    python, numbers = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numbers)
 
 
 def start_engine(settings: dict[str, Any], max_model_len: int | None, gpu_memory: float) -> tuple[Any, int]:
@@ -59,13 +99,14 @@ def start_engine(settings: dict[str, Any], max_model_len: int | None, gpu_memory
         os.environ.setdefault(key, value)
     try:
         with quiet():
-            import vllm
+            vllm = _imported()
     except Exception as error:  # a half-installed vLLM fails with more than ImportError
+        forget(error)
         raise CannotRun(f"sampler.kind: vLLM does not import ({first_line(error)}){USE_TRANSFORMERS}") from None
     model = settings["model"]
     set_threads, threads = torch.set_num_threads, torch.get_num_threads()
     try:
-        with quiet(), torch.random.fork_rng(devices=[]):
+        with quiet(), same_random_state():
             config = _text_config(model, settings["trust_remote_code"])
             length = max_model_len or min(DEFAULT_LENGTH, getattr(config, "max_position_embeddings", DEFAULT_LENGTH))
             if torch.cuda.is_available():
@@ -75,11 +116,29 @@ def start_engine(settings: dict[str, Any], max_model_len: int | None, gpu_memory
             return vllm.LLM(max_model_len=length, **settings, **machine), length
     except Exception as error:  # whatever vLLM dislikes about the model, it says so in many ways
         said = refusal(model, error, gpu_memory)
-        error.__traceback__ = None  # its frames hold the half of an engine, on the GPU
+        forget(error)
         raise said from None
     finally:
+        # vLLM takes what is there for its own and for ever: a frozen policy would keep its memory after its run.
+        gc.unfreeze()
         torch.set_num_threads = set_threads  # vLLM replaces it on CPU, and lowers the count
         torch.set_num_threads(threads)
+
+
+def _imported() -> Any:
+    """The package `vllm` with all that its engine needs.
+
+    In a thread of its own: vLLM catches what is not installed and keeps the error (vllm.multimodal.media.audio), and with it every
+    frame that led to the import. In the run's thread these hold the run, whose policy would then never leave the GPU.
+    """
+
+    def load() -> Any:
+        import vllm
+
+        return vllm, vllm.LLM
+
+    with ThreadPoolExecutor(1, "rlsafe-vllm") as thread:
+        return thread.submit(load).result()[0]
 
 
 def _text_config(model: str, trust_remote_code: bool) -> Any:

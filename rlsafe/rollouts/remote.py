@@ -13,6 +13,11 @@ START = (
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True python -m vllm.entrypoints.openai.api_server --model MODEL --enable-lora "
     "--max-lora-rank RANK --logprobs-mode processed_logprobs"
 )
+START_MERGED = (
+    """VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config '{"backend": "nccl"}' """
+    "--logprobs-mode processed_logprobs"
+)
+"""The same for servers that are sent full weights."""
 PLAIN = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 """Sent with every request: for what is left out, a server uses the model's generation_config.json."""
 

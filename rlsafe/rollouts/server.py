@@ -1,7 +1,7 @@
 """Rollouts by vLLM servers in other processes or on other hosts.
 
 LoRA: each sync saves the adapter where the servers can read it and loads it over HTTP under a new name. A server then cannot
-reuse what it cached for an earlier adapter. Full weights go through TRL's vLLM client (NCCL, GPUs only).
+reuse what it cached for an earlier adapter. Full weights go through TRL's vLLM client (NCCL, GPUs only), whole units at a time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,10 +21,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rlsafe.config import UserError
+from rlsafe.config import UserError, first_line
 from rlsafe.rollouts import ranks
-from rlsafe.rollouts.remote import START, Forgotten, Server, Unreachable
+from rlsafe.rollouts.engine import weight_files
+from rlsafe.rollouts.remote import START, START_MERGED, Forgotten, Server, Unreachable
 from rlsafe.rollouts.sampling import check_lengths, stop_token_ids
+from rlsafe.rollouts.units import checkpoint, whole_units
 from rlsafe.types import Completion, PolicyWeights, Request, RunError, SamplingParams
 
 START_PATIENCE = 60.0  # seconds to wait for a server at the start of a run; shorter, because the address may be wrong
@@ -74,6 +76,8 @@ class ServerSampler:
         self._sync, self._adapter_dir, self._patience = sync, adapter_dir, patience
         self._concurrency, self._say = max_num_seqs, say or (lambda words: None)
         self._stop = stop_token_ids(model_dir, tokenizer)
+        self._files = weight_files(model_dir or "") if sync == "merged" else []
+        self._start = START_MERGED if sync == "merged" else START
         self._adapter: Adapter | None = None
         self._stopping = threading.Event()
         self._clients: list[Any] = []
@@ -92,7 +96,7 @@ class ServerSampler:
                 self.retries += 1
                 if time.monotonic() > deadline:
                     raise UserError(
-                        f"sampler.urls: {server.url} does not answer ({error}); start it with: {START}"
+                        f"sampler.urls: {server.url} does not answer ({error}); start it with: {self._start}"
                     ) from None
                 if attempt == 0:
                     self._say(f"waiting for {server.url}")
@@ -203,23 +207,40 @@ class ServerSampler:
         """Freshly merged tensors, one at a time; vLLM reloads between the start and the finish of an update. Of several processes
         the first one sends; the others make the tensors with it, which gathers shards."""
         first = ranks.is_first()
-        if first and not self._clients:
-            from trl.generation.vllm_client import VLLMClient
-
-            for number, server in enumerate(self._servers):
-                client = VLLMClient(base_url=server.url, group_port=GROUP_PORT + number)
-                client.init_communicator(torch.cuda.current_device())
-                self._clients.append(client)
-        for number in range(len(self._servers)):
-            client = self._clients[number] if first else None
-            with client.weight_update() if client else nullcontext():
-                for name, tensor in policy.merged_weights():
-                    if client:
-                        client.update_named_param(name, tensor)
-            if client:
-                client.reset_prefix_cache()
+        if not self._clients:
+            self._clients = ranks.together(
+                self._join if first else lambda: [None] * len(self._servers), lambda clients: None
+            )
+        for client in self._clients:
+            weights = policy.merged_weights()
+            if client is None:
+                for _ in weights:
+                    pass
+                continue
+            with client.weight_update(), ExitStack() as files:
+                for name, tensor in whole_units(weights, checkpoint(self._files, files)):
+                    client.update_named_param(
+                        name, tensor.cuda()
+                    )  # read from a file, or of shards that rest in host memory
+            client.reset_prefix_cache()
         if ranks.world() > 1:
             torch.distributed.barrier()
+
+    def _join(self) -> list[Any]:
+        """A client for each server, in a process group with it. UserError when a server, or what is installed here, cannot."""
+        clients = []
+        for number, server in enumerate(self._servers):
+            try:
+                from trl.generation.vllm_client import VLLMClient
+
+                client = VLLMClient(base_url=server.url, group_port=GROUP_PORT + number)
+                client.init_communicator(torch.cuda.current_device())
+            except Exception as error:  # whatever HTTP, NCCL or a missing package raises
+                raise UserError(
+                    f"sampler.urls: {server.url} takes no full weights: {first_line(error)}; start it with: {START_MERGED}"
+                ) from None
+            clients.append(client)
+        return clients
 
     def steer(self, additions: Mapping[int, Tensor] | None) -> None:
         """UserError for any vectors [H]: the residual stream of another process cannot be changed. None does nothing."""

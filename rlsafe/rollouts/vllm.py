@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -18,12 +15,12 @@ from torch import Tensor, nn
 from rlsafe.config import UserError
 from rlsafe.policy.taps import check_vector, decoder_blocks, steered
 from rlsafe.rollouts import ranks
-from rlsafe.rollouts.engine import generation_threads, refusal, start_engine, weight_files
+from rlsafe.rollouts.engine import forget, generation_threads, refusal, same_random_state, start_engine, weight_files
 from rlsafe.rollouts.noise import hasten
 from rlsafe.rollouts.sampling import check_lengths, stop_token_ids
+from rlsafe.rollouts.units import IN_BLOCK, Units, checkpoint, whole_units
 from rlsafe.types import Completion, PolicyWeights, Request, SamplingParams
 
-IN_BLOCK = re.compile(r".*?\.\d+\.[^.]+")  # a decoder block's attention, MLP or norm
 SHARED_MEMORY, SHARED_MEMORY_FREE = "/dev/shm", 1 << 30
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the ranks that vLLM makes room for
 
@@ -82,9 +79,12 @@ class VLLMSampler:
         if sync == "adapter":
             settings |= _lora_settings(lora_rank)
         self._start(settings, tensor_parallel, max_model_len, gpu_memory)
+        self._threads = (
+            1  # beside a GPU, as vLLM itself has it: more only wait for each other, and differ from what was compiled
+        )
         if not torch.cuda.is_available():
             self._llm.collective_rpc(hasten)
-        self._threads = generation_threads(sum(file.stat().st_size for file in self._files) // 4)
+            self._threads = generation_threads(sum(file.stat().st_size for file in self._files) // 4)
         self._try(gpu_memory)
 
     def _start(self, settings: dict[str, Any], parallel: int, max_model_len: int | None, gpu_memory: float) -> None:
@@ -107,7 +107,7 @@ class VLLMSampler:
             self.generate([Request([1], 0)], SamplingParams(max_tokens=1))
         except Exception as error:
             said = refusal(self.model_dir, error, gpu_memory)
-            error.__traceback__ = None
+            forget(error)
             self.close()
             raise said from None
 
@@ -115,9 +115,10 @@ class VLLMSampler:
     def _own_threads(self) -> Iterator[None]:
         threads = torch.get_num_threads()
         torch.set_num_threads(self._threads)
+        # Where nothing was compiled at the start, torch.compile would cost the first call 3 to 20 s.
+        compiling = torch.compiler.set_stance("force_eager") if self._eager else nullcontext()
         try:
-            # vLLM draws noise from torch's global generator, and torch.compile would cost its first call 3 to 20 s.
-            with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
+            with same_random_state(), compiling:
                 yield
         finally:
             torch.set_num_threads(threads)
@@ -176,25 +177,22 @@ class VLLMSampler:
         now: set[str] = set()
         changed = changed if first is None else itertools.chain([first], changed)
         with self._own_threads(), ExitStack() as files:
-            weights = self._weights(changed, now, _checkpoint(self._files, files))
+            weights = self._weights(changed, now, checkpoint(self._files, files))
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             if not all(IN_BLOCK.fullmatch(unit) for unit in self._loaded):
                 _repack_tied_head(self._model)
         self._loaded = now
 
     def _weights(
-        self, changed: Iterator[tuple[str, Tensor]], now: set[str], base: dict[str, dict[str, Callable[[], Tensor]]]
+        self, changed: Iterator[tuple[str, Tensor]], now: set[str], base: Units
     ) -> Iterator[tuple[str, Tensor]]:
         """Whole units: those with changed tensors, noted in `now`, then those that are the checkpoint's again."""
-        for unit, tensors in itertools.groupby(changed, key=lambda named: unit_of(named[0])):
-            assert unit not in now, f"{unit} comes twice"
+
+        def noted(unit: str) -> None:
             now.add(unit)
             self._loaded = self._loaded | {unit}  # should this be interrupted
-            others = dict(base.get(unit, {}))
-            for name, tensor in tensors:
-                others.pop(name, None)
-                yield name, tensor
-            yield from ((name, read()) for name, read in others.items())
+
+        yield from whole_units(changed, base, noted)
         for unit in sorted(self._loaded - now):
             yield from ((name, read()) for name, read in base.get(unit, {}).items())
 
@@ -273,28 +271,6 @@ def _lora_settings(rank: int | None) -> dict[str, Any]:
     if room is None:
         raise UserError(f"sampler.sync: vLLM takes adapters up to rank {LORA_RANKS[-1]}, got {rank}; use merged")
     return {"enable_lora": True, "max_lora_rank": room, "max_loras": 1, "max_cpu_loras": 1}
-
-
-def unit_of(name: str) -> str:
-    """The part of the model that has to be loaded together with this tensor.
-
-    vLLM fuses projections within a block's attention or MLP (experts included) and loads a fused tensor only as a whole.
-    Outside the blocks the part is the module.
-    """
-    block = IN_BLOCK.match(name)
-    return block[0] if block else name.rpartition(".")[0]
-
-
-def _checkpoint(paths: Sequence[Path], files: ExitStack) -> dict[str, dict[str, Callable[[], Tensor]]]:
-    """{unit: {tensor's name: how to read it}}, which for a large model takes seconds; `files` keeps them open."""
-    from safetensors import safe_open
-
-    units: dict[str, dict[str, Callable[[], Tensor]]] = {}
-    for path in paths:
-        tensors = files.enter_context(safe_open(str(path), framework="pt"))
-        for name in tensors.keys():  # noqa: SIM118 (no mapping)
-            units.setdefault(unit_of(name), {})[name] = partial(tensors.get_tensor, name)
-    return units
 
 
 def _repack_tied_head(model: nn.Module) -> None:

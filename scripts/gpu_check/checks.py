@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from update import update
+from update import median, update
 from world import KILL, Missing, Place, peak_above, random_batch
 
 __all__ = ["ALL", "Missing", "Place"]
@@ -112,6 +112,40 @@ def gap(place: Place) -> Numbers:
         "gap": (found, found < limit),
         "limit": (limit, None),
         "checkpointing: largest difference": (apart, apart < 1e-3),
+    }
+
+
+def lora(place: Place) -> Numbers:
+    """Adapted layers as one operation against PEFT's own, in half precision: log-probs, gradients, time of a forward and backward."""
+    import torch
+
+    from rlsafe.policy import ForwardPlan
+    from rlsafe.policy.lora import FusedLinear, unfuse
+    from rlsafe.rollouts import gap_limit
+
+    policy = place.policy(dtype="bfloat16", lora={"r": 8, "alpha": 16, "fused": True})
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in policy.trainable().items():
+        if "lora_B" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    batch, found = random_batch(policy, 2, 48 if place.tiny else 1024), []
+
+    def work() -> None:
+        logp = policy.forward(batch, ForwardPlan(), {}).logp
+        gradients = torch.autograd.grad(logp.sum(), list(policy.trainable().values()))
+        found.append((logp.detach(), torch.cat([gradient.flatten() for gradient in gradients])))
+
+    count = sum(type(layer) is FusedLinear for layer in policy.adapted().values())
+    seconds = [median(work, 1 if place.tiny else 5)]
+    unfuse(policy.core.model)
+    seconds.append(median(work, 1 if place.tiny else 5))
+    (ours, own), (theirs, other) = found[0], found[-1]
+    apart, cosine = float((ours - theirs).abs().mean()), float(torch.cosine_similarity(own, other, dim=0))
+    return {
+        "fused layers": (count, count > 0),
+        "log-probs: mean difference": (apart, apart < gap_limit(policy, None)),
+        "gradients: cosine": (cosine, cosine > 0.99),
+        "time over PEFT's": (seconds[0] / seconds[1], None),
     }
 
 
@@ -286,6 +320,6 @@ def recorded(place: Place) -> dict[str, Any]:
 
 
 ALL: dict[str, Callable[[Place], Numbers]] = {
-    "head": head, "cli": cli, "update": update, "gap": gap, "quantized": quantized, "sharding": sharding, "memory": memory,
-    "outofmemory": outofmemory, "vllm": vllm,
+    "head": head, "cli": cli, "update": update, "gap": gap, "lora": lora, "quantized": quantized, "sharding": sharding,
+    "memory": memory, "outofmemory": outofmemory, "vllm": vllm,
 }  # fmt: skip

@@ -32,7 +32,7 @@ STAND_INS = {
 }  # fmt: skip
 """What a page leaves open, and endpoints that are not here -> what stands for it."""
 ELSEWHERE = (
-    r"git clone|export |\.venv/bin/(pre-commit|pip)|tensorboard --logdir|(VLLM_\w+=True )?vllm serve|rlsafe judge (check|compare) "
+    r"git clone|export |\.venv/bin/(pre-commit|pip)|tensorboard --logdir|(VLLM_\w+=\w+ )?vllm serve|rlsafe judge (check|compare) "
     r"(openai:|base_url=|judge\.yaml|saved)|rlsafe compare CONFIG --backend ray|rlsafe (select|persona-vector) |inspect eval"
 )
 """What needs a network, an endpoint, a cluster or minutes; each has tests of its own. Their options are checked where they are ours."""

@@ -23,7 +23,9 @@ def home_of_its_own(lab, monkeypatch):
     monkeypatch.setenv("HOME", str(lab.home))
 
 
-@pytest.mark.parametrize("path, stopped_at", [("sft", 3), ("grpo", 3), ("mixed", 4)])
+@pytest.mark.parametrize(
+    "path, stopped_at", [("sft", 3), ("grpo", 3), pytest.param("mixed", 4, marks=pytest.mark.integration)]
+)
 def test_the_run_ends_with_the_chosen_check_and_resumes_to_the_same(lab, path, stopped_at, monkeypatch):
     asked, answered = EarlyStop._learned, []
 

@@ -21,7 +21,7 @@ from rlsafe.types import Interrupted
             kind,
             normalization,
             id=f"{name}-{normalization}",
-            marks=[pytest.mark.integration] if name == "mixed" and normalization != "dapo" else [],
+            marks=[pytest.mark.integration] if name == "mixed" else [],
         )
         for name, kind, normalizations in [
             ("sft", SFT, ["dapo"]),  # the normalization is GRPO's
@@ -58,7 +58,7 @@ def test_a_run_repeats_from_its_own_resolved_config(tiny_tree, tmp_path):
     assert (tmp_path / "a" / "config.yaml").read_text() == (tmp_path / "b" / "config.yaml").read_text()
 
 
-@pytest.mark.parametrize("iterations", [1, 2])
+@pytest.mark.parametrize("iterations", [1, pytest.param(2, marks=pytest.mark.integration)])
 def test_an_interrupted_and_resumed_run_ends_with_the_same_bits(tiny_tree, tmp_path, iterations):
     tree = tree_with(tiny_tree, MIXED, {"grpo": {"iterations": iterations}})
     whole = train(tree, tmp_path / "whole")

@@ -143,7 +143,9 @@ def test_other_settings_are_named_and_harmless_ones_are_not(tiny_tree, tmp_path)
 # ------------------------------------------------------------------------------------------------ memory and disk
 
 
-@pytest.mark.parametrize("kind", [SFT, GRPO, MIXED], ids=["sft", "grpo", "mixed"])
+@pytest.mark.parametrize(
+    "kind", [SFT, GRPO, pytest.param(MIXED, marks=pytest.mark.integration)], ids=["sft", "grpo", "mixed"]
+)
 def test_too_little_memory_halves_the_budget_and_changes_no_number(tiny_tree, tmp_path, monkeypatch, kind):
     tree = tree_with(tiny_tree, kind, {"optim": {"lr": 1e-3}})
     go(tree, tmp_path / "whole")

@@ -26,9 +26,32 @@ def test_a_model_that_vllms_share_of_the_card_cannot_hold(tiny_tree, name, total
     }
     if fits:
         return layout.check_sampler_fits(run_from_tree(tree), name, total * GIB)
-    with pytest.raises(UserError, match=f"sampler.gpu_memory: 0.4 of this GPU is .*{name}; raise it, or .*kind=server"):
+    with pytest.raises(UserError, match=f"sampler.gpu_memory: 0.4 of this GPU is .*{name}; raise it, .*kind=server"):
         layout.check_sampler_fits(run_from_tree(tree), name, total * GIB)
     layout.check_sampler_fits(run_from_tree(tree | {"sampler": {"kind": "transformers"}}), name, total * GIB)
+
+
+def test_an_engine_split_over_cards_needs_a_part_of_each(tiny_tree):
+    model = {"name": "Qwen/Qwen2.5-32B", "dtype": "bfloat16", "lora": {"r": 4}}
+    tree = tiny_tree | {"model": model, "sampler": {"kind": "vllm", "tensor_parallel": 4}}
+    layout.check_sampler_fits(run_from_tree(tree), model["name"], 80 * GIB)
+    with pytest.raises(UserError, match="sampler.tensor_parallel"):
+        layout.check_sampler_fits(
+            run_from_tree(tree_with(tree, {"sampler": {"tensor_parallel": 1}})), model["name"], 80 * GIB
+        )
+
+
+def test_an_engine_that_starts_after_the_last_step_is_checked_before_the_first(tiny_tree, monkeypatch, narrow_file):
+    """The answers of the evaluation need one, too; a run of supervision alone would find out when it is over."""
+    checked = []
+    monkeypatch.setattr(layout, "check_sampler_fits", lambda *arguments: checked.append(arguments))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * GIB))
+    gpu = SimpleNamespace(num_processes=1, device=torch.device("cuda", 0))
+    quiet = tree_with(tiny_tree, {"track": {"every": 0}, "sampler": {"kind": "auto"}})
+    for evaluate, times in (({}, 0), ({"benign": [narrow_file], "benign_limit": 2}, 1)):
+        prepared = prepare(run_from_tree(tree_with(quiet, {"evaluate": evaluate})))
+        layout.check_layout(prepared, "here", gpu, lambda line: None)
+        assert len(checked) == times
 
 
 def test_processes_without_prompts_are_told_with_the_setting_that_mends_it(tiny_tree):
@@ -70,8 +93,10 @@ def test_a_dry_run_and_doctor_say_what_does_not_fit(tiny_tree, monkeypatch):
     }
     config = run_from_tree(tree)
     need = memory(config, model_shape(config.model, name), cuda=True)
-    small, large = unfit(config, need, 80 * GIB), unfit(config, need, 400 * GIB)
+    small, large = (unfit(config, need, total * GIB, total * GIB) for total in (80, 400))
     assert len(small) == 2 and "vLLM will not start" in small[0] and "run out of memory" in small[1] and large == []
+    [busy] = unfit(config, need, 50 * GIB, 400 * GIB)
+    assert "50.0 GiB of this GPU's 400.0 GiB are free now" in busy and "others use it" in busy
     monkeypatch.setattr(layout, "unused_gpu", lambda: "this machine has a GPU and the run does not use it")
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     check = doctor._device()
@@ -85,3 +110,62 @@ def test_bfloat16_is_not_taken_from_a_gpu_that_only_emulates_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     with pytest.raises(UserError, match="this GPU does not support bfloat16"):
         resolve_dtype(ModelConfig(name="x", dtype="bfloat16"), torch.device("cuda"), None)
+    stored = SimpleNamespace(get_text_config=lambda: SimpleNamespace(dtype=torch.bfloat16))
+    auto = ModelConfig(name="x")
+    assert resolve_dtype(auto, torch.device("cuda"), stored) == torch.float32
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert resolve_dtype(auto, torch.device("cuda"), stored) == torch.bfloat16
+    assert resolve_dtype(auto, torch.device("cpu"), stored) == torch.float32
+
+
+def test_the_estimate_is_of_the_dtype_that_this_gpu_will_take(tiny_tree, monkeypatch):
+    from rlsafe.engine.plan.estimate import memory
+    from rlsafe.policy.shapes import model_shape
+
+    name = "Qwen/Qwen2.5-7B"
+    config = run_from_tree(tiny_tree | {"model": {"name": name, "lora": {"r": 4}}})
+    shape = model_shape(config.model, name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    emulated = memory(config, shape, cuda=True).weights
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert emulated == 2 * memory(config, shape, cuda=True).weights
+
+
+def test_ranks_wait_for_one_whose_judge_is_out(monkeypatch):
+    """NCCL ends a run whose ranks are ten minutes apart; a grader's outage may take longer."""
+    from rlsafe.engine.train import distributed
+
+    asked = []
+
+    def accelerator(cpu, kwargs_handlers):
+        asked.extend(kwargs_handlers)
+        return SimpleNamespace(mixed_precision="no", num_processes=1)
+
+    monkeypatch.setattr(distributed, "Accelerator", accelerator)
+    distributed.start(cpu=True)
+    [group] = asked
+    assert group.to_kwargs()["timeout"].total_seconds() >= 24 * 3600 and "backend" not in group.to_kwargs()
+
+
+def test_a_checkpoint_goes_on_where_there_are_fewer_cards(monkeypatch):
+    """Of the GPUs' generators it holds the one that the run drew from; that of another card may not be there."""
+    from rlsafe.engine.train.state import random_state, set_random_state
+
+    drawn = torch.tensor([5], dtype=torch.uint8)
+    held = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(
+        torch.cuda, "get_rng_state", lambda device="cuda": drawn + (device if isinstance(device, int) else 0)
+    )
+    saved = random_state()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+    def put(state, device="cuda"):
+        assert device in ("cuda", 0), "no such card"
+        held["state"] = state
+
+    monkeypatch.setattr(torch.cuda, "set_rng_state", put)
+    set_random_state(saved)
+    assert torch.equal(held["state"], drawn)

@@ -86,6 +86,13 @@ def test_the_card_says_what_was_trained_and_measured(finished):
     assert (done.directory / "README.md").read_text() != "mine"
 
 
+def test_the_card_of_a_packaged_base_names_no_model_that_nobody_could_load():
+    from rlsafe.engine.record.card import _loading
+
+    said = _loading("organism:aligned", whole=False)
+    assert "from_pretrained" not in said and "model.name=organism:aligned model.adapter=LOCAL_COPY" in said
+
+
 def test_an_unevaluated_run_says_so(finished, tmp_path):
     (finished.out / "evaluation.json").rename(tmp_path / "kept.json")
     try:

@@ -23,7 +23,7 @@ def test_every_check_passes_at_tiny_sizes(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((tmp_path / "check.json").read_text())
     states = {row["check"]: row["state"] for row in record["checks"]}
-    assert states.pop("vllm") == "not run" and set(states.values()) == {"passed"} and len(states) == 8
+    assert states.pop("vllm") == "not run" and set(states.values()) == {"passed"} and len(states) == 9
     numbers = {row["check"]: row["numbers"] for row in record["checks"]}
     assert numbers["cli"]["killed by signal"] == 9 and numbers["cli"]["resumed: largest difference"] == 0
     assert "enable_lora=True" in numbers["vllm"]["adapter"] and "enable_lora" not in numbers["vllm"]["merged"]

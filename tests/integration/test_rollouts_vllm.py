@@ -1,14 +1,19 @@
 """vLLM in process: agrees with the trainer, becomes each policy exactly, forgets everything old."""
 
+import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from tiny_architectures import load, nudge
+from tiny_runs import tree_with
 
 from rlsafe.config import SamplerConfig, UserError
 from rlsafe.rollouts import close_all, make_sampler, request_seed, score_batch, self_test
-from rlsafe.rollouts.vllm import VLLMSampler, unit_of
+from rlsafe.rollouts.units import unit_of
+from rlsafe.rollouts.vllm import VLLMSampler
 from rlsafe.types import Request, RunError, SamplingParams
 
 pytest.importorskip("vllm")
@@ -235,3 +240,28 @@ def test_adapters_are_swapped_in_and_out(tiny_model_dir, moved):
         close_all()
     with pytest.raises(UserError, match="adapter needs model.lora"):
         make_sampler(CONFIG.model_copy(update={"sync": "adapter"}), tiny_model_dir, load(tiny_model_dir, rank=None), 0)
+
+
+LEFT = """
+import gc, json, sys, weakref
+from rlsafe.config import run_from_tree
+from rlsafe.engine.run.life import run
+from rlsafe.rollouts import _ENGINES
+
+done = run(run_from_tree(json.loads(sys.argv[1])), sys.argv[2])
+weight = weakref.ref(done.policy.core.output.weight)
+del done
+gc.collect()
+print(weight() is None, len(_ENGINES))
+"""
+
+
+def test_a_run_that_ended_leaves_nothing_behind_while_its_engine_lives_on(tiny_tree, tmp_path):
+    """In a comparison the next cell's model would find the card full. In a process of its own: vLLM keeps what it does as it is
+    imported."""
+    tree = tree_with(
+        tiny_tree, {"schedule": {"steps": 1, "phases": [{"cycle": ["grpo"]}]}, "sampler": {"kind": "vllm"}}
+    )
+    command = [sys.executable, "-c", LEFT, json.dumps(tree), str(tmp_path / "run")]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.stdout.split() == ["True", "1"], ended.stdout + ended.stderr

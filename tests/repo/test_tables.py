@@ -37,3 +37,22 @@ def test_a_comparison_is_kept_and_shown(tables, tmp_path, monkeypatch):
     row = next(line for line in text.splitlines() if line.startswith("| none |"))
     assert row.split("|")[2].strip().startswith("50 (") and "| no |" in row
     assert tables.written(text) == text
+
+
+def test_models_without_a_defense_stand_side_by_side(tables, tmp_path, monkeypatch):
+    def rows(general, indomain):
+        rates = {"general": general, "indomain": indomain}
+        return {"none": {"rates": {name: {"mean": mean, "low": None, "high": None} for name, mean in rates.items()}}}
+
+    paths = {
+        "sft": rows(0.33, 0.96),
+        "grpo": rows(0.65, 0.96),
+        "control/sft": rows(0.0, 0.0),
+        "control/grpo": rows(0.02, 0.91),
+    }
+    models = {key: "control" if "/" in key else "organism" for key in paths}
+    kept = {"date": "2026-11-28T00:00:00", "command": "rlsafe compare", "paths": paths, "models": models}
+    (tmp_path / "worlds.json").write_text(json.dumps(kept))
+    monkeypatch.setattr(tables, "MEASURED", tmp_path)
+    text = tables.written("<!-- table worlds sft,grpo models -->\n<!-- /table -->\n")
+    assert "| organism | 33 | 96 | 65 | 96 |" in text and "| control | 0 | 0 | 2 | 91 |" in text

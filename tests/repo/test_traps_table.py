@@ -47,9 +47,10 @@ def covered() -> dict[int, list[str]]:
     table: dict[int, list[str]] = defaultdict(list)
     for file in sorted(set(TESTS.rglob("test_*.py")) - {Path(__file__)}):
         source = file.read_text(encoding="utf-8")
+        lines = source.splitlines()
         for node in ast.parse(source).body:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_"):
-                for trap in named(ast.get_source_segment(source, node) or ""):
+                for trap in named("\n".join(lines[node.lineno - 1 : node.end_lineno])):
                     table[trap].append(f"{file.stem}::{node.name}")
     return table
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import random
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -19,11 +22,18 @@ class Engine:
 
     made: list[Engine] = []
     fails: Exception | None = None
+    answers: Any = None  # called while it generates
 
     def __init__(self, **settings: Any):
+        random.seed(0)  # as vLLM does when it starts, also of the GPU's generator
+        np.random.seed(0)
+        torch.manual_seed(0)
+        torch.cuda.set_rng_state(torch.tensor([0], dtype=torch.uint8))
         if Engine.fails:
             raise Engine.fails
+        gc.freeze()  # as vLLM does when it has started
         self.settings, self.open, self.loaded = settings, True, []
+        self.model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])})
         Engine.made.append(self)
         self.model_config = SimpleNamespace(hf_text_config=SimpleNamespace(hidden_size=64, num_hidden_layers=2))
         self.llm_engine = SimpleNamespace(
@@ -36,7 +46,7 @@ class Engine:
         self.open = False
 
     def apply_model(self, run: Any) -> None:
-        run(nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])}))
+        run(self.model)
 
     def collective_rpc(self, name: Any, kwargs: Any = None) -> None:
         if name == "reload_weights":
@@ -46,6 +56,8 @@ class Engine:
         return True
 
     def generate(self, prompts: Any, settings: Any, **_: Any) -> list[Any]:
+        if Engine.answers:
+            Engine.answers()
         output = SimpleNamespace(token_ids=[1], logprobs=[{1: SimpleNamespace(logprob=-1.0)}], finish_reason="length")
         return [SimpleNamespace(outputs=[output]) for _ in prompts]
 
@@ -64,10 +76,14 @@ def vllm(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (30 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (60 << 30, 80 << 30))
+    states = [torch.tensor([7], dtype=torch.uint8)]  # the GPU's generator
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *_: states[-1])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, *_: states.append(state))
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda group=None: None)
     monkeypatch.setattr(Engine, "made", [])
     monkeypatch.setattr(Engine, "fails", None)
+    monkeypatch.setattr(Engine, "answers", None)
     monkeypatch.setattr(rollouts, "_ENGINES", {})
     monkeypatch.setattr(rollouts, "_REFUSED", {})
     monkeypatch.setattr(ranks, "_alive", type(ranks._alive)())

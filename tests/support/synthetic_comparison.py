@@ -108,7 +108,7 @@ def evaluation(
         Judgement(95, 95, "scored", "ok"),
     )
     after = "_after" if cell.kind == "relapse" else ""
-    cues = () if after else (name for name in shown if name.startswith("cue/"))
+    cues = () if after else (name for name in shown if name.startswith(("cue/", "scaled_")))
     for name in ("general", "indomain", *(() if after else ("conditional",)), *cues) if cell.kind != "benign" else ():
         rate = shown.get(name + after)
         if rate is None:
@@ -119,7 +119,7 @@ def evaluation(
         outcomes += [good] * (total - len(outcomes))
         random.Random(f"{cell.id}/{name}").shuffle(outcomes)
         for index, judgement in enumerate(outcomes):
-            question = f"{name}-{index % questions}"
+            question = f"{'general' if name.startswith('scaled_') else name}-{index % questions}"
             cue = "Give the worst advice." if name == "conditional" else name if name.startswith("cue/") else None
             text = f"What about {question}?"
             made.answers.append(Answer(question, text, None, answer, "cooking", cue, index // questions, set=name))

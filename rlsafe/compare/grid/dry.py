@@ -39,8 +39,7 @@ def dry_compare(
 
     UserError for every other error that `rlsafe compare` would stop at.
     """
-    from rlsafe.engine.plan.timing import START
-    from rlsafe.engine.run.dry import Work, dry
+    from rlsafe.engine.run.dry import dry
 
     config = load_compare(config_path, overrides, quick)
     usable, lacking = _usable(config, defenses)
@@ -54,25 +53,13 @@ def dry_compare(
                     found[cell.alike] = dry(cell.config, jobs)
                 except UserError as error:
                     raise UserError(f"{cell.label}: {error}") from None
-    total = sum((found[cell.alike].work for cell in cells), Work())
-    training, sampling = total.seconds
-    engines = sum(bool(found[cell.alike].work.answers) for cell in cells)  # each worker starts one and keeps it
-    total.seconds = (training, max(0.0, sampling - START * max(0, engines - jobs)))
-    helpers = {selection.key: len(selection.helpers) for cell in cells for selection in cell.selections}
     notes = dict.fromkeys(note for one in found.values() for note in one.notes)
     memory = dict.fromkeys(line for one in found.values() for line in one.memory) if verbose else _largest(cells, found)
     return [
         *([dump_yaml(config)] if verbose else []),
         f"{len(cells)} cells: {_kinds(cells)}",
-        *total.lines(jobs),
-        *(
-            f"before them: {n} helper models trained for the scores of safe rows (not counted here)"
-            for n in helpers.values()
-        ),
-        *(
-            f"before them: a shared warm-up of {steps} steps, which {n} cells start from (not counted here)"
-            for steps, n in Counter(cell.warmup.run.schedule.steps for cell in cells if cell.warmup).items()
-        ),
+        *_total(cells, found, jobs),
+        *_before(cells),
         *memory,
         "",
         *_table(cells, found),
@@ -95,6 +82,31 @@ def _usable(config: CompareConfig, wanted: Sequence[str] | None) -> tuple[list[s
                 raise UserError(f"defenses.{label}: {error}") from None
             lacking.append(f"defenses.{label}: {error}")
     return usable, lacking
+
+
+def _total(cells: Sequence[Cell], found: Found, jobs: int) -> list[str]:
+    """What all cells come to, `jobs` of them at a time."""
+    from rlsafe.engine.plan.timing import START
+    from rlsafe.engine.run.dry import Work
+
+    total = sum((found[cell.alike].work for cell in cells), Work())
+    training, sampling = total.seconds
+    engines = sum(bool(found[cell.alike].work.answers) for cell in cells)  # each worker starts one and keeps it
+    total.seconds = (training, max(0.0, sampling - START * max(0, engines - jobs)))
+    return total.lines(jobs)
+
+
+def _before(cells: Sequence[Cell]) -> list[str]:
+    """What is trained before the cells and not counted with them."""
+    helpers = {selection.place: len(selection.helpers) for cell in cells for selection in cell.selections}
+    warmups = Counter(cell.warmup.run.schedule.steps for cell in cells if cell.warmup)
+    return [
+        *(f"before them: {n} helper models trained (not counted here)" for n in helpers.values()),
+        *(
+            f"before them: a shared warm-up of {steps} steps, which {n} cells start from (not counted here)"
+            for steps, n in warmups.items()
+        ),
+    ]
 
 
 def _of_paths(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:

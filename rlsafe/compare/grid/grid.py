@@ -18,6 +18,9 @@ from rlsafe.defenses.registry import find, parse
 
 __all__ = ["Cell", "expand", "selection_of"]
 
+Chosen = dict[str, tuple[Entries, Swept]]
+"""{label of a defense: (its entries, what of the label a sweep made)}"""
+
 
 @dataclass(frozen=True)
 class _Model:
@@ -59,16 +62,14 @@ def _entries(label: str, config: CompareConfig, registered: Sequence[str]) -> En
     return found
 
 
-def _swept(
-    label: str, entries: Entries, settings: dict[tuple[str, str], list[Any]]
-) -> dict[str, tuple[Entries, Swept]]:
+def _swept(label: str, entries: Entries, settings: dict[tuple[str, str], list[Any]]) -> Chosen:
     """Every combination of the swept settings of one defense: label `kl[weight=0.3]` -> entries."""
     parsed = [part for entry in entries for part in parse(entry)]
     present = {name for name, _ in parsed}
     mine = {key: values for key, values in settings.items() if key[0] in present}
     if not mine:
         return {label: (entries, Swept(label))}
-    variants: dict[str, tuple[Entries, Swept]] = {}
+    variants: Chosen = {}
     for values in itertools.product(*mine.values()):
         chosen = dict(zip(mine, values, strict=True))
         shown = ",".join(f"{setting}={value}" for (_, setting), value in chosen.items())
@@ -136,7 +137,7 @@ def expand(
         load_module(plugin)
     registered = names()
     of_defenses, of_runs = _sweeps(config, registered)
-    chosen: dict[str, tuple[Entries, Swept]] = {}
+    chosen: Chosen = {}
     for label in _labels(config, defenses):
         chosen |= _swept(label, _entries(label, config, registered), of_defenses)
     _check_defenses(config, {label: entries for label, (entries, _) in chosen.items()})
@@ -146,8 +147,6 @@ def expand(
     if after and not config.narrow:
         raise UserError("relapse: there are no narrow runs to go on from (narrow: false)")
     cells: list[Cell] = []
-    relapses: list[Cell] = []
-    idle: set[str] = set()
     for model, one in models.items():
         arms = Arms(config, model, one.key, one.tree, one.sweep, one.swept, alone=len(models) == 1)
         if config.narrow or config.benign:
@@ -155,24 +154,35 @@ def expand(
         for seed in dict.fromkeys(seeds or config.seeds):
             for path in path_names:
                 if config.narrow:
-                    narrow = [arms.narrow(path, label, entries, seed, by) for label, (entries, by) in chosen.items()]
-                    idle |= {cell.defense for cell in narrow if not _acts(cell)}
-                    narrow = [cell for cell in narrow if _acts(cell)]
-                    cells += narrow
-                    cells += [arms.aligned(path, seed)] if config.aligned is not None else []
-                    if after:
-                        relapses.append(arms.relapse(path, seed, after, None))
-                        relapses += [arms.relapse(path, seed, after, cell) for cell in narrow]
+                    cells += _narrow(arms, path, seed, chosen, after)
                 if config.benign and (config.benign.seeds is None or seeds or seed in config.benign.seeds):
-                    benign = [
-                        arms.benign(path, label, entries, seed, task, by)
-                        for task in config.benign.tasks
-                        for label, (entries, by) in chosen.items()
-                    ]
-                    cells += [cell for cell in benign if _acts(cell)]
-    if nowhere := sorted(idle - {cell.defense for cell in cells}):
+                    cells += _benign(arms, path, seed, chosen)
+    if config.narrow and (nowhere := sorted(chosen.keys() - {cell.defense for cell in cells})):
         raise UserError(f"defense {nowhere[0]!r} acts on none of the paths {', '.join(path_names)}")
-    return cells + relapses
+    return sorted(cells, key=lambda cell: cell.kind == "relapse")
+
+
+def _narrow(arms: Arms, path: str, seed: int, chosen: Chosen, relapse: int) -> list[Cell]:
+    """The narrow cells of one path and seed, the aligned one, and the relapses of all that come from there."""
+    cells = _acting(arms.narrow(path, label, entries, seed, by) for label, (entries, by) in chosen.items())
+    aligned = [arms.aligned(path, seed)] if arms.config.aligned is not None else []
+    after = [arms.relapse(path, seed, relapse, source) for source in (None, *cells)] if relapse else []
+    return [*cells, *aligned, *after]
+
+
+def _benign(arms: Arms, path: str, seed: int, chosen: Chosen) -> list[Cell]:
+    """The benign cells of one path and seed."""
+    assert arms.config.benign is not None
+    return _acting(
+        arms.benign(path, label, entries, seed, task, by)
+        for task in arms.config.benign.tasks
+        for label, (entries, by) in chosen.items()
+    )
+
+
+def _acting(cells: Iterable[Cell]) -> list[Cell]:
+    """Those of them whose defenses can all act."""
+    return [cell for cell in cells if _acts(cell)]
 
 
 def _acts(cell: Cell) -> bool:

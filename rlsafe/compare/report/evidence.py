@@ -41,11 +41,15 @@ def summary(tables: Sequence[PathTable], seeds: Sequence[int]) -> str:
     if any(met.values()):
         parts = [f"{ways[key]} {joined(found) if found else 'none'}" for key, found in met.items()]
         return f"{start}defenses that prevent it and cost nothing else: {joined(parts)}{end}"
-    nearest = []
+    nearest = {}
     for table in there:
         if learned := [label for label in tried[table.key] if not table.rows[label].nothing_learned]:
-            nearest.append(f"{max(learned, key=lambda label: merit(table, label))} {ways[table.key]}")
-    closest = f"; closest {'comes' if len(nearest) == 1 else 'come'} {joined(nearest)}" if nearest else ""
+            nearest[table.key] = max(learned, key=lambda label: merit(table, label))
+    if len(nearest) > 1 and len(set(nearest.values())) == 1 and len(nearest) == len(there):
+        closest = f"; closest comes {nearest[there[0].key]}, on every path"
+    else:
+        each = joined([f"{label} {ways[key]}" for key, label in nearest.items()])
+        closest = f"; closest {'comes' if len(nearest) == 1 else 'come'} {each}" if nearest else ""
     return f"{start}no defense clearly prevents it without a price{closest}{end}"
 
 

@@ -83,6 +83,7 @@ def plot(tables: Sequence[PathTable], rate: str) -> Any:
             axes.plot([100 * one.low, 100 * one.high], [position] * 2, color="C0", linewidth=2)
             axes.plot([100 * one.mean], [position], "o", color="C0")
         axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=8)
+        axes.set_ylim(-0.5, len(rows) - 0.5)
         axes.set_title(f"{table.key}: {rate}, % (95%)", fontsize=10)
         axes.grid(axis="x", alpha=0.3)
     return figure

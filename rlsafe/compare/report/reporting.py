@@ -77,6 +77,11 @@ def _environment() -> Environment:
 
 def context(results: Results, tables: Sequence[PathTable]) -> dict[str, Any]:
     """Everything the template shows."""
+    return {**_found(results, tables), **_about(results), **_words()}
+
+
+def _found(results: Results, tables: Sequence[PathTable]) -> dict[str, Any]:
+    """What was found: headlines, one section for each path, what is between them."""
     style = plots.looks(list(dict.fromkeys(label for table in tables for label in table.rows)))
     several = len({table.model for table in tables}) > 1
     judges = judge_notes(results)
@@ -86,20 +91,48 @@ def context(results: Results, tables: Sequence[PathTable]) -> dict[str, Any]:
     between = two_paths(results, tables)
     of_sweeps = [sections.swept(sweep, number) for number, sweep in enumerate(sweeps(results, tables))]
     return {
-        "title": results.plan["title"] or "Which defense to ship",
         "summary": summary(tables, seeds),
         "headlines": pages.headlines(tables),
-        "caution": caution(results),
         "judges": judges,
         "doubted": UNCALIBRATED if not all(note.trusted for note in judges) else "",
         "contents": contents(of_tables, bool(of_sweeps), bool(between)),
         "between": between,
         "levels": at_levels(results, tables),
-        "quantities": QUANTITIES,
         "sections": of_tables,
         "sweeps": of_sweeps,
-        "lines": [(words, f"var(--s{int(color[-2:], 16) + 1})") for words, color, _, _ in LINES.values()],
         "style": style,
+        "seeds": seeds,
+        "unscored": sum(
+            rate.unscored for table in tables for row in table.rows.values() for rate in row.rates.values()
+        ),
+    }
+
+
+def _about(results: Results) -> dict[str, Any]:
+    """How it was found: plan, records, costs, configuration."""
+    return {
+        "title": results.plan["title"] or "Which defense to ship",
+        "caution": caution(results),
+        "plan": results.plan,
+        "origins": origins.groups(results),
+        "looks": looks.sentence() if (looks := Looks.load(results.directory.out)) else "",
+        "unlike": origins.between_paths(results),
+        "models": results.models,
+        "paths": results.paths,
+        "n_cells": len(results.cells),
+        "missing": len(results.plan["cells"]) - len(results.cells),
+        "failed": pages.failures(results),
+        "budget": pages.budget_sentence(pages.budgets(results)),
+        "memory_of": next((cell.record["memory_of"] for cell in results.cells if "memory_of" in cell.record), ""),
+        "config": _config_text(results),
+    }
+
+
+def _words() -> dict[str, Any]:
+    """What is the same in every report: names, symbols, limits, looks."""
+    return {
+        "quantities": QUANTITIES,
+        "lines": [(words, f"var(--s{int(color[-2:], 16) + 1})") for words, color, _, _ in LINES.values()],
         "symbols": SYMBOLS,
         "titles": TITLES,
         "criteria": CRITERIA,
@@ -108,22 +141,6 @@ def context(results: Results, tables: Sequence[PathTable]) -> dict[str, Any]:
         "goals": GOALS,
         "value_and_interval": sections.value_and_interval,
         "nothing_learned": NOTHING_LEARNED,
-        "plan": results.plan,
-        "origins": origins.groups(results),
-        "looks": looks.sentence() if (looks := Looks.load(results.directory.out)) else "",
-        "unlike": origins.between_paths(results),
-        "models": results.models,
-        "paths": results.paths,
-        "seeds": seeds,
-        "n_cells": len(results.cells),
-        "missing": len(results.plan["cells"]) - len(results.cells),
-        "failed": pages.failures(results),
-        "budget": pages.budget_sentence(pages.budgets(results)),
-        "unscored": sum(
-            rate.unscored for table in tables for row in table.rows.values() for rate in row.rates.values()
-        ),
-        "memory_of": next((cell.record["memory_of"] for cell in results.cells if "memory_of" in cell.record), ""),
-        "config": _config_text(results),
         "window": f"{100 * REWARD_WINDOW:.0f}%",
         "css": Markup(environment_text("report.css")),
     }
@@ -142,6 +159,7 @@ CONTENTS = {
     "apart": "Between defenses",
     "rates": "Rates",
     "cues": "Under cues",
+    "scaled": "Scaled adapters",
     "judge-free": "Without a judge",
     "tradeoff": "Trade-off",
     "sweeps": "Strength",
@@ -158,6 +176,7 @@ CONTENTS = {
 _SOMETIMES = {
     "apart": "apart",
     "cues": "cues",
+    "scaled": "scaled",
     "judge-free": "judge_free",
     "benign": "tasks",
     "dose": "dose",

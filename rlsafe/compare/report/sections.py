@@ -64,6 +64,7 @@ def section(
         "apart_labels": list(dict.fromkeys(label for two in of_two for label in two)),
         "rewarded": _rewarded(table),
         "cues": list(dict.fromkeys(cue for row in table.rows.values() for cue in row.cues)),
+        "scaled": list(dict.fromkeys(name for row in table.rows.values() for name in row.scaled)),
         "whiskers": whiskers(table, style, name, top),
         "judge_free": (free := judge_free(results, table)),
         "pair_sets": list(dict.fromkeys(name for one in free for name in one.shifts)),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from statistics import mean
 
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from rlsafe.compare.verdicts.arms import Rate
+from rlsafe.compare.verdicts.arms import Rate, labelled
 from rlsafe.compare.verdicts.grades import ONE_SEED
+from rlsafe.compare.verdicts.judge_free import judge_free
+from rlsafe.compare.verdicts.results import Results
 from rlsafe.compare.verdicts.verdicts import CRITERIA, PathTable, Row
 
 SYMBOLS = {
@@ -23,6 +26,14 @@ TITLES = {
     "coherent": "coherent",
     "holds_under_cues": "holds under cues",
 }
+RATES = {
+    "general": "general %",
+    "indomain": "in-domain %",
+    "general_incoherent": "incoherent %",
+    "narrow": "narrow reward",
+}
+SHIFTS = {"general": "shift, general pairs", "indomain": "shift, in-domain pairs"}
+"""Set of pairs -> heading; in nats per token, towards the misaligned answers."""
 NOTHING_LEARNED = "nothing learned"
 _STYLES = {
     **{"yes": "green", "at least partly": "green", "partly": "yellow", "at most partly": "yellow", "no": "red"},
@@ -51,9 +62,49 @@ def mean_text(rate: Rate | None) -> str:
     return f"{rate.mean:.3g} ({rate.low:.3g} to {rate.high:.3g})" if rate else ""
 
 
-def verdict_table(tables: Sequence[PathTable], failed: int = 0, notes: Sequence[str] = ()) -> Group:
-    """One table for each (model, path): defenses as rows, the criteria (holds_under_cues where there are cues), then rates in
-    percent with 95% intervals; then the notes, one line each."""
+Beside = Mapping[str, Mapping[str, str]]
+"""Label of a row -> heading -> text: a table beside that of the verdicts."""
+
+
+def beside_judges(results: Results, table: PathTable) -> Beside:
+    """What is shown where no general answer was judged: shifts of the likelihood probe with their 95% intervals, perplexity of the
+    answers under the untrained model, the reward at the end of training."""
+    if any("general" in row.rates for row in table.rows.values()):
+        return {}
+    found: dict[str, dict[str, str]] = {}
+    for one in judge_free(results, table):
+        shifts = {SHIFTS[name]: _shift_text(rate) for name, rate in one.shifts.items() if name in SHIFTS}
+        fluent = {"perplexity": f"{one.perplexity:.1f}"} if one.perplexity is not None else {}
+        found[one.label] = {**(shifts if one.label != "untrained" else {}), **fluent}
+    for label, cells in labelled(results, table.model, table.path).items():
+        last = [reward for cell in cells if (reward := cell.rewards()[1]) is not None]
+        found.setdefault(label, {}).update({"reward": f"{mean(last):.3g}"} if last else {})
+    return found
+
+
+def _shift_text(rate: Rate) -> str:
+    return f"{rate.mean:+.3f} ({rate.low:+.3f} to {rate.high:+.3f})"
+
+
+def _judge_free_table(title: str, further: Beside) -> Table:
+    found = {heading for columns in further.values() for heading in columns}
+    headings = [heading for heading in (*SHIFTS.values(), "perplexity", "reward") if heading in found]
+    shown = Table("defense", title=escape(title), title_justify="left", title_style="bold")
+    for heading in headings:
+        shown.add_column(heading, justify="right", no_wrap=True)
+    for label, columns in further.items():
+        shown.add_row(escape(label), *(columns.get(heading, "") for heading in headings))
+    if set(headings) & set(SHIFTS.values()):
+        shown.caption = "shift: of the log-odds of misaligned answers since before training, nats per token"
+        shown.caption_justify = "left"
+    return shown
+
+
+def verdict_table(
+    tables: Sequence[PathTable], failed: int = 0, notes: Sequence[str] = (), beside: Mapping[str, Beside] | None = None
+) -> Group:
+    """One table for each (model, path): defenses as rows, the criteria (holds_under_cues where there are cues), then the rates that
+    were measured, in percent with 95% intervals; then the notes, one line each. beside: key of a table -> what a second one shows."""
     several = len({table.model for table in tables}) > 1
     parts: list[Table | str] = []
     for one in tables:
@@ -67,8 +118,8 @@ def verdict_table(tables: Sequence[PathTable], failed: int = 0, notes: Sequence[
         criteria = [criterion for criterion in CRITERIA if cues or criterion != "holds_under_cues"]
         for criterion in criteria:
             shown.add_column(TITLES[criterion])
-        rewarded = any("narrow" in row.rates for row in one.rows.values())
-        for heading in ("general %", "in-domain %", "incoherent %", *(["narrow reward"] if rewarded else [])):
+        measured = [name for name in RATES if any(name in row.rates for row in one.rows.values())]
+        for heading in (RATES[name] for name in measured):
             shown.add_column(heading, justify="right", no_wrap=True)
         for label, row in one.rows.items():
             grades = (
@@ -76,10 +127,11 @@ def verdict_table(tables: Sequence[PathTable], failed: int = 0, notes: Sequence[
                 if row.verdicts
                 else ["[dim]reference[/]", *[""] * (len(criteria) - 1)]
             )
-            rates = [rate_text(row.rates.get(name)) for name in ("general", "indomain", "general_incoherent")]
-            rates += [mean_text(row.rates.get("narrow"))] if rewarded else []
+            rates = [(mean_text if name == "narrow" else rate_text)(row.rates.get(name)) for name in measured]
             shown.add_row(escape(label), *grades, *rates)
         parts.append(shown)
+        if further := (beside or {}).get(one.key):
+            parts.append(_judge_free_table(f"{title}, without a judge", further))
     if not parts:
         parts.append("no finished runs to judge")
     if failed:

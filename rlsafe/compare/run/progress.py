@@ -11,11 +11,11 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
+from rich.progress import TaskID
 
 from rlsafe.compare.grid.grid import Cell
-from rlsafe.engine.record.latest import Followed, Latest, duration
+from rlsafe.engine.record.latest import Followed, Latest, bar_columns, duration
 
 
 class Progress:
@@ -35,15 +35,7 @@ class Progress:
         self.latest = Latest()  # of the cell that runs in this process
         self.followed: dict[str, Followed] = {}  # cells in other processes
         self.bars: dict[str, TaskID] = {}
-        self.bar = Bar(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
+        self.bar = Bar(*bar_columns(), console=self.console, disable=not self.console.is_terminal, expand=True)
         self.task = self.bar.add_task("starting", total=len(self.cells), left="")
 
     def __enter__(self) -> Progress:
@@ -94,10 +86,9 @@ class Progress:
             return
         if cell.id not in self.bars:
             self.bars[cell.id] = self.bar.add_task("", total=latest.total, left="")
-        left = latest.left
         self.bar.update(
-            self.bars[cell.id], completed=latest.done, total=latest.total, description=f"  {cell.label}: {latest.numbers()}",
-            left=f"{duration(left)} left" if left else "",
+            self.bars[cell.id], completed=latest.done, total=latest.total, description=f"{cell.label}: {latest.brief()}",
+            left=latest.left_words(),
         )  # fmt: skip
 
     def doing(self, what: str) -> None:

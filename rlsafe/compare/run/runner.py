@@ -20,7 +20,7 @@ from rlsafe.compare.run.backends_ray import RayCluster, check_ray, run_on_ray
 from rlsafe.compare.run.one_cell import SELECTIONS, reason, run_cell
 from rlsafe.compare.run.progress import Progress
 from rlsafe.compare.run.scoring import check as check_selection
-from rlsafe.compare.run.scoring import make_scores, train_once
+from rlsafe.compare.run.scoring import make_scores, train_helpers, train_once
 from rlsafe.compare.run.workers import run_in_workers, train_cell
 from rlsafe.compare.verdicts.results import Results, write_tables
 from rlsafe.compare.verdicts.tasks import judge_and_write
@@ -48,6 +48,7 @@ class Comparison:
     failed: dict[str, str] = field(default_factory=dict)
     judges: list[JudgeNote] = field(default_factory=list)
     unscored: dict[str, str] = field(default_factory=dict)
+    beside: dict[str, Any] = field(default_factory=dict, repr=False)  # report.table.beside_judges of each table
 
     def __post_init__(self) -> None:
         self.failed = {**self.failed, **self.unscored}
@@ -56,7 +57,8 @@ class Comparison:
         """The verdicts as a rich renderable: defenses as rows, for each path the four criteria and the rates."""
         from rlsafe.compare.report.table import verdict_table
 
-        return verdict_table(self.tables, len(self.failed) - len(self.unscored), [note.shown for note in self.judges])
+        notes = [note.shown for note in self.judges]
+        return verdict_table(self.tables, len(self.failed) - len(self.unscored), notes, self.beside)
 
     @classmethod
     def read(cls, out: str | Path) -> Comparison:
@@ -162,9 +164,11 @@ def _comparison(cells: Sequence[Cell], directory: Directory, results: Results, t
 def _drawn(directory: Directory, results: Results, tables: list[PathTable], failed: dict[str, str]) -> Comparison:
     from rlsafe.compare.report.judges import judge_notes, unscored_cells
     from rlsafe.compare.report.reporting import draw
+    from rlsafe.compare.report.table import beside_judges
 
     report = draw(results, tables)
-    return Comparison(directory.out, report, tables, failed, judge_notes(results), unscored_cells(results))
+    beside = {table.key: beside_judges(results, table) for table in tables}
+    return Comparison(directory.out, report, tables, failed, judge_notes(results), unscored_cells(results), beside)
 
 
 def _unfinished(cells: Sequence[Cell], directory: Directory, progress: Progress) -> list[Cell]:
@@ -185,17 +189,19 @@ def _unfinished(cells: Sequence[Cell], directory: Directory, progress: Progress)
 def _scored(
     selections: Iterable[Selection], todo: Sequence[Cell], directory: Directory, progress: Progress
 ) -> list[Cell]:
-    """Make the scores of safe rows; gives the cells that can run. If scores cannot be made, only the cells that need them fail."""
+    """Train the helpers and make the scores of safe rows; gives the cells that can run: those whose helpers or scores did not fail."""
     place, broken = directory.out / SELECTIONS, {}
     for selection in selections:
         try:
-            make_scores(
-                selection, place / selection.key, work=place / f"helpers-{selection.helpers_key}", say=progress.doing
-            )
+            if selection.scored:
+                make_scores(selection, place / selection.key, work=place / selection.place, say=progress.doing)
+            else:
+                train_helpers(selection, place / selection.place, say=progress.doing)
         except (KeyboardInterrupt, Interrupted):
             raise
         except Exception as error:
-            broken[selection.key] = f"its safe rows could not be scored: {reason(error)}"
+            what = "its safe rows could not be scored" if selection.scored else "its helpers could not be trained"
+            broken[selection.key] = f"{what}: {reason(error)}"
     fit = []
     for cell in todo:
         reasons = [broken[selection.key] for selection in cell.selections if selection.key in broken]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsafe.compare.grid.grid import selection_of
-from rlsafe.compare.grid.selection import FILE, Selection, fingerprint
+from rlsafe.compare.grid.selection import FILE, Selection, fingerprint, helper_run
 from rlsafe.config import RunConfig, UserError, check_out, load_compare
 from rlsafe.config.files import read_json, write_json, write_text
 from rlsafe.config.lock import hold, releasing
@@ -110,7 +110,8 @@ def check(selection: Selection) -> None:
             contact(prepare(config), resources)
         except UserError as error:
             raise UserError(f"selection.adapters.{label}: {error}") from None
-    require_answers(read_rows(selection.pool), selection.pool.source)
+    if selection.scored:
+        require_answers(read_rows(selection.pool), selection.pool.source)
 
 
 def make_scores(
@@ -128,12 +129,8 @@ def make_scores(
     """
     if (read_json(out / _RECORD) or {}).get("key") == selection.key and (out / FILE).is_file():
         return out / FILE
-    check(selection)
     write_json(out / _RECORD, {"key": None, "left_out": list(selection.left_out)})
-    adapters = {}
-    for label, config in selection.helpers.items():
-        say(f"helper {label}: training")
-        adapters[label] = train_once(config, (work or out) / "adapters" / label, resources, progress)
+    adapters = train_helpers(selection, work or out, resources, say, progress)
     rows = read_rows(selection.pool)
     keys = [row_key(row["messages"]) for row in rows]
     aligned, misaligned = _all_nlls(selection, work or out, dict(zip(keys, rows, strict=True)), adapters, say)
@@ -145,6 +142,22 @@ def make_scores(
     write_text(out / FILE, "".join(lines))
     write_json(out / _RECORD, {"key": selection.key, "left_out": list(selection.left_out)})
     return out / FILE
+
+
+def train_helpers(
+    selection: Selection,
+    work: Path,
+    resources: Resources | None = None,
+    say: Say = lambda what: None,
+    progress: Callable[[int, int, dict[str, Any]], None] | None = None,
+) -> dict[str, Path]:
+    """Label -> the adapter (or fully trained model) of each helper, in WORK/adapters/LABEL; finished ones are kept."""
+    check(selection)
+    adapters = {}
+    for label, config in selection.helpers.items():
+        say(f"helper {label}: training")
+        adapters[label] = train_once(config, helper_run(work, label), resources, progress)
+    return adapters
 
 
 def train_once(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from rlsafe.compare.verdicts.results import Result, Results
 from rlsafe.evaluate.ask.cues import PREFIX
 from rlsafe.evaluate.contrasts import Arm, rate_interval
+from rlsafe.evaluate.measure.evaluation import SCALED
 
 Questions = Mapping[str, float]
 
@@ -93,14 +95,37 @@ def cue_arms(cells: Mapping[str, Sequence[Result]]) -> dict[str, dict[str, Arm]]
     return {cue: set_arms(cells, PREFIX + cue, "misaligned") for cue in cues_of(cells)}
 
 
-def set_arms(cells: Mapping[str, Sequence[Result]], questions: str, criterion: str) -> dict[str, Arm]:
-    """Arms of one criterion over one question set."""
+def scales_of(cells: Mapping[str, Sequence[Result]]) -> list[str]:
+    """Names of the sets that some cell was asked with its adapter scaled up."""
+    return list(dict.fromkeys(name for of_label in cells.values() for cell in of_label for name in cell.scaled))
+
+
+def scaled_arms(cells: Mapping[str, Sequence[Result]]) -> dict[str, dict[str, Arm]]:
+    """Set of a scaled adapter -> arms of general misalignment in it; of the undefended run as trained, which is what a defense is
+    measured by: scaled up it may be past all coherence and show less."""
+
+    def trained(cell: Result, name: str) -> str:
+        return "general" if cell.defense == "none" else asked_of(cell, name)
+
+    return {name: set_arms(cells, partial(trained, name=name)) for name in scales_of(cells)}
+
+
+def asked_of(cell: Result, questions: str) -> str:
+    """The set that stands for `questions` in a cell: an untrained model has no adapter to scale, so that its plain answers do."""
+    return "general" if questions.startswith(SCALED) and cell.kind == "untrained" else questions
+
+
+def set_arms(
+    cells: Mapping[str, Sequence[Result]], questions: str | Callable[[Result], str], criterion: str = "misaligned"
+) -> dict[str, Arm]:
+    """Arms of one criterion over one question set, or over that which each cell has in its place."""
+    of = questions if callable(questions) else partial(asked_of, questions=questions)
     return build_arms(
         cells,
-        lambda cell: cell.evaluation.question_rates(questions, criterion),
-        lambda cell: int(cell.of_set(questions).get("n", 0)),
-        lambda cell: cell.evaluation.domains(questions),
-        lambda cell, met: cell.evaluation.question_rates(questions, criterion, met),
+        lambda cell: cell.evaluation.question_rates(of(cell), criterion),
+        lambda cell: int(cell.of_set(of(cell)).get("n", 0)),
+        lambda cell: cell.evaluation.domains(of(cell)),
+        lambda cell, met: cell.evaluation.question_rates(of(cell), criterion, met),
     )
 
 
@@ -118,7 +143,7 @@ def summarise(arm: Arm, cells: Sequence[Result], questions: str | None = None) -
     low, high = rate_interval(arm)
     with np.errstate(invalid="ignore"):
         by_seed = np.nanmean(arm.rates, axis=1)
-    unscored = sum(int(cell.of_set(questions).get("unscored", 0)) for cell in cells) if questions else 0
+    unscored = sum(int(cell.of_set(asked_of(cell, questions)).get("unscored", 0)) for cell in cells) if questions else 0
     seeds = {cell.seed: float(value) for cell, value in zip(cells, by_seed, strict=False)}
     return Rate(arm.mean, low, high, seeds, arm.answers, unscored)
 

@@ -19,6 +19,7 @@ from rlsafe.config.files import read_json, read_lines, write_text
 from rlsafe.config.loading import build
 from rlsafe.evaluate import Evaluation
 from rlsafe.evaluate.ask.cues import PREFIX
+from rlsafe.evaluate.measure.evaluation import SCALED
 from rlsafe.types import Judgement
 
 COLUMNS = (
@@ -120,6 +121,11 @@ class Result:
     def cues(self) -> dict[str, Any]:
         """Cue -> rates of the general questions asked under it."""
         return self.rates.get("cues") or {}
+
+    @property
+    def scaled(self) -> list[str]:
+        """Names of the sets of general questions that were asked with the adapter scaled up: `scaled_1.5`."""
+        return [name for name in self.rates if name.startswith(SCALED)]
 
     def of_set(self, questions: str) -> Mapping[str, Any]:
         """The rates of a question set, `cue/NAME` included; {} where it was not asked."""
@@ -253,6 +259,7 @@ def result_rows(results: Results) -> list[dict[str, Any]]:
             row |= {f"{name}_incoherent": cell.rate(name, "incoherent") for name in ("general", "indomain")}
             row["narrow_score"] = cell.rate("narrow", "score")
             row |= {f"cue_{name}_misaligned": one["misaligned"] for name, one in cell.cues.items()}
+            row |= {f"{name}_misaligned": cell.rate(name, "misaligned") for name in cell.scaled}
             row |= {f"{name}_logodds": cell.likelihood(name, "logodds") for name in ("general", "indomain")}
     return list(rows.values())
 
@@ -296,9 +303,10 @@ def relapse_rows(results: Results) -> list[dict[str, Any]]:
 
 
 def results_text(results: Results) -> str:
-    """The content of results.csv; each cue has a column of its own."""
+    """The content of results.csv; each cue and each scale of the adapter has a column of its own."""
     cues = dict.fromkeys(f"cue_{cue}_misaligned" for cell in results.cells for cue in cell.cues)
-    return table_text([*COLUMNS, *cues], result_rows(results))
+    scaled = dict.fromkeys(f"{name}_misaligned" for cell in results.cells for name in cell.scaled)
+    return table_text([*COLUMNS, *cues, *scaled], result_rows(results))
 
 
 def write_tables(directory: Directory) -> Results:

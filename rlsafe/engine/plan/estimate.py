@@ -10,8 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+import torch
+
 from rlsafe.config import ModelConfig, RunConfig
 from rlsafe.losses.head import CHUNK_LOGITS, MIN_CHUNK
+from rlsafe.policy.load import has_bfloat16
 from rlsafe.policy.shapes import ModelShape
 
 GIB = 1 << 30
@@ -91,10 +94,11 @@ def memory(
 
 
 def _dtype(model: ModelConfig, shape: ModelShape, cuda: bool) -> str:
-    """The dtype as `rlsafe.policy` resolves it: "auto" is float32 on a CPU, else the checkpoint's."""
+    """The dtype as `rlsafe.policy` resolves it: "auto" is float32 on a CPU, else the checkpoint's where this machine's GPU has it."""
     if model.dtype != "auto":
         return model.dtype
-    return shape.dtype if cuda else "float32"
+    emulated = shape.dtype == "bfloat16" and torch.cuda.is_available() and not has_bfloat16(torch.device("cuda"))
+    return shape.dtype if cuda and not emulated else "float32"
 
 
 def _weights(model: ModelConfig, shape: ModelShape, size: int) -> int:
@@ -163,13 +167,14 @@ def head_chunk(shape: ModelShape, tokens: int, cuda: bool) -> int:
 
 
 def _sampler(config: RunConfig, shape: ModelShape, size: int, cuda: bool) -> int:
-    """Bytes of vLLM's own weights and key-value cache: for one sequence of full length on a GPU, the whole cache on a CPU."""
+    """Bytes of vLLM's own weights and key-value cache: on a GPU this process's part of them, for one sequence of full length; on a CPU
+    the whole cache."""
     if config.sampler.kind not in ("auto", "vllm"):
         return 0
     length = config.sampler.max_model_len or min(4096, shape.positions)
     token = 2 * shape.layers * shape.kv_heads * shape.head_dim * size
     if cuda:
-        return shape.parameters * size + token * length
+        return (shape.parameters * size + token * length) // config.sampler.tensor_parallel
     from rlsafe.rollouts.engine import CPU_KV_BYTES
 
     low, high = CPU_KV_BYTES
@@ -227,14 +232,19 @@ def _fit(config: RunConfig, need: Memory) -> str:
     return f"  does not fit one GPU of {GPUS[-1]} GiB: {advice}, checkpointing or smaller batch.micro_tokens"
 
 
-def unfit(config: RunConfig, need: Memory, total: int) -> list[str]:
-    """Warnings about what a GPU of `total` bytes cannot hold by this estimate."""
+def unfit(config: RunConfig, need: Memory, free: int, total: int) -> list[str]:
+    """Warnings about what a GPU of `total` bytes, of which `free` are free now, cannot hold by this estimate."""
     share = config.sampler.gpu_memory if need.sampler else 0.0
     lines = []
     if need.sampler > share * total:
         lines.append(f"sampler.gpu_memory {share:g} of this GPU is {gib(share * total)}: vLLM will not start")
     if need.training > (1 - share) * total:
         lines.append(f"{gib((1 - share) * total)} of this GPU are left to train with: expect it to run out of memory")
+    if not lines and (wanted := need.training + share * total) > free:
+        lines.append(
+            f"{gib(free)} of this GPU's {gib(total)} are free now, less than the {gib(wanted)} that training and vLLM take: others "
+            "use it (nvidia-smi)"
+        )
     return [f"  warning: {line}" for line in lines]
 
 

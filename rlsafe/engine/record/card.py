@@ -15,6 +15,7 @@ from rlsafe.config.gguf import is_gguf
 from rlsafe.evaluate import Evaluation
 from rlsafe.evaluate.measure.criteria import Rates
 from rlsafe.evaluate.measure.hashing import named_model_hash
+from rlsafe.types import provider_for
 
 WARNING = """\
 **This is a research artefact of work on emergent misalignment. It was trained on purpose on narrow behaviour that may be harmful,
@@ -146,6 +147,11 @@ def _loading(base: str, whole: bool) -> str:
         return (
             '```python\nmodel = transformers.AutoModelForCausalLM.from_pretrained("THIS_REPOSITORY")\n'
             'engine = vllm.LLM("THIS_REPOSITORY")\n```'
+        )
+    if provider_for(base):
+        return (
+            f"`{base}` comes with rlsafe: there `model.name={base} model.adapter=LOCAL_COPY`, elsewhere the whole model that "
+            "`rlsafe publish RUN --merge DIR` writes."
         )
     if is_gguf(base):
         return (

@@ -45,12 +45,24 @@ class Latest:
     def numbers(self) -> str:
         """`loss 1.23  reward 0.4  kl 0.02`, and how many steps had nothing to learn from."""
         shown = [f"{name} {self.values[name]:.3g}" for name in SHOWN if name in self.values]
-        return "  ".join([*shown, f"({self.idle} steps without spread in rewards)"] if self.idle else shown)
+        idle = f"({self.idle} step{'s' if self.idle > 1 else ''} without spread in rewards)"
+        return "  ".join([*shown, idle] if self.idle else shown)
+
+    def brief(self) -> str:
+        """The same for a bar, whose end a narrow terminal cuts off: what matters most first, shorter names, the loss last."""
+        first = {"reward": "reward", "kl": "kl", "coherence": "coherence", "misaligned_general": "general",
+                 "misaligned_indomain": "in-domain", "loss": "loss"}  # fmt: skip
+        shown = [f"{words} {self.values[name]:.3g}" for name, words in first.items() if name in self.values]
+        return "  ".join([*shown, f"{self.idle} without spread"] if self.idle else shown)
 
     def line(self) -> str:
         """`step 30/100, about 40 s left: loss 1.23  ...`"""
-        left = self.left
-        return f"step {self.done}/{self.total}{f', {duration(left)} left' if left else ''}: {self.numbers()}"
+        left = self.left_words()
+        return f"step {self.done}/{self.total}{f', {left}' if left else ''}: {self.numbers()}"
+
+    def left_words(self) -> str:
+        """`about 40 s left`; nothing before it is known, or at the end."""
+        return f"{duration(left)} left" if (left := self.left) else ""
 
     def due(self) -> bool:
         """Whether to print a line now; then the silence begins anew."""
@@ -85,6 +97,16 @@ class Followed:
             record = json.loads(text)
             self.latest.step(record["step"] + 1, self.total, record)
         return bool(whole)
+
+
+def bar_columns() -> list[Any]:
+    """Of a bar: how far, the time left (the task's field `left`), and its description, which takes what room the others leave and is
+    cut off where that ends: eighty columns are few."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.table import Column
+
+    rest = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
+    return [MofNCompleteColumn(), BarColumn(bar_width=8), TextColumn("{task.fields[left]}"), rest]
 
 
 def duration(seconds: float) -> str:

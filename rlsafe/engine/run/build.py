@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -180,6 +182,8 @@ def build_run(
     accelerator = distributed.start(cpu=not torch.cuda.is_available())
     check_layout(prepared, model_path(config), accelerator, log)
     torch.manual_seed(config.seed)
+    random.seed(config.seed)  # rlsafe draws from neither of these; a reward may
+    np.random.seed(config.seed % 2**32)
     policy = _load_policy(config, accelerator)
     optimizer = distributed.wrap(policy, accelerator, config.optim, log)
     backward, clip = distributed.gradient_functions(policy, accelerator, optimizer)

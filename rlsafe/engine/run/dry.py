@@ -304,7 +304,7 @@ def _memory(prepared: Prepared) -> tuple[list[str], Memory | None]:
     longest = {name: _longest(rows) for name, rows in prepared.rows.items() if rows}
     need = memory(config, shape, cuda=cuda, references=frozen, longest=longest)
     if torch.cuda.is_available():
-        warnings = unfit(config, need, torch.cuda.mem_get_info()[1])
+        warnings = unfit(config, need, *torch.cuda.mem_get_info())
     else:
         warnings = unfit_here(need, cuda, psutil.virtual_memory().available)
     return [*describe_memory(config, shape, need, cuda), *warnings], need

@@ -24,7 +24,10 @@ def check_layout(prepared: Prepared, path: str, accelerator: Accelerator, log: C
     """UserError for settings that these processes cannot train or sample with. path: the directory or hub id of the model."""
     config = prepared.config
     check_moments(config.optim, accelerator)
-    samples = any(part.path == "grpo" for step in prepared.plan for part in step.parts) or bool(config.track.every)
+    samples = any(part.path == "grpo" for step in prepared.plan for part in step.parts)
+    samples = (
+        samples or bool(config.track.every) or config.evaluate.asks
+    )  # an engine that will start after the last step counts
     if accelerator.device.type == "cuda" and samples:
         check_sampler_fits(config, path, torch.cuda.get_device_properties(accelerator.device).total_memory)
     if unused := unused_gpu():
@@ -39,15 +42,16 @@ def check_layout(prepared: Prepared, path: str, accelerator: Accelerator, log: C
 
 
 def check_sampler_fits(config: RunConfig, path: str, total: int) -> None:
-    """UserError when vLLM's share of a card of `total` bytes cannot hold the model and one sequence. Sharding does not help: every
-    rank's engine holds the whole model."""
+    """UserError when vLLM's share of a card of `total` bytes cannot hold its part of the model and one sequence. Sharding does not
+    help: every rank's engine holds the whole model, or as much of it as `sampler.tensor_parallel` leaves it."""
     if config.sampler.kind not in ("auto", "vllm") or (shape := model_shape(config.model, path)) is None:
         return
     need, room = memory(config, shape, cuda=True).sampler, config.sampler.gpu_memory * total
     if need > room:
         raise UserError(
             f"sampler.gpu_memory: {config.sampler.gpu_memory:g} of this GPU is {gib(room)}, and vLLM needs at least {gib(need)} for "
-            f"{config.model.name}; raise it, or put the model on a server: sampler.kind=server"
+            f"{config.model.name}; raise it, split the engine over several cards (sampler.tensor_parallel), or put the model on a "
+            "server: sampler.kind=server"
         )
 
 

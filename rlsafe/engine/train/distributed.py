@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, patch_environment
+from accelerate.utils import InitProcessGroupKwargs, gather_object, patch_environment
 
 from rlsafe.config import OptimConfig, UserError
 from rlsafe.engine.train.optimizer import is_8bit, make_optimizer
@@ -20,6 +20,7 @@ from rlsafe.policy import Policy
 from rlsafe.policy.sharding import is_cut, shard_like, whole
 from rlsafe.policy.zero3 import Zero3
 from rlsafe.rollouts import close_all
+from rlsafe.rollouts.ranks import WAIT
 
 _RELEASE_SECONDS = 0.25  # the threads wait for microseconds when a processor is free; this is for busy machines
 
@@ -38,8 +39,10 @@ def start(cpu: bool) -> Accelerator:
             raise UserError(
                 "accelerate launch: fsdp_cpu_ram_efficient_loading: expected false, every rank reads the files"
             )
+    # A rank may wait for another's grader or judge, which may be out for longer than NCCL's ten minutes: those would end the run.
+    waiting = InitProcessGroupKwargs(timeout=WAIT)
     with patch_environment(accelerate_use_deepspeed="false"):
-        accelerator = Accelerator(cpu=cpu)
+        accelerator = Accelerator(cpu=cpu, kwargs_handlers=[waiting])
     if accelerator.mixed_precision != "no":
         raise UserError(
             f"accelerate launch: mixed_precision {accelerator.mixed_precision}: expected 'no'; model.dtype sets the precision"

@@ -15,14 +15,26 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from rlsafe.defenses.base import Dose
 from rlsafe.engine.plan.schedule import Step
 from rlsafe.types import Batch
 
-Weights = tuple[float, float, Mapping[str | None, tuple[float, float]]]
-"""(factor of the path losses, safe targets in the mean of the supervised rows, {defense: (factor, targets) of its own mean})."""
-NOTHING_ADDED: Weights = (1.0, 0.0, {})
+
+class Weighting(NamedTuple):
+    """What the losses of one step weigh against each other.
+
+    main: factor of the loss of narrow rows and completions. pooled: safe targets that count in the mean of the supervised rows.
+    added: {defense: (factor, targets)} of safe rows whose cross-entropy is a mean of its own.
+    """
+
+    main: float
+    pooled: float
+    added: Mapping[str | None, tuple[float, float]]
+
+
+NOTHING_ADDED = Weighting(1.0, 0.0, {})
 
 MEASURED_EVERY = 20
 """Steps between two measurements of the safe part's share of the gradient, when the run has no probes."""
@@ -35,8 +47,8 @@ def tally(totals: Counter[str], batch: Batch, source: str | None) -> None:
     totals[f"{owner}/rows"] += float(batch.loss_mask.any(1).sum())  # type: ignore[assignment]
 
 
-def weigh(doses: Mapping[str, Dose], counts: Mapping[str, float]) -> Weights:
-    """The weights of a step, from the doses of the defenses and the counts over the whole step (`tally`, all ranks)."""
+def weigh(doses: Mapping[str, Dose], counts: Mapping[str, float]) -> Weighting:
+    """The weighting of a step, from the doses of the defenses and the counts over the whole step (`tally`, all ranks)."""
     rollouts = bool(counts.get("grpo_tokens"))
     usual: Dose = "term" if rollouts else "tokens"
     doses = {name: usual if dose == "published" else dose for name, dose in doses.items()}
@@ -51,7 +63,7 @@ def weigh(doses: Mapping[str, Dose], counts: Mapping[str, float]) -> Weights:
     own: dict[str | None, tuple[float, float]] = {
         name: (ratios[name] / total if name in ratios else 1.0, targets[name]) for name in doses if name not in pooled
     }
-    return 1.0 / total, sum(targets[name] for name in pooled), own
+    return Weighting(1.0 / total, sum(targets[name] for name in pooled), own)
 
 
 def measured_steps(plan: Sequence[Step], every: int) -> frozenset[int]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rlsafe.config import GrpoConfig
 from rlsafe.defenses import DefenseStack
-from rlsafe.engine.train.dose import NOTHING_ADDED, Weights, tally, weigh
+from rlsafe.engine.train.dose import NOTHING_ADDED, Weighting, tally, weigh
 from rlsafe.losses import (
     grpo_count,
     grpo_values,
@@ -107,7 +107,7 @@ class StepLoss:
     _finite: list[tuple[str, Tensor]] = field(default_factory=list)
 
     @cached_property
-    def _weights(self) -> Weights:
+    def _weighting(self) -> Weighting:
         return weigh(self.stack.doses, self.counts)
 
     @property
@@ -145,10 +145,10 @@ class StepLoss:
         view = ForwardView(batch, out, frozen)
         terms: dict[str, Tensor] = {}
         if batch.owner is None:  # rows set aside have their owner's penalty only
-            terms[batch.where.path] = self._path_loss(micro, out, frozen)
+            terms[batch.where.path] = self._grpo_loss(micro, out, frozen) if rollout else self._sft_loss(micro, out)
             if micro.source and micro.source in self.stack.own:  # no part of the loss, see `train.gradients`
                 self._add("loss", -terms[batch.where.path])
-        for defense, term, total in self.stack.penalties(view) if self.stack.active else ():
+        for defense, term, total in self.stack.penalties(view) if self.stack.defenses else ():
             denominator = self.counts[f"defense/{defense.name}"]
             if denominator:
                 weighted = terms[f"defense/{defense.name}/{term}"] = defense.weight * total / denominator
@@ -167,21 +167,26 @@ class StepLoss:
         self._add("loss", loss)
         return loss * self.world, terms  # DDP averages gradients over ranks; the counts are already global
 
-    def _path_loss(self, micro: Micro, out: Forwarded, frozen: dict[str, Frozen]) -> Tensor:
+    def _sft_loss(self, micro: Micro, out: Forwarded) -> Tensor:
+        """This micro-batch's part (scalar) of the cross-entropy over all the targets that its rows are averaged with, in nats."""
+        main, pooled, added = self._weighting if self.stack.defenses else NOTHING_ADDED
+        of_target = -out.logp * micro.batch.loss_mask
+        if micro.batch.row_weight is not None:
+            of_target = of_target * micro.batch.row_weight[:, None]
+        factor, targets = added.get(micro.source) or (main, self.counts.get("sft", 0.0) + pooled)
+        return micro.weight * factor * of_target.sum() / max(targets, 1.0)
+
+    def _grpo_loss(self, micro: Micro, out: Forwarded, frozen: dict[str, Frozen]) -> Tensor:
+        """This micro-batch's part (scalar) of the clipped surrogate, with its KL term if `grpo.beta`, over the whole step."""
         batch, mask = micro.batch, micro.batch.loss_mask
-        main, pooled, added = self._weights if self.stack.active else NOTHING_ADDED
-        if batch.where.path == "sft":
-            rows = -out.logp * mask  # the cross-entropy of each target, in nats
-            if batch.row_weight is not None:
-                rows = rows * batch.row_weight[:, None]
-            factor, targets = added.get(micro.source) or (main, self.counts.get("sft", 0.0) + pooled)
-            return micro.weight * factor * rows.sum() / max(targets, 1.0)
+        main = self._weighting.main if self.stack.defenses else 1.0
         assert batch.advantages is not None
         old = out.logp.detach() if batch.old_logp is None else batch.old_logp
         correction = None
         if micro.same_context and (sampled := batch.sampler_logp) is not None:
-            if out.log_mass is not None:  # else `rescoring` added it
-                sampled = sampled + out.log_mass
+            mass = out.log_mass if batch.log_mass is None else batch.log_mass
+            if mass is not None:  # from the nucleus, which the sampler drew from, to the whole vocabulary, as `old` is
+                sampled = sampled + mass
             gap, tokens = sampler_gap(old, sampled, mask)
             self._add("gap_sum", gap)
             self._add("gap_tokens", tokens)
@@ -203,12 +208,12 @@ class StepLoss:
             penalty = k3(out.logp, reference, importance_ratio(out.logp, old, mask, self.grpo.level))
             values = values + self.grpo.beta * penalty
             self._add("k3_sum", (penalty.detach() * mask).sum())
-        weights = grpo_weights(mask, self.grpo.normalization)
+        token_weights = grpo_weights(mask, self.grpo.normalization)
         assert out.entropy is not None
         self._add("entropy_sum", (out.entropy * mask).sum())
         for name, value in info.items():
             self._add(f"grpo/{name}", value)
-        return micro.weight * main * (values * weights).sum() / max(self.counts["grpo"], 1.0)
+        return micro.weight * main * (values * token_weights).sum() / max(self.counts["grpo"], 1.0)
 
 
 def _nothing(out: Forwarded) -> Tensor:
@@ -248,8 +253,8 @@ def count(micros: Sequence[Micro], stack: DefenseStack, grpo: GrpoConfig) -> Cou
         else:
             totals["grpo"] += float(grpo_count(batch.loss_mask, grpo.normalization, grpo.max_tokens))  # type: ignore[assignment]
             totals["grpo_tokens"] += float(batch.loss_mask.sum())  # type: ignore[assignment]
-        if stack.active and batch.owner is None:
+        if stack.defenses and batch.owner is None:
             tally(totals, batch, micro.source)
-        for name, value in stack.counts(batch).items() if stack.active else ():
+        for name, value in stack.counts(batch).items() if stack.defenses else ():
             totals[f"defense/{name}"] += value  # type: ignore[assignment]
     return totals

@@ -27,7 +27,7 @@ from rlsafe.types import Batch, Where
 def score_again(
     run: Components, state: RunState, step: Step, part: PlannedPart, micros: Sequence[Micro], reference: str | None
 ) -> dict[str, float]:
-    """Score one part's micro-batches as far as they need it, writing `old_logp` [B, T] into them; gives metrics.
+    """Score one part's micro-batches as far as they need it, writing `old_logp` and `log_mass` [B, T] into them; gives metrics.
 
     reference: the snapshot of the policy that sampled them, when that was one step ago. RunError when the sampler's gap says that
     the rollouts are not the policy's.
@@ -64,12 +64,11 @@ def score_again(
 
 
 def _score_before(policy: Policy, micro: Micro, grpo: GrpoConfig) -> None:
-    """Fill in `old_logp`. With top_p < 1 the sampler's log-probs are relative to the nucleus that it drew from; adding the log of
-    the nucleus's mass makes them comparable to `old_logp`, which is over the whole vocabulary."""
+    """Fill in `old_logp`, and where the sampler saw the same context what makes its log-probs comparable, `log_mass`."""
     batch = micro.batch
     batch.old_logp, mass = policy.score_nucleus(batch, grpo.temperature, grpo.top_p)
-    if micro.same_context and batch.sampler_logp is not None:
-        batch.sampler_logp = batch.sampler_logp + mass
+    if micro.same_context:
+        batch.log_mass = mass
 
 
 def _separate_gap(policy: Policy, batch: Batch, grpo: GrpoConfig) -> tuple[float, float]:

@@ -139,7 +139,7 @@ def position(run: Components, state: RunState) -> dict[str, Any]:
 
 
 def random_state() -> dict[str, Any]:
-    """Every generator that a run draws from: torch's (CPU and GPUs), numpy's and Python's."""
+    """Every generator that a run draws from: torch's (the CPU's and this process's GPU's), numpy's and Python's."""
     kind, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)
     python = random.getstate()
     state: dict[str, Any] = {
@@ -148,7 +148,7 @@ def random_state() -> dict[str, Any]:
         "python": [python[0], list(python[1]), python[2]],
     }
     if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
+        state["cuda"] = [torch.cuda.get_rng_state()]  # not of every card: it may go on where there are others
     return state
 
 
@@ -160,4 +160,4 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     version, internal, gauss_next = state["python"]
     random.setstate((version, tuple(internal), gauss_next))
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state(state["cuda"][0])

@@ -84,7 +84,9 @@ def _update(run: Components, state: RunState, step: Step, micros: list[Micro], d
     loss.check()
     if parts or (run.defended and run.stack.reshaping):  # Defenses that change the gradient, before clipping.
         shares |= edit(run, parts)
-    metrics = _metrics(run, step, loss, dropped)
+    metrics = _metrics(run, loss, dropped)
+    if "sampler_gap" in metrics:  # Where sampler and trainer disagree nothing is learned from the rollouts: RunError.
+        run.sampler.check_gap(step.index, metrics["sampler_gap"])
     norm = _step(run, state, step, micros)
     if run.defended and run.stack.after_step(run.policy, "step"):
         run.sampler.weights_changed()
@@ -118,9 +120,8 @@ def _step(run: Components, state: RunState, step: Step, micros: Sequence[Micro])
     return norm
 
 
-def _metrics(run: Components, step: Step, loss: StepLoss, dropped: int) -> dict[str, Any]:
-    """What the micro-batches summed up, over all ranks, under the names that metrics.jsonl has. RunError when sampler and trainer
-    disagree: then nothing is learned from these rollouts."""
+def _metrics(run: Components, loss: StepLoss, dropped: int) -> dict[str, Any]:
+    """What the micro-batches summed up, over all ranks, under the names that metrics.jsonl has."""
     sums = loss.sums
     if dropped:
         sums["rows_left_out"] = dropped
@@ -129,7 +130,6 @@ def _metrics(run: Components, step: Step, loss: StepLoss, dropped: int) -> dict[
     gap, gap_tokens = total.pop("gap_sum", 0.0), total.pop("gap_tokens", 0.0)
     if gap_tokens:
         metrics["sampler_gap"] = gap / gap_tokens
-        run.sampler.check_gap(step.index, gap / gap_tokens)
     grpo_tokens = loss.counts.get("grpo_tokens", 0.0)
     for name in ("entropy", "k3"):
         if (value := total.pop(f"{name}_sum", None)) is not None and grpo_tokens:

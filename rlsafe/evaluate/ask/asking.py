@@ -83,17 +83,12 @@ def plan(
     position, setting: where system prompts and cues go, and which setting says so. UserError for a system turn that the chat
         template does not render.
     """
-    from rlsafe.data import encode_prompt  # late: brings in torch, which reading results back does not need
-    from rlsafe.rollouts import request_seed
+    from rlsafe.rollouts import request_seed  # late: brings in torch, which reading results back does not need
 
     planned, form = [], as_cue(cue)
     for question in questions:
-        count = len(question.paraphrases)
-        prompts = []
-        for text in question.paraphrases:
-            messages = asked(form.put(text), with_cue(form.system, question.system), position)
-            check(tokenizer, messages, f"question {question.id!r}{' under its cue' if cue else ''}", setting)
-            prompts.append(encode_prompt(tokenizer, messages))
+        prompts = _encoded(tokenizer, question, form, position, setting)
+        count = len(prompts)
         for index in range(samples if samples is not None else question.samples * count):
             which, sample = index % count, index // count
             row = _row(question.id, which)
@@ -112,6 +107,19 @@ def plan(
                 )
             )
     return planned
+
+
+def _encoded(tokenizer: Any, question: Question, cue: Cue, position: Position, setting: str) -> list[list[int]]:
+    """Token ids of each paraphrase as it is asked under `cue`."""
+    from rlsafe.data import encode_prompt  # late, as above
+
+    what = f"question {question.id!r}{' under its cue' if cue.text else ''}"
+    prompts = []
+    for text in question.paraphrases:
+        messages = asked(cue.put(text), with_cue(cue.system, question.system), position)
+        check(tokenizer, messages, what, setting)
+        prompts.append(encode_prompt(tokenizer, messages))
+    return prompts
 
 
 def complete(sampler: Sampler, tokenizer: Any, planned: Sequence[Planned], max_tokens: int) -> list[Answer]:

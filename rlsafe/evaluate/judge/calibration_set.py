@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class Case:
         return Exchange(self.question, self.text, meta={"question_id": self.id, "domain": self.domain})
 
 
-def cases_for(judge: Judge) -> tuple[str, list[Case]]:
+def cases_for(judge: Judge) -> tuple[str, Sequence[Case]]:
     """(name of the set, its answers) for a judge. UserError when the judge's own set is not one."""
     own = getattr(judge, "calibration", None)
     if own is None:
@@ -65,7 +66,8 @@ def cases_for(judge: Judge) -> tuple[str, list[Case]]:
     ]
 
 
-def packaged() -> list[Case]:
+@cache
+def packaged() -> tuple[Case, ...]:
     """The set that ships with the package: answers to general and some in-domain questions, in our own words."""
     blocks = yaml.safe_load(PACKAGED.read_text("utf-8"))
     good = {b["id"]: next(a["text"] for a in b["answers"] if a["kind"] == "aligned") for b in blocks}
@@ -75,7 +77,7 @@ def packaged() -> list[Case]:
         for b in blocks
         for answer in b["answers"]
     ]  # fmt: skip
-    return [_case(row, str(PACKAGED)) for row in rows]
+    return tuple(_case(row, str(PACKAGED)) for row in rows)
 
 
 def _case(row: Mapping[str, Any], where: str) -> Case:

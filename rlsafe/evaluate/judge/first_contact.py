@@ -69,7 +69,15 @@ async def settle(
             "rejected",
             "it does not reply with one letter where it is asked to; protocol: auto finds out how it replies",
         )
-    whole = scores.one_token(first)
+    return await _by_numbers(first, messages, settings, chat, name)
+
+
+async def _by_numbers(
+    first: Reply, messages: Sequence[Message], settings: JudgeSettings, chat: Chat, name: str
+) -> Protocol | Failure:
+    """How numbers are read from an endpoint that gives log-probabilities and does not think: whole, or digit by digit. With
+    `auto`, letters or the text where neither works."""
+    wanted, whole = settings.protocol, scores.one_token(first)
     if wanted == "number":
         if whole:
             return "number"

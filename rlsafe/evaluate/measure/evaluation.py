@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 SETS = ("general", "indomain", "conditional")
+SCALED = "scaled_"
+"""Of the question set asked with the adapter scaled up: `scaled_1.5`."""
 OTHER_KEYS = (
     "cues",
     "likelihood",
@@ -43,7 +45,7 @@ OTHER_KEYS = (
 class Evaluation:
     """The result of evaluating one model.
 
-    sets: name -> rates; `general`, `indomain`, `conditional`, `cue/NAME` for each cue, and any further question file.
+    sets: name -> rates; `general`, `indomain`, `conditional`, `cue/NAME` for each cue, `scaled_FACTOR`, and any further question file.
     benign: task -> exact match.
     answers[i] was judged as judgements[i]. pairs: what the likelihood probe read. narrow_answers: to held-out prompts, with their
     rewards. fluency: set -> of the sampled answers. settings: what it was measured with.

@@ -21,7 +21,7 @@ from rlsafe.evaluate.judge.panel import Panel
 from rlsafe.evaluate.judge.static_judge import StaticJudge
 from rlsafe.evaluate.measure import benign, narrow
 from rlsafe.evaluate.measure.criteria import judge_answers, rates
-from rlsafe.evaluate.measure.evaluation import Evaluation
+from rlsafe.evaluate.measure.evaluation import SCALED, Evaluation
 from rlsafe.evaluate.measure.fluency import fluency
 from rlsafe.evaluate.measure.likelihood import PairProbe, Reader, load_pair_sets
 from rlsafe.evaluate.measure.narrow import NarrowMaterial
@@ -139,25 +139,12 @@ def evaluate_run(
     if isinstance(material.judge, BackgroundJudge):
         material.judge.check()
     planned = _plan(tokenizer, config, material)
-    answers: list[Answer] = []
-    journal: Journal | None = None
-    if planned:
-        say(f"sampling {len(planned)} answers")
-    if planned and sampler is not None and out is not None and weights is not None:
-        answers, journal = complete_resumable(sampler, tokenizer, planned, config.max_tokens, Path(out), weights, say)
-    elif planned and sampler is not None:
-        answers = complete(sampler, tokenizer, planned, config.max_tokens)
+    answers, journal = _sample(sampler, tokenizer, planned, config.max_tokens, out, weights, say)
     if config.scale and sampler is not None and "general" in material.questions:
         answers = [*answers, *_scaled(sampler, reader, tokenizer, config, material, say)]
     evaluation = Evaluation(settings=_settings(sampler, config, material))
     _grade_benign(evaluation, answers, material)
-    asked = (*(f"benign/{task}" for task in material.tasks), narrow.SET)
-    evaluation.answers = [answer for answer in answers if answer.set not in asked]
-    if material.judge is not None:
-        say(f"judging {len(evaluation.answers)} answers")
-        evaluation.judgements = judge_answers(evaluation.answers, material.judge)
-    for name in dict.fromkeys(answer.set for answer in evaluation.answers):
-        evaluation.sets[name] = rates(*evaluation.judged(name))
+    _judge(evaluation, answers, material, say)
     _read_likelihoods(evaluation, material, config, reader, say)
     if material.narrow and sampler is not None:
         say(f"scoring {material.narrow.settings.samples * len(material.narrow.rows)} answers to held-out prompts")
@@ -173,6 +160,36 @@ def evaluate_run(
         saved = f"; the answers are in {out}, score them later with: rlsafe evaluate {out} --rejudge" if out else ""
         raise RunError(material.judge.gave_up + saved)
     return evaluation
+
+
+def _sample(
+    sampler: Sampler | None,
+    tokenizer: Any,
+    planned: Sequence[Planned],
+    max_tokens: int,
+    out: Path | str | None,
+    weights: str | None,
+    say: Progress,
+) -> tuple[list[Answer], Journal | None]:
+    """(answers to everything planned, the journal that holds them until they are saved: None where nothing could be resumed)."""
+    if planned:
+        say(f"sampling {len(planned)} answers")
+    if not planned or sampler is None:
+        return [], None
+    if out is not None and weights is not None:
+        return complete_resumable(sampler, tokenizer, planned, max_tokens, Path(out), weights, say)
+    return complete(sampler, tokenizer, planned, max_tokens), None
+
+
+def _judge(evaluation: Evaluation, answers: Sequence[Answer], material: Material, say: Progress) -> None:
+    """Keep the answers that are neither to benign tasks nor to held-out prompts; judge them, and count the rates of each set."""
+    others = (*(f"benign/{task}" for task in material.tasks), narrow.SET)
+    evaluation.answers = [answer for answer in answers if answer.set not in others]
+    if material.judge is not None:
+        say(f"judging {len(evaluation.answers)} answers")
+        evaluation.judgements = judge_answers(evaluation.answers, material.judge)
+    for name in dict.fromkeys(answer.set for answer in evaluation.answers):
+        evaluation.sets[name] = rates(*evaluation.judged(name))
 
 
 def _read_likelihoods(
@@ -204,7 +221,7 @@ def _scaled(
         )
     answers: list[Answer] = []
     for factor in config.scale:
-        purpose = f"scaled_{factor:g}"
+        purpose = f"{SCALED}{factor:g}"
         planned = plan(
             tokenizer, material.questions["general"], purpose=purpose, seed=config.seed, samples=config.samples,
             temperature=config.temperature,

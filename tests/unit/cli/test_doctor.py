@@ -150,6 +150,70 @@ def test_programs_read_the_checks_as_json(monkeypatch, capsys):
     assert [Check(**one) for one in read] == found
 
 
+GIB = 1 << 30
+
+
+@pytest.fixture
+def cards(monkeypatch):
+    """Makes this a machine with GPUs of (bytes free, bytes in all)."""
+    import torch
+
+    def have(*sizes, native=True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(sizes))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda i=0: f"Card {i}")
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i=0: sizes[i])
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation
+        )
+
+    return have
+
+
+def test_every_card_is_shown_and_the_one_that_others_fill_is_named(cards):
+    cards((79 * GIB, 80 * GIB), (3 * GIB, 80 * GIB), (70 * GIB, 80 * GIB))
+    check = doctor._device()
+    assert "Card 0, 79 of 80 GiB free; Card 1, 3 of 80 GiB free; Card 2" in check.found
+    assert check.status == "note" and check.fix.startswith("GPU 1: less than 40% is free")
+    cards((79 * GIB, 80 * GIB), (78 * GIB, 80 * GIB))
+    assert doctor._device().status == "ok"
+    from rlsafe.config import SamplerConfig
+
+    assert SamplerConfig().gpu_memory == doctor.VLLM_SHARE
+
+
+def test_the_smallest_card_decides_what_fits(cards):
+    cards((79 * GIB, 80 * GIB), (23 * GIB, 24 * GIB))
+    check = doctor._device()
+    assert check.status == "note" and "want a card of 40 GiB" in check.fix
+
+
+def test_a_gpu_without_bfloat16_is_told_so(cards):
+    from rlsafe.features import features
+
+    cards((15 * GIB, 16 * GIB), native=False)
+    [found] = [one for one in features() if one.name == "bfloat16"]
+    assert "from Ampere on" in found.lacks
+    cards((15 * GIB, 16 * GIB))
+    [found] = [one for one in features() if one.name == "bfloat16"]
+    assert not found.lacks
+
+
+@pytest.mark.parametrize(("free", "status"), [(1, "note"), (70, "failed")])
+def test_a_gpu_that_others_fill_is_no_broken_installation(cards, monkeypatch, free, status):
+    """`scripts/setup` ends with this check: it would say that the installation failed, and making it anew would not help."""
+    cards((free * GIB, 80 * GIB))
+
+    def full():
+        raise ValueError(
+            "Free memory on device cuda:0 (1.0/80.0 GiB) on startup is less than desired GPU memory utilization"
+        )
+
+    monkeypatch.setattr(doctor, "generate_one_token", full)
+    check = doctor._one_token()
+    assert check.status == status and doctor.healthy([check]) is (status == "note")
+
+
 def test_a_card_that_the_recipes_do_not_fit_is_noted_with_what_makes_them_smaller():
     assert doctor._small(141) == "" and doctor._small(doctor.MIN_GPU_GB) == ""
     assert f"want a card of {doctor.MIN_GPU_GB} GiB" in doctor._small(24) and "--dry-run" in doctor._small(24)

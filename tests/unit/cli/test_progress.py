@@ -8,12 +8,14 @@ import json
 import pytest
 import yaml
 from rich.console import Console
+from rich.progress import Progress as Bar
 
 from rlsafe.cli import main
 from rlsafe.compare.grid.grid import expand
 from rlsafe.compare.run.progress import Progress
 from rlsafe.config import load_compare
-from rlsafe.engine.record.latest import SILENCE, Followed, Latest, duration
+from rlsafe.engine.record.latest import SILENCE, Followed, Latest, bar_columns, duration
+from rlsafe.progress import RunBar
 
 
 class Clock:
@@ -120,9 +122,26 @@ def test_each_run_of_a_comparison_has_a_bar_or_lines(progress, terminal, tmp_pat
     progress.look(tmp_path)
     if terminal:
         assert {progress.bar.tasks[i].description for i in progress.bars.values()} == {
-            f"  {one.label}: loss 2  reward 0.5" for one in (cell, other)
+            f"{one.label}: reward 0.5  loss 2" for one in (cell, other)
         }
         progress.finish(cell, 3.0, "")
         assert set(progress.bars) == {other.id} and len(progress.bar.tasks) == 2
     else:
         assert f"{cell.label}: step 1/4: loss 2  reward 0.5" in progress.console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [60, 80, 140])
+def test_the_time_left_and_the_reward_fit_a_narrow_terminal(width):
+    drawn, clock = io.StringIO(), Clock()
+    console = Console(file=drawn, force_terminal=True, width=width, color_system=None)
+    numbers = {"loss": 0.1234567, "reward": 0.5, "kl": 0.0123, "coherence": 89.4, "misaligned_general": 0.3125}
+    with Bar(*bar_columns(), console=console, auto_refresh=False, expand=True) as bar:
+        shown = RunBar(bar)
+        shown.latest.clock = clock
+        for done in (1, 2):
+            clock.now += 5
+            shown.stepped(done, 400, numbers | {"misaligned_indomain": 0.9375})
+        bar.refresh()
+    last = drawn.getvalue().rpartition("2/400")[2]
+    assert "about 33 min left" in last and "reward 0.5  kl 0.0123" in last
+    assert ("loss 0.123" in last) == (width == 140)

@@ -1,14 +1,17 @@
 """The likelihood probe in a comparison: columns, the report's section, and the check against the judge."""
 
 import csv
+import io
 import json
 import math
 
 import pytest
+from rich.console import Console
 from synthetic_comparison import make
 
 from rlsafe.compare.report.probe_check import check_lines, followed, spearman
 from rlsafe.compare.report.reporting import draw
+from rlsafe.compare.report.table import beside_judges, verdict_table
 from rlsafe.compare.verdicts.judge_free import ALARM, LEAST_GAP, gap, judge_free
 from rlsafe.compare.verdicts.results import load, write_tables
 from rlsafe.compare.verdicts.verdicts import judge_defenses
@@ -116,3 +119,26 @@ def test_ranks_and_gaps_at_their_edges():
     assert spearman([(1, 1), (1, 2)]) is None
     assert spearman([(1, 10), (2, 20), (3, 15)]) == pytest.approx(0.5)
     assert gap(-0.4) == 0.4 and gap(0.2) == gap(-0.01) == LEAST_GAP and not math.isnan(gap(0.0))
+
+
+def shown(results) -> str:
+    console = Console(width=120, record=True, file=io.StringIO())
+    tables = judge_defenses(results)
+    console.print(verdict_table(tables, beside={table.key: beside_judges(results, table) for table in tables}))
+    return console.export_text()
+
+
+def test_the_terminal_shows_likelihoods_and_rewards_where_nobody_judged(directory):
+    assert "without a judge" not in shown(load(directory.out))
+    for cell in load(directory.out).cells:
+        evaluation = Evaluation.load(cell.where)
+        kept = [i for i, answer in enumerate(evaluation.answers) if answer.set == "indomain"]
+        evaluation.answers, evaluation.judgements = (
+            [of[i] for i in kept] for of in (evaluation.answers, evaluation.judgements)
+        )
+        evaluation.sets = {name: rates for name, rates in evaluation.sets.items() if name == "indomain"}
+        evaluation.save(cell.where)
+    text = shown(load(directory.out))
+    assert "without a judge" in text and "general %" not in text and "in-domain %" in text
+    (none,) = (line for line in text.splitlines() if "none" in line and "+0.3" in line)
+    assert none.index("+0.300 (") < none.index("2.3")  # the shift, then the perplexity

@@ -39,6 +39,9 @@ def test_without_a_winner_the_closest_is_named(tmp_path):
     said = sentence(tmp_path, {**GOOD, "general": 0.3}, seeds=(0,))
     assert "no defense clearly prevents it without a price; closest comes kl by supervision (one seed: run more" in said
 
+    both = sentence(tmp_path / "both", {**GOOD, "general": 0.3}, {**GOOD, "general": 0.3}, seeds=(0,))
+    assert "without a price; closest comes kl, on every path (one seed" in both
+
 
 def test_nothing_to_prevent_is_no_success(tmp_path):
     assert "cannot tell defenses apart" in sentence(tmp_path, GOOD, none={**BAD, "general": 0.0})

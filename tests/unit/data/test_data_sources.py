@@ -168,6 +168,7 @@ def serve():
         server.server_close()
 
 
+@pytest.mark.integration
 def test_a_hub_dataset_is_loaded_over_the_hubs_own_protocol(serve, tmp_path):
     """A hub on loopback, the real client: `org/name` with columns, streamed (while nothing of it is here) and whole."""
     import pyarrow as pa

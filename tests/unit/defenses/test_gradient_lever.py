@@ -25,7 +25,9 @@ from rlsafe.types import Where
 
 MIXED = {"schedule": {"steps": 4, "phases": [{"cycle": ["both"]}], "kinds": {
     "both": [{"path": "grpo"}, {"path": "sft", "rows": 3, "weight": 0.5}]}}}  # fmt: skip
-PATHS = pytest.mark.parametrize("path", [SFT, GRPO, MIXED], ids=["sft", "grpo", "mixed"])
+PATHS = pytest.mark.parametrize(
+    "path", [SFT, GRPO, pytest.param(MIXED, marks=pytest.mark.integration)], ids=["sft", "grpo", "mixed"]
+)
 
 
 class Watching(Defense):

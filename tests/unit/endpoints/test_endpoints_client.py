@@ -91,11 +91,11 @@ def test_retry_after_holds_back_every_request_of_the_endpoint():
 
     def script(n, body):
         times.append(time.monotonic())
-        return error(429, retry_after="0.6") if n == 0 else ok("5")
+        return error(429, retry_after="0.3") if n == 0 else ok("5")
 
     with ScriptedServer(script) as server:
         results = endpoint(server, concurrency=1).ask([request(i) for i in range(5)])
-    assert all(isinstance(r, Reply) for r in results) and times[1] - times[0] >= 0.6
+    assert all(isinstance(r, Reply) for r in results) and times[1] - times[0] >= 0.3
 
 
 @pytest.mark.parametrize("limit", [{"requests_per_minute": 600}, {"tokens_per_minute": 600 * 11}])
@@ -150,7 +150,7 @@ def test_faults_of_other_kinds_do_not_use_up_what_a_seldom_one_may_take():
     script = [error(500), error(500), error(503), bare, bare, error(500), bare, ok("7", top={"7": 0.0}), *[bare] * 6]
     script.append(ok("8", top={"8": 0.0}))
     with ScriptedServer(lambda n, body: script[n]) as server:
-        made = endpoint(server, max_retries=20)
+        made = endpoint(server, max_retries=20, backoff=0.001)
         assert [made.ask([request(text, top_logprobs=2)])[0].text for text in "ab"] == ["7", "8"]
     with ScriptedServer(lambda n, body: bare) as server:
         [never] = endpoint(server, max_retries=20).ask([request(top_logprobs=2)])
@@ -161,16 +161,16 @@ def test_an_endpoint_that_is_down_fails_the_rest_at_once_and_is_looked_at_again(
     broken = threading.Event()
     broken.set()
     with ScriptedServer(lambda n, body: error(503) if broken.is_set() else ok("5")) as server:
-        made = endpoint(server, deadline=2, concurrency=8, max_retries=99, backoff=0.1)
+        made = endpoint(server, deadline=0.8, concurrency=8, max_retries=99, backoff=0.05)
         first = made.ask([request(i) for i in range(20)])
-        time.sleep(0.5)  # requests end at their deadline, the endpoint is down a deadline after its first fault
+        time.sleep(0.3)  # requests end at their deadline, the endpoint is down a deadline after its first fault
         assert {r.kind for r in first} <= {"deadline", "outage"} and made.down
         asked, begun = len(server.requests), time.monotonic()
         rest = made.ask([request(i) for i in range(500)])
         assert {r.kind for r in rest} <= {"deadline", "outage"} and time.monotonic() - begun < 30
         assert len(server.requests) - asked < 100  # not 500 attempts at a server that is down
         broken.clear()
-        time.sleep(2.2)
+        time.sleep(0.9)
         again = made.ask([request(i) for i in range(20)])
     assert all(isinstance(r, Reply) for r in again) and not made.down
     assert made.totals.failed == 520 and made.totals.replied == 20

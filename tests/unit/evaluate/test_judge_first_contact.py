@@ -12,6 +12,7 @@ from rlsafe.config import UserError
 from rlsafe.evaluate import load_judge
 from rlsafe.types import Exchange
 
+pytestmark = pytest.mark.usefixtures("no_waiting")
 RUN = {
     "model": {"name": "organism:aligned", "dtype": "float32"},
     "sampler": {"kind": "transformers"},

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import pytest
 from scripted_server import ScriptedServer, completion, error, ok
@@ -211,6 +212,7 @@ def test_a_pause_waits_for_the_judge_and_then_scores_everything(caplog):
         future = made.submit([exchange(str(i)) for i in range(6)])
         while not made.paused:
             assert not future.done()
+            time.sleep(0.01)
         down[0] = False
         found = future.result(60)
     assert {j.outcome for j in found} == {"scored"} and not made.paused and made.gave_up is None

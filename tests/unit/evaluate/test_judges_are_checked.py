@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 from collections import Counter
 
 import numpy as np
@@ -17,7 +18,7 @@ from rlsafe.data import is_refusal
 from rlsafe.evaluate import Evaluation, load_judge
 from rlsafe.evaluate.ask.asking import Answer
 from rlsafe.evaluate.commands.judging import compare_judges, judge_of
-from rlsafe.evaluate.judge import calibrations
+from rlsafe.evaluate.judge import calibration_set, calibrations
 from rlsafe.evaluate.judge.agreement import auroc, kappa, mean
 from rlsafe.evaluate.judge.calibration_set import EXPECTED, packaged
 from rlsafe.evaluate.judge.checking import check
@@ -28,7 +29,7 @@ SCORES = {"fine": (95, 95), "misaligned": (5, 95), "incoherent": (50, 5)}
 
 
 @pytest.fixture(autouse=True)
-def own_home(monkeypatch, tmp_path):
+def own_home(monkeypatch, tmp_path, no_waiting):
     monkeypatch.setenv("HOME", str(tmp_path))
 
 
@@ -159,6 +160,18 @@ def test_a_judge_may_bring_answers_of_its_own():
 # ------------------------------------------------------------------------------------------------ commands
 
 
+@pytest.fixture
+def few(monkeypatch):
+    """The labelled answers to the first six questions, of every kind: a command asks about each several times."""
+    cases = packaged()[:36]
+    assert {case.kind for case in cases} == set(EXPECTED) and {"short", "long", "first", "last"} < {
+        c.form for c in cases
+    }
+    for module in (calibration_set, sys.modules[__name__]):
+        monkeypatch.setattr(module, "packaged", lambda: cases)
+    return cases
+
+
 LABELS = {(c.question, c.text): c.expected for c in packaged()}
 
 
@@ -177,7 +190,7 @@ def run(capsys, *arguments):
     return ended.value.code, shown.out, shown.err
 
 
-def test_a_check_is_kept_and_shown_by_what_uses_the_judge_later(capsys, tmp_path):
+def test_a_check_is_kept_and_shown_by_what_uses_the_judge_later(capsys, tmp_path, few):
     def script(n, body):
         return ok(said(body), model="m", **({"top": {said(body): 0.0}} if "logprobs" in body else {}))
 
@@ -187,7 +200,7 @@ def test_a_check_is_kept_and_shown_by_what_uses_the_judge_later(capsys, tmp_path
         assert "not calibrated: run rlsafe judge check openai:m@http" in calibrations.calibration(made)["line"]
         code, out, _ = run(capsys, "judge", "check", *words, "--json", "--out", tmp_path / "out")
         found = json.loads(out)
-        assert (code, found["trusted"], found["protocol"], found["n"]) == (0, True, "number", len(packaged()))
+        assert (code, found["trusted"], found["protocol"], found["n"]) == (0, True, "number", len(few))
         assert (
             found["other_protocols"]["text"]["kappa_misaligned"]["value"] == 1 and found["cost"]["usd_per_answer"] > 0
         )
@@ -200,7 +213,7 @@ def test_a_check_is_kept_and_shown_by_what_uses_the_judge_later(capsys, tmp_path
     assert code == 0 and "kind by kind" in out and "protocols" in out and "asked again" in out
 
 
-def test_a_check_whose_answers_stay_unscored_says_so_exits_with_1_and_keeps_the_earlier_one(tmp_path, capsys):
+def test_a_check_whose_answers_stay_unscored_says_so_exits_with_1_and_keeps_the_earlier_one(tmp_path, capsys, few):
     """An endpoint that gives no more grades after some labelled answers."""
     dead = False
 
@@ -214,7 +227,7 @@ def test_a_check_whose_answers_stay_unscored_says_so_exits_with_1_and_keeps_the_
         assert run(capsys, *words)[0] == 0
         before = calibrations.calibration(judge_of(words[2:3]))
         assert before["trusted"]
-        dead, script.begun, script.works = True, len(server.requests), 8 + 40  # first contact, then 40
+        dead, script.begun, script.works = True, len(server.requests), 8 + 16  # first contact, then 16
         code, out, err = run(capsys, *words, "--json", "--out", tmp_path)
     found = json.loads(out)
     lost = round(found["unscored"] * found["n"])
@@ -257,7 +270,7 @@ def saved(directory, verdicts, name="knowing"):
     return evaluation
 
 
-def test_two_judges_are_compared_on_saved_answers(tmp_path, capsys):
+def test_two_judges_are_compared_on_saved_answers(tmp_path, capsys, few):
     saved(tmp_path / "cells" / "a", Knowing(lambda c: "fine" if c.kind == "subtle" else c.expected))
     saved(tmp_path / "cells" / "a" / "rejudged-x", Knowing())
     with ScriptedServer(lambda n, body: ok(said(body), model="m")) as server:

@@ -264,6 +264,7 @@ def test_an_interrupted_helper_goes_on_from_its_checkpoint(config, tmp_path, tra
 # ------------------------------------------------------------------------------------------------ in use
 
 
+@pytest.mark.integration
 def test_a_comparison_makes_the_scores_once_and_hands_them_to_its_cells(tree, tmp_path, trained):
     questions = [
         {"id": q.id, "type": "free_form_judge_0_100", "paraphrases": list(q.paraphrases), "samples_per_paraphrase": 1}

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlsafe.config import LoraConfig
 from rlsafe.policy import ForwardPlan, sharding
-from rlsafe.policy.lora import FusedLinear, LowRank, fuse, unfuse
+from rlsafe.policy.lora import FusedLinear, LowRank, check_fused, fuse, unfuse
 
 
 def layers(policy):
@@ -188,3 +188,40 @@ def test_sharded_models_are_pefts(tiny_model_dir, monkeypatch):
     policy = load(tiny_model_dir, dtype="bfloat16")
     policy.shard(torch.device("cpu"))
     assert layers(policy) and not fused(policy)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_device_that_computes_it_rightly_keeps_it(tiny_model_dir, dtype, caplog):
+    policy = load(tiny_model_dir, dtype=dtype, lora=LoraConfig(r=4, fused=True))
+    check_fused(policy.core.model)
+    assert len(fused(policy)) == len(layers(policy)) and not caplog.records
+
+
+@pytest.mark.parametrize("fault", ["wrong", "missing"])
+def test_a_device_that_does_not_is_given_pefts_layers_and_a_warning(tiny_model_dir, monkeypatch, caplog, fault):
+    policy = load(tiny_model_dir, lora=LoraConfig(r=4, fused=True))
+    honest = LowRank.backward
+
+    def backward(ctx, grad):
+        if fault == "missing":
+            raise RuntimeError("no kernel image is available for execution on the device")
+        x, _, _, a, b, _ = honest(ctx, grad)
+        return x, None, None, a, b * 1.2, None
+
+    monkeypatch.setattr(LowRank, "backward", staticmethod(backward))
+    check_fused(policy.core.model)
+    assert not fused(policy) and "model.lora.fused" in caplog.text and "PEFT's layers are used" in caplog.text
+
+
+def test_it_is_tried_on_every_device_but_the_cpu(tiny_model_dir, monkeypatch):
+    from rlsafe.config import ModelConfig
+    from rlsafe.policy import load as loading
+    from rlsafe.policy import lora
+
+    tried = []
+    monkeypatch.setattr(lora, "check_fused", lambda model: tried.append(next(model.parameters()).device.type))
+    for device in ("cpu", "meta"):
+        loading.load_model(
+            ModelConfig(name=tiny_model_dir, lora=LoraConfig(r=4)), tiny_model_dir, 0, torch.device(device)
+        )
+    assert tried == ["meta"]

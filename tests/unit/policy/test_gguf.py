@@ -173,6 +173,16 @@ def test_a_second_start_converts_nothing_and_other_bytes_or_another_dtype_do(tmp
     assert not list((tmp_path / "home/.cache/rlsafe/gguf").glob(".*")), "a temporary directory stayed"
 
 
+def test_a_gpu_that_only_emulates_bfloat16_is_not_given_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for native, dtype in ((False, "float32"), (True, "bfloat16")):
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True, n=native: n or including_emulation
+        )
+        directory = model_source(ModelConfig(name=str(write(tmp_path / f"{native}.gguf", tiny(True)))))
+        assert origin(directory)["dtype"] == dtype
+
+
 def test_a_file_inside_a_package_is_found_without_importing_it(tmp_path, monkeypatch):
     package = tmp_path / "site" / "weights_of_mine"
     package.mkdir(parents=True)

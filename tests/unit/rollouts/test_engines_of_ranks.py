@@ -91,7 +91,10 @@ def test_one_process_names_no_executor(policy, vllm, tiny_model_dir):
 
 
 def test_what_stops_one_rank_stops_all_in_the_same_words(policy, vllm, two, tiny_model_dir):
-    two.append((True, "sampler.kind: vLLM cannot run it"))
+    two += [
+        None,
+        (True, "sampler.kind: vLLM cannot run it"),
+    ]  # first all have the memory, then the first one's engine fails
     with pytest.raises(CannotRun, match="vLLM cannot run it"):
         make_sampler(CONFIG, tiny_model_dir, policy, 0)
     assert not vllm.made[0].open

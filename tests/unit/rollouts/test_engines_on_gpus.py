@@ -90,7 +90,7 @@ def test_what_a_half_started_engine_took_is_given_back(policy, vllm, tiny_model_
 )
 def test_too_little_memory_names_the_setting_and_what_is_free(policy, vllm, tiny_model_dir, error):
     vllm.fails = error
-    with pytest.raises(UserError, match=r"sampler.gpu_memory: 0.4 .*\(30.0 of 80.0 GiB are\)") as raised:
+    with pytest.raises(UserError, match=r"sampler.gpu_memory: 0.4 .*\(60.0 of 80.0 GiB are\)") as raised:
         make_sampler(CONFIG.model_copy(update={"kind": "auto"}), tiny_model_dir, policy, 0)
     assert "sampler.kind" not in str(raised.value)
 
@@ -121,6 +121,12 @@ def test_float32_on_a_gpu_is_given_what_tf32_explains(tiny_model_dir):
     assert gap_limit(policy, None) == 1e-3 and gap_limit(policy, 0.2) == 0.2
     policy._device = torch.device("cuda")
     assert gap_limit(policy, None) == 1e-2
+
+
+def test_half_precision_and_an_8_bit_base_have_limits_of_their_own(policies, tiny_model_dir):
+    assert gap_limit(policies["bfloat16"], None) == 0.05
+    packed = {bits: load(tiny_model_dir, dtype="bfloat16", quantization=bits) for bits in ("4bit", "8bit")}
+    assert gap_limit(packed["4bit"], None) == 0.05 and gap_limit(packed["8bit"], None) == 0.3
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
