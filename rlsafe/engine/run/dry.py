@@ -134,6 +134,7 @@ def offline() -> Iterator[None]:
 
     hub: Any = huggingface_hub.constants
     before = hub.HF_HUB_OFFLINE
+    module: Any
     try:
         for module in (hub, sys.modules.get("datasets.config")):
             if module is not None:
