@@ -268,37 +268,6 @@ def rate_interval(arm: ArmLike, level: float = LEVEL) -> Interval:
     return wilson(value * size, size, level)
 
 
-def difference_interval(arm: ArmLike, other: ArmLike, level: float = LEVEL) -> Interval:
-    """Interval of mean(arm) - mean(other), paired by question (and by seed)."""
-    return Sample({"arm": Arm.of(arm), "other": Arm.of(other)}, level).difference("arm", "other")
-
-
-def share(arm: ArmLike, none: ArmLike, untrained: ArmLike) -> float:
-    """(arm - untrained) / (none - untrained) of the means: how much of the undefended effect remains. NaN when `none`
-    does not lie above `untrained`.
-    """
-    base = Arm.of(untrained).mean
-    span = Arm.of(none).mean - base
-    return (Arm.of(arm).mean - base) / span if span > 0 else float("nan")
-
-
-def share_interval(arm: ArmLike, none: ArmLike, untrained: ArmLike, level: float = LEVEL) -> Interval:
-    """Interval of `share` (Fieller). (-inf, inf) when `none` is not clearly above `untrained`: then it has no finite interval."""
-    arms = {"arm": Arm.of(arm), "none": Arm.of(none), "untrained": Arm.of(untrained)}
-    return Sample(arms, level).ratio({"arm": 1.0, "untrained": -1.0}, {"none": 1.0, "untrained": -1.0})[1]
-
-
-def prevention(arm: ArmLike, none: ArmLike, untrained: ArmLike) -> float:
-    """r = 1 - (arm - untrained) / (none - untrained): the share of the undefended effect that the defense prevented."""
-    return 1 - share(arm, none, untrained)
-
-
-def prevention_interval(arm: ArmLike, none: ArmLike, untrained: ArmLike, level: float = LEVEL) -> Interval:
-    """Interval of `prevention`."""
-    low, high = share_interval(arm, none, untrained, level)
-    return 1 - high, 1 - low
-
-
 Three = tuple[str, str, str]
 """Labels of (an arm, its undefended run, its untrained model)."""
 

@@ -9,24 +9,32 @@ import pytest
 from places import ROOT
 from scipy.stats import t as student
 
-from rlsafe.evaluate.contrasts import (
-    EVERYTHING,
-    Arm,
-    Sample,
-    difference_interval,
-    prevention,
-    prevention_interval,
-    rate_interval,
-    share,
-    share_difference,
-    share_interval,
-)
+from rlsafe.evaluate.contrasts import EVERYTHING, Arm, Sample, rate_interval, share_difference
 
 sys.path.append(str(ROOT / "scripts" / "benchmarks"))
 
 
 def half(interval):
     return (interval[1] - interval[0]) / 2
+
+
+def difference_interval(arm, other):
+    return Sample({"arm": Arm.of(arm), "other": Arm.of(other)}).difference("arm", "other")
+
+
+def share(arm, none, untrained):
+    """(what remains of the undefended effect, its interval)."""
+    arms = {"arm": Arm.of(arm), "none": Arm.of(none), "untrained": Arm.of(untrained)}
+    return Sample(arms).ratio({"arm": 1.0, "untrained": -1.0}, {"none": 1.0, "untrained": -1.0})
+
+
+def share_interval(arm, none, untrained):
+    return share(arm, none, untrained)[1]
+
+
+def prevention_interval(arm, none, untrained):
+    low, high = share_interval(arm, none, untrained)
+    return 1 - high, 1 - low
 
 
 def test_mean_leaves_missing_rates_out():
@@ -86,10 +94,9 @@ def test_seeds_are_paired_by_name_where_arms_have_different_ones():
     assert half(apart) > 10 * half(shared)
 
 
-def test_share_and_prevention_by_hand():
+def test_a_share_by_hand():
     none, untrained, defense = [[0.6, 0.4]], [[0.1, 0.1]], [[0.2, 0.2]]
-    assert share(defense, none, untrained) == pytest.approx(0.25)
-    assert prevention(defense, none, untrained) == pytest.approx(0.75)
+    assert share(defense, none, untrained)[0] == pytest.approx(0.25)
 
 
 def test_fiellers_interval_by_hand():
@@ -118,7 +125,7 @@ def test_the_ends_of_a_share_are_where_the_contrast_stops_excluding_zero():
 def test_no_effect_to_prevent_gives_no_share():
     rng = np.random.default_rng(5)
     same = rng.uniform(size=(3, 20))
-    assert math.isnan(share(same, same, same))
+    assert math.isnan(share(same, same, same)[0])
     assert share_interval(same, same, same) == EVERYTHING
     assert share_interval(same, same - 0.1, same) == EVERYTHING
     hardly = same + rng.normal(0.001, 0.2, same.shape)  # above untrained for some questions only
@@ -175,7 +182,8 @@ def test_the_difference_of_two_paths_shares():
         "d2": around(0.2),
     }
     value, (low, high) = share_difference(Sample(arms), ("d", "n", "u"), ("d2", "n2", "u"))
-    assert value == pytest.approx(share(arms["d"], arms["n"], arms["u"]) - share(arms["d2"], arms["n2"], arms["u"]))
+    shares = [share(arms[d], arms[n], arms["u"])[0] for d, n in (("d", "n"), ("d2", "n2"))]
+    assert value == pytest.approx(shares[0] - shares[1])
     assert low < -0.4 < high < 0
     hardly = np.zeros((3, 200))
     hardly[0, 0] = 1.0
