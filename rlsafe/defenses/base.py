@@ -92,8 +92,8 @@ class Offer:
 
 @dataclass
 class Rollouts:
-    """This rank's rewarded completions of one GRPO part, `group` of each prompt in turn; every list has one entry for each. With fewer
-    prompts than ranks a rank has a part of a prompt's completions.
+    """This rank's rewarded completions of one GRPO part; every list has one entry for each. `group` of each prompt stand side by side:
+    all its completions, or a part of them where there are fewer prompts than ranks.
 
     rewards: change them in place; None leaves a completion out of its group's mean and spread, and of the loss. by_reward: each
     reward function's own. prompts: as the user wrote them. prompt_ids: as the sampler saw them. numbers: among the completions of

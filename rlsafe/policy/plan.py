@@ -14,9 +14,9 @@ from rlsafe.types import Batch, Need
 
 @dataclass(frozen=True)
 class ForwardPlan:
-    """The union of what all penalties and losses need of one micro-batch.
+    """The union of what all penalties and losses need of every micro-batch of a step.
 
-    references: KL(policy || reference) wanted; ref_logprobs: references whose log-probs of the targets are wanted;
+    references: those to which a KL(policy || reference) is wanted; ref_logprobs: references whose log-probs of the targets are wanted;
     layers: hidden states to keep, of the policy and of layer_references; mask: where the KL is wanted.
     """
 

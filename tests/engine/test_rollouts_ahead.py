@@ -104,7 +104,9 @@ def test_an_interrupted_and_resumed_run_ends_with_the_same_bits(tiny_tree, tmp_p
     assert same(tmp_path / "whole", tmp_path / "cut")
 
 
-@pytest.mark.parametrize("where", [pytest.param("loop.grpo_step", marks=pytest.mark.slow), "update._update"])
+@pytest.mark.parametrize(
+    "where", [pytest.param("loop.grpo_step", marks=pytest.mark.slow), "update._forward_backward_step"]
+)
 def test_a_step_that_fails_is_resumed_with_the_rollouts_it_had(ahead, tmp_path, monkeypatch, where):
     """When it updates, the next rollouts are begun already, with a snapshot of their own."""
     run(run_from_tree(ahead), tmp_path / "whole", resources=Own())

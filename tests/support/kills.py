@@ -12,7 +12,7 @@ from typing import Any
 
 PLACES = {
     "rollout": ("engine/train/grpo_step.py", "reward"),
-    "step": ("engine/train/update.py", "_update"),
+    "step": ("engine/train/update.py", "_forward_backward_step"),
     "checkpoint": ("engine/record/checkpoint.py", "save"),
     "evaluation": ("evaluate/measure/measure.py", "evaluate_run"),
 }

@@ -1,4 +1,4 @@
-"""One GRPO step, from prompts to weights: read `grpo_step` from top to bottom. The numbers are README's.
+"""One GRPO step, from prompts to weights: read `grpo_step` from top to bottom. Steps 1 to 7 stand here, 8 to 11 in `update`.
 
 What is not visited in a plain run stands elsewhere: rollouts begun one step ahead (`ahead`), groups without spread that are replaced
 (`resample`), defenses that look at rewards (`screening`), forwards before the update (`rescoring`), ranks that must agree
@@ -40,24 +40,27 @@ def grpo_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
     """One optimizer step of which at least one part is rewarded; gives its metrics.
 
     Rewards and records see the original prompts only. The loss is in the train context of a prompt, which differs from the
-    context that the sampler saw when a defense changes only one of them.
+    context that the sampler saw when a defense changes only one of them. RunError when the rollouts are not the policy's, and as
+    `update` says.
     """
     micros: list[Micro] = []
     metrics: dict[str, Any] = {}
-    for number, part in enumerate(step.parts):
-        if part.path == "sft":  # 7. Supervised rows in the same step, such as the safe rows of interleaving.
+    for part_number, part in enumerate(step.parts):
+        if (
+            part.path == "sft"
+        ):  # 7, for once before 1: supervised rows of the same step, such as the safe ones of interleaving
             micros += supervised(run, state, part, run.draw(step, part))
             continue
-        place = f"{step.kind}/{number}"
+        place = f"{step.kind}/{part_number}"
         reused, uses_left = state.pending.get(place, ([], 0))
         if uses_left:  # grpo.iterations > 1: the same rollouts teach several steps
             micros += reused
             state.pending[place] = (reused, uses_left - 1)
             metrics["rollout_reused"] = 1
             continue
-        numbers: dict[str, Any] = {}  # of this part
+        of_part: dict[str, Any] = {}  # metrics
         started = time.perf_counter()
-        ahead = state.ahead.get(number)
+        ahead = state.ahead.get(part_number)
         # 1. Draw the prompts: the same on every rank, of which each keeps its share.
         rows = ahead.rows if ahead else run.draw(step, part)
         mine, share = list(enumerate(rows)), run.config.grpo.generations
@@ -71,42 +74,47 @@ def grpo_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
         sampled = reward(run, step, part, asked, completions)
         if run.config.grpo.resample:  # groups without spread give their places to further prompts
             sampled, exchanged = _exchanged(run, step, part, len(rows), sampled)
-            numbers |= exchanged
+            of_part |= exchanged
         # 5. Advantages: each reward against those of the same prompt's other completions.
         values, valid, stats = group_advantages(run, sampled.scored.total, asked.share)
         # 6. Batch them in the train context; completions without a reward are left out.
         fresh = batched(run, state, part, sampled, values, valid)
         run.tracker.samples(records(run, step, part, sampled, values, valid))
-        numbers |= step_metrics(run, sampled, stats)
-        numbers["rollout_seconds"] = time.perf_counter() - started
+        of_part |= step_metrics(run, sampled, stats)
+        of_part["rollout_seconds"] = time.perf_counter() - started
         # Rollouts that are stale, used again or seen in another context need a forward before the update.
-        again = ahead is not None or run.config.grpo.iterations > 1 or any(not micro.same_context for micro in fresh)
-        if again or run.several:  # the ranks find out together whether any of them has others
-            numbers |= score_again(run, state, step, part, fresh, ahead.reference if ahead else None)
+        needs_forward = (
+            ahead is not None or run.config.grpo.iterations > 1 or any(not micro.same_context for micro in fresh)
+        )
+        if needs_forward or run.several:  # the ranks find out together whether any of them has others
+            of_part |= score_again(run, state, step, part, fresh, ahead.reference if ahead else None)
         if run.config.grpo.max_staleness:  # optimizer steps since the weights that sampled
-            numbers["staleness"] = int(ahead is not None)
+            of_part["staleness"] = int(ahead is not None)
         if run.config.grpo.iterations > 1:
             state.pending[place] = (fresh, run.config.grpo.iterations - 1)
         micros += fresh
         # A step may reward several streams: the first has the plain names.
-        metrics |= {f"{part.stream}/{name}" if "reward" in metrics else name: value for name, value in numbers.items()}
-    # 8. Count  9. forward  10. loss and penalties  11. backward, clip, step: `update.update`, with the losses of `loss.StepLoss`.
-    # The sampler is synced when it is next asked (`sync.SyncedSampler.synced`). 12. The loop writes what is returned.
+        metrics |= {f"{part.stream}/{name}" if "reward" in metrics else name: value for name, value in of_part.items()}
+    # 8. Count  9. forward  10. loss and penalties  11. backward, clip, step: in `update._forward_backward_step`.
+    # The sampler is only marked stale: the next step's 3 hands it the new weights. 12. The loop writes what is returned.
     return metrics | update(run, state, step, micros)
 
 
 def ask(run: Components, part: PlannedPart, mine: list[tuple[int, Row]], share: int, step: int) -> Asked:
     """Requests for `share` completions of each row, by its number in the step. Each completion has a seed of its own, whichever rank
     samples it."""
-    rollout_at, group = Where(part.stream, "grpo", "rollout"), run.config.grpo.generations
+    rollout_at, generations = Where(part.stream, "grpo", "rollout"), run.config.grpo.generations
     originals = [split_prompt(row)[0] for _, row in mine]
-    seen = _encoded(run, originals, rollout_at)
+    prompt_ids = _encoded(run, originals, rollout_at)
     requests = [
-        Request(ids, request_seed(run.config.seed, f"rollout/{part.stream}", step, *divmod(number * share + i, group)))
-        for (number, _), ids in zip(mine, seen, strict=True)
+        Request(
+            ids,
+            request_seed(run.config.seed, f"rollout/{part.stream}", step, *divmod(number * share + i, generations)),
+        )
+        for (number, _), ids in zip(mine, prompt_ids, strict=True)
         for i in range(share)
     ]
-    return Asked(mine, originals, seen, requests, share)
+    return Asked(mine, originals, prompt_ids, requests, share)
 
 
 def _encoded(run: Components, prompts: Sequence[list[Message]], where: Where) -> list[list[int]]:
@@ -131,13 +139,13 @@ def reward(run: Components, step: Step, part: PlannedPart, asked: Asked, complet
     assert run.rewards is not None
     read = [read_completion(run.policy.tokenizer, completion.ids) for completion in completions]
     answered = [i for i, thought in enumerate(read) if not thought.unclosed]
-    group, stream = asked.share, run.streams[part.stream]
+    share, stream = asked.share, run.streams[part.stream]
     names = {name for _, row in asked.mine for name in row if name != "messages" and not name.startswith("_")}
     scored = RewardBatch([None] * len(read), {name: [None] * len(read) for name in run.rewards.rewards})
     if answered:
         epoch = stream.epoch + stream.position / len(stream.rows)
         scored = run.rewards.call(
-            prompts=[asked.originals[i // group] for i in answered],
+            prompts=[asked.originals[i // share] for i in answered],
             completions=[
                 [{"role": "assistant", "content": read[i].answer}]
                 if read[i].think is None
@@ -145,8 +153,9 @@ def reward(run: Components, step: Step, part: PlannedPart, asked: Asked, complet
                 for i in answered
             ],
             completion_ids=[completions[i].ids for i in answered],
-            columns={name: [asked.mine[i // group][1].get(name) for i in answered] for name in sorted(names)},
-            plain=[bool(asked.mine[i // group][1].get("_plain")) for i in answered],
+            columns={name: [asked.mine[i // share][1].get(name) for i in answered] for name in sorted(names)},
+            # Where the prompt was a text, not messages, a function that expects texts gets texts.
+            plain=[bool(asked.mine[i // share][1].get("_plain")) for i in answered],
             trainer_state=TrainerState(
                 step.index, len(run.plan), epoch, [dict(record) for record in run.tracker.metrics]
             ),
@@ -182,20 +191,24 @@ def _among_all(batch: RewardBatch, answered: Sequence[int], n: int) -> RewardBat
 def group_advantages(
     run: Components, totals: Sequence[float | None], share: int
 ) -> tuple[list[float], list[bool], AdvantageStats]:
-    """(advantages, which are valid, statistics) of this rank's completions, from the rewards of all ranks: `grpo.scale: batch`
-    needs the spread of all of them, and a group may be on several ranks (share: of one prompt's completions)."""
-    group = run.config.grpo.generations
-    local = torch.tensor([math.nan if r is None else r for r in totals], dtype=torch.float64).reshape(-1, share)
+    """(advantages, which have a reward, statistics) of this rank's completions, in the order of their rewards `totals`. Those of all
+    ranks are taken together: `grpo.scale: batch` needs the spread of all, and a group may be on several ranks (share: completions of a
+    prompt on this one)."""
+    generations = run.config.grpo.generations
+    local = torch.tensor([math.nan if r is None else r for r in totals], dtype=torch.float64)
+    local = local.reshape(-1, share)  # [this rank's prompts, share]
     everyone, own = local, list(range(len(local)))
     if run.several:
         ranks: list[list[list[float]]] = gather_object([local.tolist()])
         places = [(i, rank) for rank, rows in enumerate(ranks) for i in range(len(rows))]
-        if share < group:  # back in the order in which they were dealt: the parts of a group side by side
+        if share < generations:  # back in the order in which they were dealt: the parts of a group side by side
             places.sort()
         own = [at for at, (_, rank) in enumerate(places) if rank == run.accelerator.process_index]
-        everyone = torch.tensor([ranks[rank][i] for i, rank in places], dtype=torch.float64)
-    values, valid, stats = advantages(everyone.reshape(-1, group), scale=run.config.grpo.scale)
-    values, valid = (found.reshape(-1, share)[own].flatten() for found in (values, valid))
+        everyone = torch.tensor([ranks[rank][i] for i, rank in places], dtype=torch.float64)  # all ranks', [.., share]
+    values, valid, stats = advantages(
+        everyone.reshape(-1, generations), scale=run.config.grpo.scale
+    )  # [prompts, generations]
+    values, valid = (found.reshape(-1, share)[own].flatten() for found in (values, valid))  # as `totals`
     return values.tolist(), valid.tolist(), stats
 
 
@@ -208,13 +221,13 @@ def batched(
     valid: Sequence[bool],
 ) -> list[Micro]:
     """Micro-batches of the valid completions with their advantages `values`, at most `state.micro_tokens` padded tokens each."""
-    asked, group, tokenizer = sampled.asked, sampled.asked.share, run.policy.tokenizer
+    asked, share, tokenizer = sampled.asked, sampled.asked.share, run.policy.tokenizer
     train_at, rollout_at = (Where(part.stream, "grpo", phase) for phase in ("train", "rollout"))
     trained = _encoded(run, asked.originals, train_at)
     items = [
         Rollout(
-            prompt_ids=trained[i // group],
-            rollout_prompt_ids=asked.seen[i // group],
+            prompt_ids=trained[i // share],
+            rollout_prompt_ids=asked.prompt_ids[i // share],
             completion=completion,
             advantage=values[i],
             valid=valid[i] and not (run.config.grpo.mask_truncated and completion.finish == "length"),

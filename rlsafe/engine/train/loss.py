@@ -179,8 +179,9 @@ class StepLoss:
     def _grpo_loss(self, micro: Micro, out: Forwarded, frozen: dict[str, Frozen]) -> Tensor:
         """This micro-batch's part (scalar) of the clipped surrogate, with its KL term if `grpo.beta`, over the whole step."""
         batch, mask = micro.batch, micro.batch.loss_mask
-        main = self._weighting.main if self.stack.defenses else 1.0
+        main = self._weighting.main if self.stack.defenses else 1.0  # other than 1 only by a defense's dose
         assert batch.advantages is not None
+        # Of rollouts used once, by the weights that sampled them, the ratio is 1 and nothing is clipped.
         old = out.logp.detach() if batch.old_logp is None else batch.old_logp
         correction = None
         if micro.same_context and (sampled := batch.sampler_logp) is not None:
@@ -205,6 +206,7 @@ class StepLoss:
         if self.grpo.beta:
             reference = frozen[self.grpo.reference].logp
             assert reference is not None
+            # With the ratio multiplied in, its gradient is that of KL(policy || reference): see `k3`.
             penalty = k3(out.logp, reference, importance_ratio(out.logp, old, mask, self.grpo.level))
             values = values + self.grpo.beta * penalty
             self._add("k3_sum", (penalty.detach() * mask).sum())

@@ -94,7 +94,7 @@ def _pick(sources: Sequence[Sampled], chosen: Sequence[tuple[int, int]], group: 
 
     def columns(of: Callable[[RewardBatch], dict[str, list[Any]]]) -> dict[str, list[Any]]:
         def column(name: str) -> list[Any]:
-            return completions(lambda one: of(one.scored).get(name) or [None] * len(one.read))
+            return completions(lambda one: of(one.scored).get(name) or [None] * len(one.thoughts))
 
         return {name: column(name) for one in sources for name in of(one.scored)}
 
@@ -102,7 +102,7 @@ def _pick(sources: Sequence[Sampled], chosen: Sequence[tuple[int, int]], group: 
         sources[0].asked,
         mine=prompts(lambda one: one.asked.mine),
         originals=prompts(lambda one: one.asked.originals),
-        seen=prompts(lambda one: one.asked.seen),
+        prompt_ids=prompts(lambda one: one.asked.prompt_ids),
         requests=completions(lambda one: one.asked.requests),
     )
     scored = replace(
@@ -111,4 +111,4 @@ def _pick(sources: Sequence[Sampled], chosen: Sequence[tuple[int, int]], group: 
         by_name=columns(lambda batch: batch.by_name),
         extra=columns(lambda batch: batch.extra),
     )
-    return Sampled(asked, completions(lambda one: one.completions), completions(lambda one: one.read), scored)
+    return Sampled(asked, completions(lambda one: one.completions), completions(lambda one: one.thoughts), scored)

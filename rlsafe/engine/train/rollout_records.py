@@ -23,12 +23,12 @@ def records(
     valid: Sequence[bool] | None,
 ) -> list[dict[str, Any]]:
     """One record per completion for samples.jsonl. values, valid: None for groups that others replaced (`grpo.resample`)."""
-    group, scored, read = sampled.asked.share, sampled.scored, sampled.read
+    asked, scored, read = sampled.asked, sampled.scored, sampled.thoughts
     return [
         {
             "step": step.index,
             "stream": part.stream,
-            "prompt": sampled.asked.originals[i // group],
+            "prompt": asked.originals[i // asked.share],
             "completion": read[i].answer if read[i].think is None else read_text(run.policy.tokenizer, completion.ids),
             "reward": scored.total[i],
             "rewards": {name: column[i] for name, column in scored.by_name.items()},
@@ -44,7 +44,7 @@ def records(
 
 def step_metrics(run: Components, sampled: Sampled, stats: AdvantageStats) -> dict[str, Any]:
     """Rewards, lengths and truncation over all ranks; single rewards and what they log are this rank's."""
-    completions, read, scored = sampled.completions, sampled.read, sampled.scored
+    completions, read, scored = sampled.completions, sampled.thoughts, sampled.scored
     total: dict[str, float] = {"n": len(completions), "tokens": sum(len(completion.ids) for completion in completions)}
     total |= {"cut": sum(completion.finish == "length" for completion in completions)}
     total |= {"thought": sum(r.think is not None for r in read), "unclosed": sum(r.unclosed for r in read)}

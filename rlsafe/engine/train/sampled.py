@@ -17,29 +17,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Asked:
-    """This rank's prompts, and requests for `share` completions of each, prompt after prompt.
+    """This rank's P prompts, and P * share requests, `share` of each prompt in turn.
 
-    mine: (number among those of all ranks, row). originals: the prompts as the user wrote them. seen: their token ids as the
-    sampler sees them, after the defenses. share: `grpo.generations`, or less where ranks share the completions of a prompt.
+    mine: (number among those of all ranks, row), P. originals: the prompts as the user wrote them, P. prompt_ids: their token ids as
+    the sampler sees them, after the defenses, P. share: `grpo.generations`, or less where ranks share the completions of a prompt.
     """
 
     mine: list[tuple[int, Row]]
     originals: list[list[Message]]
-    seen: list[list[int]]
+    prompt_ids: list[list[int]]
     requests: list[Request]
     share: int
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """The completions of `asked`, in the order of its requests, read and rewarded.
+    """The completions of `asked`, in the order of its requests, read and rewarded: one entry of each list for each request.
 
-    read: each completion's think block and answer. scored: each completion's rewards.
+    thoughts: each completion's think block and answer. scored: each completion's rewards.
     """
 
     asked: Asked
     completions: Sequence[Completion]
-    read: Sequence[Thought]
+    thoughts: Sequence[Thought]
     scored: RewardBatch
 
 

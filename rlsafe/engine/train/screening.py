@@ -13,16 +13,16 @@ from rlsafe.engine.train.state import Components
 
 def screen(run: Components, step: Step, part: PlannedPart, sampled: Sampled) -> Sampled:
     """This rank's completions with their rewards after every defense's `advantages`; what they note of each is an extra column."""
-    asked, scored, group = sampled.asked, sampled.scored, sampled.asked.share
+    asked, scored, share = sampled.asked, sampled.scored, sampled.asked.share
     rollouts = Rollouts(
         stream=part.stream,
-        group=group,
-        prompts=[messages for messages in asked.originals for _ in range(group)],
-        answers=[thought.answer for thought in sampled.read],
-        prompt_ids=[ids for ids in asked.seen for _ in range(group)],
+        group=share,
+        prompts=[messages for messages in asked.originals for _ in range(share)],
+        answers=[thought.answer for thought in sampled.thoughts],
+        prompt_ids=[ids for ids in asked.prompt_ids for _ in range(share)],
         completion_ids=[completion.ids for completion in sampled.completions],
-        rows=[row for _, row in asked.mine for _ in range(group)],
-        numbers=[number * group + sample for number, _ in asked.mine for sample in range(group)],
+        rows=[row for _, row in asked.mine for _ in range(share)],
+        numbers=[number * share + sample for number, _ in asked.mine for sample in range(share)],
         rewards=list(scored.total),
         by_reward=scored.by_name,
     )

@@ -1,4 +1,4 @@
-"""One supervised step, from rows to weights: read `sft_step` from top to bottom. The numbers are README's, of a GRPO step.
+"""One supervised step, from rows to weights: read `sft_step` from top to bottom. The numbers are those of a GRPO step.
 
 What is not visited in a plain run stands elsewhere: ranks that must agree (`distributed`, `micro`), steps that fail (`faults`).
 """
@@ -22,7 +22,7 @@ BROUGHT = 2048
 def sft_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
     """One optimizer step on supervised rows; gives its metrics.
 
-    A step has one part or several: the narrow rows, and safe rows that a defense adds to their mean.
+    A step has one part or several: the narrow rows, and safe rows that a defense adds to their mean. RunError as `update` says.
     """
     micros: list[Micro] = []
     for part in step.parts:

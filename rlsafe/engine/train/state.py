@@ -41,7 +41,8 @@ class Components:
     row_limits: tokens that a supervised row of each stream may have, `max_tokens` or what the model takes.
     sampler: the sampler; `sampler.synced()` gives it with the policy's current weights.
     direction: a persona vector that sampled answers are projected on. backward(loss) adds a micro-batch's gradient.
-    clip: how shards are clipped together (`distributed.gradient_functions`); None when this process has the whole gradient.
+    In a plain run that is `accelerator.backward`. clip: how shards are clipped together (`distributed.gradient_functions`); None where
+    this process has the whole gradient, and `accelerator.clip_grad_norm_` clips it.
     look_ahead: begins the rollouts of the next step (`grpo.max_staleness: 1`); None when rollouts wait for the update.
     sampling: how rollouts are sampled.
     defended: whether any defense acts in this run; without one none of the stack's hooks is called.

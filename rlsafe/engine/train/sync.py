@@ -1,4 +1,5 @@
-"""Who owns the sync: one object holds the sampler and knows whether it has the policy's current weights."""
+"""Weights reach the sampler late: an update only marks it stale, and the next `synced` hands over the weights. This is the only place
+that starts or syncs a sampler."""
 
 from __future__ import annotations
 
@@ -68,9 +69,11 @@ class SyncedSampler:
     def at(self, reference: str) -> Iterator[Sampler]:
         """The sampler with the weights of a reference of the policy; the current ones are synced again on next use."""
         self.stale = True
-        with self._policy.at(reference):
-            yield self.synced()
-        self.stale = True
+        try:
+            with self._policy.at(reference):
+                yield self.synced()
+        finally:
+            self.stale = True
 
     def check_gap(self, step: int, gap: float) -> None:
         """RunError when the rollouts of a step were not the policy's: its log-probs and the sampler's differ by `gap`, in nats a

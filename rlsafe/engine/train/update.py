@@ -1,4 +1,4 @@
-"""The second half of every step, the same for SFT, GRPO and both at once: forward, penalties, backward, clip, step."""
+"""The second half of every step, steps 8 to 11, the same for SFT, GRPO and both at once: forward, penalties, backward, clip, step."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from rlsafe.types import Need
 def update(run: Components, state: RunState, step: Step, micros: list[Micro]) -> dict[str, Any]:
     """One optimizer step on the micro-batches of all its parts; gives its metrics.
 
-    It is begun again with halved micro-batches while memory does not suffice. A step with NaN or Inf in it changes no weight: its
-    batch is saved, and it stops the run or is left out (optim.on_nan). See `rlsafe.engine.train.faults`.
+    It is begun again with halved micro-batches while memory does not suffice, and RunError says when it cannot. A step with NaN or Inf
+    in it changes no weight: its batch is saved, and it is a RunError or skipped (optim.on_nan). See `rlsafe.engine.train.faults`.
     """
-    dropped, state.left_out = state.left_out, 0
-    if run.look_ahead:
+    left_out, state.left_out = state.left_out, 0  # rows that were too long
+    if run.look_ahead:  # the next step's rollouts are sampled beside this update
         state.ahead = run.look_ahead(run, state, step)
     while True:
         try:
-            metrics = _update(run, state, step, micros, dropped)
+            metrics = _forward_backward_step(run, state, step, micros, left_out)
             state.skipped = 0
             return metrics
         except NotFinite as error:
             run.optimizer.zero_grad()
-            return faults.left_out(run, state, step, micros, str(error))
+            return faults.skipped(run, state, step, micros, str(error))
         except RuntimeError as error:
             if not faults.out_of_memory(error) or state.began is None:
                 raise
@@ -47,11 +47,14 @@ def update(run: Components, state: RunState, step: Step, micros: list[Micro]) ->
         micros = faults.halved(run, state, step, micros, complaint)
 
 
-def _update(run: Components, state: RunState, step: Step, micros: list[Micro], dropped: int) -> dict[str, Any]:
+def _forward_backward_step(
+    run: Components, state: RunState, step: Step, micros: list[Micro], left_out: int
+) -> dict[str, Any]:
     needs = run.stack.needs if run.defended else set()
     if run.config.grpo.beta and step.path == "grpo":
         needs = needs | {Need("logprobs", run.config.grpo.reference)}  # the k3 term of the GRPO loss
-    plan = _plan(frozenset(needs))
+    plan = _forward_plan(frozenset(needs))
+    # 8. Count what each term is divided by.
     counts: Mapping[str, float] = count(micros, run.stack, run.config.grpo)
     if run.several:  # every rank runs as many micro-batches, and divides by the counts over all of them
         micros = even_out(micros, run.accelerator, run.policy)
@@ -63,6 +66,7 @@ def _update(run: Components, state: RunState, step: Step, micros: list[Micro], d
     parts = PartGradients.of(run, step) if run.defended else None  # when a defense reads parts of the gradient apart
     for number, micro in enumerate(micros):
         temperature = run.config.grpo.temperature if micro.batch.where.path == "grpo" else 1.0
+        # 9. One frozen forward for each distinct reference; the policy's own is the first thing of `loss.forward`.
         frozen = run.policy.frozen(micro.batch, plan, temperature) if plan.frozen else {}
         last = number == len(micros) - 1
         # Ranks add up their gradients under the last backward; shards under each one; parts by themselves (`gradients`).
@@ -71,12 +75,12 @@ def _update(run: Components, state: RunState, step: Step, micros: list[Micro], d
             nullcontext() if reduces else run.accelerator.no_sync(run.policy.module),
             run.stack.activations(run.policy, micro.batch.where) if run.defended else nullcontext(),
         ):
-            # Forward and penalties: each term is divided by its count over the whole step.
+            # 10. Loss and penalties: each term is divided by its count over the whole step.
             total, terms = loss.forward(run.policy, micro, frozen)
             if measure:
                 missing = any(name.startswith("defense/") for name in terms) and len(shares) < len(run.stack.penalized)
                 shares |= gradient_shares(run.effects, terms if missing else {}, total, leaves, run.policy.is_sharded)
-            # Backward.
+            # 11. Backward, the defenses' gradient hooks, clip, step, their weight hooks.
             if parts:
                 parts.backward(micro, total, terms)
             else:
@@ -84,21 +88,21 @@ def _update(run: Components, state: RunState, step: Step, micros: list[Micro], d
     loss.check()
     if parts or (run.defended and run.stack.reshaping):  # Defenses that change the gradient, before clipping.
         shares |= edit(run, parts)
-    metrics = _metrics(run, loss, dropped)
+    metrics = _metrics(run, loss, left_out)
     if "sampler_gap" in metrics:  # Where sampler and trainer disagree nothing is learned from the rollouts: RunError.
         run.sampler.check_gap(step.index, metrics["sampler_gap"])
-    norm = _step(run, state, step, micros)
+    norm = _clip_and_step(run, state, step, micros)
     if run.defended and run.stack.after_step(run.policy, "step"):
         run.sampler.weights_changed()
     return {"lr": step.lr, "grad_norm": norm} | metrics | shares
 
 
 @cache
-def _plan(needs: frozenset[Need]) -> ForwardPlan:
+def _forward_plan(needs: frozenset[Need]) -> ForwardPlan:
     return ForwardPlan.from_needs(needs)
 
 
-def _step(run: Components, state: RunState, step: Step, micros: Sequence[Micro]) -> float:
+def _clip_and_step(run: Components, state: RunState, step: Step, micros: Sequence[Micro]) -> float:
     """Clip, step, and tell the sampler that weights changed; gives the norm of the gradient. A norm that is NaN or infinite raises
     NotFinite, and no weight has changed."""
     for group in run.optimizer.param_groups:
@@ -107,6 +111,7 @@ def _step(run: Components, state: RunState, step: Step, micros: Sequence[Micro])
     limit = math.inf if run.config.optim.max_grad_norm is None else run.config.optim.max_grad_norm
     clipped = run.clip(parameters, limit) if run.clip else run.accelerator.clip_grad_norm_(parameters, limit)
     norm = float(clipped)
+    # Rows whose advantages are all 0 are rows: the gradient is 0, and the optimizer's moments still move the weights.
     has_rows = any(not micro.dummy for micro in micros)
     if run.several:
         has_rows = anywhere(has_rows, run.accelerator)
@@ -120,11 +125,11 @@ def _step(run: Components, state: RunState, step: Step, micros: Sequence[Micro])
     return norm
 
 
-def _metrics(run: Components, loss: StepLoss, dropped: int) -> dict[str, Any]:
+def _metrics(run: Components, loss: StepLoss, left_out: int) -> dict[str, Any]:
     """What the micro-batches summed up, over all ranks, under the names that metrics.jsonl has."""
     sums = loss.sums
-    if dropped:
-        sums["rows_left_out"] = dropped
+    if left_out:
+        sums["rows_left_out"] = left_out
     total: dict[str, float] = reduce_sums(sums, run.accelerator) if run.several else dict(sums)
     metrics: dict[str, Any] = {"loss": total.pop("loss", 0.0), "tokens": int(total.pop("tokens", 0.0))}
     gap, gap_tokens = total.pop("gap_sum", 0.0), total.pop("gap_tokens", 0.0)
