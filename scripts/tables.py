@@ -7,7 +7,7 @@
 A table stands in a page between `<!-- table NAME PATH KIND -->` and `<!-- /table -->`. KIND is
 
     long      the whole table of one path
-    short     two paths (joined by a comma) side by side; it may list the defenses: short:none,kl
+    short     two paths (joined by a comma) side by side, the first two verdicts; it may list the defenses: short:none,kl
     models    likewise, a row for each model, undefended
 """
 
@@ -80,11 +80,11 @@ def long(paths: dict[str, Any], path: str, labels: list[str]) -> list[str]:
 
 
 def short(paths: dict[str, Any], both: str, labels: list[str]) -> list[str]:
-    """Two paths side by side: general, in-domain, prevents EM."""
+    """Two paths side by side: general, in-domain, prevents EM, keeps narrow (without which prevention is no success)."""
     names = both.split(",")
     heads = ["defense"]
     for name in names:
-        heads += [f"{name.upper()}: general", "in-domain", "prevents EM"]
+        heads += [f"{name.upper()}: general", "in-domain", "prevents EM", "keeps narrow"]
     lines = []
     for label in labels or list(paths[names[0]]):
         line = [label]
@@ -94,6 +94,7 @@ def short(paths: dict[str, Any], both: str, labels: list[str]) -> list[str]:
                 percent(row["rates"].get("general")),
                 percent(row["rates"].get("indomain")),
                 _grade(row, "prevents_em"),
+                _grade(row, "keeps_narrow"),
             ]
         lines.append(line)
     return _markdown(heads, lines)
