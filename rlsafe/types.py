@@ -57,7 +57,7 @@ class Batch:
 
     ids, attention, loss_mask: [B, T] in the *train context* (what the gradient sees).
     advantages: [B] on the GRPO path, None on SFT.
-    sampler_logp: [B, T] the sampler's log-probs of the completion tokens in nats (0 outside `loss_mask`), or None: after temperature, and
+    sampler_logp: [B, T] the sampler's log-probs of the completion tokens, nats (0 outside `loss_mask`), or None: after temperature, and
         below top_p 1 within the nucleus drawn from. log_mass: [B, T] log of that nucleus's probability (0 with top_p 1) where a forward
         before the update found it, or None: `sampler_logp + log_mass` is over the whole vocabulary, as the trainer's log-probs are.
     old_logp: [B, T] log-probs in the train context before the update, in nats, when a rollout is used more than once or was sampled
