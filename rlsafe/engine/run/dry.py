@@ -132,18 +132,15 @@ def offline() -> Iterator[None]:
     """Hub libraries look into their caches only. `datasets` takes the sign over when it is imported, inside or earlier."""
     import huggingface_hub.constants
 
-    hub: Any = huggingface_hub.constants
-    before = hub.HF_HUB_OFFLINE
-    module: Any
+    hub, name = huggingface_hub.constants, "HF_HUB_OFFLINE"
+    before = getattr(hub, name)
     try:
-        for module in (hub, sys.modules.get("datasets.config")):
-            if module is not None:
-                module.HF_HUB_OFFLINE = True
+        for module in filter(None, (hub, sys.modules.get("datasets.config"))):
+            setattr(module, name, True)
         yield
     finally:
-        for module in (hub, sys.modules.get("datasets.config")):
-            if module is not None:
-                module.HF_HUB_OFFLINE = before
+        for module in filter(None, (hub, sys.modules.get("datasets.config"))):
+            setattr(module, name, before)
 
 
 def _remote(stream: StreamConfig) -> str | None:
