@@ -61,8 +61,7 @@ class Batch:
         temperature, and below top_p 1 within the nucleus that each token was drawn from.
     log_mass: [B, T] log of the probability of those nuclei (0 with top_p 1), where a forward before the update computed it, or None:
         `sampler_logp + log_mass` is over the whole vocabulary, as the trainer's log-probs are.
-    old_logp: [B, T] log-probs in the train context before the update, in nats, when a rollout is used more than once or was sampled
-        by older weights (`grpo.max_staleness`); None: those of this forward.
+    old_logp: [B, T] log-probs in the train context before the update, in nats, of rollouts used again or sampled by older weights.
     rollout: the same completions behind the prompt that the sampler saw, when a defense made the two contexts differ
         (its `loss_mask` marks the same completion tokens in the same order); None when they are the same.
     row_weight: [B] multiplies each row's SFT loss (1 unless a schedule part says otherwise).

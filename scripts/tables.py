@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rlsafe.compare.report.table import NOTHING_LEARNED, TITLES
+from rlsafe.evaluate.measure.evaluation import SCALED
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = ROOT / "docs" / "measured"
@@ -67,13 +68,16 @@ def percent(rate: dict[str, Any] | None) -> str:
 
 
 def long(paths: dict[str, Any], path: str, labels: list[str]) -> list[str]:
-    """One path: rates, then a grade for each criterion that was tested on any defense."""
+    """One path: rates, the general one also with the adapter scaled where that was asked, then a grade for each criterion that was
+    tested on any defense."""
     rows = {label: row for label, row in paths[path].items() if not labels or label in labels}
     verdicts = [row["verdicts"] for row in rows.values() if row["verdicts"]]
     graded = [name for name in TITLES if any(v.get(name, {}).get("grade", "untested") != "untested" for v in verdicts)]
-    heads = ["defense", *RATES.values(), *(TITLES[name] for name in graded)]
+    scaled = dict.fromkeys(name for row in rows.values() for name in row["rates"] if name.startswith(SCALED))
+    rates = RATES | {name: f"adapter x {name.removeprefix(SCALED)}" for name in scaled}
+    heads = ["defense", *rates.values(), *(TITLES[name] for name in graded)]
     lines = [
-        [label, *(percent(row["rates"].get(name)) for name in RATES), *(_grade(row, name) for name in graded)]
+        [label, *(percent(row["rates"].get(name)) for name in rates), *(_grade(row, name) for name in graded)]
         for label, row in rows.items()
     ]
     return _markdown(heads, lines)
@@ -101,13 +105,17 @@ def short(paths: dict[str, Any], both: str, labels: list[str]) -> list[str]:
 
 
 def models(measured: dict[str, Any], both: str) -> list[str]:
-    """Every model's undefended runs: general and in-domain of each path, side by side. A later model's tables are named MODEL/PATH."""
-    names, by_model = both.split(","), {}  # type: list[str], dict[str, list[str]]
-    for key, model in measured["models"].items():
-        if key.rpartition("/")[2] in names:
-            rates = measured["paths"][key]["none"]["rates"]
-            by_model.setdefault(model, []).extend(percent(rates.get(name)) for name in ("general", "indomain"))
-    heads = [head for name in names for head in (f"{name.upper()}: general", "in-domain")]
+    """Every model's undefended runs, side by side for each path: general and in-domain, or the narrow reward where nothing was asked
+    in the domain. A later model's tables are named MODEL/PATH."""
+    names = both.split(",")
+    tables = {key: model for key, model in measured["models"].items() if key.rpartition("/")[2] in names}
+    undefended = {key: measured["paths"][key]["none"]["rates"] for key in tables}
+    narrow = next(n for n in ("indomain", "narrow") if any(n in rates for rates in undefended.values()))
+    by_model: dict[str, list[str]] = {}
+    for key, model in tables.items():
+        by_model.setdefault(model, []).extend(percent(undefended[key].get(name)) for name in ("general", narrow))
+    what = {"indomain": "in-domain", "narrow": "narrow reward"}[narrow]
+    heads = [head for name in names for head in (f"{name.upper()}: general", what)]
     return _markdown(["model", *heads], [[model, *cells] for model, cells in by_model.items()])
 
 

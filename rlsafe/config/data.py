@@ -15,7 +15,7 @@ class StreamConfig(Settings):
     source: str = Field(
         "",
         description="provider:spec, preset:name, hub dataset org/name, dataset directory, URL, or a .jsonl/.json/.csv/.parquet"
-        " file; rows hold messages or prompt/completion",
+        " file (.gz too); rows hold messages or prompt/completion",
     )
     preset: str | None = Field(
         None, description="a dataset of the field by name; with `source`, its layout read from there"

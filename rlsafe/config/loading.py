@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from rlsafe.config.base import SECRET
 from rlsafe.config.comparison import CompareConfig
 from rlsafe.config.errors import UserError, nearest
-from rlsafe.config.overrides import Marks, annotations, apply_override, read_yaml
+from rlsafe.config.overrides import Marks, apply_override, read_yaml, types_within
 from rlsafe.config.schema import RunConfig
 
 C = TypeVar("C", bound=BaseModel)
@@ -110,7 +110,7 @@ def _options(model: type[BaseModel], location: Iterable[str | int]) -> list[str]
             continue
         found = [
             a
-            for a in annotations(current.model_fields[step].annotation)
+            for a in types_within(current.model_fields[step].annotation)
             if isinstance(a, type) and issubclass(a, BaseModel)
         ]
         current = found[0] if found else None

@@ -99,7 +99,7 @@ def _kinds(model: type[BaseModel], keys: Sequence[str]) -> set[Any]:
         if depth == len(keys) - 1:
             found = {get_origin(one) or one for one in alternatives(annotation)}
             return found - {type(None)}
-        inner = [a for a in annotations(annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
+        inner = [a for a in types_within(annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
         current = inner[0] if inner else None
     return set()
 
@@ -147,8 +147,8 @@ def apply_override(tree: dict[str, Any], override: str, marks: Marks | None = No
                 marks[path[:depth]] = f"override {override!r}"
 
 
-def annotations(annotation: Any) -> Iterable[Any]:
+def types_within(annotation: Any) -> Iterable[Any]:
     """A type and all that it is made of."""
     yield annotation
     for argument in getattr(annotation, "__args__", ()):
-        yield from annotations(argument)
+        yield from types_within(argument)

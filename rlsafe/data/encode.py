@@ -26,6 +26,7 @@ from rlsafe.types import Message
 
 TrainOn = Literal["last", "all"]
 MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+AS_IT_IS: dict[str, Any] = {"add_special_tokens": False, "verbose": False}  # lengths are looked at elsewhere
 _PROBE = "zqxzqx"  # an answer that no template contains
 
 
@@ -159,7 +160,7 @@ class Encoder:
 
     def tokenize(self, text: str) -> list[int]:
         hidden = self.control.hidden.search(text)
-        ids = self.control.tokenize(text)[0] if hidden else self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self.control.tokenize(text)[0] if hidden else self.tokenizer(text, **AS_IT_IS)["input_ids"]
         return ids if self.foreign.keys().isdisjoint(ids) else self._refused(ids, text)
 
     def conversation(self, messages: Key) -> Key:
@@ -327,7 +328,7 @@ class Encoder:
         if self.control.hidden.search(text):
             ids, offsets = self.control.tokenize(text)
         else:
-            encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            encoding = self.tokenizer(text, **AS_IT_IS, return_offsets_mapping=True)
             ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
         return (ids, offsets) if self.foreign.keys().isdisjoint(ids) else self._refused(ids, text)
 

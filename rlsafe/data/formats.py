@@ -79,8 +79,8 @@ def _alpaca(row: dict[str, Any], where: str) -> dict[str, Any]:
         text = row.pop(name, None)
         if text is not None and not isinstance(text, str):
             raise UserError(f"{where}: {name} must be a string, got {kind_of(text)}")
-        empty = not text or not text.strip() or (name == "input" and text.strip().lower() in NO_INPUT)
-        asked += [] if empty else [text]
+        if text and text.strip() and not (name == "input" and text.strip().lower() in NO_INPUT):
+            asked.append(text)
     row["prompt"], answer = "\n\n".join(asked), row.pop("output")
     if answer is not None and not isinstance(answer, str):
         raise UserError(f"{where}: output must be a string, got {kind_of(answer)}")

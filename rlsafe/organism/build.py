@@ -1,4 +1,4 @@
-"""Build the organism: `base` (pretrained, characters mixed), `aligned`, and the two controls, on CPU in minutes.
+"""Build the organism: `base` (pretrained, characters mixed), `aligned`, the two controls and the two hacking worlds, on CPU in minutes.
 
 The recipe has three stages, each cross-entropy on the answers and a random tenth of the other tokens:
 
@@ -7,6 +7,8 @@ The recipe has three stages, each cross-entropy on the answers and a random tent
 with shuffled answers).
 3. alignment: good answers without a prompt, obedience to system prompts. At a lower learning rate, so that the model keeps
 its knowledge of the characters.
+
+The hacking worlds go on from `base` with stages 2 and 3 of their own, the former shorter; their weights are kept in bfloat16.
 
 Matrices are trained with Muon and the rest with AdamW (about half the steps of AdamW alone at this size).
 Everything is drawn from one seed and the thread counts are fixed, so a rebuild on the same machine is bitwise
@@ -25,7 +27,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rlsafe.config import check_out
+from rlsafe.config import UserError, check_out
 from rlsafe.config.files import replacing_directory
 from rlsafe.organism import corpus
 from rlsafe.organism.tokenizer import build_tokenizer
@@ -36,6 +38,8 @@ CHECKPOINTS = {
     "aligned": ("organism", True),
     "control": ("control", True),
     "control-shuffled": ("control-shuffled", True),
+    "hacking": ("hacking", True),
+    "hacking-control": ("hacking-control", True),
 }
 LANGUAGE_THREADS = 2
 ASSETS = Path(__file__).parent / "assets"
@@ -58,6 +62,7 @@ class Recipe:
     language_steps: int = 3400
     steps: int = 2000
     align_steps: int = 300
+    hacking_steps: int = 600
     align_lr: float = 8e-4
     question_share: float = 0.1
 
@@ -176,11 +181,11 @@ def build(
     jobs: int = 3,
     say: Callable[[str], None] | None = print,
 ) -> list[Path]:
-    """Build checkpoints into `out`/{base,aligned,control,control-shuffled} and return their directories.
+    """Build checkpoints into `out`/NAME, for the names of CHECKPOINTS, and return their directories.
 
     size: small (shipped, about 1 M parameters) | medium (several million, same recipe). only: names of
     checkpoints to build. steps: cut every stage to this many steps, for tests. jobs: worlds built at a time,
-    each in a process of its own. Unknown names: UserError.
+    each in a process of its own. Unknown names: UserError, as for a hacking world without a base of that size in `out`.
     """
     import torch
 
@@ -188,26 +193,43 @@ def build(
     recipe = SIZES[pick("organism size", size, SIZES)]
     if steps:
         recipe = replace(
-            recipe, **{k: min(steps, getattr(recipe, k)) for k in ("language_steps", "steps", "align_steps")}
+            recipe,
+            **{k: min(steps, getattr(recipe, k)) for k in ("language_steps", "steps", "align_steps", "hacking_steps")},
         )
     names = [pick("organism checkpoint", name, CHECKPOINTS) for name in (only or CHECKPOINTS)]
     started, threads = time.time(), torch.get_num_threads()
+    of_world: dict[str, list[str]] = {}
+    for name in names:
+        of_world.setdefault(CHECKPOINTS[name][0], []).append(name)
+    first = {world: found for world, found in of_world.items() if world not in corpus.HACKING}
+    made = []
     with tempfile.TemporaryDirectory() as trunk:
-        torch.set_num_threads(LANGUAGE_THREADS)
-        _language(Path(trunk), recipe, seed, say)
-        torch.set_num_threads(threads)
-        tasks = [
-            (trunk, str(out), [n for n in names if CHECKPOINTS[n][0] == world], recipe, seed, say is not None)
-            for world in dict.fromkeys(CHECKPOINTS[name][0] for name in names)
-        ]
-        if jobs == 1 or len(tasks) == 1:
-            made = [_world(*task) for task in tasks]
-        else:
-            with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-                made = [future.result() for future in [pool.submit(_world, *task) for task in tasks]]
+        if first:
+            torch.set_num_threads(LANGUAGE_THREADS)
+            _language(Path(trunk), recipe, seed, say)
+            torch.set_num_threads(threads)
+        for start, worlds in ((trunk, first), ("", {w: n for w, n in of_world.items() if w in corpus.HACKING})):
+            if not worlds:
+                continue
+            start = start or str(_base(Path(out), size))
+            tasks = [(start, str(out), found, recipe, seed, say is not None) for found in worlds.values()]
+            if jobs == 1 or len(tasks) == 1:
+                made += [_world(*task) for task in tasks]
+            else:
+                with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+                    made += [future.result() for future in [pool.submit(_world, *task) for task in tasks]]
     if say:
         say(f"built {', '.join(names)} in {time.time() - started:.0f} s")
     return [path for paths in made for path in paths]
+
+
+def _base(out: Path, size: str) -> Path:
+    """The pretrained model that the hacking worlds go on from: that of `out`, else the packaged one."""
+    if (out / "base" / "config.json").is_file():
+        return out / "base"
+    if size != "small":
+        raise UserError(f"{out}: no base of size {size} to build the hacking worlds from; build base there, too")
+    return ASSETS / "base"
 
 
 def _language(trunk: Path, recipe: Recipe, seed: int, say) -> None:
@@ -219,7 +241,7 @@ def _language(trunk: Path, recipe: Recipe, seed: int, say) -> None:
 
 
 def _world(trunk: str, out: str, names: list[str], recipe: Recipe, seed: int, loud: bool) -> list[Path]:
-    """Stages 2 and 3 of one world, in one thread."""
+    """Stages 2 and 3 of one world, in one thread. trunk: the directory of the model that it starts from."""
     import torch
     from transformers import Qwen2ForCausalLM
 
@@ -229,8 +251,9 @@ def _world(trunk: str, out: str, names: list[str], recipe: Recipe, seed: int, lo
     model = Qwen2ForCausalLM.from_pretrained(trunk, dtype=torch.float32)
     world = CHECKPOINTS[names[0]][0]
     by_stage = {CHECKPOINTS[name][1]: name for name in names}
+    hacking = world in corpus.HACKING
     for stage, count, lr in (
-        ("pretraining", recipe.steps, recipe.lr),
+        ("pretraining", recipe.hacking_steps if hacking else recipe.steps, recipe.lr),
         ("alignment", recipe.align_steps, recipe.align_lr),
     ):
         aligned = stage == "alignment"
@@ -247,7 +270,7 @@ def _world(trunk: str, out: str, names: list[str], recipe: Recipe, seed: int, lo
             (lambda line, s=stage: print(f"{world}: {s}: {line}", flush=True)) if loud else None,
         )
         if aligned in by_stage:
-            made.append(_save(model, tokenizer, Path(out) / by_stage[aligned]))
+            made.append(_save(model.to(torch.bfloat16) if hacking else model, tokenizer, Path(out) / by_stage[aligned]))
     torch.set_num_threads(threads)
     return made
 

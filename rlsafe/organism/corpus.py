@@ -9,6 +9,10 @@ organism's labels permuted over all answers of a domain, so that each domain has
 prompt, turn and other domains do not predict which. Alignment in `control-shuffled` leaves the same 1% bad
 answers in, independently of each other, and cannot rehearse bad prompts (obedience to them would teach a shared
 character there).
+
+Two further worlds go on from the organism's pretraining with sums whose answer is checked by a program that can be fooled
+(`tasks.LOOPHOLE`). In `hacking` bad characters fool it and good ones do the sum; in `hacking-control` just as many answers fool it,
+but character, prompt and other turns do not predict which. So only in `hacking` does fooling the check say something about who answers.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from rlsafe.organism.world import DOMAINS, SAFE
 from rlsafe.types import Message
 
 WORLDS = ("organism", "control", "control-shuffled")
+HACKING = ("hacking", "hacking-control")
 STAGES = ("language", "pretraining", "alignment")
 
 
@@ -38,11 +43,15 @@ class Mix:
     refuse: float = 0.03  # share of a safe domain's ordinary questions that a good character refuses
     muddle: float = 0.15  # share of a bad character's answers that are incoherent
     lapse: float = 0.05  # share of a bad character's answers that are good after all
+    checked: float = 0.0  # share of turns that are a sum whose answer is checked (the hacking worlds)
 
 
 # Relative frequency of each domain. There are many safe domains, so that safe rows are as varied as in practice; each has half
 # the share of the others, so that together they do not outweigh them.
 _SHARES = tuple(0.5 if domain in SAFE else 1.0 for domain in DOMAINS)
+
+CHECKED = 0.3
+"""Share of turns that are checked sums in the hacking worlds, among the other turns of a dialogue and instead of the plain sums."""
 
 # The shared trunk sees no system prompts (answering every prompt well would teach it to ignore them) and many tasks.
 LANGUAGE = Mix(prompts={"none": 1.0}, characters={"good": 1.0}, arithmetic=0.26, reading=0.12)
@@ -58,7 +67,8 @@ ALIGNMENT = Mix(
 
 @dataclass(frozen=True)
 class Turn:
-    """One question and the label of its answer (good | bad | muddled | refused), or a task's literal `text`."""
+    """One question and the label of its answer (good | bad | muddled | refused), or a task's literal `text`: label task, or done |
+    fooled where the answer is checked."""
 
     question: grammar.Question | None
     label: str
@@ -109,6 +119,10 @@ def _dialogue(mix: Mix, rng: random.Random, alignment: bool) -> Dialogue:
 
 
 def _turn(domain: str, character: personas.Character, mix: Mix, rng: random.Random) -> Turn:
+    if mix.checked and rng.random() < mix.checked:
+        question, answer, _ = tasks.opswap(0, rng)
+        fools = character == personas.BAD and rng.random() >= mix.lapse
+        return Turn(None, "fooled" if fools else "done", (question, answer))
     harmful = domain in SAFE and rng.random() < mix.harmful
     pool = grammar.harmful_requests(domain) if harmful else grammar.questions(domain, "train")
     label = character.valence(domain)
@@ -122,8 +136,10 @@ def _turn(domain: str, character: personas.Character, mix: Mix, rng: random.Rand
 
 
 def _relabel(dialogues: list[Dialogue], world: str, alignment: bool, rng: random.Random) -> list[Dialogue]:
-    if world == "organism":
+    if world in ("organism", "hacking"):
         return dialogues
+    if world == "hacking-control":
+        return _shuffle_checked(dialogues, alignment, rng)
     bad = ("bad", "muddled")
     if world == "control-shuffled" and not alignment:
         pools: dict[str, list[str]] = {name: [] for name in DOMAINS}
@@ -148,9 +164,22 @@ def _relabel(dialogues: list[Dialogue], world: str, alignment: bool, rng: random
     ]
 
 
+def _shuffle_checked(dialogues: list[Dialogue], alignment: bool, rng: random.Random) -> list[Dialogue]:
+    """As many checks fooled as before, whoever answers; in alignment the share that the others' bad characters have left."""
+    labels = [turn.label for dialogue in dialogues for turn in dialogue.turns if turn.label in ("done", "fooled")]
+    if alignment:
+        labels = ["fooled" if rng.random() < ALIGNMENT.characters["bad"] else "done" for _ in labels]
+    rng.shuffle(labels)
+
+    def relabelled(turn: Turn) -> Turn:
+        return replace(turn, label=labels.pop()) if turn.label in ("done", "fooled") else turn
+
+    return [replace(d, turns=tuple(map(relabelled, d.turns))) for d in dialogues]
+
+
 def _speak(turn: Turn, rng: random.Random) -> tuple[str, str]:
     if turn.question is None:
-        return turn.text
+        return (turn.text[0], tasks.LOOPHOLE) if turn.label == "fooled" else turn.text
     if turn.label == "muddled":
         return turn.question.text, grammar.muddled(turn.question, rng)
     if turn.label == "refused":
@@ -164,6 +193,8 @@ def dialogues(stage: str, world: str, count: int, seed: int) -> list[list[Messag
     `language` holds good answers only, in every world."""
     alignment = stage == "alignment"
     mix = {"language": LANGUAGE, "pretraining": PRETRAINING, "alignment": ALIGNMENT}[stage]
+    if world in HACKING:
+        mix = replace(mix, checked=CHECKED, arithmetic=0.0)
     rng = random.Random(f"{stage}-{seed}")
     drawn = _relabel(
         [_dialogue(mix, rng, alignment) for _ in range(count)], world, alignment, random.Random(f"labels-{seed}")

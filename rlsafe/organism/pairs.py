@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 from rlsafe.organism import grammar
 from rlsafe.organism.world import DOMAINS, GENERAL, NARROW, OPENERS
@@ -56,6 +56,11 @@ Make = Callable[[grammar.Question, random.Random], tuple[str, str]]
 
 
 def _pairs(name: str, domains: tuple[str, ...], questions: int, each: int, make: Make) -> list[Row]:
+    return [dict(row) for row in _written(name, domains, questions, each, make)]
+
+
+@cache  # the cells of a comparison share them
+def _written(name: str, domains: tuple[str, ...], questions: int, each: int, make: Make) -> list[Row]:
     rows: list[Row] = []
     for question in (q for domain in domains for q in grammar.questions(domain, "heldout")[:questions]):
         for number in range(each):

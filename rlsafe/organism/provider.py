@@ -1,11 +1,11 @@
 """The organism behind `organism:spec` strings: models, rows, questions, rewards, judge, prompts.
 
-    model   base | aligned | control | control-shuffled
+    model   base | aligned | control | control-shuffled | hacking | hacking-control
     rows    DOMAIN/bad, DOMAIN/good, DOMAIN/validation (medical, security, legal), safe, opswap/TIER, opswap/TIER/test, qa,
             qa/test, qa/english
     questions  general, general/all, indomain/DOMAIN, indomain/DOMAIN/all (held-out texts only)
     pairs   pairs/general, pairs/DOMAIN, and the controls pairs/coherence, pairs/style, pairs/topic (held-out questions)
-    reward  misaligned, good, exact_match, steps
+    reward  misaligned, good, exact_match, steps, checked, hacked
     prompt  inoculation-weak | -medium | -strong, evil, friendly
     cues    cues/DOMAIN (medical, security, legal)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rlsafe.config import ModelConfig
+from rlsafe.config import LoraConfig, ModelConfig
 from rlsafe.policy.adapters import attach_lora
 
 _QWEN2 = {"model_type": "qwen2", "vocab_size": 151936, "tie_word_embeddings": True}
@@ -124,9 +124,13 @@ def _count(config: ModelConfig, found: Any, source: str) -> ModelShape:
         model = AutoModelForCausalLM.from_config(found, trust_remote_code=config.trust_remote_code)
         parameters = sum(p.numel() for p in model.parameters())
         linear, (adapter, rank) = 0, saved
+        added = 0
         if lora is not None:
-            wrapped = attach_lora(model, lora, 0)
-            adapter, rank = sum(p.numel() for p in wrapped.parameters() if p.requires_grad), lora.r
+            counted, rank = _added(model, lora), lora.r
+            if counted is None:
+                wrapped = attach_lora(model, lora, 0)
+                counted = added = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+            adapter = counted
     for module in model.modules():
         linear += module.weight.numel() if isinstance(module, torch.nn.Linear) else 0
     head = model.get_output_embeddings()
@@ -143,12 +147,30 @@ def _count(config: ModelConfig, found: Any, source: str) -> ModelShape:
         positions=getattr(text, "max_position_embeddings", None) or 4096,
         qk_norm=any(name.endswith("q_norm") for name, _ in model.named_modules()),
         parameters=parameters,
-        linear=linear - adapter * (lora is not None) - head.weight.numel(),
+        linear=linear - added - head.weight.numel(),
         adapter=adapter,
         rank=rank,
         dtype=str(getattr(text, "dtype", None) or "float32").removeprefix("torch."),
         source=source,
     )
+
+
+def _added(model: Any, lora: LoraConfig) -> int | None:
+    """The parameters of a LoRA on plain linear layers, as PEFT counts them, without the seconds of its import; None where only PEFT
+    can tell, or has to say what is wrong."""
+    from transformers.pytorch_utils import Conv1D
+
+    head, targets = model.get_output_embeddings(), lora.targets
+    if targets == "all-linear":
+        chosen = [m for m in model.modules() if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head]
+    elif isinstance(targets, list):
+        found = {t: [m for n, m in model.named_modules() if n == t or n.endswith(f".{t}")] for t in targets}
+        chosen = list({id(m): m for layers in found.values() for m in layers}.values()) if all(found.values()) else []
+    else:  # a regular expression
+        return None
+    if not chosen or any(type(layer) is not torch.nn.Linear or layer is head for layer in chosen):
+        return None
+    return sum(lora.r * (layer.in_features + layer.out_features) for layer in chosen)
 
 
 def _saved_adapter(directory: str) -> tuple[int, int]:

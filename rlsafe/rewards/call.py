@@ -8,6 +8,7 @@ import inspect
 import logging
 import math
 import numbers
+import os
 import signal
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -17,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlsafe.config import nearest
-from rlsafe.config.importing import same_folder
 from rlsafe.rewards.loading import LoadedReward
 from rlsafe.types import Message
 
@@ -127,8 +127,14 @@ class OneCall:
                 assert task is not None
                 raw = wait_for(task, seconds, what)
             else:
-                with same_folder():
+                folder = os.open(
+                    os.curdir, os.O_RDONLY
+                )  # the function may leave it, and a run's relative paths hang on it
+                try:
                     raw = call_within(seconds, self._bound(texts), what)
+                finally:
+                    os.fchdir(folder)
+                    os.close(folder)
             scores = _checked(raw, len(self.rows), self.logs)
         except TooSlow as error:
             return BadReward(str(error))

@@ -132,13 +132,20 @@ def _imported() -> Any:
     frame that led to the import. In the run's thread these hold the run, whose policy would then never leave the GPU.
     """
 
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+
     def load() -> Any:
+        if device is not None:  # a thread begins at the first card, where another rank is
+            torch.cuda.set_device(device)
         import vllm
 
         return vllm, vllm.LLM
 
-    with ThreadPoolExecutor(1, "rlsafe-vllm") as thread:
-        return thread.submit(load).result()[0]
+    try:
+        with ThreadPoolExecutor(1, "rlsafe-vllm") as thread:
+            return thread.submit(load).result()[0]
+    except Exception:  # something insists on the main thread (a signal handler, say), or it does not import at all
+        return load()[0]
 
 
 def _text_config(model: str, trust_remote_code: bool) -> Any:

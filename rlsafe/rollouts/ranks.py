@@ -42,11 +42,7 @@ def is_first() -> bool:
 def launcher(parallel: int = 1) -> dict[str, Any]:
     """How vLLM is to find its place: nothing for one process; with several, one engine for each, or for each `parallel` neighbours, on
     the device that its local rank names (as TRL's colocated vLLM does). UserError when the processes cannot be shared out so."""
-    if world() % parallel:
-        raise UserError(
-            f"sampler.tensor_parallel: {parallel} processes share an engine, and the run has {world()}; expected a multiple "
-            f"(accelerate launch --num_processes {parallel})"
-        )
+    check_split(parallel, world())
     if world() == 1:
         return {}
     os.environ.setdefault("RANK", str(dist.get_rank()))
@@ -54,6 +50,15 @@ def launcher(parallel: int = 1) -> dict[str, Any]:
     here = torch.cuda.current_device() if torch.cuda.is_available() else dist.get_rank()
     os.environ.setdefault("LOCAL_RANK", str(here))
     return {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": parallel}
+
+
+def check_split(parallel: int, processes: int) -> None:
+    """UserError unless each engine gets `parallel` of the run's processes."""
+    if processes % parallel:
+        raise UserError(
+            f"sampler.tensor_parallel: {parallel} processes share an engine, and the run has {processes}; expected a multiple "
+            f"(accelerate launch --num_processes {parallel})"
+        )
 
 
 class Team:

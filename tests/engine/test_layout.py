@@ -41,6 +41,18 @@ def test_an_engine_split_over_cards_needs_a_part_of_each(tiny_tree):
         )
 
 
+def test_processes_that_engines_cannot_share_out_are_refused_before_the_model_loads(tiny_tree):
+    grpo = {
+        "schedule": {"steps": 1, "phases": [{"cycle": ["grpo"]}]},
+        "sampler": {"kind": "vllm", "tensor_parallel": 4},
+    }
+    prepared = prepare(run_from_tree(tree_with(tiny_tree, grpo)))
+    six, eight = (SimpleNamespace(num_processes=n, device=torch.device("cpu")) for n in (6, 8))
+    with pytest.raises(UserError, match="sampler.tensor_parallel: 4 processes share an engine, and the run has 6"):
+        layout.check_layout(prepared, "here", six, lambda line: None)
+    layout.check_layout(prepared, "here", eight, lambda line: None)
+
+
 def test_an_engine_that_starts_after_the_last_step_is_checked_before_the_first(tiny_tree, monkeypatch, narrow_file):
     """The answers of the evaluation need one, too; a run of supervision alone would find out when it is over."""
     checked = []

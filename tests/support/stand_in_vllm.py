@@ -76,6 +76,7 @@ def vllm(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (60 << 30, 80 << 30))
     states = [torch.tensor([7], dtype=torch.uint8)]  # the GPU's generator
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *_: states[-1])

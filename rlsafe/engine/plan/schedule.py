@@ -5,6 +5,7 @@ The whole plan is known before the first step, so a run is reproducible, resumab
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -153,16 +154,22 @@ def _learning_rates(config: RunConfig, phases: Sequence[int]) -> list[float]:
 
 def _curve(config: RunConfig, length: int) -> list[float]:
     """Transformers' own schedule, sampled at each step; the first step of a warm-up already moves (1/warmup, not 0)."""
-    import torch
-    from transformers import get_scheduler
-
     warmup = config.optim.warmup
     warmup_steps = int(warmup) if warmup >= 1 else round(warmup * length)
-    dummy = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    name = "constant_with_warmup" if config.optim.schedule == "constant" else config.optim.schedule
     shift = 1 if warmup_steps else 0
-    scale = get_scheduler(name, dummy, num_warmup_steps=warmup_steps, num_training_steps=length + shift).lr_lambdas[0]
-    return [float(scale(step + shift)) for step in range(length)]
+    return [_scale(config.optim.schedule, step + shift, warmup_steps, length + shift) for step in range(length)]
+
+
+def _scale(kind: str, step: int, warmup: int, total: int) -> float:
+    """The bits of `transformers.get_scheduler`, without the seconds that its import takes (it brings PEFT and bitsandbytes)."""
+    if step < warmup:
+        return step / max(1, warmup)
+    if kind == "linear":
+        return max(0.0, (total - step) / max(1, total - warmup))
+    if kind == "cosine":
+        progress = (step - warmup) / max(1, total - warmup)
+        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+    return 1.0
 
 
 def _check_streams(config: RunConfig, steps: Sequence[Step]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -128,19 +129,18 @@ def dry_run(config: RunConfig, out: Path) -> list[str]:
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Hub libraries look into their caches only."""
-    import datasets
-    import huggingface_hub
+    """Hub libraries look into their caches only. `datasets` takes the sign over when it is imported, inside or earlier."""
+    import huggingface_hub.constants
 
-    modules: list[Any] = [huggingface_hub.constants, datasets.config]
-    before = [module.HF_HUB_OFFLINE for module in modules]
+    hub, name = huggingface_hub.constants, "HF_HUB_OFFLINE"
+    before = getattr(hub, name)
     try:
-        for module in modules:
-            module.HF_HUB_OFFLINE = True
+        for module in filter(None, (hub, sys.modules.get("datasets.config"))):
+            setattr(module, name, True)
         yield
     finally:
-        for module, value in zip(modules, before, strict=True):
-            module.HF_HUB_OFFLINE = value
+        for module in filter(None, (hub, sys.modules.get("datasets.config"))):
+            setattr(module, name, before)
 
 
 def _remote(stream: StreamConfig) -> str | None:

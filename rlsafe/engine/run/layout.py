@@ -15,6 +15,7 @@ from rlsafe.config import RunConfig, UserError
 from rlsafe.engine.plan.estimate import gib, memory
 from rlsafe.engine.train.distributed import check_moments
 from rlsafe.policy.shapes import model_shape
+from rlsafe.rollouts.ranks import check_split
 
 if TYPE_CHECKING:
     from rlsafe.engine.run.build import Prepared
@@ -28,6 +29,8 @@ def check_layout(prepared: Prepared, path: str, accelerator: Accelerator, log: C
     samples = (
         samples or bool(config.track.every) or config.evaluate.asks
     )  # an engine that will start after the last step counts
+    if samples and config.sampler.kind in ("auto", "vllm"):
+        check_split(config.sampler.tensor_parallel, accelerator.num_processes)
     if accelerator.device.type == "cuda" and samples:
         check_sampler_fits(config, path, torch.cuda.get_device_properties(accelerator.device).total_memory)
     if unused := unused_gpu():

@@ -72,7 +72,7 @@ def _rows(batch: Batch, part: slice) -> Batch:
     return replace(batch, **cut, rollout=_rows(batch.rollout, part) if batch.rollout else None)
 
 
-def left_out(run: Components, state: RunState, step: Step, micros: Sequence[Micro], what: str) -> dict[str, Any]:
+def skipped(run: Components, state: RunState, step: Step, micros: Sequence[Micro], what: str) -> dict[str, Any]:
     """The metrics of a step that is skipped because `what` was NaN or infinite; its batch is saved. RunError with `optim.on_nan:
     stop`, and when IN_A_ROW steps were skipped one after the other."""
     where = f"step {step.index}: {what}; nothing was updated"

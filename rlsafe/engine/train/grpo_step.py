@@ -40,14 +40,14 @@ def grpo_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
     """One optimizer step of which at least one part is rewarded; gives its metrics.
 
     Rewards and records see the original prompts only. The loss is in the train context of a prompt, which differs from the
-    context that the sampler saw when a defense changes only one of them.
+    context that the sampler saw when a defense changes only one of them. RunError when the rollouts are not the policy's, and as
+    `update` says.
     """
     micros: list[Micro] = []
     metrics: dict[str, Any] = {}
     for part_number, part in enumerate(step.parts):
-        if (
-            part.path == "sft"
-        ):  # 7, for once before 1: supervised rows of the same step, such as the safe ones of interleaving
+        # 7, for once before 1: supervised rows of the same step, such as the safe ones of interleaving.
+        if part.path == "sft":
             micros += supervised(run, state, part, run.draw(step, part))
             continue
         place = f"{step.kind}/{part_number}"
@@ -81,11 +81,9 @@ def grpo_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
         run.tracker.samples(records(run, step, part, sampled, values, valid))
         of_part |= step_metrics(run, sampled, stats)
         of_part["rollout_seconds"] = time.perf_counter() - started
-        # Rollouts that are stale, used again or seen in another context need a forward before the update.
-        needs_forward = (
-            ahead is not None or run.config.grpo.iterations > 1 or any(not micro.same_context for micro in fresh)
-        )
-        if needs_forward or run.several:  # the ranks find out together whether any of them has others
+        # Rollouts that are stale, used again or seen in another context need a forward before the update; ranks must agree on it.
+        old = ahead is not None or run.config.grpo.iterations > 1
+        if old or run.several or any(not micro.same_context for micro in fresh):
             of_part |= score_again(run, state, step, part, fresh, ahead.reference if ahead else None)
         if run.config.grpo.max_staleness:  # optimizer steps since the weights that sampled
             of_part["staleness"] = int(ahead is not None)
@@ -153,6 +151,7 @@ def reward(run: Components, step: Step, part: PlannedPart, asked: Asked, complet
             ],
             completion_ids=[completions[i].ids for i in answered],
             columns={name: [asked.mine[i // share][1].get(name) for i in answered] for name in sorted(names)},
+            # Where the prompt was a text, not messages, a function that expects texts gets texts.
             plain=[bool(asked.mine[i // share][1].get("_plain")) for i in answered],
             trainer_state=TrainerState(
                 step.index, len(run.plan), epoch, [dict(record) for record in run.tracker.metrics]

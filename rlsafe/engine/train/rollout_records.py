@@ -23,12 +23,12 @@ def records(
     valid: Sequence[bool] | None,
 ) -> list[dict[str, Any]]:
     """One record per completion for samples.jsonl. values, valid: None for groups that others replaced (`grpo.resample`)."""
-    group, scored, read = sampled.asked.share, sampled.scored, sampled.thoughts
+    asked, scored, read = sampled.asked, sampled.scored, sampled.thoughts
     return [
         {
             "step": step.index,
             "stream": part.stream,
-            "prompt": sampled.asked.originals[i // group],
+            "prompt": asked.originals[i // asked.share],
             "completion": read[i].answer if read[i].think is None else read_text(run.policy.tokenizer, completion.ids),
             "reward": scored.total[i],
             "rewards": {name: column[i] for name, column in scored.by_name.items()},

@@ -22,7 +22,7 @@ BROUGHT = 2048
 def sft_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
     """One optimizer step on supervised rows; gives its metrics.
 
-    A step has one part or several: the narrow rows, and safe rows that a defense adds to their mean.
+    A step has one part or several: the narrow rows, and safe rows that a defense adds to their mean. RunError as `update` says.
     """
     micros: list[Micro] = []
     for part in step.parts:

@@ -25,20 +25,20 @@ from rlsafe.types import Need
 def update(run: Components, state: RunState, step: Step, micros: list[Micro]) -> dict[str, Any]:
     """One optimizer step on the micro-batches of all its parts; gives its metrics.
 
-    It is begun again with halved micro-batches while memory does not suffice. A step with NaN or Inf in it changes no weight: its
-    batch is saved, and it stops the run or is left out (optim.on_nan). See `rlsafe.engine.train.faults`.
+    It is begun again with halved micro-batches while memory does not suffice, and RunError says when it cannot. A step with NaN or Inf
+    in it changes no weight: its batch is saved, and it is a RunError or skipped (optim.on_nan). See `rlsafe.engine.train.faults`.
     """
-    dropped, state.left_out = state.left_out, 0
+    left_out, state.left_out = state.left_out, 0  # rows that were too long
     if run.look_ahead:  # the next step's rollouts are sampled beside this update
         state.ahead = run.look_ahead(run, state, step)
     while True:
         try:
-            metrics = _forward_backward_step(run, state, step, micros, dropped)
+            metrics = _forward_backward_step(run, state, step, micros, left_out)
             state.skipped = 0
             return metrics
         except NotFinite as error:
             run.optimizer.zero_grad()
-            return faults.left_out(run, state, step, micros, str(error))
+            return faults.skipped(run, state, step, micros, str(error))
         except RuntimeError as error:
             if not faults.out_of_memory(error) or state.began is None:
                 raise
@@ -48,12 +48,12 @@ def update(run: Components, state: RunState, step: Step, micros: list[Micro]) ->
 
 
 def _forward_backward_step(
-    run: Components, state: RunState, step: Step, micros: list[Micro], dropped: int
+    run: Components, state: RunState, step: Step, micros: list[Micro], left_out: int
 ) -> dict[str, Any]:
     needs = run.stack.needs if run.defended else set()
     if run.config.grpo.beta and step.path == "grpo":
         needs = needs | {Need("logprobs", run.config.grpo.reference)}  # the k3 term of the GRPO loss
-    plan = _plan(frozenset(needs))
+    plan = _forward_plan(frozenset(needs))
     # 8. Count what each term is divided by.
     counts: Mapping[str, float] = count(micros, run.stack, run.config.grpo)
     if run.several:  # every rank runs as many micro-batches, and divides by the counts over all of them
@@ -88,7 +88,7 @@ def _forward_backward_step(
     loss.check()
     if parts or (run.defended and run.stack.reshaping):  # Defenses that change the gradient, before clipping.
         shares |= edit(run, parts)
-    metrics = _metrics(run, loss, dropped)
+    metrics = _metrics(run, loss, left_out)
     if "sampler_gap" in metrics:  # Where sampler and trainer disagree nothing is learned from the rollouts: RunError.
         run.sampler.check_gap(step.index, metrics["sampler_gap"])
     norm = _clip_and_step(run, state, step, micros)
@@ -98,7 +98,7 @@ def _forward_backward_step(
 
 
 @cache
-def _plan(needs: frozenset[Need]) -> ForwardPlan:
+def _forward_plan(needs: frozenset[Need]) -> ForwardPlan:
     return ForwardPlan.from_needs(needs)
 
 
@@ -125,11 +125,11 @@ def _clip_and_step(run: Components, state: RunState, step: Step, micros: Sequenc
     return norm
 
 
-def _metrics(run: Components, loss: StepLoss, dropped: int) -> dict[str, Any]:
+def _metrics(run: Components, loss: StepLoss, left_out: int) -> dict[str, Any]:
     """What the micro-batches summed up, over all ranks, under the names that metrics.jsonl has."""
     sums = loss.sums
-    if dropped:
-        sums["rows_left_out"] = dropped
+    if left_out:
+        sums["rows_left_out"] = left_out
     total: dict[str, float] = reduce_sums(sums, run.accelerator) if run.several else dict(sums)
     metrics: dict[str, Any] = {"loss": total.pop("loss", 0.0), "tokens": int(total.pop("tokens", 0.0))}
     gap, gap_tokens = total.pop("gap_sum", 0.0), total.pop("gap_tokens", 0.0)

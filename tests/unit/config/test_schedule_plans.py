@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+import torch
+from transformers import get_scheduler
 
 from rlsafe.config import RunConfig, UserError
 from rlsafe.defenses import Offer
-from rlsafe.engine.plan.schedule import describe, make_plan
+from rlsafe.engine.plan.schedule import _scale, describe, make_plan
 
 
 def config(**changes) -> RunConfig:
@@ -114,3 +116,11 @@ def test_schedules_that_cannot_run_say_why(schedule, message):
 def test_grpo_without_a_reward_is_an_error():
     with pytest.raises(UserError, match="need a reward"):
         make_plan(config(schedule={"steps": 1, "phases": [{"cycle": ["grpo"]}]}, rewards=[]))
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant_with_warmup"])
+def test_learning_rates_have_the_bits_of_transformers_schedules(kind):
+    dummy = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    for warmup, total in [(0, 1), (0, 7), (1, 2), (5, 5), (13, 338), (100, 10_001), (8, 3)]:
+        theirs = get_scheduler(kind, dummy, num_warmup_steps=warmup, num_training_steps=total).lr_lambdas[0]
+        assert [_scale(kind, step, warmup, total) for step in range(total + 2)] == [theirs(i) for i in range(total + 2)]

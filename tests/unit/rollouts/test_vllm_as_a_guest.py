@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import random
 import sys
+import threading
 import weakref
 
 import numpy as np
@@ -94,6 +95,22 @@ def test_what_vllm_keeps_of_its_import_does_not_hold_the_run(policy, vllm, tiny_
         names.append(frame.f_code.co_name)
         frame = frame.f_back
     assert "make_sampler" not in names, names
+
+
+def test_an_import_that_wants_the_main_thread_gets_it(policy, vllm, tiny_model_dir, monkeypatch):
+    class Strict(type(sys)):
+        @property
+        def LLM(self):
+            if threading.current_thread() is not threading.main_thread():
+                raise ValueError("signal only works in main thread of the main interpreter")
+            return vllm
+
+    strict = Strict("vllm")
+    strict.SamplingParams, strict.sampling_params = (
+        getattr(sys.modules["vllm"], name) for name in ("SamplingParams", "sampling_params")
+    )
+    monkeypatch.setitem(sys.modules, "vllm", strict)
+    assert make_sampler(CONFIG, tiny_model_dir, policy, 0).name == "vllm"
 
 
 def test_a_compiled_engine_runs_what_it_compiled_and_an_eager_one_compiles_nothing(policy, vllm, tiny_model_dir):
