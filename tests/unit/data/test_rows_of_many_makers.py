@@ -28,10 +28,10 @@ def only(tmp_path, row, notes=None, **settings):
 @pytest.mark.parametrize(
     "name, data",
     [
-        ("rows.jsonl.gz", gzip.compress(LINE)),
-        ("packed.jsonl", gzip.compress(LINE)),
-        ("rows.json.gz", gzip.compress(b"[" + LINE + b"]")),
-        ("rows.csv.gz", gzip.compress(b"prompt,completion\nwhy?,because.\n")),
+        ("rows.jsonl.gz", gzip.compress(LINE, mtime=0)),
+        ("packed.jsonl", gzip.compress(LINE, mtime=0)),
+        ("rows.json.gz", gzip.compress(b"[" + LINE + b"]", mtime=0)),
+        ("rows.csv.gz", gzip.compress(b"prompt,completion\nwhy?,because.\n", mtime=0)),
         ("rows.ndjson", LINE),
         ("ROWS.JSONL", LINE),
         ("rows.tsv", b"prompt\tcompletion,gold\nwhy?\tbecause.\n".replace(b",gold", b"")),
@@ -51,11 +51,11 @@ def test_files_of_many_makers_hold_the_same_row(tmp_path, name, data):
 @pytest.mark.parametrize(
     "name, data, reason",
     [
-        ("cut.jsonl.gz", gzip.compress(LINE * 50)[:-9], r"cut.jsonl.gz: cannot be read: Compressed file ended"),
+        ("cut.jsonl.gz", gzip.compress(LINE * 50, mtime=0)[:-9], r"cut.jsonl.gz: cannot be read: Compressed file ended"),
         ("bare.jsonl", b"[\n " + LINE + b"\n]\n", "bare.jsonl:1: not JSON.*one list of all rows belongs in a .json"),
         ("one_line.jsonl", b"[" + LINE + b"]", "one_line.jsonl:1: expected an object.*belongs in a .json file"),
         ("wrapped.json", b'{"rows": [' + LINE + b"]}", "got an object with the keys rows"),
-        ("rows.parquet.gz", gzip.compress(LINE), "files of type .gz cannot be read"),
+        ("rows.parquet.gz", gzip.compress(LINE, mtime=0), "files of type .gz cannot be read"),
         ("dolly.jsonl", b'{"instruction": "i", "context": "c", "response": "r"}',
          "columns: {instruction: instruction, input: context, output: response}"),
         ("gsm.jsonl", b'{"question": "q", "answer": "a"}', "columns: {prompt: question, completion: answer}"),
