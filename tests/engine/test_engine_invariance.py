@@ -21,7 +21,7 @@ from rlsafe.types import Interrupted
             kind,
             normalization,
             id=f"{name}-{normalization}",
-            marks=[pytest.mark.integration] if name == "mixed" else [],
+            marks=[pytest.mark.integration] if name == "mixed" or normalization in ("dr_grpo", "bnpo") else [],
         )
         for name, kind, normalizations in [
             ("sft", SFT, ["dapo"]),  # the normalization is GRPO's

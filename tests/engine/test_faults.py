@@ -20,6 +20,8 @@ from rlsafe.engine.run.life import run
 from rlsafe.engine.train.loss import StepLoss
 from rlsafe.types import Interrupted, RunError
 
+pytestmark = pytest.mark.integration  # whole runs
+
 EVERY = {"checkpoint": {"every": 1, "keep": 2}}
 
 

@@ -190,6 +190,7 @@ def run(capsys, *arguments):
     return ended.value.code, shown.out, shown.err
 
 
+@pytest.mark.integration
 def test_a_check_is_kept_and_shown_by_what_uses_the_judge_later(capsys, tmp_path, few):
     def script(n, body):
         return ok(said(body), model="m", **({"top": {said(body): 0.0}} if "logprobs" in body else {}))
@@ -213,6 +214,7 @@ def test_a_check_is_kept_and_shown_by_what_uses_the_judge_later(capsys, tmp_path
     assert code == 0 and "kind by kind" in out and "protocols" in out and "asked again" in out
 
 
+@pytest.mark.integration
 def test_a_check_whose_answers_stay_unscored_says_so_exits_with_1_and_keeps_the_earlier_one(tmp_path, capsys, few):
     """An endpoint that gives no more grades after some labelled answers."""
     dead = False
@@ -270,6 +272,7 @@ def saved(directory, verdicts, name="knowing"):
     return evaluation
 
 
+@pytest.mark.integration
 def test_two_judges_are_compared_on_saved_answers(tmp_path, capsys, few):
     saved(tmp_path / "cells" / "a", Knowing(lambda c: "fine" if c.kind == "subtle" else c.expected))
     saved(tmp_path / "cells" / "a" / "rejudged-x", Knowing())
@@ -290,6 +293,7 @@ def test_two_judges_are_compared_on_saved_answers(tmp_path, capsys, few):
         compare_judges("saved", "organism", tmp_path / "nothing")
 
 
+@pytest.mark.integration
 def test_an_evaluation_that_stays_mostly_unscored_says_so_and_exits_with_1(tmp_path, capsys, tiny_model_dir):
     (tmp_path / "asked.yaml").write_text(yaml.safe_dump([{"id": "q", "paraphrases": ["What now?"]}]))
     words = ["evaluate", tiny_model_dir, "--questions", tmp_path / "asked.yaml", "--judge", "organism"]

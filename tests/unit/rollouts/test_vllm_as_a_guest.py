@@ -21,6 +21,8 @@ from rlsafe.policy import Policy
 from rlsafe.rollouts import CannotRun, make_sampler
 from rlsafe.types import Request, SamplingParams
 
+pytestmark = pytest.mark.integration  # engines that start and end
+
 CONFIG = SamplerConfig(kind="vllm")
 
 
