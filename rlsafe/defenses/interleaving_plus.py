@@ -13,7 +13,7 @@ from pydantic import Field
 from rlsafe.config import UserError
 from rlsafe.data import require_answers
 from rlsafe.data.selection_scores import read_scores, row_key
-from rlsafe.defenses.auto import AUTO
+from rlsafe.defenses.auto import AUTO, is_auto
 from rlsafe.defenses.base import SetupContext
 from rlsafe.defenses.interleaving import Count, Interleaving
 from rlsafe.defenses.registry import defense
@@ -38,12 +38,12 @@ class InterleavingPlus(Interleaving):
     ):
         super().__init__(**interleaving)
         self.scores, self.top = scores, top
-        if not scores.startswith(AUTO) and not Path(scores).is_file():
+        if not is_auto(scores) and not Path(scores).is_file():
             read_scores(scores)  # UserError when the file is missing
 
     def choose(self, rows: list[Row], context: SetupContext) -> list[Row]:
         """The `top` rows by score. UserError when rows have no scores."""
-        if self.scores.startswith(AUTO):
+        if is_auto(self.scores):
             raise UserError(
                 f"defense {self.name!r}: scores: {AUTO} is for comparisons with a selection section; for a single run "
                 "name the file that `rlsafe select CONFIG --out DIR` writes (DIR/scores.jsonl)"

@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rlsafe.config import UserError, check_out
-from rlsafe.config.files import replacing_directory
+from rlsafe.config.files import read_json, replacing_directory
 from rlsafe.organism import corpus
 from rlsafe.organism.tokenizer import build_tokenizer
 from rlsafe.types import pick
@@ -201,35 +201,40 @@ def build(
     of_world: dict[str, list[str]] = {}
     for name in names:
         of_world.setdefault(CHECKPOINTS[name][0], []).append(name)
-    first = {world: found for world, found in of_world.items() if world not in corpus.HACKING}
+    hacking = {world: of_world.pop(world) for world in corpus.HACKING if world in of_world}
     made = []
-    with tempfile.TemporaryDirectory() as trunk:
-        if first:
+    if of_world:
+        with tempfile.TemporaryDirectory() as trunk:
             torch.set_num_threads(LANGUAGE_THREADS)
             _language(Path(trunk), recipe, seed, say)
             torch.set_num_threads(threads)
-        for start, worlds in ((trunk, first), ("", {w: n for w, n in of_world.items() if w in corpus.HACKING})):
-            if not worlds:
-                continue
-            start = start or str(_base(Path(out), size))
-            tasks = [(start, str(out), found, recipe, seed, say is not None) for found in worlds.values()]
-            if jobs == 1 or len(tasks) == 1:
-                made += [_world(*task) for task in tasks]
-            else:
-                with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-                    made += [future.result() for future in [pool.submit(_world, *task) for task in tasks]]
+            made += _worlds(trunk, str(out), of_world, recipe, seed, jobs, say is not None)
+    if hacking:
+        made += _worlds(str(_base(Path(out), recipe)), str(out), hacking, recipe, seed, jobs, say is not None)
     if say:
         say(f"built {', '.join(names)} in {time.time() - started:.0f} s")
+    return made
+
+
+def _worlds(
+    start: str, out: str, of_world: dict[str, list[str]], recipe: Recipe, seed: int, jobs: int, loud: bool
+) -> list[Path]:
+    """The checkpoints of several worlds that start from the model in `start`, `jobs` worlds at a time."""
+    tasks = [(start, out, names, recipe, seed, loud) for names in of_world.values()]
+    if jobs == 1 or len(tasks) == 1:
+        made = [_world(*task) for task in tasks]
+    else:
+        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+            made = [future.result() for future in [pool.submit(_world, *task) for task in tasks]]
     return [path for paths in made for path in paths]
 
 
-def _base(out: Path, size: str) -> Path:
-    """The pretrained model that the hacking worlds go on from: that of `out`, else the packaged one."""
-    if (out / "base" / "config.json").is_file():
-        return out / "base"
-    if size != "small":
-        raise UserError(f"{out}: no base of size {size} to build the hacking worlds from; build base there, too")
-    return ASSETS / "base"
+def _base(out: Path, recipe: Recipe) -> Path:
+    """The pretrained model that the hacking worlds go on from: that of `out` or the packaged one, whichever has the recipe's size."""
+    for directory in (out / "base", ASSETS / "base"):
+        if (read_json(directory / "config.json") or {}).get("hidden_size") == recipe.hidden:
+            return directory
+    raise UserError(f"{out}: no base of this size to build the hacking worlds from; build base there, too")
 
 
 def _language(trunk: Path, recipe: Recipe, seed: int, say) -> None:
@@ -240,15 +245,15 @@ def _language(trunk: Path, recipe: Recipe, seed: int, say) -> None:
     model.save_pretrained(trunk)
 
 
-def _world(trunk: str, out: str, names: list[str], recipe: Recipe, seed: int, loud: bool) -> list[Path]:
-    """Stages 2 and 3 of one world, in one thread. trunk: the directory of the model that it starts from."""
+def _world(start: str, out: str, names: list[str], recipe: Recipe, seed: int, loud: bool) -> list[Path]:
+    """Stages 2 and 3 of one world, in one thread. start: the directory of the model that it goes on from."""
     import torch
     from transformers import Qwen2ForCausalLM
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     tokenizer, made = build_tokenizer(), []
-    model = Qwen2ForCausalLM.from_pretrained(trunk, dtype=torch.float32)
+    model = Qwen2ForCausalLM.from_pretrained(start, dtype=torch.float32)
     world = CHECKPOINTS[names[0]][0]
     by_stage = {CHECKPOINTS[name][1]: name for name in names}
     hacking = world in corpus.HACKING

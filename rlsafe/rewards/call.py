@@ -127,9 +127,8 @@ class OneCall:
                 assert task is not None
                 raw = wait_for(task, seconds, what)
             else:
-                folder = os.open(
-                    os.curdir, os.O_RDONLY
-                )  # the function may leave it, and a run's relative paths hang on it
+                # The function may leave the working directory, and a run's relative paths hang on it.
+                folder = os.open(os.curdir, os.O_RDONLY)
                 try:
                     raw = call_within(seconds, self._bound(texts), what)
                 finally:

@@ -15,7 +15,7 @@ from typing import Any
 
 from rlsafe.config import DataConfig, EvaluateConfig, RunConfig, SelectionConfig, StreamConfig, UserError, nearest
 from rlsafe.defenses import build as build_defenses
-from rlsafe.defenses.auto import ADAPTER, AUTO
+from rlsafe.defenses.auto import ADAPTER, AUTO, is_auto
 from rlsafe.evaluate.measure.hashing import digest
 
 FILE = "scores.jsonl"
@@ -107,9 +107,9 @@ def pending(
             selection = select(StreamConfig(source=source) if source else run.data.safe)
             settings["scores"] = f"{AUTO}:{selection.key}"
             selections.append(selection)
-        if (adapter := str(settings.get("adapter"))).startswith(AUTO) and made.strength:
+        if is_auto(settings.get("adapter")) and made.strength:
             helpers = replace(select(run.data.safe), scored=False)
-            settings["adapter"] = helpers.helper(made.name, adapter)
+            settings["adapter"] = helpers.helper(made.name, settings["adapter"])
             selections.append(helpers)
     return (run.model_copy(update={"defenses": resolved}) if selections else run), tuple(selections)
 
@@ -118,9 +118,9 @@ def fill(run: RunConfig, directory: Path) -> RunConfig:
     """The run with the scores file in DIRECTORY/KEY, or the helper's adapter, in place of every `auto:...` that `pending` wrote."""
 
     def found(key: str, value: Any) -> Any:
-        if key not in ("scores", "adapter") or not str(value).startswith(f"{AUTO}:"):
+        if key not in ("scores", "adapter") or not is_auto(value):
             return value
-        place, _, label = str(value).removeprefix(f"{AUTO}:").partition("/")
+        place, _, label = value.removeprefix(f"{AUTO}:").partition("/")
         return str(directory / place / FILE if key == "scores" else adapter_of(directory / place, label, run))
 
     entries = []

@@ -97,3 +97,9 @@ def test_a_single_run_has_no_helpers(tiny_tree, tmp_path, entry):
     tiny_tree["schedule"] = {"steps": 1, "phases": [{"cycle": ["sft"]}]}
     with pytest.raises(UserError, match="auto:legal is for comparisons with a selection section"):
         train({**tiny_tree, "defenses": [entry]}, tmp_path / "run")
+
+
+def test_a_directory_whose_name_begins_like_it_is_a_directory(tiny_tree, tmp_path):
+    path = made(tiny_tree, tmp_path, trait={"inoculation-adapter": {"adapter": "automatic/adapter"}})
+    cell = cell_of(path, "trait")
+    assert cell.selections == () and cell.config.defenses[0]["inoculation-adapter"]["adapter"] == "automatic/adapter"

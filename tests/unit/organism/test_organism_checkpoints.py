@@ -115,6 +115,16 @@ def test_controls_learn_from_other_answers(tmp_path, monkeypatch):
     assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
 
 
+def test_hacking_worlds_go_on_from_a_base_of_their_size(tmp_path, monkeypatch):
+    small(monkeypatch)
+    with pytest.raises(UserError, match="build base there, too"):
+        build(tmp_path, only=["hacking"], steps=2, say=None)
+    build(tmp_path, only=["base", "hacking", "hacking-control"], steps=12, jobs=1, say=None)
+    base, one, other = (load_file(tmp_path / n / "model.safetensors") for n in ("base", "hacking", "hacking-control"))
+    assert {k: v.shape for k, v in one.items()} == {k: v.shape for k, v in base.items()}
+    assert any(not torch.equal(one[k], other[k]) for k in one)
+
+
 def test_medium_size_is_several_million_parameters():
     model = new_model(SIZES["medium"], len(build_tokenizer()), pad=0, end=1, seed=0)
     assert 3e6 < sum(p.numel() for p in model.parameters()) < 10e6
