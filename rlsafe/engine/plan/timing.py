@@ -14,17 +14,18 @@ from functools import lru_cache
 from rlsafe.config import RunConfig
 from rlsafe.policy.shapes import ModelShape
 
-TRAINING, FORWARD, DECODING = 0.68, 0.8, 0.45
-"""Of a large matrix product's speed, what each of them reaches on one thread; the few rows of a decoding step reach least."""
-SHARED = 0.75
-"""What is left of it where several threads share the work: only the products gain much by them."""
-LAYER_PASS, LAYER_STEP = 0.7e-3, 1.5e-3
-"""Seconds of a block in each pass over a micro-batch (a backward counts twice), and in each decoding step, besides its products."""
+PRODUCTS, DECODING = 0.8, 0.45
+"""Of a large matrix product's speed, what those of a forward or backward reach, and those of the few rows of a decoding step."""
+ELEMENT = 4e-8
+"""Seconds of all else in a block for each unit of width of a token, forward (a backward counts twice): norms, attention, activations.
+They wait for memory, so that further threads help little."""
+LAYER_PASS, LAYER_STEP = 1e-3, 1.5e-3
+"""Seconds of a block in each pass over a micro-batch (a backward counts twice), and in each decoding step, whatever its width."""
 SEQUENCE = 1.4e-4
 """Seconds that vLLM's scheduler, its noise and its output take for each token of a sequence."""
-SYNC = 10e-3
+SYNC = 1e-2
 """Seconds of a block when weights are handed to the sampler."""
-LOGIT = 45e-9
+LOGIT = 2.5e-8
 """Seconds of a logit in a divergence over the whole vocabulary: both softmaxes and their backward."""
 BEGIN, START = 1.5, 12.0
 """Seconds until a run's first step, and until a process has its libraries and its sampler's engine."""
@@ -34,11 +35,10 @@ LENGTH = 0.8
 
 @dataclass(frozen=True)
 class Speed:
-    """flops: of a matrix product in a second; bandwidth: bytes read in a second. threads: that did it."""
+    """flops: of a matrix product in a second; bandwidth: bytes read in a second."""
 
     flops: float
     bandwidth: float
-    threads: int = 1
 
 
 @dataclass(frozen=True)
@@ -72,18 +72,18 @@ def sampling(answers: float, prompt: float, length: float, longest: float, at_on
 
 def seconds(config: RunConfig, shape: ModelShape, load: Load, speed: Speed) -> tuple[float, float]:
     """(of training, of sampling and scoring)."""
-    products = shape.linear + shape.vocab * shape.hidden
+    products, wide = shape.linear + shape.vocab * shape.hidden, shape.layers * shape.hidden
     size = 2 if config.model.dtype in ("bfloat16", "float16") else 4
     lora = config.model.lora is not None or config.model.adapter is not None
-    weights = (2 if lora else 3) + bool(config.model.gradient_checkpointing)
-    flops = speed.flops * (SHARED if speed.threads > 1 else 1.0)
-    update = 2 * (products * weights + shape.adapter * (weights + 1)) * load.trained
-    update += 2 * (products + 2 * shape.adapter) * load.again
-    training = update / (TRAINING * flops) + load.compared * shape.vocab * LOGIT / speed.threads
-    training += load.passes * shape.layers * LAYER_PASS + load.runs * BEGIN
-    reading = load.steps * (products * size / speed.bandwidth + LAYER_STEP * shape.layers)
-    decoding = reading + load.decoded * (2 * products / (DECODING * flops) + SEQUENCE)
-    scoring = 2 * products * load.forwarded / (FORWARD * flops) + load.syncs * SYNC * shape.layers
+    again = bool(config.model.gradient_checkpointing)
+    flops, passes = PRODUCTS * speed.flops, (2 if lora else 3) + again  # frozen weights have no gradient
+    training = 2 * (products * passes + shape.adapter * (3 + again)) * load.trained / flops
+    training += 2 * (products + 2 * shape.adapter) * load.again / flops
+    training += ELEMENT * wide * ((3 + again) * load.trained + 2 * load.again)
+    training += LOGIT * shape.vocab * load.compared + LAYER_PASS * shape.layers * load.passes + BEGIN * load.runs
+    scoring = (2 * products / flops + ELEMENT * wide) * load.forwarded + SYNC * shape.layers * load.syncs
+    decoding = load.steps * (products * size / speed.bandwidth + LAYER_STEP * shape.layers)
+    decoding += load.decoded * (2 * products / (DECODING * speed.flops) + SEQUENCE)
     return training, scoring + decoding + START * load.engines
 
 
@@ -102,7 +102,7 @@ def speed_of(dtype: str, threads: int) -> Speed:
         if slow < 0.05:
             a, b = torch.ones(512, 1024, dtype=kind), torch.ones(1024, 2048, dtype=kind)
             slow = _once(lambda: a @ b)
-        return Speed(2 * len(a) * b.numel() / slow, 4 * big.numel() / _once(big.sum), threads)
+        return Speed(2 * len(a) * b.numel() / slow, 4 * big.numel() / _once(big.sum))
     finally:
         torch.set_num_threads(before)
 

@@ -116,7 +116,8 @@ class _Counting:
             self._probes()
             self._evaluation()
         sampled = self.load.decoded > 0
-        sums = Load(**self.sums, syncs=len(self.versions), runs=1, engines=float(sampled))
+        self.sums["syncs"] += len(self.versions)
+        sums = Load(**self.sums, runs=1, engines=float(sampled))
         return self.work, self.load + sums
 
     # ------------------------------------------------------------------------------------------------ training
