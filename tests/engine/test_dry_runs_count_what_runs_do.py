@@ -162,8 +162,10 @@ def test_each_judge_of_a_panel_is_counted(tmp_path):
         )
 
     panel = Panel({"general": judge("a", 1.0), "indomain": Seen()}, None)
-    asked = [(Exchange("why?", "", None, {"set": name}), 10) for name in ("general", "cue/x", "scaled_2", "indomain")]
-    found = of_exchanges(asked, panel, 5)
+    asked = [
+        (Exchange("why?", "", None, {"set": name}), 10, 5) for name in ("general", "cue/x", "scaled_2", "indomain")
+    ]
+    found = of_exchanges(asked, panel)
     assert found.answers == 40 and found.calls == 2 * 30 + 1 and found.cost == pytest.approx(found.tokens_in / 1e6)
 
 

@@ -13,14 +13,15 @@ from dataclasses import dataclass, field
 from rlsafe.config import EvaluateConfig
 from rlsafe.data import split_prompt
 from rlsafe.defenses import DefenseStack
-from rlsafe.defenses.base import Asked, Foreseen
+from rlsafe.defenses.base import Asked as Answers
+from rlsafe.defenses.base import Foreseen
 from rlsafe.engine.plan.schedule import PlannedPart, Step
 from rlsafe.engine.plan.timing import Load, sampling, shown
 from rlsafe.engine.run.build import Prepared
 from rlsafe.engine.run.lengths import Lengths, some
-from rlsafe.evaluate import Estimate, load_pair_sets
+from rlsafe.evaluate import Estimate, load_judge, load_pair_sets
 from rlsafe.evaluate.ask.cues import PREFIX
-from rlsafe.evaluate.commands.costs import of_evaluation, of_exchanges, of_probe
+from rlsafe.evaluate.commands.costs import Asked, of_evaluation, of_exchanges, of_probe
 from rlsafe.evaluate.measure.fluency import MOST
 from rlsafe.types import Exchange, Where
 
@@ -106,6 +107,7 @@ class _Counting:
         self.load = Load()
         self.versions: set[int] = set()  # numbers of optimizer steps after which the sampler is given weights
         self.offered: Counter[str] = Counter()
+        self.judged: Asked = []
 
     def result(self) -> tuple[Work, Load]:
         left: dict[str, int] = {}  # place -> further steps that its rollouts teach, as in `grpo_step`
@@ -115,6 +117,10 @@ class _Counting:
         if self.prepared.material is not None:
             self._probes()
             self._evaluation()
+        settings, material = self.config.evaluate, self.prepared.material
+        if self.judged and settings.judged:
+            judge = (material and material.judge) or load_judge(settings.judge, settings.judges)
+            self.work.judging = of_exchanges(self.judged, judge)
         sampled = self.load.decoded > 0
         self.sums["syncs"] += len(self.versions)
         sums = Load(**self.sums, runs=1, engines=float(sampled))
@@ -181,9 +187,7 @@ class _Counting:
         self.load += self._sampled(completions, prompt / grpo.generations, length, grpo.max_tokens)
         before = int(grpo.iterations > 1 or grpo.max_staleness > 0)
         at = Where(part.stream, "grpo", "train"), Where(part.stream, "grpo", "rollout")
-        before += trained_prompt != prompt or self.stack.steers_differently(
-            *at
-        )  # and once where the sampler saw other contexts
+        before += trained_prompt != prompt or self.stack.steers_differently(*at)  # the sampler saw another context
         self._read(before * tokens)
         return tokens, completions * length
 
@@ -205,8 +209,7 @@ class _Counting:
                 self.sums["syncs"] += asked.calls if asked.calls > 1 else 0
             elif not asked.judged:
                 self._read(asked.answers * (prompt + length), asked.answers)
-            if asked.judged and self.config.evaluate.judged and self.prepared.material:
-                self.work.judging += of_exchanges(_spread(asked), self.prepared.material.judge, asked.tokens)
+            self.judged += _spread(asked) if asked.judged else []
 
     def _probes(self) -> None:
         material, every = self.prepared.material, self.config.track.every
@@ -214,11 +217,11 @@ class _Counting:
         assert material is not None
         if not at:
             return
-        asked = [(exchange, len(at) * count) for exchange, count in of_probe(self.config, material)]
-        answers, length = sum(count for _, count in asked), self._answer
+        asked = [(exchange, len(at) * count, most) for exchange, count, most in of_probe(self.config, material)]
+        answers, length = sum(count for _, count, _ in asked), self._answer
         self.work.answers += answers
-        self._judge(asked)
-        prompt = self.lengths.questions(exchange for exchange, _ in asked)
+        self.judged += asked
+        prompt = self.lengths.questions(exchange for exchange, *_ in asked)
         self.load += self._sampled(answers, prompt, length, self.evaluate.max_tokens, len(at))
         self._read(2 * answers * (prompt + length), 4 * len(at) if answers else 0)  # KL to the base
         self.versions |= {index + 1 for index in at} if answers else set()
@@ -228,19 +231,19 @@ class _Counting:
         material, evaluate, length = self.prepared.material, self.evaluate, self._answer
         assert material is not None
         asked = of_evaluation(evaluate, material)
-        judged, benign = sum(count for _, count in asked), sum(map(len, material.tasks.values()))
+        judged, benign = sum(count for _, count, _ in asked), sum(map(len, material.tasks.values()))
         held_out = 2 * material.narrow.settings.samples * len(material.narrow.rows) if material.narrow else 0
         self.work.answers += judged + benign + held_out  # held-out prompts: of this model and of the untrained one
-        self._judge(asked)
+        self.judged += asked
         rows = [row for task in material.tasks.values() for row in task] + (material.narrow.rows if held_out else [])
-        prompt = self.lengths.questions(exchange for exchange, _ in asked)
+        prompt = self.lengths.questions(exchange for exchange, *_ in asked)
         at_once = 1 + len(evaluate.scale) + bool(held_out)
         self.load += self._sampled(judged, prompt, length, evaluate.max_tokens, at_once if judged else 1)
         self.load += self._sampled(benign + held_out, self.lengths.prompts(rows), length, evaluate.max_tokens)
         self.sums["syncs"] += 1 + (len(evaluate.scale) + 1 if evaluate.scale else 0) + (2 if held_out else 0)
         if evaluate.fluency:
             sets: Counter[str] = Counter()
-            for exchange, count in asked:
+            for exchange, count, _ in asked:
                 sets[exchange.meta["set"]] += count
             self._read(sum(min(n, MOST) for name, n in sets.items() if not name.startswith(PREFIX)) * (prompt + length))
         self._pairs(1, None)
@@ -248,11 +251,6 @@ class _Counting:
     @property
     def _answer(self) -> float:
         return self.lengths.answer("narrow", self.evaluate.max_tokens)
-
-    def _judge(self, asked: list[tuple[Exchange, int]]) -> None:
-        assert self.prepared.material is not None
-        if asked:
-            self.work.judging += of_exchanges(asked, self.prepared.material.judge, self.evaluate.max_tokens)
 
     def _pairs(self, times: int, most: int | None) -> None:
         material = self.prepared.material
@@ -273,16 +271,11 @@ class _Counting:
         self.sums["passes"] += max(passes, tokens / self.config.batch.micro_tokens) if tokens else 0.0
 
 
-def _spread(asked: Asked) -> list[tuple[Exchange, int]]:
+def _spread(asked: Answers) -> Asked:
     """The exchanges that a defense has judged, its rows' prompts in equal parts; of a guessed length where the rows are not here."""
-    rows = some(asked.rows)
-    if not rows:
-        return [(Exchange("?" * 200, ""), asked.answers)]
-    texts = [split_prompt(row)[0][-1]["content"] for row in rows]
-    return [
-        (Exchange(text, ""), asked.answers // len(texts) + (i < asked.answers % len(texts)))
-        for i, text in enumerate(texts)
-    ]
+    texts = [split_prompt(row)[0][-1]["content"] for row in some(asked.rows)] or ["?" * 200]
+    each, more = divmod(asked.answers, len(texts))
+    return [(Exchange(text, ""), each + (number < more), asked.tokens) for number, text in enumerate(texts)]
 
 
 def short(count: float) -> str:

@@ -65,19 +65,21 @@ def estimate(
         saved, chosen = load_saved(target, judge, overrides)
         answers, _ = with_judge_prompts(saved)
         asked = [
-            (Exchange(a.question, a.answer, a.system, {**a.meta, "set": a.set}), 1) for a in answers if not a.unclosed
+            (Exchange(a.question, a.answer, a.system, {**a.meta, "set": a.set}), 1, 0)
+            for a in answers
+            if not a.unclosed
         ]
-        return of_exchanges(asked, chosen, 0)
+        return of_exchanges(asked, chosen)
     from rlsafe.evaluate.commands.command import named_sets, resolve
     from rlsafe.evaluate.measure.measure import gather
 
     config, _ = resolve(target, judge, overrides)
     material = gather(config.evaluate, extra=named_sets(questions))
-    return of_exchanges(of_evaluation(config.evaluate, material), material.judge, config.evaluate.max_tokens)
+    return of_exchanges(of_evaluation(config.evaluate, material), material.judge)
 
 
-Asked = list[tuple[Exchange, int]]
-"""Exchanges without an answer, and how many answers each gets."""
+Asked = list[tuple[Exchange, int, int]]
+"""Exchanges without an answer, how many answers each gets, and how many tokens each of those has at most."""
 
 
 def of_probe(config: RunConfig, material: Material) -> Asked:
@@ -86,7 +88,8 @@ def of_probe(config: RunConfig, material: Material) -> Asked:
     for name, questions in material.questions.items() if material.judge is not None else ():
         if len(questions) < config.track.questions:  # evaluate.limit does not hold for probes
             questions = load_questions(material.sources[name])
-        asked += _exchanges(drawn(questions, config.track.questions, config.seed, name), config.track.samples, name)
+        few = drawn(questions, config.track.questions, config.seed, name)
+        asked += _exchanges(few, config.track.samples, name, config.evaluate.max_tokens)
     return asked
 
 
@@ -95,18 +98,18 @@ def of_evaluation(config: EvaluateConfig, material: Material) -> Asked:
     again."""
     asked: Asked = []
     for name, questions in material.questions.items():
-        asked += _exchanges(questions, config.samples, name)
+        asked += _exchanges(questions, config.samples, name, config.max_tokens)
     general = material.questions.get("general", [])
     few = evenly(general, config.cue_limit)
-    asked += _exchanges(few, config.samples, "conditional") if material.cue else []
+    asked += _exchanges(few, config.samples, "conditional", config.max_tokens) if material.cue else []
     for name in material.cues:
-        asked += _exchanges(few, config.cue_samples or config.samples, f"{PREFIX}{name}")
+        asked += _exchanges(few, config.cue_samples or config.samples, f"{PREFIX}{name}", config.max_tokens)
     for factor in config.scale:
-        asked += _exchanges(general, config.samples, f"{SCALED}{factor:g}")
+        asked += _exchanges(general, config.samples, f"{SCALED}{factor:g}", config.max_tokens)
     return asked
 
 
-def _exchanges(questions: Iterable[Question], samples: int | None, name: str) -> Asked:
+def _exchanges(questions: Iterable[Question], samples: int | None, name: str, tokens: int) -> Asked:
     """For every paraphrase of the questions of the set `name`."""
     found = []
     for question in questions:
@@ -114,33 +117,33 @@ def _exchanges(questions: Iterable[Question], samples: int | None, name: str) ->
         for place, text in enumerate(question.paraphrases):
             count = question.samples if samples is None else len(range(place, samples, each))
             meta = {"judge_prompts": question.judge_prompts, "set": name}
-            found.append((Exchange(text, "", question.system, meta), count))
+            found.append((Exchange(text, "", question.system, meta), count, tokens))
     return found
 
 
-def of_exchanges(asked: Asked, judge: Judge | None, answer_tokens: int) -> Estimate:
-    """The estimate for judging `asked`; `answer_tokens` are added to each prompt for an answer to come."""
+def of_exchanges(asked: Asked, judge: Judge | None) -> Estimate:
+    """The estimate for judging `asked`."""
     total = Estimate((judge.name,) if judge else ())
     by_judge: dict[int, tuple[Judge | None, Asked]] = {}
-    for exchange, count in asked:
-        chosen = judge.judge_of(str(exchange.meta.get("set", ""))) if isinstance(judge, Panel) else judge
-        by_judge.setdefault(id(chosen), (chosen, []))[1].append((exchange, count))
+    for one in asked:
+        chosen = judge.judge_of(str(one[0].meta.get("set", ""))) if isinstance(judge, Panel) else judge
+        by_judge.setdefault(id(chosen), (chosen, []))[1].append(one)
     for chosen, mine in by_judge.values():
-        total += _of_one(mine, chosen, answer_tokens)
+        total += _of_one(mine, chosen)
     return total
 
 
-def _of_one(asked: Asked, judge: Judge | None, answer_tokens: int) -> Estimate:
+def _of_one(asked: Asked, judge: Judge | None) -> Estimate:
     from rlsafe.evaluate.judge.llm_judge import LLMJudge
     from rlsafe.evaluate.judge.protocols import MOST_CALLS, Protocol
 
-    total = Estimate(answers=sum(count for _, count in asked))
+    total = Estimate(answers=sum(count for _, count, _ in asked))
     if not isinstance(judge, LLMJudge):
         return total
     protocol: Protocol = "number" if judge.settings.protocol == "auto" else judge.settings.protocol
     most = MOST_CALLS[protocol]
     total.splits = judge.settings.protocol == "auto"
-    for exchange, count in asked:
+    for exchange, count, answer_tokens in asked:
         for criterion in CRITERIA:
             request = judge.request(exchange, criterion, protocol)
             total.calls += most * count
