@@ -10,9 +10,11 @@ import yaml
 from tiny import conversation, write_jsonl
 from tiny_runs import tree_with
 
-from rlsafe.config import load_run
+from rlsafe.config import load_run, run_from_tree
+from rlsafe.engine.run.build import prepare
 from rlsafe.engine.run.dry import dry
 from rlsafe.engine.run.life import train
+from rlsafe.engine.run.workload import workload
 from rlsafe.evaluate.commands.costs import of_exchanges
 from rlsafe.evaluate.judge.panel import Panel
 from rlsafe.rollouts import selftest
@@ -153,6 +155,16 @@ def test_tokens(defenses, apart, tiny_tree, safe_file, seen, tmp_path):
     assert (work.penalty_tokens > 0) is apart
 
 
+@pytest.mark.parametrize("defense", ["kl", "ldifs", {"feature-block": {"layer": 1, "directions": "d.safetensors"}}])
+def test_the_reference_is_read_in_each_step(defense, tiny_tree):
+    """And the penalty's share of the gradient is measured in the first two, each time by two further backward passes."""
+    config = run_from_tree(tree_with(tiny_tree, {"defenses": [defense]}))
+    work, load = workload(prepare(config), config.evaluate)
+    assert load.forwarded == load.trained == work.sft_tokens and load.passes == 4 * (3 + 1)
+    assert load.again == pytest.approx(2 * 2 * work.sft_tokens / 4)
+    assert load.compared == (load.trained if defense == "kl" else 0)
+
+
 def test_each_judge_of_a_panel_is_counted(tmp_path):
     from rlsafe.evaluate.judge.llm_judge import JudgeSettings, LLMJudge
 
@@ -190,7 +202,6 @@ def test_a_comparison_counts_what_is_made_before_its_cells(tiny_tree, tmp_path):
 
 def test_what_a_gate_or_a_bad_model_answers_is_foreseen():
     """Defenses that ask at their set-up and need an adapter for it."""
-    from rlsafe.config import run_from_tree
     from rlsafe.defenses import build
     from rlsafe.defenses.base import Foreseen
 
