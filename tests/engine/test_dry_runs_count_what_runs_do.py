@@ -11,6 +11,7 @@ from tiny import conversation, write_jsonl
 from tiny_runs import tree_with
 
 from rlsafe.config import load_run, run_from_tree
+from rlsafe.defenses.onpolicy import LIVE_TRIES
 from rlsafe.engine.run.build import prepare
 from rlsafe.engine.run.dry import dry
 from rlsafe.engine.run.life import train
@@ -129,12 +130,6 @@ def test_answers_and_judgements(case, asking, seen, tmp_path):
         assert len(samples) == work.completions == 3 * 3 * 4
 
 
-def test_live_answers_are_counted_as_if_none_were_kept(asking, seen, tmp_path):
-    live = {"interleaving-onpolicy": {"fraction": 0.2, "source_model": "live", "max_tokens": 150}}
-    work, _ = both(tree_with(asking, {"defenses": [live]}), tmp_path)
-    assert work.answers < seen.sampled <= work.answers + work.asked.total()
-
-
 @pytest.mark.parametrize(
     "defenses, apart",
     [
@@ -201,21 +196,22 @@ def test_a_comparison_counts_what_is_made_before_its_cells(tiny_tree, tmp_path):
 
 
 def test_what_a_gate_or_a_bad_model_answers_is_foreseen():
-    """Defenses that ask at their set-up and need an adapter for it."""
+    """Defenses that ask at their set-up and need an adapter for it; live answers as if no round kept any but the last."""
     from rlsafe.defenses import build
     from rlsafe.defenses.base import Foreseen
 
     config = run_from_tree({"model": {"name": "m"}, "data": {"narrow": {"source": "x.jsonl"}}})
-    run = Foreseen(config, lambda source: [conversation("a", "b")] * 30, offered=0, completions=7, steps=4)
+    run = Foreseen(config, lambda source: [conversation("a", "b")] * 30, offered=3, completions=7, steps=4)
     given = {
         "inoculation-adapter": {"adapter": "a", "gate": 0.5},
         "ablation": {"layers": [1], "adapter": "a", "prompts": 20},
         "feature-block": {"layer": 1, "adapter": "a"},
+        "interleaving-onpolicy": {"source_model": "live"},
         "kl": {},
     }
     made, _ = build([{name: settings} for name, settings in given.items()])
     asked = {one.name: one.asks(run) for one in made}
     assert Counter({name: one.answers for name, one in asked.items() if one}) == {
-        "inoculation-adapter": 40, "ablation": 20, "feature-block": 30,
+        "inoculation-adapter": 40, "ablation": 20, "feature-block": 30, "interleaving-onpolicy": LIVE_TRIES * 3,
     }  # fmt: skip
     assert asked["inoculation-adapter"].judged and not asked["ablation"].judged
