@@ -62,9 +62,7 @@ class Work:
         if self.further:
             lines.append(f"grpo.resample: at most {self.further:,} completions more, for groups without spread")
         if self.completions:
-            lines.append(
-                f"rewards: {', '.join(sorted(self.graders))}; one that a model grades asks it once a completion"
-            )
+            lines.append(f"rewards: {', '.join(sorted(self.graders))} (a model that grades is asked once a completion)")
         lines += [f"evaluation and probes: {self.answers:,} answers", *self.judging.lines()]
         if sum(self.seconds):
             training, sampling = (part / jobs for part in self.seconds)
