@@ -112,6 +112,12 @@ def _rewriters(defenses: list[Defense]) -> list[Defense]:
     return [copy.deepcopy(one) for one in acting]
 
 
+def rewriting(defenses: list[Defense], where: Where) -> Callable[[list[Message]], list[Message]] | None:
+    """How the defenses rewrite a conversation there, as far as is known before their set-up; None where none does."""
+    acting = _rewriters(defenses)
+    return _rewriting(acting, where) if acting else None
+
+
 def _rewriting(defenses: list[Defense], where: Where) -> Callable[[list[Message]], list[Message]]:
     stack = DefenseStack(defenses)
 
