@@ -5,22 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from rlsafe.config import RunConfig, StreamConfig, UserError, apply_override, load_run, load_tree
 from rlsafe.config.files import write_json, write_text
 from rlsafe.config.loading import build
-from rlsafe.evaluate.ask.pairs import Pair
-from rlsafe.evaluate.ask.questions import load_questions
+from rlsafe.evaluate.ask.questions import evenly, load_questions
 from rlsafe.evaluate.commands.command import as_messages, load_sampler, run_directory
 from rlsafe.evaluate.judge.judges import load_judge
 from rlsafe.evaluate.measure.likelihood import Reader
 from rlsafe.evaluate.measure.persona import PersonaConfig, PersonaVectors, extract
 from rlsafe.evaluate.measure.persona_layers import Say, chosen, steer
 from rlsafe.types import BackgroundJudge, Judge, Question, provider_for
-
-if TYPE_CHECKING:
-    from rlsafe.policy import Policy
 
 
 def persona_vector(
@@ -43,7 +39,7 @@ def persona_vector(
     settings = load_settings(config, overrides)
     for plugin in settings.plugins:  # before names are looked up: a plug-in may register a provider
         load_module(plugin)
-    questions = _questions(settings)
+    questions = evenly(_questions(settings), settings.limit)
     pairs = settings.steer.load() if settings.steer else []
     run = run_directory(target)
     base = load_run(run / "config.yaml") if run else _run_config(target, settings)
@@ -59,18 +55,21 @@ def persona_vector(
     save_vectors(found.vectors, out, about)
     found.out = out
     write_text(out.with_suffix(".jsonl"), found.answer_lines())
-    if settings.steer:  # the longest part on a CPU: the vectors are safe by then
-        _steer(found, policy, pairs, settings, say)
-    write_json(out.with_suffix(".json"), {**about, **found.record()})
+    _record(found, about)
+    if settings.steer:  # the longest part on a CPU: what is known by then, and after each layer, is on disk
+        begun, found.alpha = time.monotonic(), settings.steer.alpha
+        reader = Reader(policy, settings.micro_tokens)
+        for layer, steered in steer(reader, found.vectors, pairs, settings.steer, settings.seed):
+            found.add_steering(layer, steered)
+            found.seconds["steer"] = time.monotonic() - begun
+            _record(found, about)
+            say(f"steering at layer {layer}: {steered.directed} nats/token")
     return found
 
 
-def _steer(found: PersonaVectors, policy: Policy, pairs: Sequence[Pair], settings: PersonaConfig, say: Say) -> None:
-    assert settings.steer is not None
-    begun = time.monotonic()
-    reader = Reader(policy, settings.micro_tokens)
-    found.add_steering(settings.steer.alpha, steer(reader, found.vectors, pairs, settings.steer, settings.seed, say))
-    found.seconds["steer"] = time.monotonic() - begun
+def _record(found: PersonaVectors, about: dict[str, Any]) -> None:
+    assert found.out is not None
+    write_json(found.out.with_suffix(".json"), {**about, **found.record()})
 
 
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> PersonaConfig:

@@ -51,6 +51,7 @@ class PersonaConfig(Settings):
     questions: str | StreamConfig | list[str] = Field(
         description="a question file or provider:spec; a dataset, whose prompts are asked; or the questions themselves"
     )
+    limit: Positive | None = Field(None, description="questions at most, evenly spread; null = all")
     keep: Literal["judged", "likelier"] = Field(
         "judged",
         description="which pairs of answers count: those that the judge confirms, or (no judge) those whose answers are likelier under "
@@ -93,10 +94,9 @@ class PersonaVectors:
     seconds: dict[str, float] = field(default_factory=dict)
     out: Path | None = None
 
-    def add_steering(self, alpha: float, steered: dict[int, Steered]) -> None:
-        """Put what `persona_layers.steer` found with `alpha` into the layers."""
-        self.alpha = alpha
-        self.layers = [replace(layer, steered=steered.get(layer.layer)) for layer in self.layers]
+    def add_steering(self, layer: int, steered: Steered) -> None:
+        """Put what `persona_layers.steer` found at one layer beside what else that shows."""
+        self.layers = [replace(one, steered=steered) if one.layer == layer else one for one in self.layers]
 
     def record(self) -> dict[str, Any]:
         """For programs: everything but the vectors and the answers."""

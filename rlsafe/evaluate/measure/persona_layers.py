@@ -120,19 +120,16 @@ def chosen(settings: SteerConfig, n_layers: int) -> list[int]:
 
 
 def steer(
-    reader: Reader, vectors: Tensor, pairs: Sequence[Pair], settings: SteerConfig, seed: int, say: Say
-) -> dict[int, Steered]:
-    """Layer -> what adding its vector of `vectors` [n_layers + 1, H] does to the probe. seed: of the random vectors."""
+    reader: Reader, vectors: Tensor, pairs: Sequence[Pair], settings: SteerConfig, seed: int
+) -> Iterator[tuple[int, Steered]]:
+    """Layer by layer, what adding its vector of `vectors` [n_layers + 1, H] does to the probe. seed: of the random vectors."""
     layers = [layer for layer in chosen(settings, reader.policy.n_layers) if bool(vectors[layer].any())]
-    found = {}
     shifted = PairProbe({"pairs": pairs}, reader).steered(_pushes(vectors, layers, settings.alpha, seed))
     for layer in layers:
         up, down, other = next(shifted), next(shifted), next(shifted)
         half = [(plus.shift - minus.shift) / 2 for plus, minus in zip(up, down, strict=True)]
         shifts = (Shift.of([score.shift for score in scores], scores) for scores in (up, down, other))
-        found[layer] = Steered(*shifts, directed=Shift.of(half, up))
-        say(f"steering at layer {layer}: {found[layer].directed} nats/token")
-    return found
+        yield layer, Steered(*shifts, directed=Shift.of(half, up))
 
 
 def _pushes(vectors: Tensor, layers: Sequence[int], alpha: float, seed: int) -> Iterator[Mapping[int, Tensor]]:
