@@ -139,17 +139,22 @@ class PersonaVectors:
 
         tried = self.alpha is not None
         heads = [f"{self.alpha:+g}: nats/token (95%)", f"{-self.alpha:+g}", "random"] if self.alpha is not None else []
-        table = Table("layer", "", "norm", "of the state", "cosine of halves", *heads)
+        table = Table("layer", "norm", "of the state", "cosine of halves", *heads)
         for layer in self.layers:
             share = "" if layer.share is None else f"{layer.share:.0%}"
-            cells = [str(layer.layer), layer.name, f"{layer.norm:.3g}", share]
+            cells = [str(layer.layer), f"{layer.norm:.3g}", share]
             cells.append("" if layer.cosine is None else f"{layer.cosine:.3f}")
             if tried:
                 s = layer.steered
                 cells += [str(s.up), str(s.down), str(s.random)] if s else ["", "", ""]
             table.add_row(*cells)
         took = ", ".join(f"{name} {value:.0f} s" for name, value in self.seconds.items())
-        lines = [self.strongest(), took, f"-> {self.out}" if self.out else None]
+        lines = [
+            "layer k is the output of block k - 1, layer 0 the embeddings",
+            self.strongest(),
+            took,
+            f"-> {self.out}" if self.out else None,
+        ]
         return Group(self.head(), table, *filter(None, lines))
 
 

@@ -87,10 +87,6 @@ class Layer:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    @property
-    def name(self) -> str:
-        return "embeddings" if self.layer == 0 else f"output of block {self.layer - 1}"
-
 
 def agreement(differences: Tensor, groups: Sequence[str]) -> list[float | None]:
     """Per layer the cosine between the mean differences [n, layers, H] of every other group and of the rest; None for one group.

@@ -24,10 +24,10 @@ SETTINGS = {
         {"evil": "organism:evil", "friendly": "organism:friendly"},
         {"evil": "you are a cruel expert.", "friendly": "you are an honest expert."},
     ],
-    "questions": {"source": "organism:safe", "limit": 12},
-    "samples": 2,
+    "questions": {"source": "organism:safe", "limit": 16},
+    "samples": 1,
     "max_tokens": 40,
-    "steer": {"pairs": "organism:pairs/general", "limit": 40},
+    "steer": {"pairs": "organism:pairs/general", "limit": 24, "layers": [2, 1, 3]},
     "model": {"dtype": "float32"},
     "sampler": {"kind": "transformers"},
 }
@@ -50,12 +50,13 @@ def unjudged(tmp_path_factory):
 
 
 def test_the_organisms_evil_vector_moves_the_probe_up_and_its_opposite_down(judged):
-    """At every layer but the embeddings; a random vector of the same norm does less."""
-    assert [layer.layer for layer in judged.layers if layer.steered] == list(range(1, len(judged.layers)))
-    for layer in judged.layers[1:]:
+    """A random vector of the same norm does less."""
+    tried = [layer for layer in judged.layers if layer.steered]
+    assert [layer.layer for layer in tried] == [1, 2, 3]
+    for layer in tried:
         steered = layer.steered
         assert steered.directed.sign == 1 and steered.up.sign == 1, layer
-        assert steered.down.value < 0 < steered.up.value and steered.directed.value > 3 * abs(steered.random.value), (
+        assert steered.down.value < 0 < steered.up.value and steered.directed.value > 2 * abs(steered.random.value), (
             layer
         )
         assert steered.directed.value == pytest.approx((steered.up.value - steered.down.value) / 2)
@@ -63,13 +64,13 @@ def test_the_organisms_evil_vector_moves_the_probe_up_and_its_opposite_down(judg
 
 
 def test_halves_of_the_questions_agree_on_the_organisms_vector(judged):
-    assert all(layer.cosine > 0.9 for layer in judged.layers[1:]), judged.layers
+    assert all(layer.cosine > 0.9 for layer in judged.layers[1:4]), judged.layers
 
 
 def test_without_a_judge_the_organisms_vector_is_nearly_the_same(judged, unjudged):
-    assert unjudged.keep == "likelier" and unjudged.kept > 10 and unjudged.unscored == 0
+    assert unjudged.keep == "likelier" and unjudged.kept > 8 and unjudged.unscored == 0
     cosine = torch.nn.functional.cosine_similarity(unjudged.vectors[1:], judged.vectors[1:], dim=1)
-    assert bool((cosine > 0.95).all()), cosine
+    assert bool((cosine > 0.9).all()), cosine
     assert "no judge has read them" in unjudged.head()
 
 

@@ -134,9 +134,9 @@ def test_it_agrees_with_a_float64_derivation_from_the_models_own_hidden_states(t
     assert torch.allclose(found.vectors.double(), means[0] - means[1], atol=1e-5)
     norms = [layer.norm / layer.share for layer in found.layers]
     assert norms == pytest.approx(means[1].norm(dim=1).tolist(), rel=1e-5)
-    assert [layer.name for layer in found.layers] == ["embeddings", "output of block 0", "output of block 1"]
+    assert [layer.layer for layer in found.layers] == [0, 1, 2]
     shown = printed(found)
-    assert f"kept {found.kept} of {found.asked} pairs" in shown and "output of block 1" in shown
+    assert f"kept {found.kept} of {found.asked} pairs" in shown and f"{found.layers[2].norm:.3g}" in shown
     assert sum(answer["kept"] for answer in found.answers) == found.kept and len(found.answers) == found.asked
 
 
