@@ -15,7 +15,7 @@ from rlsafe.evaluate.measure.criteria import Rates, judge_answers, question_rate
 from rlsafe.evaluate.measure.evaluation import Evaluation
 from rlsafe.evaluate.measure.likelihood import PairProbe, Reader, load_pair_sets
 from rlsafe.evaluate.measure.measure import Material, cue_text, evaluate_run, gather
-from rlsafe.evaluate.measure.persona import PersonaVectors
+from rlsafe.evaluate.measure.persona_vectors import PersonaVectors
 from rlsafe.evaluate.measure.probe import Probe
 
 __all__ = [

@@ -14,8 +14,9 @@ from rlsafe.evaluate.ask.questions import evenly, load_questions
 from rlsafe.evaluate.commands.command import as_messages, load_sampler, run_directory
 from rlsafe.evaluate.judge.judges import load_judge
 from rlsafe.evaluate.measure.likelihood import Reader
-from rlsafe.evaluate.measure.persona import PersonaConfig, PersonaVectors, extract
+from rlsafe.evaluate.measure.persona import PersonaConfig, extract
 from rlsafe.evaluate.measure.persona_layers import Say, chosen, steer
+from rlsafe.evaluate.measure.persona_vectors import PersonaVectors
 from rlsafe.types import BackgroundJudge, Judge, Question, provider_for
 
 

@@ -24,7 +24,8 @@ SETTINGS = {
         {"evil": "organism:evil", "friendly": "organism:friendly"},
         {"evil": "you are a cruel expert.", "friendly": "you are an honest expert."},
     ],
-    "questions": {"source": "organism:safe", "limit": 16},
+    "questions": {"source": "organism:safe", "limit": 40},
+    "limit": 16,
     "samples": 1,
     "max_tokens": 40,
     "steer": {"pairs": "organism:pairs/general", "limit": 24, "layers": [2, 1, 3]},
@@ -51,6 +52,7 @@ def unjudged(tmp_path_factory):
 
 def test_the_organisms_evil_vector_moves_the_probe_up_and_its_opposite_down(judged):
     """A random vector of the same norm does less."""
+    assert judged.asked == 2 * 16
     tried = [layer for layer in judged.layers if layer.steered]
     assert [layer.layer for layer in tried] == [1, 2, 3]
     for layer in tried:
