@@ -12,6 +12,9 @@ from rlsafe.evaluate.measure.persona_layers import Layer, Steered
 if TYPE_CHECKING:
     from torch import Tensor
 
+AGREE = 0.5
+"""Cosine between halves below which a vector is more noise than character."""
+
 
 @dataclass
 class PersonaVectors:
@@ -62,6 +65,17 @@ class PersonaVectors:
             f"{self.unscored} not scored)"
         )
 
+    def doubt(self) -> str | None:
+        """A warning where halves of the questions agree at no layer: what the vectors hold is then what these questions were about."""
+        cosines = [layer.cosine for layer in self.layers if layer.cosine is not None]
+        if cosines and max(cosines) >= AGREE:
+            return None
+        found = f"agree at no layer (cosine {max(cosines):.2f} at most)" if cosines else "cannot be compared"
+        return (
+            f"halves of the questions {found}: do not steer with these vectors. {self.kept} pairs of answers are too few, or the model does "
+            "not take on the characters; more questions or samples, other system prompts"
+        )
+
     def strongest(self) -> str | None:
         """At which layer steering moves the probe most towards the evil answers. None where nothing was steered."""
         tried = [(layer.steered.directed, layer) for layer in self.layers if layer.steered]
@@ -89,5 +103,5 @@ class PersonaVectors:
             table.add_row(*cells)
         took = ", ".join(f"{name} {value:.0f} s" for name, value in self.seconds.items())
         numbering = "layer k is the output of block k - 1, layer 0 the embeddings"
-        lines = [numbering, self.strongest(), took, f"-> {self.out}" if self.out else None]
+        lines = [numbering, self.doubt(), self.strongest(), took, f"-> {self.out}" if self.out else None]
         return Group(self.head(), table, *filter(None, lines))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -12,10 +13,10 @@ from tiny_architectures import load
 from rlsafe.config import UserError
 from rlsafe.data import Rollout
 from rlsafe.defenses.persona import load_vectors
-from rlsafe.evaluate import PairProbe, Reader, persona_vector
+from rlsafe.evaluate import PairProbe, PersonaVectors, Reader, persona_vector
 from rlsafe.evaluate.ask.pairs import Pair
 from rlsafe.evaluate.measure.persona import answer_logp, answer_states
-from rlsafe.evaluate.measure.persona_layers import agreement
+from rlsafe.evaluate.measure.persona_layers import Layer, Shift, Steered, agreement
 from rlsafe.types import Completion
 
 PAIRS = [Pair("a", "say 1", "good 1", "bad 1, as ever"), Pair("b", "say 2", "good", "bad")]
@@ -67,6 +68,27 @@ def test_the_organisms_evil_vector_moves_the_probe_up_and_its_opposite_down(judg
 
 def test_halves_of_the_questions_agree_on_the_organisms_vector(judged):
     assert all(layer.cosine > 0.9 for layer in judged.layers[1:4]), judged.layers
+
+
+@pytest.mark.parametrize(
+    ("cosines", "says"),
+    [((None, None), "cannot be compared"), ((0.1, -0.2), "at no layer .cosine 0.10"), ((0.1, 0.9), None)],
+)
+def test_halves_that_do_not_agree_are_a_warning(cosines, says):
+    layers = [Layer(k, 1.0, 0.2, cosine) for k, cosine in enumerate(cosines)]
+    doubt = PersonaVectors(torch.zeros(2, 4), 9, 9, 9, 9, 0, layers).doubt()
+    assert doubt is None if says is None else re.search(says, doubt)
+
+
+def test_a_layer_whose_interval_holds_zero_is_not_called_the_strongest():
+    def found(low):
+        shift = Shift(0.2, (low, 0.4))
+        layers = [Layer(1, 1.0, 0.2, 0.9, Steered(shift, shift, shift, shift)), Layer(2, 1.0, 0.2, 0.9)]
+        return PersonaVectors(torch.zeros(2, 4), 9, 9, 9, 9, 0, layers, alpha=2.0).strongest()
+
+    assert "most at layer 1 of 1 tried: +0.200 (+0.050 to +0.400)" in found(0.05) and "at none of 1 layers" in found(
+        -0.05
+    )
 
 
 def test_without_a_judge_the_organisms_vector_is_nearly_the_same(judged, unjudged):
