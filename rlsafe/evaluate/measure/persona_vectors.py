@@ -72,8 +72,8 @@ class PersonaVectors:
             return None
         found = f"agree at no layer (cosine {max(cosines):.2f} at most)" if cosines else "cannot be compared"
         return (
-            f"halves of the questions {found}: do not steer with these vectors. {self.kept} pairs of answers are too few, or the model does "
-            "not take on the characters; more questions or samples, other system prompts"
+            f"halves of the questions {found}: do not steer with these vectors. {self.kept} pairs of answers are too few, or the model "
+            "does not take on the characters; more questions or samples, other system prompts"
         )
 
     def strongest(self) -> str | None:
