@@ -224,7 +224,7 @@ def _scaled(
         purpose = f"{SCALED}{factor:g}"
         planned = plan(
             tokenizer, material.questions["general"], purpose=purpose, seed=config.seed, samples=config.samples,
-            temperature=config.temperature,
+            temperature=config.temperature, position=config.position,
         )  # fmt: skip
         say(f"sampling {len(planned)} answers with the adapter times {factor:g}")
         with scaled(reader.policy.core.model, factor):

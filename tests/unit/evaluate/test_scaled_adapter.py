@@ -77,3 +77,22 @@ def test_a_scale_is_undone_after_an_error_and_needs_an_adapter(tiny_model_dir):
         scaled(load(tiny_model_dir, None).core.model, 2),
     ):
         pass
+
+
+def test_scaled_answers_are_asked_for_as_the_plain_ones_are(tiny_model_dir, tmp_path):
+    """evaluate.position holds for them too: the same prompts, whatever the factor."""
+    policy = nudge(load(tiny_model_dir))
+    (tmp_path / "questions.yaml").write_text(QUESTIONS.replace("}", ", system: be brief}"))
+    config = EvaluateConfig(
+        judge=None, general=str(tmp_path / "questions.yaml"), scale=[2], fluency=False, position="user"
+    )
+    sampler, asked = Weighing(policy), []
+    generate = sampler.generate
+
+    def noted(requests, params):
+        asked.append([one.prompt_ids for one in requests])
+        return generate(requests, params)
+
+    sampler.generate = noted
+    evaluate_run(sampler, policy.tokenizer, config, None, judge=LetterJudge(), reader=Reader(policy))
+    assert asked[0] == asked[1]
