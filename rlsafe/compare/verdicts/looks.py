@@ -52,6 +52,11 @@ class Looks:
         return counts(len(self.seeds))
 
     @property
+    def seeds_so_far(self) -> list[int]:
+        """The seeds of the last look taken."""
+        return self.seeds[: self.planned[self.taken - 1]] if self.taken else []
+
+    @property
     def over(self) -> bool:
         return self.taken >= len(self.planned)
 

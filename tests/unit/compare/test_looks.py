@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
-from synthetic_comparison import make
+from synthetic_comparison import CONFIG, make
 
 from rlsafe.arguments import numbers
 from rlsafe.compare import compare_decided
+from rlsafe.compare.run.deciding import _stopped
 from rlsafe.compare.verdicts.grades import Verdict
 from rlsafe.compare.verdicts.looks import Looks, counts, holm, levels, p_value
 from rlsafe.compare.verdicts.results import load
@@ -66,6 +70,33 @@ def test_decided_verdicts_that_hold_together(tmp_path):
     assert all(label != "none" for label, _ in holding(table))
 
 
+def test_a_verdict_of_one_look_holds_by_what_that_look_may_spend(tmp_path):
+    """Without it every look would spend the whole error once more."""
+    directory = make(tmp_path / "out", ARMS, questions=40, samples=2, paths=["sft"])
+    (table,) = judge_defenses(load(directory.out))
+    row = table.rows["kl"]
+
+    def held(level, p):
+        """Whether a verdict decided at `level` holds, whose interval is one grade up to 1 - p."""
+        judged = SimpleNamespace(verdict=lambda label, criterion, at: Verdict("yes" if at < 1 - p else "unclear"))
+        row.verdicts, row.judged = {"prevents_em": Verdict("yes", level=level)}, judged
+        return bool(holding(table))
+
+    first = levels([3, 5, 10])[0]
+    assert held(0.95, 0.04) and held(first, (1 - first) / 2)
+    assert not held(first, 0.04)
+
+
+def test_a_defense_stops_with_its_own_verdicts_and_all_its_variants():
+    looks = Looks(
+        list(range(10)), taken=1, judged=["sft kl", "sft my kl", "sft ldifs[weight=1]", "sft ldifs[weight=2]"]
+    )
+    looks.stopped = {"sft kl": 0, "sft ldifs[weight=1]": 0}
+    assert _stopped(looks, "kl") and not _stopped(looks, "my kl") and not _stopped(looks, "ldifs")
+    looks.stopped["sft ldifs[weight=2]"] = 0
+    assert _stopped(looks, "ldifs")
+
+
 def test_seeds_as_a_range():
     assert numbers("--seeds", "0-3,7") == [0, 1, 2, 3, 7] and numbers("--seeds", "-1") == [-1]
     with pytest.raises(UserError, match="range"):
@@ -99,3 +130,20 @@ def test_seeds_are_added_until_all_is_decided(tmp_path, monkeypatch):
     assert "Looks fixed in advance" in found.report.read_text()
     with pytest.raises(UserError, match="were fixed for"):
         compare_decided(tmp_path / "out.yaml", paths=["sft"], seeds=list(range(8)), out=tmp_path / "out")
+    again = partial(compare_decided, tmp_path / "out.yaml", paths=["sft"], seeds=list(range(10)), out=tmp_path / "out")
+    with pytest.raises(UserError, match=r"taken with other settings \(untrained: batch.sft_rows\)"):
+        again(overrides=["batch.sft_rows=3"])
+
+
+@pytest.mark.parametrize(("wanted", "chosen"), [(None, ["none"]), (["all"], ["none", "kl"])])
+def test_it_asks_for_the_defenses_that_a_plain_comparison_would(tmp_path, monkeypatch, wanted, chosen):
+    import rlsafe.compare.run.deciding as deciding
+
+    def run(config, defenses, **more):
+        assert defenses == chosen
+        raise KeyboardInterrupt
+
+    make(tmp_path / "out", ARMS, CONFIG + "default_defenses: [none]\n", paths=["sft"], seeds=[0])
+    monkeypatch.setattr(deciding, "compare", run)
+    with pytest.raises(KeyboardInterrupt):
+        compare_decided(tmp_path / "out.yaml", wanted, ["sft"], list(range(10)), tmp_path / "out")
