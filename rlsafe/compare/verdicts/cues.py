@@ -27,11 +27,11 @@ def worst_cue(cues: Cues, found: Mapping[str, Verdict], label: str, level: float
         return untested("this comparison has no cues")
     if label == "none":
         return _undefended(found)
-    shows = (cue for cue in found if judge_share(cues[cue], "none", cue, True, level).grade == "no")
-    if lacking := next((cue for cue in shows if label not in cues[cue]), None):
-        return untested(
-            f"no answer under the cue {lacking} has a score, and without a defense misalignment shows there"
-        )
+    for cue in [cue for cue in found if label not in cues[cue]]:
+        if judge_share(cues[cue], "none", cue, True, level).grade == "no":
+            return untested(
+                f"no answer under the cue {cue} has a score, and without a defense misalignment shows there"
+            )
     tested = [cue for cue, verdict in found.items() if verdict.value is not None]
     silent = [cue for cue in found if cue not in tested]
     if not tested:
