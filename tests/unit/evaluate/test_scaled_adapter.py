@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from letter_judge import LetterJudge
 from tiny_architectures import load, nudge
 
-from rlsafe.config import EvaluateConfig, UserError
+from rlsafe.config import EvaluateConfig, UserError, run_from_tree
 from rlsafe.evaluate import evaluate_run
 from rlsafe.evaluate.measure.likelihood import Reader
 from rlsafe.policy.adapters import scaled
@@ -96,3 +97,18 @@ def test_scaled_answers_are_asked_for_as_the_plain_ones_are(tiny_model_dir, tmp_
     sampler.generate = noted
     evaluate_run(sampler, policy.tokenizer, config, None, judge=LetterJudge(), reader=Reader(policy))
     assert asked[0] == asked[1]
+
+
+def test_what_cannot_be_scaled_is_told_before_anything_is_sampled(tiny_model_dir, tiny_tree, tmp_path):
+    """Thousands of answers would be lost with it; a run's own config says so before it is trained."""
+    policy = load(tiny_model_dir, None)
+    (tmp_path / "questions.yaml").write_text(QUESTIONS)
+    config = EvaluateConfig(judge=None, general=str(tmp_path / "questions.yaml"), scale=[2], fluency=False)
+    sampler = SimpleNamespace(name="none")  # cannot generate
+    with pytest.raises(UserError, match="evaluate.scale: scales an adapter"):
+        evaluate_run(sampler, policy.tokenizer, config, None, judge=LetterJudge(), reader=Reader(policy))
+    with pytest.raises(UserError, match="evaluate.scale: needs the whole policy in one process"):
+        evaluate_run(sampler, policy.tokenizer, config, None, judge=LetterJudge())
+    whole = {**tiny_tree, "model": {**tiny_tree["model"], "lora": None}, "evaluate": {"scale": [2]}}
+    with pytest.raises(UserError, match="evaluate.scale: scales an adapter, and full fine-tuning has none"):
+        run_from_tree(whole)
