@@ -34,10 +34,10 @@ def test_looks_spend_the_whole_error_and_no_more():
 def test_a_defense_stops_when_every_tested_verdict_is_one_grade():
     looks = Looks(list(range(10)), taken=1)
     decided, open_, untested = Verdict("yes"), Verdict("at least partly"), Verdict("untested")
-    looks.take(
-        {"sft": {"none": {"a": decided}, "kl": {"a": decided, "b": untested}, "ldifs": {"a": decided, "b": open_}}}
-    )
-    assert looks.stopped == {"sft kl": 0} and looks.judged == ["sft none", "sft kl", "sft ldifs"]
+    alone = Verdict("yes", one_seed=True)  # the others failed
+    found = {"none": {"a": decided}, "kl": {"a": decided, "b": untested}, "ldifs": {"a": decided, "b": open_}}
+    looks.take({"sft": {**found, "persona": {"a": decided, "b": alone}}})
+    assert looks.stopped == {"sft kl": 0} and looks.judged == ["sft none", "sft kl", "sft ldifs", "sft persona"]
     looks.taken = 2
     assert (looks.seeds_of("sft", "kl"), looks.seeds_of("sft", "ldifs")) == ([0, 1, 2], [0, 1, 2, 3, 4])
     assert looks.level("sft", "kl") == levels([3, 5, 10])[0] != looks.level("sft", "ldifs")
