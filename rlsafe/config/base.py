@@ -67,6 +67,17 @@ class Settings(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
+    def _null_is_nothing(cls, value: Any, info: ValidationInfo) -> Any:
+        """null where a list or a mapping of names is expected that is empty unless given: `defenses:` with every line below it
+        commented out. A section of settings has a list of its own defaults and stays an error."""
+        if value is None:
+            field = cls.model_fields[str(info.field_name)]
+            if field.default_factory in (list, dict) and type(None) not in alternatives(field.annotation):
+                return field.default_factory()  # type: ignore[call-arg, misc]
+        return value
+
+    @field_validator("*", mode="before")
+    @classmethod
     def _a_truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         """`true` where a number is expected: pydantic would take it as 1."""
         if isinstance(value, bool):

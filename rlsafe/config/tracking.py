@@ -9,6 +9,11 @@ from pydantic import BeforeValidator, Field
 from rlsafe.config.base import NonNegative, Positive, Settings, to_list
 
 
+def _trackers(given: Any) -> Any:
+    """A list of names; null and `none`, which Transformers' `report_to` takes, are no tracker at all."""
+    return [] if given in (None, "none", ["none"]) else to_list()(given)
+
+
 class TrackConfig(Settings):
     every: NonNegative = Field(10, description="steps between probes (KL, coherence, misalignment); 0 = never")
     questions: Positive = Field(8, description="questions per set at each probe")
@@ -19,9 +24,9 @@ class TrackConfig(Settings):
         None, description="persona vectors to project answers on: file or provider:name; null = the persona defense's"
     )
     layer: NonNegative | None = Field(None, description="of track.vector: 0 = embeddings, k = output of block k-1")
-    to: Annotated[list[str], BeforeValidator(to_list())] = Field(
+    to: Annotated[list[str], BeforeValidator(_trackers)] = Field(
         default_factory=lambda: ["tensorboard"],
-        description="tensorboard, and any that Accelerate knows: wandb, mlflow, ...",
+        description="tensorboard, and any that Accelerate knows: wandb, mlflow, ...; none = no tracker",
     )
     project: str = Field("rlsafe", description="the project's name at trackers that have projects")
     init: dict[str, dict[str, Any]] = Field(

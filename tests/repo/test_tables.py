@@ -56,3 +56,22 @@ def test_models_without_a_defense_stand_side_by_side(tables, tmp_path, monkeypat
     monkeypatch.setattr(tables, "MEASURED", tmp_path)
     text = tables.written("<!-- table worlds sft,grpo models -->\n<!-- /table -->\n")
     assert "| organism | 33 | 96 | 65 | 96 |" in text and "| control | 0 | 0 | 2 | 91 |" in text
+
+
+def test_the_frontier_reads_shares_of_the_undefended_run(tables):
+    spec = importlib.util.spec_from_file_location("frontier", ROOT / "scripts" / "frontier.py")
+    frontier = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(frontier)
+
+    def row(general, scaled, kept=None, prevented=None):
+        rates = {"general": {"mean": general}, "scaled_1.5": {"mean": 1.0}, "scaled_2": {"mean": scaled}}
+        return {"rates": rates, "verdicts": {"keeps_narrow": {"value": kept}, "prevents_em": {"value": prevented}}}
+
+    rows = {
+        "untrained": row(0.1, 0.1),
+        "none": row(0.5, 0.2, 1.0, 0.0),
+        "kl": row(0.2, 0.3, 0.9, 0.75),
+        "deaf": row(0.1, 0.1),
+    }
+    assert frontier.points(rows) == {"kl": (0.9, 0.75, pytest.approx(0.5))}
+    assert len(frontier.drawn({"sft": rows, "grpo": rows}).axes) == 2
