@@ -231,7 +231,8 @@ class Defense:
 
     apart: frozenset[str] | set[str] = frozenset()
     """Parts of a step that `gradients` wants to see apart, each for one more backward where two share a micro-batch: the losses of
-    "narrow", "benign" or "safe" rows, "penalty" (of all defenses), "own" (this one's penalty, then no part of the step itself)."""
+    "narrow", "benign" or "safe" rows, "penalty" (of all defenses without a `target_share`), "own" (this one's penalty, then no part of
+    the step itself)."""
 
     target_share: float | None = None
     """Between 0 and 1: `weight` is not used; in each step the penalty's gradient is scaled to this share of the sum of its norm and

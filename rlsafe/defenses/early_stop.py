@@ -13,7 +13,7 @@ from pydantic import Field
 from rlsafe.config import StreamConfig, UserError
 from rlsafe.data import encode_prompt, load_rows, question_of, read_completion, split_prompt
 from rlsafe.data.turns import key_of
-from rlsafe.defenses.base import Asked, Defense, Foreseen, SetupContext
+from rlsafe.defenses.base import Asked, Defense, Foreseen, SetupContext, When
 from rlsafe.defenses.registry import defense
 from rlsafe.types import Exchange, Request, RunError, SamplingParams
 
@@ -77,7 +77,10 @@ class EarlyStop(Defense):
         return {round(steps * (i + 1) / self.checks) for i in range(self.checks)} - {0}
 
     def setup(self, context: SetupContext) -> None:
-        """Read the validation prompts. UserError without a judge or prompts, and where all of them are trained on."""
+        """Read the validation prompts. UserError without a judge or prompts, where all of them are trained on, and for a part of a run:
+        its checks are of the whole."""
+        if self.when != When():
+            raise UserError("defense 'early-stop': it looks at the whole run; expected neither from_step nor phases")
         rows = load_rows(StreamConfig(source=self.source, limit=self.limit), 0, context.log)
         self.validation = [{**row, "prompt": split_prompt(row)[0]} for row in rows]
         trained = {key_of(split_prompt(row)[0]) for row in context.rows("narrow")}

@@ -123,7 +123,7 @@ def verdict_table(
             shown.add_column(heading, justify="right", no_wrap=True)
         for label, row in one.rows.items():
             grades = (
-                [_styled(row, criterion) for criterion in criteria]
+                [_styled(row, criterion, titled=seeds == 1) for criterion in criteria]
                 if row.verdicts
                 else ["[dim]reference[/]", *[""] * (len(criteria) - 1)]
             )
@@ -139,8 +139,10 @@ def verdict_table(
     return Group(*parts, *map(escape, notes))
 
 
-def _styled(row: Row, criterion: str) -> str:
-    shown = shown_grade(row, criterion).removesuffix(ONE_SEED)  # the title says it
+def _styled(row: Row, criterion: str, titled: bool) -> str:
+    """titled: whether the table's title says that there is one seed."""
+    shown = shown_grade(row, criterion)
+    shown = shown.removesuffix(ONE_SEED) if titled else shown
     grade = row.verdicts[criterion].grade
     if shown == NOTHING_LEARNED:
         return f"[dim]– {shown}[/]"

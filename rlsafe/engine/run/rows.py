@@ -46,8 +46,7 @@ def usable(prepared: Prepared, tokenizer: Any, context: int | None, say: Callabl
     if prepared.material is not None:
         check_evaluation(tokenizer, config.evaluate, prepared.material)
         check_lengths(tokenizer, config.evaluate, prepared.material, *_sampled(config, context))
-        note = trained_on(prepared.material, [row for rows in prepared.rows.values() for row in rows])
-        found.notes += [note] if note else []
+        found.notes += trained_on(prepared.material, [row for rows in prepared.rows.values() for row in rows])
     for name, rows in prepared.rows.items():
         if not rows:  # not on this machine, in a dry run
             found.streams[name] = []

@@ -68,9 +68,7 @@ class Work:
         if self.further:
             lines.append(f"grpo.resample: at most {self.further:,} completions more, for groups without spread")
         if self.completions:
-            lines.append(
-                f"rewards: {', '.join(sorted(self.graders))}; one that a model grades asks it once a completion"
-            )
+            lines.append(f"rewards: {', '.join(sorted(self.graders))} (a model that grades is asked once a completion)")
         lines.append(f"evaluation and probes: {self.answers:,} answers")
         if self.asked:
             of_each = ", ".join(f"{name} {count:,}" for name, count in sorted(self.asked.items()))
