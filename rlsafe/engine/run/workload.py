@@ -6,7 +6,7 @@ All that samples, judges or passes tokens through the model is counted here or, 
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -101,7 +101,7 @@ class _Counting:
         self.named = {defense.name: defense for defense in self.stack}
         self.lengths = Lengths(prepared)
         self.work = Work(steps=len(self.plan), graders=set(prepared.rewards.rewards) if prepared.rewards else set())
-        self.sums: Counter[str] = Counter()  # of Load
+        self.sums: dict[str, float] = defaultdict(float)  # of Load
         self.load = Load()
         self.versions: set[int] = set()  # numbers of optimizer steps after which the sampler is given weights
         self.offered: Counter[str] = Counter()
@@ -230,10 +230,11 @@ class _Counting:
         assert material is not None
         asked = of_evaluation(evaluate, material)
         judged, benign = sum(count for _, count, _ in asked), sum(map(len, material.tasks.values()))
-        held_out = 2 * material.narrow.settings.samples * len(material.narrow.rows) if material.narrow else 0
+        narrow = material.narrow.rows if material.narrow else []
+        held_out = 2 * material.narrow.settings.samples * len(narrow) if material.narrow else 0
         self.work.answers += judged + benign + held_out  # held-out prompts: of this model and of the untrained one
         self.judged += asked
-        rows = [row for task in material.tasks.values() for row in task] + (material.narrow.rows if held_out else [])
+        rows = [row for task in material.tasks.values() for row in task] + narrow
         prompt = self.lengths.questions(exchange for exchange, *_ in asked)
         at_once = 1 + len(evaluate.scale) + bool(held_out)
         self.load += self._sampled(judged, prompt, length, evaluate.max_tokens, at_once if judged else 1)
