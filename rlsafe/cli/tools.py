@@ -90,11 +90,13 @@ def persona_vector(
 ) -> None:
     """Extract the vectors that the persona defense steers with.
 
-    Samples answers under evil and friendly system prompts, keeps what the judge confirms, and subtracts hidden states.
+    Samples answers under evil and friendly system prompts, keeps what the judge confirms (or, keep=likelier, what is likelier under its
+    own prompt), and subtracts hidden states. Shows which layer carries the vector.
     """
     from rlsafe.evaluate import persona_vector as extract
+    from rlsafe.progress import tell
 
-    show(extract(target, config, overrides or [], out).summary())
+    show(extract(target, config, overrides or [], out, tell).summary())
 
 
 @app.command()

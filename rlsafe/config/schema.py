@@ -312,3 +312,10 @@ class RunConfig(Recorded):
         if grpo and (dropout := self.model.lora and self.model.lora.dropout):  # two forwards, two random masks
             raise invalid_at(("model", "lora", "dropout"), dropout, "must be 0 when the schedule has GRPO steps")
         return self
+
+    @model_validator(mode="after")
+    def _an_adapter_to_scale(self) -> RunConfig:
+        if self.evaluate.scale and self.model.lora is None and self.model.adapter is None:
+            wrong = "scales an adapter, and full fine-tuning has none; expected []"
+            raise invalid_at(("evaluate", "scale"), self.evaluate.scale, wrong)
+        return self

@@ -8,6 +8,8 @@ None of them was published as a defense against EM, and what their papers leave 
   which has the same gradient close to the reference (the Fisher metric times the deviation) and, as any divergence, none at the start.
 * SPF and TDGA project matrix by matrix, on their left singular vectors. The rows of a LoRA A are coordinates of the rank, arbitrary
   ones; there the right side is used, the layer's inputs, which is where a projection of the layer's whole update acts.
+* TDGA weighs its directions by singular values and takes them from a few gradients once. Here they weigh alike, and come from the
+  last steps' guides: a projection, whatever the size of the guides.
 * AdamW divides by running moments after the projection, so its step is not exactly orthogonal to what was removed.
 """
 
@@ -107,7 +109,10 @@ class GradientProjection(OwnRows):
     def _removed(self, step: Named, guide: Named, product: float, square: float, conflict: bool) -> Named:
         """What the method takes out of the step at full strength."""
         if self.method == "trusted":
-            self.recent = [*self.recent, {key: value.clone() for key, value in guide.items()}][-self.window :]
+            if square:  # a divergence has no gradient at the start: nothing is known yet, rather than nothing trusted
+                self.recent = [*self.recent, {key: value.clone() for key, value in guide.items()}][-self.window :]
+            if not self.recent:
+                return {}
             return {key: value - self._along(key, value, self.recent) for key, value in step.items()}
         if not conflict:
             return {}

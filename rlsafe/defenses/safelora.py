@@ -66,9 +66,14 @@ class SafeLoRA(Defense):
         return self.threshold if self.lowest is None else self.lowest
 
     def setup(self, context: SetupContext) -> None:
-        """Open the checkpoints and compute the subspaces. UserError when they do not fit the model."""
+        """Open the checkpoints and compute the subspaces. UserError when they do not fit the model, or it would never act."""
         if not context.policy.is_lora:
             raise UserError("defense 'safelora' works on a LoRA update; set model.lora")
+        if self.every is None and self.when.phases is not None:
+            if (last := len(context.config.schedule.phases) - 1) not in self.when.phases:
+                raise UserError(
+                    f"defense 'safelora': phases: without `every` it acts at the end of the run, in phase {last}; add that, or every"
+                )
         layers = context.policy.adapted()
         self.theirs = Checkpoint(self.base)
         self.ours = Checkpoint(self.aligned) if self.aligned else None

@@ -53,7 +53,22 @@ class DefenseStack:
 
     def begin(self, step: int, phase: int) -> None:
         """Switch off, until the next call, the defenses that do not act in this step of this phase of the schedule."""
-        self.off = {defense.name for defense in self.defenses if (step, phase) not in defense.when}
+        self.off = self._off_at(step, phase)
+
+    def _off_at(self, step: int, phase: int) -> set[str]:
+        return {defense.name for defense in self.defenses if (step, phase) not in defense.when}
+
+    def other_rollouts(self, before: tuple[int, int]) -> bool:
+        """Whether a defense that has a say in rollouts, or in what their gradient sees, acts in only one of the present step and the
+        step (index, phase) `before`: rollouts of that one are then none of this one's."""
+        turned = self._off_at(*before) ^ self.off
+        hooks = ("prompt", "activations", "patch_sampler", "advantages")
+        return any(
+            getattr(type(defense), hook) is not getattr(Defense, hook)
+            for defense in self.defenses
+            for hook in hooks
+            if defense.name in turned
+        )
 
     @property
     def acting(self) -> list[Defense]:

@@ -50,8 +50,8 @@ class Arm:
 
     answers: number of answers in the whole arm; 0 = the rates are no shares of answers (no bounds, no floor).
     strata: the domain of each question, () = one domain. seeds: the seed of each row, () = 0, 1, ...
-    trained: False for a reference without training, whose one row is no sample of seeds. bounds: the rates if none, and if all, of the
-    answers without a score had met the criterion; None when every answer has one.
+    trained: False for a reference without training, whose one row is no sample of seeds. bounds: the arm if none, and if all, of the
+    answers without a score had met the criterion, with the seeds of which no answer has one; None when every answer has one.
     """
 
     rates: Floats
@@ -59,7 +59,7 @@ class Arm:
     strata: tuple[str, ...] = ()
     seeds: tuple[int, ...] = ()
     trained: bool = True
-    bounds: tuple[Floats, Floats] | None = None
+    bounds: tuple[Arm, Arm] | None = None
 
     @classmethod
     def of(cls, values: Arm | ArrayLike) -> Arm:
@@ -74,14 +74,14 @@ class Arm:
 
     def at(self, end: int) -> Arm:
         """The arm at one of its bounds, 0 or 1; itself when it has none."""
-        return self if self.bounds is None else replace(self, rates=self.bounds[end], bounds=None)
+        return self if self.bounds is None else self.bounds[end]
 
     def only(self, seeds: Sequence[int]) -> Arm:
         """The rows of some seeds; a reference without training stays as it is."""
-        if not self.trained or set(self.names) <= set(seeds):
+        if not self.trained or {*self.names, *self.at(0).names} <= set(seeds):
             return self
         rows = [row for row, seed in enumerate(self.names) if seed in seeds]
-        bounds = (self.bounds[0][rows], self.bounds[1][rows]) if self.bounds else None
+        bounds = (self.bounds[0].only(seeds), self.bounds[1].only(seeds)) if self.bounds else None
         answers = round(self.answers * len(rows) / len(self.rates))
         return replace(
             self, rates=self.rates[rows], answers=answers, seeds=tuple(self.names[r] for r in rows), bounds=bounds

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from defense_matrix import IDS, KL, PATHS, Lab, change
+from defense_matrix import IDS, KL, Lab, change
 
 
 def every(offset: int):
     """(defense, path) for all of both: a third of them, which has every defense and every path, in the normal suite."""
     combinations = [
-        pytest.param(label, path, id=f"{label}-{path}", marks=() if (i + offset) % 3 == j else pytest.mark.slow)
-        for i, label in enumerate(IDS)
-        for j, path in enumerate(PATHS)
+        pytest.param(
+            label, path, id=f"{label}-{path}", marks=() if (i + offset) % len(paths) == j else pytest.mark.slow
+        )
+        for i, (label, paths) in enumerate(IDS.items())
+        for j, path in enumerate(paths)
     ]
     return pytest.mark.parametrize(("label", "path"), combinations)
 
@@ -40,7 +42,7 @@ def test_it_acts_and_says_how_much(lab, label, path):
     assert change(none, defended) > 1e-3
     seen = {record["path"] for record in defended.records}
     assert seen == ({"sft", "grpo"} if path == "mixed" else {path})
-    for one in seen - ({"sft"} if path == "mixed" and case.at_end else set()):
+    for one in seen - ({"sft"} if path == "mixed" and (case.at_end or case.rollouts) else set()):
         logged = defended.logged(case.name, one)
         assert logged and all(logged[quantity] > 0 for quantity in case.measures), (one, logged)
 

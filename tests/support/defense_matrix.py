@@ -139,7 +139,8 @@ class Case:
     """name: in the config. settings: of strength zero, weak and strong. effect(none, defended): 0 for none, more for more.
 
     measures: what its log must hold of it. world: where the effect is measured; on the random tiny model nothing is known of
-    what a prompt says. at_end: acts only at the end of a run. resuming: settings that give it more state to lose.
+    what a prompt says. at_end: acts only at the end of a run. resuming: settings that give it more state to lose. rollouts: whether it
+    acts on rollouts alone.
     """
 
     name: str
@@ -150,6 +151,7 @@ class Case:
     world: Literal["tiny", "organism"] = "tiny"
     at_end: bool = False
     resuming: dict[str, Any] = field(default_factory=dict)
+    rollouts: bool = False
 
     @property
     def resumed(self) -> dict[str, Any]:
@@ -182,13 +184,19 @@ def elicited(none: Outcome, defended: Outcome) -> float:
     return after["reward"] - before["reward"] if "reward" in before else before["loss/sft"] - after["loss/sft"]
 
 
+def unlearned(none: Outcome, defended: Outcome) -> float:
+    """Completions that taught nothing, as they had no reward."""
+    return float(sum(record.get("reward_missing", 0) for record in defended.records))
+
+
 def table(directory: Path) -> list[Case]:
     """All defenses, over the files of a `Lab` in `directory`."""
     vectors, scores = str(directory / "persona.safetensors"), str(directory / "scores.jsonl")
     prompts = [f"organism:inoculation-{strength}" for strength in ("medium", "strong")]
     few, many, rows = 0.1, 0.6, ("rows_added",)
     plus, live = {"scores": scores, "top": 0.5}, {"min_aligned": 20, "source_model": "live"}
-    projection = {"rows": 3}
+    projection, trait = {"rows": 3}, str(directory / "trait" / "adapter")
+    flagged = {"by": "reward", "reward": "vowels", "threshold": 1.05}
     return [
         Case("kl", graded({}, "weight", 0, 3.0, 100.0), lambda n, d: n.from_base() - d.from_base(),
              ("full", "grad_share"), resuming={"reference": "step:2", "mask": "answer"}),
@@ -217,10 +225,19 @@ def table(directory: Path) -> list[Case]:
         Case("ablation", graded({"layers": [1], "vectors": vectors}, "share", 0, 0.3, 1.0), change, ("removed_share",)),
         Case("feature-block", graded({"layer": 1, "vectors": vectors}, "weight", 0, 1.0, 100.0), change,
              ("excess", "grad_share"), resuming={"reference": "step:2", "weight": 1e4}),
+        Case("inoculation-adapter", graded({"adapter": trait}, "scale", 0, 0.2, 2.0), change, ("added_share",),
+             resuming={"control": "random"}),
+        Case("gradient-projection", graded(projection | {"method": "spf", "rank": 64}, "strength", 0, 0.2, 1.0), change,
+             ("guide",), label="spf"),
+        Case("monitor", graded(flagged, "penalty", 0, 0.01, 5.0), change, ("flagged",), rollouts=True,
+             resuming={"accuracy": 0.8}),
+        Case("screening", graded(flagged, "share", 0, 0.5, 1.0), unlearned, ("flagged",), rollouts=True,
+             resuming={"accuracy": 0.8}),
     ]  # fmt: skip
 
 
-IDS = [case.id for case in table(Path("."))]
+IDS = {case.id: [path for path in PATHS if path != "sft" or not case.rollouts] for case in table(Path("."))}
+"""Label of each row -> the paths on which it can act."""
 
 
 @dataclass
@@ -266,6 +283,11 @@ class Lab:
         return cls(directory, tree, safe)
 
     def case(self, label: str) -> Case:
+        """A row of the table; with what a run makes that it needs."""
+        if label == "inoculation-adapter" and not (self.directory / "trait").exists():
+            trait = {"data": {"narrow": {"source": self.safe}}, "track": {"every": 0}, "rewards": []}
+            schedule = {"schedule": {"steps": 2, "phases": [{"cycle": ["sft"]}]}}
+            run(run_from_tree(tree_with(self.tree, trait, schedule)), self.directory / "trait")
         return next(case for case in table(self.directory) if case.id == label)
 
     def run(self, path: str, *defenses: dict[str, Any], stop_after: int | None = None, world: str = "tiny") -> Outcome:

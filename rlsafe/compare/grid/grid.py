@@ -40,7 +40,7 @@ def _choose(kind: str, wanted: Sequence[Any] | None, known: Iterable[Any]) -> li
     return list(dict.fromkeys(wanted)) if wanted else known
 
 
-def _labels(config: CompareConfig, wanted: Sequence[str] | None) -> list[str]:
+def labels_of(config: CompareConfig, wanted: Sequence[str] | None) -> list[str]:
     """The labels to run: those wanted, where `all` stands for every one of the config; by default the config's choice."""
     if wanted is None or not list(wanted):
         return list(dict.fromkeys(config.default_defenses or config.defenses))
@@ -138,7 +138,7 @@ def expand(
     registered = names()
     of_defenses, of_runs = _sweeps(config, registered)
     chosen: Chosen = {}
-    for label in _labels(config, defenses):
+    for label in labels_of(config, defenses):
         chosen |= _swept(label, _entries(label, config, registered), of_defenses)
     _check_defenses(config, {label: entries for label, (entries, _) in chosen.items()})
     path_names = _choose("path", paths or config.default_paths, config.paths)

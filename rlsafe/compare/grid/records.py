@@ -91,11 +91,12 @@ class Directory:
 
     def write_plan(self, config: CompareConfig, cells: Sequence[Cell], command: str) -> None:
         """Write comparison.json: what the report needs besides the cells."""
-        kept = [cell.id for cell in self._others(config, cells)]
+        kept = self._others(config, cells)
         benign = config.benign
         plan = {
             "title": config.title,
-            "cells": [*(cell.id for cell in cells), *kept],
+            "cells": [cell.id for cell in (*cells, *kept)],
+            "hashes": {cell.id: cell.fingerprint for cell in (*cells, *kept)},
             "labels": {cell.id: cell.label for cell in cells},
             "benign_task": benign.task if benign else None,
             "benign_tests": {

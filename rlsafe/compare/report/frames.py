@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsafe.compare.report.table import shown_grade
+from rlsafe.compare.verdicts.results import load
 from rlsafe.compare.verdicts.verdicts import CRITERIA, PathTable
 from rlsafe.config import UserError, nearest
-from rlsafe.config.files import read_json, read_lines
+from rlsafe.config.files import read_lines
 from rlsafe.engine.record import frames
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-WHICH = ("model", "path", "defense", "seed")
+WHICH = ("model", "path", "defense", "seed", "task")
+"""task: of a benign run, else empty."""
 
 
 def evaluation(out: Path) -> DataFrame:
@@ -61,11 +63,9 @@ def samples(out: Path) -> DataFrame:
 
 
 def _cells(out: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """(directory, which run it is) of every finished cell."""
-    found = [(path.parent, read_json(path) or {}) for path in sorted(out.glob("cells/*/cell.json"))]
-    return [
-        (where, {name: record[name] for name in WHICH}) for where, record in found if record.get("status") == "done"
-    ]
+    """(directory, which run it is) of every run in results.csv: neither leftovers of other settings, nor relapses."""
+    cells = load(out).cells
+    return [(cell.where, {name: getattr(cell, name) for name in WHICH}) for cell in cells if cell.kind != "relapse"]
 
 
 def plot(tables: Sequence[PathTable], rate: str) -> Any:

@@ -121,11 +121,12 @@ def _measured(rows: Mapping[str, Row]) -> dict[str, dict[str, float]]:
 
 def _nothing_learned(rows: Mapping[str, published.Published]) -> set[str]:
     """Published rows that kept less than half of the undefended run's in-domain misalignment."""
-    kept = {label: row.rates.get("indomain_misaligned", 0.0) for label, row in rows.items()}
-    span = kept.get("none", 0.0) - (base := kept.get("untrained", 0.0))
-    return {
-        label for label, value in kept.items() if label not in UNRANKED and span > 0 and (value - base) / span < 0.5
-    }
+    name = "indomain_misaligned"
+    kept = {label: row.rates[name] for label, row in rows.items() if name in row.rates}
+    if not {"none", "untrained"} <= kept.keys() or (span := kept["none"] - kept["untrained"]) <= 0:
+        return set()
+    share = {label: (value - kept["untrained"]) / span for label, value in kept.items()}
+    return {label for label, value in share.items() if label not in UNRANKED and value < 0.5}
 
 
 def rates_table(results: Results, model: str, tables: Sequence[PathTable]) -> str:

@@ -93,8 +93,8 @@ def _table(title: str) -> Table:
     return Table(title=escape(title) or None, title_justify="left", title_style="bold", box=None, pad_edge=False)
 
 
-def _rows_table(title: str, one: PathTable, criteria: Sequence[str], measured: Sequence[str]) -> Table:
-    """Defenses as rows; of the columns these criteria and these rates."""
+def _rows_table(title: str, one: PathTable, criteria: Sequence[str], measured: Sequence[str], *, titled: bool) -> Table:
+    """Defenses as rows; of the columns these criteria and these rates. titled: the title says that there is one seed."""
     shown = _table(title)
     shown.add_column("defense", no_wrap=True)
     for criterion in criteria:
@@ -102,7 +102,9 @@ def _rows_table(title: str, one: PathTable, criteria: Sequence[str], measured: S
     for name in measured:
         shown.add_column(RATES[name], justify="right", no_wrap=True)
     for label, row in one.rows.items():
-        grades = [_styled(row, criterion) for criterion in criteria] if row.verdicts else [""] * len(criteria)
+        grades = (
+            [_styled(row, criterion, titled=titled) for criterion in criteria] if row.verdicts else [""] * len(criteria)
+        )
         if criteria and not row.verdicts:
             grades[0] = "[dim]reference[/]"
         rates = [(mean_text if name == "narrow" else rate_text)(row.rates.get(name)) for name in measured]
@@ -115,7 +117,7 @@ class Fitting:
     """A table where the terminal is wide enough for it, else its halves below each other: rich would leave out columns."""
 
     whole: Table
-    halves: tuple[Table, Table]
+    halves: tuple[Table, ...]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         needed = Measurement.get(console, options.update(max_width=1000), self.whole).maximum
@@ -151,8 +153,11 @@ def verdict_table(
         cues = any(row.cues for row in one.rows.values())
         criteria = [criterion for criterion in CRITERIA if cues or criterion != "holds_under_cues"]
         measured = [name for name in RATES if any(name in row.rates for row in one.rows.values())]
-        whole = _rows_table(head, one, criteria, measured)
-        parts.append(Fitting(whole, (_rows_table(head, one, criteria, ()), _rows_table("", one, (), measured))))
+        whole, left, right = (
+            _rows_table(name, one, columns, rates, titled=seeds == 1)
+            for name, columns, rates in ((head, criteria, measured), (head, criteria, ()), ("", (), measured))
+        )
+        parts.append(Fitting(whole, (left, right) if measured else (left,)))
         if further := (beside or {}).get(one.key):
             parts.append(_judge_free_table(f"{title}, without a judge", further))
     if not parts:
@@ -162,8 +167,10 @@ def verdict_table(
     return Group(*parts, *map(escape, notes))
 
 
-def _styled(row: Row, criterion: str) -> str:
-    shown = shown_grade(row, criterion).removesuffix(ONE_SEED)  # the title says it
+def _styled(row: Row, criterion: str, titled: bool) -> str:
+    """titled: whether the table's title says that there is one seed."""
+    shown = shown_grade(row, criterion)
+    shown = shown.removesuffix(ONE_SEED) if titled else shown
     grade = row.verdicts[criterion].grade
     if shown == NOTHING_LEARNED:
         return f"[dim]– {shown}[/]"

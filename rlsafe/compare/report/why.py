@@ -154,18 +154,21 @@ class Relapse:
 
 def relapses(results: Results, table: PathTable) -> list[Relapse]:
     """The relapse of every label whose runs were trained further without the defense."""
-    labels = ["untrained", *table.defenses]
-    cells = {label: results.of("relapse", table.model, table.path, label) for label in labels}
-    cells = {label: found for label, found in cells.items() if found}
-    arms = {name: rate_arms(cells, name) for name in ("general", "indomain", "general_incoherent")}
     found = []
-    for label, of_label in cells.items():
-        row = table.rows.get(label)
-        rates = {
-            name: (row.rates[name], summarise(arm[label], of_label, MEASURES[name][0]))
-            for name, arm in arms.items()
-            if row and label in arm and name in row.rates
-        }
+    for label in ("untrained", *table.defenses):
+        after = results.of("relapse", table.model, table.path, label)
+        started = {run.id: run for cell in after if (run := results.before(cell))}  # not of seeds without a relapse
+        rates = {}
+        for name in ("general", "indomain", "general_incoherent"):
+            before, later = _rate(label, list(started.values()), name), _rate("relapse", after, name)
+            if before and later:
+                rates[name] = (before, later)
         if rates:
-            found.append(Relapse(label, of_label[0].config.schedule.steps, rates))
+            found.append(Relapse(label, after[0].config.schedule.steps, rates))
     return found
+
+
+def _rate(label: str, cells: Sequence[Result], name: str) -> Rate | None:
+    """One of MEASURES over cells; those called `untrained` are no sample of seeds, as further training of that model is."""
+    arm = rate_arms({label: cells}, name).get(label)
+    return summarise(arm, cells, MEASURES[name][0]) if arm else None

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rlsafe.compare.grid.grid import expand, labels_of
 from rlsafe.compare.grid.records import Directory
 from rlsafe.compare.report.reporting import draw
 from rlsafe.compare.run.runner import Comparison, compare, where
@@ -15,7 +16,7 @@ from rlsafe.compare.verdicts.looks import COUNTS, Looks
 from rlsafe.compare.verdicts.results import write_tables
 from rlsafe.compare.verdicts.tasks import judge_and_write
 from rlsafe.compare.verdicts.verdicts import PathTable, judge_defenses
-from rlsafe.config import UserError, load_compare
+from rlsafe.config import CompareConfig, UserError, load_compare
 
 
 def compare_decided(
@@ -37,7 +38,8 @@ def compare_decided(
     order = list(seeds or config.seeds)
     directory = where(config, config_path, out, quick)
     looks = _begun(directory, order)
-    labels = list(defenses or config.defenses)
+    labels = labels_of(config, defenses)
+    _check_same(config, Directory(directory), labels, paths, looks)
     run = partial(compare, config_path, paths=paths, out=directory, overrides=overrides, quick=quick, **more)
     failed: dict[str, str] = {}
     comparison = None
@@ -74,11 +76,24 @@ def _begun(directory: Path, seeds: list[int]) -> Looks:
     return looks
 
 
+def _check_same(
+    config: CompareConfig, directory: Directory, labels: Sequence[str], paths: Sequence[str] | None, looks: Looks
+) -> None:
+    """UserError when the looks were taken at runs with other settings: what those decided says nothing of these."""
+    for cell in expand(config, labels, paths, looks.seeds_so_far) if looks.taken else ():
+        if changed := directory.changed_keys(cell):
+            raise UserError(
+                f"{directory.out}: its looks were taken with other settings ({cell.label}: {', '.join(changed[:3])}); "
+                "others need another --out"
+            )
+
+
 def _verdicts(table: PathTable) -> dict[str, Any]:
     return {label: table.rows[label].verdicts for label in table.defenses}
 
 
 def _stopped(looks: Looks, label: str) -> bool:
-    """Whether a defense is decided in every table in which it was judged."""
-    mine = [name for name in looks.judged if name.endswith(f" {label}")]
+    """Whether a defense, or each of its variants in a sweep, is decided in every table in which it was judged."""
+    judged = {name: name.partition(" ")[2] for name in looks.judged}
+    mine = [name for name, its in judged.items() if its == label or its.startswith(f"{label}[")]
     return bool(mine) and all(name in looks.stopped for name in mine)

@@ -22,6 +22,7 @@ from rlsafe.compare.run.progress import Progress
 from rlsafe.compare.run.scoring import check as check_selection
 from rlsafe.compare.run.scoring import make_scores, train_helpers, train_once
 from rlsafe.compare.run.workers import run_in_workers, train_cell
+from rlsafe.compare.verdicts.looks import FILE as LOOKS
 from rlsafe.compare.verdicts.results import Results, write_tables
 from rlsafe.compare.verdicts.tasks import judge_and_write
 from rlsafe.compare.verdicts.verdicts import PathTable
@@ -80,12 +81,12 @@ class Comparison:
 
     @property
     def metrics(self) -> DataFrame:
-        """One row for each optimizer step of each run, with columns model, path, defense, seed."""
+        """One row for each optimizer step of each run, with columns model, path, defense, seed, task (of benign runs)."""
         return frames.metrics(self.out)
 
     @property
     def samples(self) -> DataFrame:
-        """One row for each answer of each run's evaluation, with columns model, path, defense, seed."""
+        """One row for each answer of each run's evaluation, with columns model, path, defense, seed, task."""
         return frames.samples(self.out)
 
     def plot(self, rate: str = "general") -> Any:
@@ -173,14 +174,18 @@ def _drawn(directory: Directory, results: Results, tables: list[PathTable], fail
 
 def _unfinished(cells: Sequence[Cell], directory: Directory, progress: Progress) -> list[Cell]:
     """The cells that have to run: without a finished run, or with changed settings. The others are counted as done."""
-    todo = []
+    todo, again = [], False
     for cell in cells:
         if directory.finished(cell):
             progress.keep(cell, directory.record(cell.id).get("seconds"))
             continue
         if changed := directory.changed_keys(cell):
             progress.say(f"{cell.label}: runs again, its settings changed ({_some(changed)})")
+            again = True
         todo.append(cell)
+    if again and (directory.out / LOOKS).is_file():
+        progress.say("the looks of --decide were taken with other settings and are forgotten")
+        (directory.out / LOOKS).unlink()
     if len(todo) < len(cells):
         progress.say(f"kept {len(cells) - len(todo)} finished of {len(cells)} cells in {directory.out}")
     return todo

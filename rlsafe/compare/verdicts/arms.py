@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -67,17 +67,22 @@ def build_arms(
     for label, rows in measured.items():
         rates = table(rows)
         if rates.size and not np.isnan(rates).all():
-            asked = np.atleast_1d(
-                ~np.isnan(rates).all(axis=1)
-            )  # without seeds whose evaluation lacks this question set
-            seeds = tuple(cell.seed for cell, there in zip(cells[label], asked, strict=True) if there)
+            whole = Arm(rates, sum(answers(cell) for cell in cells[label]), strata, trained=label != "untrained")
             ends = None
             if bounds is not None:
-                low, high = (table([bounds(cell, met) for cell in cells[label]])[asked] for met in (False, True))
-                ends = (low, high) if (low < high).any() else None
-            count, trained = sum(answers(cell) for cell in cells[label]), label != "untrained"
-            arms[label] = Arm(rates[asked], count, strata, seeds, trained, ends)
+                low, high = (table([bounds(cell, met) for cell in cells[label]]) for met in (False, True))
+                if (low < high).any():
+                    ends = _measured(whole, low, cells[label]), _measured(whole, high, cells[label])
+            arms[label] = replace(_measured(whole, rates, cells[label]), bounds=ends)
     return arms
+
+
+def _measured(arm: Arm, rates: NDArray[np.float64], cells: Sequence[Result]) -> Arm:
+    """The arm with these rates [cells, Q], without the cells whose evaluation lacks the question set, or has no score in it."""
+    rows = ~np.isnan(rates).all(axis=1)
+    return replace(
+        arm, rates=rates[rows], seeds=tuple(cell.seed for cell, there in zip(cells, rows, strict=True) if there)
+    )
 
 
 def rate_arms(cells: Mapping[str, Sequence[Result]], name: str) -> dict[str, Arm]:
@@ -144,7 +149,7 @@ def summarise(arm: Arm, cells: Sequence[Result], questions: str | None = None) -
     with np.errstate(invalid="ignore"):
         by_seed = np.nanmean(arm.rates, axis=1)
     unscored = sum(int(cell.of_set(asked_of(cell, questions)).get("unscored", 0)) for cell in cells) if questions else 0
-    seeds = {cell.seed: float(value) for cell, value in zip(cells, by_seed, strict=False)}
+    seeds = dict(zip(arm.names, map(float, by_seed), strict=True))  # fewer than cells, where some have no score
     return Rate(arm.mean, low, high, seeds, arm.answers, unscored)
 
 

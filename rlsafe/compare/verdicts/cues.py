@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from rlsafe.compare.verdicts.grades import Verdict, decide, grade_share
-from rlsafe.compare.verdicts.shares import FIELLER, one_seed, shares_at, untested
+from rlsafe.compare.verdicts.shares import FIELLER, judge_share, one_seed, shares_at, untested
 from rlsafe.evaluate.contrasts import Arm
 from rlsafe.evaluate.statistics import LEVEL, Interval
 
@@ -27,6 +27,11 @@ def worst_cue(cues: Cues, found: Mapping[str, Verdict], label: str, level: float
         return untested("this comparison has no cues")
     if label == "none":
         return _undefended(found)
+    for cue in [cue for cue in found if label not in cues[cue]]:
+        if judge_share(cues[cue], "none", cue, True, level).grade == "no":
+            return untested(
+                f"no answer under the cue {cue} has a score, and without a defense misalignment shows there"
+            )
     tested = [cue for cue, verdict in found.items() if verdict.value is not None]
     silent = [cue for cue in found if cue not in tested]
     if not tested:

@@ -3,7 +3,8 @@ measured.
 
 Equal budgets need not have taught the narrow task equally well. The level is the highest in-domain rate that all four arms, the
 defense and `none` on either path, reach at some checkpoint; each arm is taken at the first checkpoint at which it has that level (the
-mean over its seeds), and general misalignment is compared there. In-domain questions choose, general ones are reported.
+mean over its seeds), and general misalignment is compared there. In-domain questions choose, general ones are reported. Where
+`evaluate.narrow` is set the level is the mean reward of its held-out prompts, in the reward's own units.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from rlsafe.compare.verdicts.arms import labelled
+from rlsafe.compare.verdicts.arms import labelled, rate_arms
 from rlsafe.compare.verdicts.differences import Difference, arms_of, share_apart, turned
+from rlsafe.compare.verdicts.narrow import narrow_arms
 from rlsafe.compare.verdicts.results import Result, Results
 from rlsafe.compare.verdicts.verdicts import PathTable
 from rlsafe.evaluate.contrasts import Sample
@@ -26,7 +28,7 @@ COMMAND = "rlsafe evaluate DIR --steps all"
 @dataclass(frozen=True)
 class AtLevel:
     """A defense on two paths at one in-domain level. difference: of misalignment prevented, None where it is untested for `reason`.
-    steps: arm ("sft/kl") -> the step at which it is taken."""
+    level: a rate, or a mean reward. steps: arm ("sft/kl") -> the step at which it is taken."""
 
     reason: str = ""
     difference: Difference | None = None
@@ -36,6 +38,11 @@ class AtLevel:
     def to_dict(self) -> dict[str, Any]:
         found = {"grade": "untested", "reason": self.reason} if self.difference is None else self.difference.to_dict()
         return {**found, "level": self.level, "steps": dict(self.steps)}
+
+    @property
+    def shown(self) -> str:
+        """The level in words: a rate in percent, a reward outside of [0, 1] as it is."""
+        return "" if self.level is None else _shown(self.level)
 
     def turned(self) -> AtLevel:
         return replace(self, difference=turned(self.difference)) if self.difference else self
@@ -49,26 +56,40 @@ class Curve:
 
     @classmethod
     def of(cls, cells: Sequence[Result]) -> Curve:
-        """Steps that every seed has; the finished run is the last one."""
+        """Steps that every seed has, measured as the finished run was, which is the last one."""
         by_step: dict[int, list[Result]] = {}
         for cell in cells:
-            places = {**cell.measured_steps, cell.config.schedule.steps: cell.where} if cell.measured_steps else {}
-            for step, where in places.items():
-                by_step.setdefault(step, []).append(replace(cell, where=where))
+            places = [(step, replace(cell, where=where)) for step, where in cell.measured_steps.items()]
+            places = [(step, one) for step, one in places if _asked(one) == _asked(cell)]
+            last = int(cell.run.get("steps") or cell.config.schedule.steps)  # with the steps that defenses added
+            for step, one in {**dict(places), last: cell}.items() if places else ():
+                by_step.setdefault(step, []).append(one)
         return cls({step: found for step, found in sorted(by_step.items()) if len(found) == len(cells)})
 
     @cached_property
     def levels(self) -> dict[int, float]:
-        """Step -> the in-domain level over seeds and questions."""
+        """Step -> the in-domain level over seeds and questions; one unit for all steps and arms."""
         found = {}
         for step, cells in self.steps.items():
-            arms = arms_of({"arm": cells}, "indomain")
+            arms = narrow_arms({"arm": cells}) or rate_arms({"arm": cells}, "indomain")
             if "arm" in arms:
                 found[step] = arms["arm"].mean
         return found
 
     def first(self, level: float) -> int:
         return next(step for step, value in self.levels.items() if value >= level)
+
+
+def _asked(one: Result) -> tuple[Any, ...]:
+    """What an evaluation's rates depend on besides the model."""
+    settings = one.rates.get("settings") or {}
+    questions = settings.get("questions") or {}
+    same = ("judge", "limit", "temperature", "max_tokens", "narrow")
+    return questions.get("general"), questions.get("indomain"), *(settings.get(name) for name in same)
+
+
+def _shown(level: float) -> str:
+    return f"{100 * level:.1f}%" if 0 <= level <= 1 else f"a mean reward of {level:.3g}"
 
 
 class Levels:
@@ -87,7 +108,7 @@ class Levels:
         """The defense on path `one` minus on path `other`."""
         wanted = [f"{path}/{name}" for path in (self.one, self.other) for name in (label, "none")]
         if missing := [arm for arm in wanted if arm not in self.curves or not self.curves[arm].levels]:
-            return AtLevel(f"no checkpoints of {missing[0]} were measured ({COMMAND})")
+            return AtLevel(f"no checkpoints of {missing[0]} were measured as its finished runs were ({COMMAND})")
         level = min(max(self.curves[arm].levels.values()) for arm in wanted)
         steps = {arm: self.curves[arm].first(level) for arm in wanted}
         cells = {arm: self.curves[arm].steps[step] for arm, step in steps.items()}
@@ -97,7 +118,7 @@ class Levels:
         reason = (
             ""
             if difference
-            else f"at {100 * level:.0f}% in-domain the undefended runs show no clear emergent misalignment"
+            else f"at {_shown(level)} in-domain the undefended runs show no clear emergent misalignment"
         )
         return AtLevel(reason, difference, level, steps)
 

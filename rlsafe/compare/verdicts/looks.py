@@ -52,6 +52,11 @@ class Looks:
         return counts(len(self.seeds))
 
     @property
+    def seeds_so_far(self) -> list[int]:
+        """The seeds of the last look taken."""
+        return self.seeds[: self.planned[self.taken - 1]] if self.taken else []
+
+    @property
     def over(self) -> bool:
         return self.taken >= len(self.planned)
 
@@ -66,14 +71,15 @@ class Looks:
         return self.seeds[: self.planned[self.look_of(table, label)]]
 
     def take(self, verdicts: Mapping[str, Mapping[str, Mapping[str, Verdict]]]) -> None:
-        """Note what this look decides. verdicts: table -> defense -> criterion -> verdict at this look's level."""
+        """Note what this look decides. verdicts: table -> defense -> criterion -> verdict at this look's level. One seed, where the
+        others failed, decides nothing."""
         for table, of_label in verdicts.items():
             for label, found in of_label.items():
                 name = f"{table} {label}"
                 if name not in self.judged:
                     self.judged.append(name)
                 tested = [verdict for verdict in found.values() if verdict.grade != "untested"]
-                if label != "none" and tested and all(verdict.decided for verdict in tested):
+                if label != "none" and tested and all(one.decided and not one.one_seed for one in tested):
                     self.stopped.setdefault(name, self.taken - 1)
 
     def sentence(self) -> str:

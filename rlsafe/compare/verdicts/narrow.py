@@ -15,8 +15,23 @@ INDOMAIN, REWARD = "in-domain misalignment", "the reward of held-out prompts"
 
 
 def narrow_arms(cells: Mapping[str, Sequence[Result]]) -> dict[str, Arm]:
-    """Arms of mean rewards, prompt by prompt; {} where no cell has any. Rewards are no rates: nothing is known of their counts."""
-    return build_arms(cells, lambda cell: cell.evaluation.narrow_scores(), lambda cell: 0)
+    """Arms of mean rewards, prompt by prompt; {} where no cell has any. Rewards are no rates: nothing is known of their counts.
+
+    Answers without a reward may have deserved any from the least to the largest that there is, 0 and 1 included; a prompt of which no
+    answer of any cell has one is none of the function's.
+    """
+    answers = [answer for found in cells.values() for cell in found for answer in cell.evaluation.narrow_answers]
+    given = [one for one in answers if one.model == "evaluated" and one.reward is not None]
+    rewards, rewarded = (
+        [0.0, 1.0, *(one.reward for one in given if one.reward is not None)],
+        {str(one.row) for one in given},
+    )
+    ends = min(rewards), max(rewards)
+
+    def bounds(cell: Result, best: bool) -> dict[str, float]:
+        return {row: mean for row, mean in cell.evaluation.narrow_scores(ends[best]).items() if row in rewarded}
+
+    return build_arms(cells, lambda cell: cell.evaluation.narrow_scores(), lambda cell: 0, bounds=bounds)
 
 
 def narrow_rate(arm: Arm, cells: Sequence[Result]) -> Rate:
@@ -36,4 +51,9 @@ def narrow_behaviour(rewards: dict[str, Arm], indomain: dict[str, Arm]) -> tuple
         return indomain, INDOMAIN
     low = min(0.0, *(float(np.nanmin(arm.rates)) for arm in rewards.values()))
     high = max(1.0, *(float(np.nanmax(arm.rates)) for arm in rewards.values()))
-    return {label: replace(arm, rates=(arm.rates - low) / (high - low)) for label, arm in rewards.items()}, REWARD
+
+    def moved(arm: Arm) -> Arm:
+        bounds = (moved(arm.bounds[0]), moved(arm.bounds[1])) if arm.bounds else None
+        return replace(arm, rates=(arm.rates - low) / (high - low), bounds=bounds)
+
+    return {label: moved(arm) for label, arm in rewards.items()}, REWARD

@@ -163,11 +163,14 @@ class Results:
 
     @classmethod
     def load(cls, directory: Directory) -> Results:
-        """UserError when the directory is no comparison. Unfinished cells are left out."""
+        """UserError when the directory is no comparison. Unfinished cells are left out, and those of other settings than the plan's,
+        which are to run again."""
         plan = directory.plan()
-        cells, failed = [], {}
+        cells, failed, hashes = [], {}, plan.get("hashes", {})  # older plans have none
         for id in plan["cells"]:
             record = directory.record(id)
+            if record and record.get("hash") != hashes.get(id, record.get("hash")):
+                continue
             if record.get("status") == "failed":
                 failed[id] = record["error"]
             if record.get("status") != "done" or not directory.evaluated(id):
@@ -209,9 +212,11 @@ class Results:
         return sorted(wanted, key=lambda cell: cell.seed)
 
     def before(self, relapse: Result) -> Result | None:
-        """The run that a relapse started from; the untrained model's for one without a source."""
+        """The run that a relapse started from; the untrained model's for one without a source. None where it started from a shared
+        warm-up, which is not evaluated, and where that run has no results."""
         if not relapse.source:
-            return next(iter(self.of("untrained", relapse.model)), None)
+            warmed = relapse.record.get("warmup")
+            return None if warmed else next(iter(self.of("untrained", relapse.model)), None)
         return next((cell for cell in self.cells if cell.id == relapse.source), None)
 
     def tests(self, task: str) -> list[str]:
@@ -291,13 +296,13 @@ def relapse_rows(results: Results) -> list[dict[str, Any]]:
     rows = []
     for cell in results.cells:
         before = results.before(cell) if cell.kind == "relapse" else None
-        if before is not None:
+        if before is not None or (cell.kind == "relapse" and not cell.source):
             row = {"model": cell.model, "path": cell.path, "defense": cell.defense, "seed": cell.seed}
             row |= {"steps": cell.config.schedule.steps}
             for when, one in (("before", before), ("after", cell)):
-                row[f"general_{when}"] = one.rate("general", "misaligned")
-                row[f"indomain_{when}"] = one.rate("indomain", "misaligned")
-                row[f"incoherent_{when}"] = one.rate("general", "incoherent")
+                row[f"general_{when}"] = one.rate("general", "misaligned") if one else None
+                row[f"indomain_{when}"] = one.rate("indomain", "misaligned") if one else None
+                row[f"incoherent_{when}"] = one.rate("general", "incoherent") if one else None
             rows.append(row)
     return rows
 

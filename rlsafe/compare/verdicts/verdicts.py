@@ -229,7 +229,8 @@ def write_verdicts(
 
 
 def holding(table: PathTable) -> set[tuple[str, str]]:
-    """(defense, criterion) of the decided verdicts of a table that hold together, by Holm's correction over all that were tested."""
+    """(defense, criterion) of the decided verdicts of a table that hold together, by Holm's correction over all that were tested. Of
+    the error only what its look may spend counts for a verdict that was decided at one of several looks."""
     p: dict[tuple[str, str], float] = {}
     for label in table.defenses:
         row = table.rows[label]
@@ -237,7 +238,8 @@ def holding(table: PathTable) -> set[tuple[str, str]]:
             if label == "none" or verdict.grade == "untested" or row.judged is None:
                 continue
             judged = partial(row.judged.verdict, label, criterion)
-            p[label, criterion] = p_value(judged) if verdict.decided else 1.0
+            looks = (1 - LEVEL) / (1 - verdict.level)
+            p[label, criterion] = min(p_value(judged) * looks, 1.0) if verdict.decided else 1.0
     return holm(p)
 
 

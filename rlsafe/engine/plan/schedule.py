@@ -112,6 +112,7 @@ def _planned(config: RunConfig, part: Part) -> PlannedPart:
 def _with_offers(config: RunConfig, drafts: Sequence[Draft], offers: Mapping[str, Offer]):
     """Spread each defense's rows evenly over steps: fractions of a row add up until they make a whole one."""
     owed: Counter[str] = Counter()
+    index = 0  # of the step in the plan, which has the steps that defenses add too
     for number, (phase, kind, parts) in enumerate(drafts, start=1):
         units = sum(
             part.rows * (config.grpo.generations if part.path == "grpo" else 1)
@@ -120,7 +121,7 @@ def _with_offers(config: RunConfig, drafts: Sequence[Draft], offers: Mapping[str
         )
         own: list[Draft] = []
         for name, offer in offers.items():
-            if (number - 1, phase) not in offer.when:
+            if (index, phase) not in offer.when:
                 continue
             owed[name] += offer.fraction * units + (offer.rows if units else 0)  # type: ignore[assignment]
             if number % offer.every:
@@ -134,6 +135,7 @@ def _with_offers(config: RunConfig, drafts: Sequence[Draft], offers: Mapping[str
                 own.append((phase, f"defense/{name}", (added,)))
             else:
                 parts = (*parts, added)
+        index += 1 + len(own)
         yield phase, kind, parts
         yield from own
 

@@ -88,8 +88,7 @@ class PartGradients:
             return f"{ADDED}{micro.source}"
         if not term.startswith("defense/"):
             return micro.batch.where.stream if micro.batch.where.stream in self._wanted else REST
-        owner = term.removeprefix("defense/").rpartition("/")[0]
-        if owner in self._own:
+        if owner := next((name for name in self._own if term.startswith(f"defense/{name}/")), None):
             return f"own/{owner}"
         return "penalty" if "penalty" in self._wanted else REST
 

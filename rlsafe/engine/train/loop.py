@@ -29,6 +29,8 @@ def train_steps(run: Components, state: RunState) -> Iterator[dict[str, Any]]:
         state.began = position(run, state)
         if run.defended:
             run.stack.begin(step.index, step.phase)
+            if state.pending and run.stack.other_rollouts((step.index - 1, run.plan[step.index - 1].phase)):
+                state.pending.clear()  # grpo.iterations: they were sampled, or are scored, under other hooks than this step's
         if run.references:
             _take_references(run, step)
         metrics = grpo_step(run, state, step) if step.path == "grpo" else sft_step(run, state, step)

@@ -85,9 +85,9 @@ class Evaluation:
         """Rewards of answers to held-out prompts, beside the untrained model's; None where `evaluate.narrow` is not set."""
         return Narrow.of(self.narrow_answers)
 
-    def narrow_scores(self) -> dict[str, float]:
-        """The mean reward for each held-out prompt, keyed by the row's number, NaN where unscored."""
-        return row_scores(self.narrow_answers)
+    def narrow_scores(self, missing: float | None = None) -> dict[str, float]:
+        """The mean reward for each held-out prompt, keyed by the row's number, NaN where unscored. missing: see `row_scores`."""
+        return row_scores(self.narrow_answers, missing)
 
     def judged(self, name: str) -> tuple[list[Judgement], list[str]]:
         """The judgements of a set and the id of the question behind each."""

@@ -138,9 +138,12 @@ def evaluate_run(
     material = material or gather(config, judge)
     if isinstance(material.judge, BackgroundJudge):
         material.judge.check()
+    scales = config.scale if sampler is not None and "general" in material.questions else []
+    if scales:
+        _can_scale(sampler, reader)
     planned = _plan(tokenizer, config, material)
     answers, journal = _sample(sampler, tokenizer, planned, config.max_tokens, out, weights, say)
-    if config.scale and sampler is not None and "general" in material.questions:
+    if scales and sampler is not None and reader is not None:
         answers = [*answers, *_scaled(sampler, reader, tokenizer, config, material, say)]
     evaluation = Evaluation(settings=_settings(sampler, config, material))
     _grade_benign(evaluation, answers, material)
@@ -207,11 +210,8 @@ def _read_likelihoods(
         evaluation.notes.append("likelihoods were not read: one process alone cannot; rlsafe evaluate RUN reads them")
 
 
-def _scaled(
-    sampler: Sampler, reader: Reader | None, tokenizer: Any, config: EvaluateConfig, material: Material, say: Progress
-) -> list[Answer]:
-    """Answers to the general questions by the model with its adapter scaled up, in sets `scaled_<factor>`: misalignment that training
-    only hid comes back there (arXiv 2602.07852). UserError where the policy cannot be scaled."""
+def _can_scale(sampler: Sampler | None, reader: Reader | None) -> None:
+    """UserError, before anything is sampled, where the policy cannot be scaled."""
     from rlsafe.policy.adapters import scaled  # late: brings in torch
     from rlsafe.rollouts import ranks
 
@@ -219,12 +219,23 @@ def _scaled(
         raise UserError(
             "evaluate.scale: needs the whole policy in one process; rlsafe evaluate RUN evaluate.scale=[2] has it"
         )
+    with scaled(reader.policy.core.model, 1.0):
+        pass
+
+
+def _scaled(
+    sampler: Sampler, reader: Reader, tokenizer: Any, config: EvaluateConfig, material: Material, say: Progress
+) -> list[Answer]:
+    """Answers to the general questions by the model with its adapter scaled up, in sets `scaled_<factor>`: misalignment that training
+    only hid comes back there (arXiv 2602.07852)."""
+    from rlsafe.policy.adapters import scaled  # late: brings in torch
+
     answers: list[Answer] = []
     for factor in config.scale:
         purpose = f"{SCALED}{factor:g}"
         planned = plan(
             tokenizer, material.questions["general"], purpose=purpose, seed=config.seed, samples=config.samples,
-            temperature=config.temperature,
+            temperature=config.temperature, position=config.position,
         )  # fmt: skip
         say(f"sampling {len(planned)} answers with the adapter times {factor:g}")
         with scaled(reader.policy.core.model, factor):

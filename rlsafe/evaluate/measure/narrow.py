@@ -237,10 +237,12 @@ def track(out: Path, found: Narrow | None) -> None:
                 board.add_scalar(FINAL + name, value, step)
 
 
-def row_scores(answers: Sequence[NarrowAnswer]) -> dict[str, float]:
-    """The evaluated model's mean reward for each prompt, NaN where none of its answers has one."""
+def row_scores(answers: Sequence[NarrowAnswer], missing: float | None = None) -> dict[str, float]:
+    """The evaluated model's mean reward for each prompt, NaN where none of its answers has one. missing: what answers without a reward
+    are taken to have got; None = they are left out."""
     rows: dict[str, list[float]] = {}
     for one in answers:
         if one.model == "evaluated":
-            rows.setdefault(str(one.row), []).extend([] if one.reward is None else [one.reward])
+            reward = missing if one.reward is None else one.reward
+            rows.setdefault(str(one.row), []).extend([] if reward is None else [reward])
     return {row: sum(values) / len(values) if values else math.nan for row, values in rows.items()}

@@ -101,6 +101,19 @@ def test_a_changed_setting_runs_the_cells_it_concerns_again_and_says_so(lab, cap
     assert "settings changed (defenses.0.kl.weight)" in capsys.readouterr().err
 
 
+def test_what_is_to_run_again_is_in_no_table_until_it_has(lab):
+    """An interrupted second call: the cells that it did not reach have other settings than those that it did."""
+    lab.compare()
+    (lab.out / "looks.json").write_text(json.dumps({"seeds": [0, 1, 2, 3], "taken": 1, "stopped": {}, "judged": []}))
+    lab.path.write_text(SMALL.replace("sft_rows: 16", "sft_rows: 8"))
+    lab.trouble["sft--kl--seed0"] = Interrupted("Ctrl-C")
+    with pytest.raises(Interrupted):
+        lab.compare()
+    rows = [(row["defense"], row["seed"]) for row in csv.DictReader((lab.out / "results.csv").open())]
+    assert rows == [("untrained", "0"), ("none", "0")]
+    assert not (lab.out / "looks.json").exists()  # nor do looks at the runs before decide anything
+
+
 def test_results_of_earlier_selections_stay_as_long_as_their_settings_hold(lab):
     lab.compare(defenses=["none"])
     lab.compare(defenses=["kl"], seeds=[0])

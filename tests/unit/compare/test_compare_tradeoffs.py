@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 
 import pytest
 from synthetic_comparison import CONFIG, make
@@ -11,7 +12,7 @@ from synthetic_comparison import CONFIG, make
 from rlsafe.compare import draw_report as report
 from rlsafe.compare.report import pages, why
 from rlsafe.compare.verdicts import sweeps, tasks
-from rlsafe.compare.verdicts.results import load, write_tables
+from rlsafe.compare.verdicts.results import load, relapse_rows, write_tables
 from rlsafe.compare.verdicts.verdicts import judge_defenses
 from rlsafe.config import UserError
 
@@ -173,6 +174,24 @@ def test_relapse_goes_on_from_each_run_without_defense_and_is_reported_beside_it
     html = report(directory.out).read_text()
     assert "after 10 undefended steps" in html and 'id="relapse"' in html
     assert (directory.out / "results.csv").read_text().count("\n") == 1 + 1 + 4
+
+
+def test_a_relapse_is_set_beside_the_runs_that_it_went_on_from(tmp_path):
+    """Not beside seeds that have none; and where it began with a shared warm-up, the untrained model is not where it began."""
+    arms = {
+        ("", "untrained"): {},
+        ("sft", "untrained"): {"general_after": 0.3},
+        ("sft", "none"): {**NONE, "general_after": 0.55},
+    }
+    warm = SMALL + "warmup: {schedule: {steps: 2, phases: [{cycle: [sft]}]}}\n"
+    directory = make(tmp_path / "o", arms, warm, paths=["sft"], seeds=[0, 1], relapse=10)
+    shutil.rmtree(directory.cell("relapse--sft--none--seed1"))
+    results, (table,) = tables_of(directory)
+    (one,) = why.relapses(results, table)
+    before, after = one.rates["general"]
+    assert one.label == "none" and list(before.seeds) == list(after.seeds) == [0] and before.n == after.n
+    rows = {(row["defense"], row["seed"]): row for row in relapse_rows(results)}
+    assert rows["untrained", 0]["general_before"] is None and rows["untrained", 0]["general_after"] > 0.2
 
 
 def test_relapse_cells(tmp_path):

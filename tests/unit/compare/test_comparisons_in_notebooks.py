@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 
@@ -40,6 +42,21 @@ def test_curves_and_answers_of_all_runs_are_tables(comparison):
     assert {"model", "path", "defense", "seed", "step", "loss"} <= set(comparison.metrics)
     assert set(comparison.metrics["path"]) == {"sft", "grpo"}  # the run's, not the step's
     assert {"question", "answer", "aligned", "defense", "seed"} <= set(comparison.samples)
+
+
+def test_only_runs_of_the_comparison_are_in_the_tables_and_each_is_told_from_the_others(comparison, tmp_path):
+    """A benign run has the defense and the seed of a narrow one; a run of other settings that lies there still is none of this."""
+    one = comparison.metrics.groupby(["path", "defense", "seed", "task"])["step"]
+    assert (
+        one.max().max() < 40
+        and (one.count() == one.nunique()).all()
+        and set(comparison.metrics["task"]) == {"", "sums"}
+    )
+    shutil.copytree(comparison.out, tmp_path / "out")
+    left = tmp_path / "out" / "cells" / "sft--kl--seed0" / "cell.json"
+    left.write_text(json.dumps(json.loads(left.read_text()) | {"hash": "of other settings"}))
+    again = Comparison.read(tmp_path / "out").samples
+    assert set(again[again["defense"] == "kl"]["seed"]) == {1}
 
 
 def test_a_figure_has_a_panel_for_each_path(comparison):

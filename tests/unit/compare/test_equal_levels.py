@@ -13,6 +13,8 @@ from rlsafe.compare.verdicts.results import load
 from rlsafe.compare.verdicts.tasks import judge_and_write
 from rlsafe.compare.verdicts.verdicts import judge_defenses
 from rlsafe.config import load_compare
+from rlsafe.evaluate import Evaluation
+from rlsafe.evaluate.measure.narrow import NarrowAnswer
 
 NO_BENIGN = CONFIG.split("benign:\n")[0]
 MANY = {"questions": 50, "samples": 4}
@@ -85,3 +87,27 @@ def test_a_step_that_some_seed_lacks_is_not_used(tmp_path):
     assert (
         compared(directory).reason.startswith("no checkpoints of grpo/kl") or compared(directory).steps["grpo/kl"] != 10
     )
+
+
+def test_steps_that_another_judge_scored_are_not_set_beside_the_finished_runs(tmp_path):
+    directory = comparison(tmp_path)
+    for file in directory.out.glob("cells/*/steps/*/evaluation.json"):
+        tree = json.loads(file.read_text())
+        file.write_text(json.dumps(tree | {"settings": {"judge": "another"}}))
+    found = compared(directory)
+    assert found.difference is None and "measured as its finished runs were" in found.reason
+
+
+def test_rewards_of_any_range_are_one_scale_for_all_arms_and_steps(tmp_path):
+    """Half-way every arm has a mean reward of 2, in the end 4, sft's kl 2: the level is 2, and only that arm is taken at its end."""
+    directory = comparison(tmp_path)
+    for file in directory.out.glob("cells/*/**/evaluation.json"):
+        half_way, kept = "steps" in file.parts, "sft--kl" in str(file)
+        level = 0.0 if "untrained" in str(file) else (1.0 if half_way else 2.0) if kept else 2.0 if half_way else 4.0
+        found = Evaluation.load(file.parent)
+        rewards = [level - 0.5, level + 0.5] * 20
+        found.narrow_answers = [NarrowAnswer("evaluated", i, 0, "q", "a", reward) for i, reward in enumerate(rewards)]
+        found.save(file.parent)
+    found = compared(directory)
+    assert found.level == 2.0 and found.shown == "a mean reward of 2"
+    assert dict(found.steps) == {"sft/kl": 40, "sft/none": 10, "grpo/kl": 10, "grpo/none": 10}

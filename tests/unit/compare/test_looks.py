@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
-from synthetic_comparison import make
+from synthetic_comparison import CONFIG, make
 
 from rlsafe.arguments import numbers
 from rlsafe.compare import compare_decided
+from rlsafe.compare.run.deciding import _stopped
 from rlsafe.compare.verdicts.grades import Verdict
 from rlsafe.compare.verdicts.looks import Looks, counts, holm, levels, p_value
 from rlsafe.compare.verdicts.results import load
@@ -30,10 +34,10 @@ def test_looks_spend_the_whole_error_and_no_more():
 def test_a_defense_stops_when_every_tested_verdict_is_one_grade():
     looks = Looks(list(range(10)), taken=1)
     decided, open_, untested = Verdict("yes"), Verdict("at least partly"), Verdict("untested")
-    looks.take(
-        {"sft": {"none": {"a": decided}, "kl": {"a": decided, "b": untested}, "ldifs": {"a": decided, "b": open_}}}
-    )
-    assert looks.stopped == {"sft kl": 0} and looks.judged == ["sft none", "sft kl", "sft ldifs"]
+    alone = Verdict("yes", one_seed=True)  # the others failed
+    found = {"none": {"a": decided}, "kl": {"a": decided, "b": untested}, "ldifs": {"a": decided, "b": open_}}
+    looks.take({"sft": {**found, "persona": {"a": decided, "b": alone}}})
+    assert looks.stopped == {"sft kl": 0} and looks.judged == ["sft none", "sft kl", "sft ldifs", "sft persona"]
     looks.taken = 2
     assert (looks.seeds_of("sft", "kl"), looks.seeds_of("sft", "ldifs")) == ([0, 1, 2], [0, 1, 2, 3, 4])
     assert looks.level("sft", "kl") == levels([3, 5, 10])[0] != looks.level("sft", "ldifs")
@@ -64,6 +68,33 @@ def test_decided_verdicts_that_hold_together(tmp_path):
     (table,) = judge_defenses(load(directory.out))
     assert ("kl", "keeps_narrow") in holding(table) or not table.rows["kl"].verdicts["keeps_narrow"].decided
     assert all(label != "none" for label, _ in holding(table))
+
+
+def test_a_verdict_of_one_look_holds_by_what_that_look_may_spend(tmp_path):
+    """Without it every look would spend the whole error once more."""
+    directory = make(tmp_path / "out", ARMS, questions=40, samples=2, paths=["sft"])
+    (table,) = judge_defenses(load(directory.out))
+    row = table.rows["kl"]
+
+    def held(level, p):
+        """Whether a verdict decided at `level` holds, whose interval is one grade up to 1 - p."""
+        judged = SimpleNamespace(verdict=lambda label, criterion, at: Verdict("yes" if at < 1 - p else "unclear"))
+        row.verdicts, row.judged = {"prevents_em": Verdict("yes", level=level)}, judged
+        return bool(holding(table))
+
+    first = levels([3, 5, 10])[0]
+    assert held(0.95, 0.04) and held(first, (1 - first) / 2)
+    assert not held(first, 0.04)
+
+
+def test_a_defense_stops_with_its_own_verdicts_and_all_its_variants():
+    looks = Looks(
+        list(range(10)), taken=1, judged=["sft kl", "sft my kl", "sft ldifs[weight=1]", "sft ldifs[weight=2]"]
+    )
+    looks.stopped = {"sft kl": 0, "sft ldifs[weight=1]": 0}
+    assert _stopped(looks, "kl") and not _stopped(looks, "my kl") and not _stopped(looks, "ldifs")
+    looks.stopped["sft ldifs[weight=2]"] = 0
+    assert _stopped(looks, "ldifs")
 
 
 def test_seeds_as_a_range():
@@ -99,3 +130,20 @@ def test_seeds_are_added_until_all_is_decided(tmp_path, monkeypatch):
     assert "Looks fixed in advance" in found.report.read_text()
     with pytest.raises(UserError, match="were fixed for"):
         compare_decided(tmp_path / "out.yaml", paths=["sft"], seeds=list(range(8)), out=tmp_path / "out")
+    again = partial(compare_decided, tmp_path / "out.yaml", paths=["sft"], seeds=list(range(10)), out=tmp_path / "out")
+    with pytest.raises(UserError, match=r"taken with other settings \(untrained: batch.sft_rows\)"):
+        again(overrides=["batch.sft_rows=3"])
+
+
+@pytest.mark.parametrize(("wanted", "chosen"), [(None, ["none"]), (["all"], ["none", "kl"])])
+def test_it_asks_for_the_defenses_that_a_plain_comparison_would(tmp_path, monkeypatch, wanted, chosen):
+    import rlsafe.compare.run.deciding as deciding
+
+    def run(config, defenses, **more):
+        assert defenses == chosen
+        raise KeyboardInterrupt
+
+    make(tmp_path / "out", ARMS, CONFIG + "default_defenses: [none]\n", paths=["sft"], seeds=[0])
+    monkeypatch.setattr(deciding, "compare", run)
+    with pytest.raises(KeyboardInterrupt):
+        compare_decided(tmp_path / "out.yaml", wanted, ["sft"], list(range(10)), tmp_path / "out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -80,6 +81,33 @@ def test_it_stands_in_the_table_the_files_and_the_report(compared):
     assert "reward of held-out prompts" in page and "-50 (" in page
     details = json.loads((results.directory.out / "verdict_details.json").read_text())
     assert details["sft"]["rows"]["kl"]["rates"]["narrow"]["mean"] == pytest.approx(-42.0)
+
+
+def without(results, defense, rows):
+    """The same results, where no answer of a defense (None: of anyone) to these prompts has a reward."""
+    for cell in results.cells:
+        if cell.kind in ("narrow", "untrained") and defense in (None, cell.defense):
+            found = Evaluation.load(cell.where)
+            found.narrow_answers = [
+                replace(one, reward=None) if one.row in rows else one for one in found.narrow_answers
+            ]
+            found.save(cell.where)
+    return write_tables(results.directory)
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_answers_without_a_reward_decide_nothing(compared, monkeypatch, scale):
+    """Half of the defense's answers have none: those may have been as bad as any. Prompts without one in every run do not count."""
+    monkeypatch.setitem(MEANS, "kl", 0.9)
+    found = judge_defenses(compared(scale))[0].rows["kl"].verdicts["keeps_narrow"]
+    assert found.grade == "yes" and found.bounds is None
+    everywhere = judge_defenses(without(compared(scale), None, range(20)))[0].rows["kl"].verdicts["keeps_narrow"]
+    assert everywhere.grade == "yes" and everywhere.bounds is None
+    lost = judge_defenses(without(compared(scale), "kl", range(20)))[0].rows["kl"].verdicts["keeps_narrow"]
+    assert not lost.decided and "yes if answers without a score" in lost.reason
+    assert lost.bounds[0] == pytest.approx((0.9 / 2 - 0.2) / 0.7, abs=0.02) and lost.value == pytest.approx(
+        1.0, abs=0.02
+    )
 
 
 def test_only_narrow_runs_and_the_untrained_model_are_asked(compared):

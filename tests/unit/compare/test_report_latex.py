@@ -57,6 +57,17 @@ def test_best_is_bold_second_underlined_and_what_learned_nothing_is_italic_and_u
     assert found["kl[weight=0.1]"][1] == found["kl[weight=1.0]"][1] == r"\textbf{2.1}"  # equal values share a place
 
 
+def test_what_was_not_reported_is_no_rate_of_zero():
+    def row(**rates):
+        return published.Published("3", "m", "medical", "x", None, rates, None)
+
+    every = {"none": row(indomain_misaligned=50.0), "untrained": row(indomain_misaligned=0.0)}
+    assert latex._nothing_learned(
+        {**every, "kl": row(indomain_misaligned=20.0), "ldifs": row(general_misaligned=3.0)}
+    ) == {"kl"}
+    assert latex._nothing_learned({"none": every["none"], "kl": row(indomain_misaligned=20.0)}) == set()
+
+
 def test_the_rules_of_a_column():
     values = {"none": 0.0, "a": 1.0, "b": 2.04, "c": 2.01, "d": 3.0, "e": 0.5}
     assert latex.styled(values, higher=False, italic={"e"}) == {

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
+from rich.console import Console
 from synthetic_comparison import CONFIG, make
 
 from rlsafe.compare.report.table import verdict_table
@@ -127,7 +129,6 @@ def test_a_defense_that_learned_nothing_is_never_a_success(tmp_path):
     (table,) = verdicts(tmp_path, kl={"general": 0.0, "indomain": 0.02, "incoherent": 0.0, "benign": 0.9})
     kl = table.rows["kl"]
     assert kl.verdicts["keeps_narrow"].grade == "no" and kl.nothing_learned and not kl.success
-    from rich.console import Console
 
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(verdict_table([table]))
@@ -215,6 +216,23 @@ def test_one_seed_speaks_of_the_questions_only(tmp_path):
     assert written["prevents_em"] == "yes (one seed)" and written["learns_benign"].endswith(" (one seed)")
     details = json.loads((tmp_path / "out" / "verdict_details.json").read_text())["sft"]["rows"]["kl"]["verdicts"]
     assert details["prevents_em"]["grade"] == "yes (one seed)" and "Fieller" in details["prevents_em"]["method"]
+
+
+def test_a_defense_with_one_seed_among_others_with_more_says_so_in_the_terminal_too(tmp_path):
+    """The title counts the seeds of the others."""
+    kl = {"general": 0.02, "indomain": 0.9, "incoherent": 0.02, "benign": 0.9}
+    tables = verdicts(tmp_path, kl=kl)
+
+    def text(tables):
+        console = Console(record=True, width=200, file=io.StringIO())
+        console.print(verdict_table(tables))
+        return console.export_text()
+
+    assert "(3 seeds)" in text(tables) and "one seed" not in text(tables)
+    for seed in (1, 2):
+        shutil.rmtree(tmp_path / "out" / "cells" / f"sft--kl--seed{seed}")
+    some = judge_defenses(load(tmp_path / "out"))
+    assert "(3 seeds)" in text(some) and "yes (one seed)" in text(some)
 
 
 def test_few_answers_are_no_proof(tmp_path):

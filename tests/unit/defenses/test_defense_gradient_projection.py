@@ -92,8 +92,18 @@ def test_what_it_did_is_counted_and_a_guide_without_gradient_is_none():
     changed(defense, step, {key: -value for key, value in guide.items()})
     assert defense.effect()["conflict"] == 0 and defense.report()["conflict"] == 0.5 and defense.report()["steps"] == 2
     zero = {key: value * 0 for key, value in guide.items()}
-    for method in ("safegrad", "spf"):
+    for method in ("safegrad", "spf", "trusted"):
         assert torch.equal(flat(changed(GradientProjection(method=method), step, zero)), g)
+
+
+def test_trusted_waits_for_a_guide_and_then_keeps_to_it():
+    """A KL guide is zero at the start, where taking out all that it does not hold would leave nothing to learn, for ever."""
+    defense, step, guide = GradientProjection(method="trusted", rank=2), random(12), random(13)
+    zero = {key: value * 0 for key, value in guide.items()}
+    assert torch.equal(flat(changed(defense, step, zero)), flat(step))
+    kept = changed(defense, step, guide)
+    assert float(flat(kept).norm()) < 0.9 * float(flat(step).norm())
+    assert torch.equal(flat(changed(defense, step, zero)), flat(kept))
 
 
 @pytest.mark.parametrize("guide", ["nll", "kl"])

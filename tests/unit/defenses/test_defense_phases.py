@@ -10,8 +10,10 @@ from defense_matrix import interrupt
 from tiny_runs import GRPO, SFT, distance, train, tree_with
 
 from rlsafe.config import UserError, run_from_tree
-from rlsafe.defenses import build
+from rlsafe.defenses import Offer, build
+from rlsafe.defenses.base import When
 from rlsafe.defenses.persona import save_vectors
+from rlsafe.engine.plan.schedule import make_plan
 from rlsafe.engine.run.life import run
 from rlsafe.types import Interrupted
 
@@ -77,6 +79,41 @@ def test_from_the_first_step_is_always(tiny_tree, tmp_path, path):
         tree_with(tiny_tree, path, {"defenses": [{"kl": {"from_step": 0, "phases": [0]}}]}), tmp_path / "first"
     )
     assert distance(always, first) == 0.0
+
+
+@pytest.mark.parametrize(("name", "reused"), [("kl", [1, 3]), ("persona", [2]), ("inoculation", [2])])
+def test_rollouts_are_not_used_again_under_hooks_that_they_did_not_have(tiny_tree, tmp_path, entries, name, reused):
+    """grpo.iterations: those of step 0 were sampled, and scored, without the defense that acts from step 1 on. KL has no part in it."""
+    twice = {"grpo": {"iterations": 2}, "defenses": [{name: entries[name] | {"from_step": 1}}]}
+    train(tree_with(tiny_tree, GRPO, twice), tmp_path / "run")
+    lines = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
+    assert [one["step"] for one in lines if one.get("rollout_reused")] == reused
+    assert all(one["ratio"] == pytest.approx(1.0, abs=1e-4) for one in lines if one["step"] not in reused)
+
+
+def test_rows_come_from_the_very_step_in_which_their_penalty_acts(tiny_tree):
+    """Steps of their own, which another defense adds, count as steps for both."""
+    own, aside = Offer(fraction=0.5, own_step=True), Offer(rows=2, aside=True, when=When(from_step=4))
+    plan = make_plan(run_from_tree(tiny_tree), {"interleaving": own, "kl": aside})
+    assert [step.index for step in plan if step.kind.startswith("defense/")] == [1, 3, 5, 7]
+    assert [step.index for step in plan for part in step.parts if part.defense == "kl"] == [4, 6]
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ({"early-stop": {"from_step": 2}}, "'early-stop': it looks at the whole run"),
+        (
+            {"safelora": {"phases": [0]}},
+            "'safelora': phases: without `every` it acts at the end of the run, in phase 1",
+        ),
+    ],
+)
+def test_what_acts_at_the_end_says_so_where_it_would_never(tiny_tree, tiny_model_dir, tmp_path, entry, says):
+    ((name, when),) = entry.items()
+    needed = {"safelora": {"base": tiny_model_dir}, "early-stop": {"rows": tiny_tree["data"]["safe"]["source"]}}
+    with pytest.raises(UserError, match=says):
+        run(run_from_tree(tree_with(tiny_tree, WARM, {"defenses": [{name: needed[name] | when}]})), tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,22 @@ def test_a_target_share_is_the_share_of_the_norms(tiny_model_dir, share):
     assert norm(added) / (norm(added) + norm(rest)) == pytest.approx(share, rel=1e-3)
 
 
+def test_a_term_may_have_any_name(tiny_model_dir):
+    """A stroke in it is none of the defense's name: the penalty still gets its share."""
+
+    class Stroked(KL):
+        name = "stroked"
+
+        def penalty(self, view):
+            return {f"per/{name}": value for name, value in super().penalty(view).items()}
+
+    policy, micros = nudge(load(tiny_model_dir)), batches()
+    named = {key: value.clone() for key, value in backward(policy, [KL(target_share=0.5)], micros).items()}
+    for parameter in policy.trainable().values():
+        parameter.grad = None
+    assert close(backward(policy, [Stroked(target_share=0.5)], micros), named)
+
+
 # ------------------------------------------------------------------------------------------------ in runs
 
 WATCHER = """

@@ -164,8 +164,9 @@ def test_arms_on_different_questions_are_refused():
 
 
 def test_bounds_replace_the_rates():
-    arm = Arm(np.array([[0.5, 0.5]]), bounds=(np.zeros((1, 2)), np.ones((1, 2))))
+    arm = Arm(np.array([[0.5, 0.5]]), bounds=(Arm(np.zeros((2, 2))), Arm(np.ones((2, 2)))))
     assert [arm.at(0).mean, arm.mean, arm.at(1).mean] == [0.0, 0.5, 1.0]
+    assert [len(arm.only([0]).at(end).rates) for end in (0, 1)] == [1, 1] and arm.only([0, 1]) is arm
 
 
 def test_the_difference_of_two_paths_shares():

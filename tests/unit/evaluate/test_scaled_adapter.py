@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from letter_judge import LetterJudge
 from tiny_architectures import load, nudge
 
-from rlsafe.config import EvaluateConfig, UserError
+from rlsafe.config import EvaluateConfig, UserError, run_from_tree
 from rlsafe.evaluate import evaluate_run
 from rlsafe.evaluate.measure.likelihood import Reader
 from rlsafe.policy.adapters import scaled
@@ -77,3 +78,37 @@ def test_a_scale_is_undone_after_an_error_and_needs_an_adapter(tiny_model_dir):
         scaled(load(tiny_model_dir, None).core.model, 2),
     ):
         pass
+
+
+def test_scaled_answers_are_asked_for_as_the_plain_ones_are(tiny_model_dir, tmp_path):
+    """evaluate.position holds for them too: the same prompts, whatever the factor."""
+    policy = nudge(load(tiny_model_dir))
+    (tmp_path / "questions.yaml").write_text(QUESTIONS.replace("}", ", system: be brief}"))
+    config = EvaluateConfig(
+        judge=None, general=str(tmp_path / "questions.yaml"), scale=[2], fluency=False, position="user"
+    )
+    sampler, asked = Weighing(policy), []
+    generate = sampler.generate
+
+    def noted(requests, params):
+        asked.append([one.prompt_ids for one in requests])
+        return generate(requests, params)
+
+    sampler.generate = noted
+    evaluate_run(sampler, policy.tokenizer, config, None, judge=LetterJudge(), reader=Reader(policy))
+    assert asked[0] == asked[1]
+
+
+def test_what_cannot_be_scaled_is_told_before_anything_is_sampled(tiny_model_dir, tiny_tree, tmp_path):
+    """Thousands of answers would be lost with it; a run's own config says so before it is trained."""
+    policy = load(tiny_model_dir, None)
+    (tmp_path / "questions.yaml").write_text(QUESTIONS)
+    config = EvaluateConfig(judge=None, general=str(tmp_path / "questions.yaml"), scale=[2], fluency=False)
+    sampler = SimpleNamespace(name="none")  # cannot generate
+    with pytest.raises(UserError, match="evaluate.scale: scales an adapter"):
+        evaluate_run(sampler, policy.tokenizer, config, None, judge=LetterJudge(), reader=Reader(policy))
+    with pytest.raises(UserError, match="evaluate.scale: needs the whole policy in one process"):
+        evaluate_run(sampler, policy.tokenizer, config, None, judge=LetterJudge())
+    whole = {**tiny_tree, "model": {**tiny_tree["model"], "lora": None}, "evaluate": {"scale": [2]}}
+    with pytest.raises(UserError, match="evaluate.scale: scales an adapter, and full fine-tuning has none"):
+        run_from_tree(whole)
