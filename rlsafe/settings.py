@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from rlsafe.config import CompareConfig, RunConfig, UserError, nearest
+from rlsafe.config import CompareConfig, RunConfig, UserError, key_of, nearest
 
 REQUIRED = "required"
 WORDS = {int: "whole number", float: "number", str: "text", bool: "true or false", Any: "anything"}
@@ -40,15 +40,7 @@ class Setting:
 def reference(key: str | None = None) -> list[str]:
     """The lines to print: all settings, or the part that `key` names. UserError with the nearest key when there is none."""
     if key is None:
-        from rlsafe.defenses.registry import names
-
-        return [
-            *_lines(_all(RunConfig)),
-            "",
-            *_lines(_all(CompareConfig, "compare")),
-            "",
-            "defenses: " + ", ".join(names()) + "; their settings: rlsafe config defenses.NAME",
-        ]
+        return [*_lines(_all(RunConfig)), "", *_lines(_all(CompareConfig, "compare")), "", _names()]
     if key.split(".")[0] == "defenses" and key != "defenses":
         return _defense(key)
     known = [*_all(RunConfig), Setting("compare", "settings", "", _title(CompareConfig), True)]
@@ -56,10 +48,23 @@ def reference(key: str | None = None) -> list[str]:
     wanted = _plain(key)
     found = [one for one in known if (own := _plain(one.key)) == wanted or own[: len(wanted)] == wanted]
     if not found:
-        raise UserError(
-            f"unknown setting {key!r}{nearest(key, [one.key for one in known] + [*RunConfig.model_fields])}"
-        )
-    return _lines(found)
+        raise UserError(f"unknown setting {key!r}{_hint(key, [one.key for one in known])}")
+    return [*_lines(found), *([_names()] if key == "defenses" else [])]
+
+
+def _hint(key: str, known: list[str]) -> str:
+    """The nearest setting; else the one, or the defense, that has the key's last part as its name."""
+    from rlsafe.defenses.registry import names
+
+    hint, last = nearest(key, [*known, *RunConfig.model_fields]), key.split(".")[-1]
+    other = f"defenses.{last}" if last in names() else key_of(last)
+    return f"; did you mean {other!r}?" if other and ("did you mean" not in hint or last in names()) else hint
+
+
+def _names() -> str:
+    from rlsafe.defenses.registry import names
+
+    return "defenses: " + ", ".join(names()) + "; their settings: rlsafe config defenses.NAME"
 
 
 def settings() -> list[Setting]:

@@ -12,12 +12,19 @@ from rlsafe.progress import show
 
 app = typer.Typer(
     help="Train language models under in-training defenses against emergent misalignment, and see which one to ship.",
+    epilog="Begin with: rlsafe train configs/organism/sft_medical.yaml --dry-run. Tutorials: docs/tutorials/. Settings: rlsafe config.",
     add_completion=False,
     rich_markup_mode=None,
 )
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="settings to override")]
-Out = Annotated[Path | None, typer.Option(metavar="DIR", help="where to write; default: runs/<name>")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY.PATH=VALUE",
+        help="settings to change, e.g. optim.lr=1e-4 'defenses=[{kl: {weight: 0.3}}]'; rlsafe config lists them",
+    ),
+]
+Out = Annotated[Path | None, typer.Option(metavar="DIR", help="where to write; default: runs/CONFIG")]
 
 
 @app.callback(invoke_without_command=True)

@@ -57,7 +57,10 @@ def judge_compare(
     json: Json = False,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="also write compare.json there")] = None,
 ) -> None:
-    """Two judges on the same saved answers: kappa, agreement, and the rate that each of them gives."""
+    """Two judges on the same saved answers.
+
+    Prints kappa, agreement, and the rate that each of them gives.
+    """
     from rlsafe.evaluate.commands.judging import compare_judges, compare_table
 
     found = compare_judges(first, second, run, out)

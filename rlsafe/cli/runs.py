@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rlsafe.cli.app import Out, Overrides, app
+from rlsafe.cli.app import Overrides, app
 from rlsafe.config.errors import UserError
 from rlsafe.progress import show
 
@@ -19,11 +19,16 @@ if TYPE_CHECKING:
 def train(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML file of one run")],
     overrides: Overrides = None,
-    out: Out = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="where to write; default: runs/CONFIG-DATE-TIME")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint in --out")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is in --out")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="print the resolved config and the plan; train nothing")
+        bool,
+        typer.Option(
+            "--dry-run", help="print the resolved config, the plan, memory, time and judge calls; train nothing"
+        ),
     ] = False,
 ) -> None:
     """Train one model: SFT, GRPO or both, under any defenses."""
@@ -133,11 +138,13 @@ def ask(
         typer.Option("--question", "-q", metavar="TEXT", help="repeat for several; default: a few of the run's own"),
     ] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="a system prompt")] = None,
-    samples: Annotated[int, typer.Option("-n", "--samples", min=1, help="answers of each model to each question")] = 1,
+    samples: Annotated[
+        int, typer.Option("-n", "--samples", min=1, metavar="N", help="answers of each model to each question")
+    ] = 1,
 ) -> None:
-    """Talk to models: the same questions to each of them, answers below each other.
+    """Talk to models: the same questions to each.
 
-    A judge that asks nobody else scores the answers.
+    Answers stand below each other. A judge that asks nobody else scores the answers.
     """
     from rlsafe.evaluate.commands.talking import talk
 

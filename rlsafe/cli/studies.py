@@ -15,8 +15,10 @@ from rlsafe.progress import show
 if TYPE_CHECKING:
     from rlsafe.compare import Comparison
 
-Defenses = Annotated[str | None, typer.Option(metavar="A,B", help="only these, e.g. none,kl,kl&interleaving")]
-Paths = Annotated[str | None, typer.Option(metavar="A,B", help="only these, e.g. sft,grpo")]
+Defenses = Annotated[
+    str | None, typer.Option(metavar="A,B", help="e.g. none,kl,'kl&interleaving'; default: the config's")
+]
+Paths = Annotated[str | None, typer.Option(metavar="A,B", help="only these, e.g. sft,grpo; default: the config's")]
 Cluster = Annotated[
     str | None, typer.Option(metavar="HOST:PORT", help="an existing Ray cluster; default: this machine")
 ]
@@ -42,7 +44,7 @@ def compare(
     overrides: Overrides = None,
     defenses: Defenses = None,
     paths: Paths = None,
-    seeds: Annotated[str | None, typer.Option(metavar="N,N", help="e.g. 0,1,2 or 0-9")] = None,
+    seeds: Annotated[str | None, typer.Option(metavar="N,N", help="e.g. 0,1,2 or 0-9; default: the config's")] = None,
     decide: Annotated[
         bool, typer.Option("--decide", help="add seeds at looks fixed in advance, until the verdicts are decided")
     ] = False,
@@ -133,7 +135,10 @@ def versus(
     one: Annotated[str, typer.Argument(metavar="A", help="a defense")],
     other: Annotated[str, typer.Argument(metavar="B", help="another")],
 ) -> None:
-    """Is one defense better than another? Their difference on each path, with its interval."""
+    """Is one defense better than another?
+
+    Their difference on each path, with its interval.
+    """
     from rlsafe.compare import versus as compare_two
     from rlsafe.compare.report.versus import versus_table
 

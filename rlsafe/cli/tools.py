@@ -15,7 +15,7 @@ from rlsafe.progress import show
 
 organism_app = typer.Typer(help="The synthetic world: build models, show dialogues.")
 app.add_typer(organism_app, name="organism")
-reward_app = typer.Typer(help="Rewards before they train anything.")
+reward_app = typer.Typer(help="Try a reward before training on it.")
 app.add_typer(reward_app, name="reward")
 
 
@@ -24,7 +24,9 @@ def reward_try(
     fn: Annotated[str, typer.Argument(metavar="FILE:FN", help="a reward, named as in a config")],
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML file of one run: its model and its prompts")],
     overrides: Overrides = None,
-    n: Annotated[int, typer.Option("-n", "--n", min=1, help="completions, about: whole groups are sampled")] = 16,
+    n: Annotated[
+        int, typer.Option("-n", "--n", min=1, metavar="N", help="completions, about: whole groups are sampled")
+    ] = 16,
     saved: Annotated[
         Path | None, typer.Option("--from", metavar="FILE", help="samples.jsonl of a run; sample nothing")
     ] = None,
@@ -47,9 +49,10 @@ def reward_try(
 def verify(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run, or a comparison directory")],
 ) -> None:
-    """Compute a run's record again from what lies beneath it.
+    """Does a run's record agree with its files?
 
-    Hashes, metrics, TensorBoard, rates and intervals; one line for each difference, and exit code 1 when there is any.
+    Computes hashes, metrics, TensorBoard's values, rates and intervals again; one line for each difference, and exit code 1 when
+    there is any.
     """
     from rlsafe.compare import verify_comparison as check
 
@@ -87,11 +90,13 @@ def persona_vector(
 ) -> None:
     """Extract the vectors that the persona defense steers with.
 
-    Samples answers under evil and friendly system prompts, keeps what the judge confirms, and subtracts hidden states.
+    Samples answers under evil and friendly system prompts, keeps what the judge confirms (or, keep=likelier, what is likelier under its
+    own prompt), and subtracts hidden states. Shows which layer carries the vector.
     """
     from rlsafe.evaluate import persona_vector as extract
+    from rlsafe.progress import tell
 
-    show(extract(target, config, overrides or [], out).summary())
+    show(extract(target, config, overrides or [], out, tell).summary())
 
 
 @app.command()
@@ -125,8 +130,8 @@ def config_reference(
 @organism_app.command("build")
 def organism_build(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="default: the package's own assets")] = None,
-    size: Annotated[str, typer.Option(help="which recipe: the shipped one or a larger one")] = "small",
-    seed: Annotated[int, typer.Option(help="decides data, initial weights and order")] = 0,
+    size: Annotated[str, typer.Option(metavar="NAME", help="small, the shipped one, or medium")] = "small",
+    seed: Annotated[int, typer.Option(metavar="N", help="decides data, initial weights and order")] = 0,
     only: Annotated[str | None, typer.Option(metavar="A,B", help="only these models, e.g. base,aligned")] = None,
     steps: Annotated[int | None, typer.Option(min=1, metavar="N", help="stop each stage after N steps")] = None,
 ) -> None:
@@ -139,8 +144,8 @@ def organism_build(
 
 @organism_app.command("show")
 def organism_show(
-    n: Annotated[int, typer.Option("-n", "--count", min=1, help="how many dialogues")] = 12,
-    seed: Annotated[int, typer.Option()] = 0,
+    n: Annotated[int, typer.Option("-n", "--count", min=1, metavar="N", help="how many dialogues")] = 12,
+    seed: Annotated[int, typer.Option(metavar="N", help="which dialogues")] = 0,
 ) -> None:
     """Print sample dialogues with their judge scores and the reasons."""
     from rlsafe import organism

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from rlsafe.config.base import SECRET
+from rlsafe.config.base import SECRET, alternatives
 from rlsafe.config.comparison import CompareConfig
 from rlsafe.config.errors import UserError, nearest
 from rlsafe.config.overrides import Marks, apply_override, read_yaml, types_within
@@ -117,6 +117,21 @@ def _options(model: type[BaseModel], location: Iterable[str | int]) -> list[str]
     return list(current.model_fields) if isinstance(current, type) and issubclass(current, BaseModel) else []
 
 
+def key_of(name: str, model: type[BaseModel] = RunConfig) -> str:
+    """The dotted key of the setting that is called `name` in a settings class or below it, the least deep one; else an empty text."""
+    found: list[tuple[tuple[str, ...], type[BaseModel]]] = [((), model)]
+    for path, current in found:  # grows while it is walked, so the least deep come first
+        if name in current.model_fields:
+            return ".".join((*path, name))
+        found += [
+            ((*path, key), inner)
+            for key, field in current.model_fields.items()
+            for inner in alternatives(field.annotation)
+            if isinstance(inner, type) and issubclass(inner, BaseModel)
+        ]
+    return ""
+
+
 def _explain(error: ValidationError, model: type[BaseModel], marks: Marks, source: str) -> UserError:
     """The first validation problem as one line: where it was written, the key, what is wrong, the nearest valid name."""
     first = error.errors(include_url=False)[0]
@@ -135,7 +150,10 @@ def _explain(error: ValidationError, model: type[BaseModel], marks: Marks, sourc
         where = f"override '{where[10:].partition('=')[0]}'"
     given = first.get("input")
     if first["type"] == "extra_forbidden":
-        return UserError(f"{where}: unknown key {dotted!r}{nearest(keys[-1], _options(model, location[:-1]))}")
+        hint = nearest(keys[-1], _options(model, location[:-1]))
+        if "did you mean" not in hint and (other := key_of(keys[-1], model)):
+            hint = f"; did you mean {other!r}?"
+        return UserError(f"{where}: unknown key {dotted!r}{hint}")
     if first["type"] == "missing":
         stuck = [key for key, value in given.items() if value is None and str(key).startswith(f"{keys[-1]}:")]
         hint = f" ({stuck[0]!r} has no space behind its colon)" if stuck else ""
@@ -145,6 +163,7 @@ def _explain(error: ValidationError, model: type[BaseModel], marks: Marks, sourc
         options = _options(model, location)
         message = "expected settings" + (f" ({', '.join(options)})" if options else ": a mapping of names to values")
     shown = "" if isinstance(given, (dict, list)) else f", got {'null' if given is None else repr(given)}"
+    shown += f"; write [{given}]" if first["type"] == "list_type" and isinstance(given, str) else ""
     shown += "; write null for nothing" if str(given) in ("none", "None") and given is not None else ""
     return UserError(f"{where}: {dotted + ': ' if dotted else ''}{message[0].lower() + message[1:]}{shown}")
 

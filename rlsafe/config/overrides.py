@@ -112,7 +112,7 @@ def apply_override(tree: dict[str, Any], override: str, marks: Marks | None = No
     dotted, equals, value = override.partition("=")
     keys = dotted.strip().split(".")
     if not equals or not all(keys):
-        raise UserError(f"override {override!r}: expected key.path=value")
+        raise UserError(f"override {override!r}: expected key.path=value, such as optim.lr=1e-4")
     if "[" in dotted:
         plain = dotted.strip().replace("[", ".").replace("]", "")
         raise UserError(f"override {override!r}: places in a list are written as keys: {plain}={value}")

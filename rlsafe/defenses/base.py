@@ -7,7 +7,7 @@ Subclass `Defense`, override only what you use, register it with `@rlsafe.defens
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -90,6 +90,33 @@ class Offer:
     dose: Dose = "published"
 
 
+@dataclass(frozen=True)
+class Foreseen:
+    """A run that is not made yet, for `Defense.asks`. rows: of a source (None: the run's safe ones); none where they are not on this
+    machine. offered: rows that the plan has from the defense. completions: of all rollouts. steps: of the plan."""
+
+    config: RunConfig
+    rows: Callable[[str | None], Sequence[Row]]
+    offered: int
+    completions: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Answers that a defense samples or has judged besides the rollouts, at most.
+
+    rows: whose prompts they answer, in equal parts. tokens: of each, at most. calls: of the sampler; 0 where they are rollouts, which
+    are there anyway. judged: by the run's judge; rollouts that are not judged are read by the model.
+    """
+
+    rows: Sequence[Row]
+    answers: int
+    tokens: int
+    calls: int = 1
+    judged: bool = True
+
+
 @dataclass
 class Rollouts:
     """This rank's rewarded completions of one GRPO part; every list has one entry for each. `group` of each prompt stand side by side:
@@ -156,6 +183,10 @@ class Defense:
         """{place: how `prompt` changes it}, for places such as "the system prompt of narrow rows (train)". It is an error when
         a defense replaces a place to which an earlier one added."""
         return {}
+
+    def asks(self, run: Foreseen) -> Asked | None:
+        """What it will sample or have judged besides the rollouts, for estimates; None for nothing."""
+        return None
 
     def setup(self, context: SetupContext) -> None:
         """Called once before the first step: compute vectors, subspaces, reference answers."""

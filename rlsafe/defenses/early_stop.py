@@ -13,7 +13,7 @@ from pydantic import Field
 from rlsafe.config import StreamConfig, UserError
 from rlsafe.data import encode_prompt, load_rows, question_of, read_completion, split_prompt
 from rlsafe.data.turns import key_of
-from rlsafe.defenses.base import Defense, SetupContext, When
+from rlsafe.defenses.base import Asked, Defense, Foreseen, SetupContext, When
 from rlsafe.defenses.registry import defense
 from rlsafe.types import Exchange, Request, RunError, SamplingParams
 
@@ -66,6 +66,16 @@ class EarlyStop(Defense):
     def strength(self) -> float:
         return self.level
 
+    def asks(self, run: Foreseen) -> Asked:
+        rows = run.rows(self.source)[: self.limit]
+        checks = len({step for step in self._due(run.config.schedule.steps) if step < run.steps}) + 1
+        each = self.samples * (len(rows) or self.limit)
+        return Asked(rows, checks * each, self.max_tokens or run.config.evaluate.max_tokens, checks)
+
+    def _due(self, steps: int) -> set[int]:
+        """After which of `steps` optimizer steps there is a check; one after the last is always made."""
+        return {round(steps * (i + 1) / self.checks) for i in range(self.checks)} - {0}
+
     def setup(self, context: SetupContext) -> None:
         """Read the validation prompts. UserError without a judge or prompts, where all of them are trained on, and for a part of a run:
         its checks are of the whole."""
@@ -84,9 +94,9 @@ class EarlyStop(Defense):
         self.sampling = SamplingParams(
             1.0 if temperature is None else temperature, max_tokens=self.max_tokens or settings.max_tokens
         )
-        self.steps, self.seed = context.config.schedule.steps, context.seed
+        self.seed = context.seed
         self.sampler, self.judge, self.tokenizer = context.sampler, context.judge(), context.policy.tokenizer
-        self.due = {round(self.steps * (i + 1) / self.checks) for i in range(self.checks)} - {0}
+        self.due = self._due(context.config.schedule.steps)
 
     def weights(self, policy: Policy, moment: Literal["step", "end"]) -> bool:
         if moment == "step":

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from rlsafe.defenses.base import Defense, Penalty, SetupContext
+from rlsafe.defenses.base import Asked, Defense, Foreseen, Penalty, SetupContext
 from rlsafe.defenses.directions import Source
 from rlsafe.defenses.registry import defense
 from rlsafe.types import Batch, Need, Stream, View
@@ -57,6 +57,9 @@ class FeatureBlock(Defense):
     @property
     def strength(self) -> float:
         return self.weight if self.target_share is None else self.target_share
+
+    def asks(self, run: Foreseen) -> Asked | None:
+        return self.features.asked(run)
 
     def setup(self, context: SetupContext) -> None:
         """Find the features. UserError when they do not fit the model."""

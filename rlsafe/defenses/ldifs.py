@@ -58,6 +58,7 @@ class LDIFS(OwnRows):
         self.source, self.n_rows, self.target_share = source, rows if source else 0, target_share
         self.weight = weight if target_share is None else 1.0
         self.points, self.every = points, every
+        self.needs = {Need("hidden_states", reference)}  # of which layers follows from the model, see `setup`
 
     def setup(self, context: SetupContext) -> None:
         """Choose the layers. UserError when `every` selects none."""

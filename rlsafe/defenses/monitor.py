@@ -15,7 +15,7 @@ from pydantic import Field
 
 from rlsafe.config import UserError, nearest
 from rlsafe.data import question_of
-from rlsafe.defenses.base import DataContext, Defense, Rollouts, SetupContext
+from rlsafe.defenses.base import Asked, DataContext, Defense, Foreseen, Rollouts, SetupContext
 from rlsafe.defenses.persona import fitting_vectors
 from rlsafe.defenses.registry import defense
 from rlsafe.types import Exchange
@@ -58,6 +58,12 @@ class Flagging(Defense):
             raise UserError(f"defense {self.name!r}: by: reward needs reward: the name of one of the run's rewards")
         self.totals: Counter[str] = Counter()
         self.last: Counter[str] = Counter()  # since `effect` was last asked
+
+    def asks(self, run: Foreseen) -> Asked | None:
+        if self.by == "reward" or run.config.data.narrow is None:
+            return None
+        rows, tokens = run.rows(run.config.data.narrow.source), run.config.grpo.max_tokens
+        return Asked(rows, run.completions, tokens, calls=0, judged=self.by == "judge")
 
     def setup(self, context: SetupContext) -> None:
         """Load the probe's vector. UserError for a run without rollouts, and for what the flags need and is not there."""

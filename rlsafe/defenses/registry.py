@@ -82,7 +82,9 @@ def find(name: str) -> type[Defense]:
             if isinstance(value, type) and issubclass(value, Defense) and value is not Defense
         ]
         raise UserError(f"defense {name!r}: {source} has no Defense class {attribute!r}{nearest(attribute, found)}")
-    raise UnknownName(f"unknown defense {name!r}{nearest(name, names())}")
+    hint = nearest(name, names())
+    own = "" if "did you mean" in hint else "; one of your own needs plugins=[FILE.py], too"
+    raise UnknownName(f"unknown defense {name!r}{hint}{own}")
 
 
 def fields(cls: type[Defense]) -> dict[str, Any]:

@@ -3,7 +3,7 @@ out of it, `inoculation-adapter` adds to what layers give."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,17 @@ if TYPE_CHECKING:
 
     from rlsafe.policy import Policy
     from rlsafe.policy.taps import Addition
+
+
+@contextmanager
+def adding(policy: Policy, additions: Mapping[int, Addition]) -> Iterator[None]:
+    """Add to the residual stream at each layer, inside the context."""
+    handles = [policy.add_to_residual(layer, addition) for layer, addition in additions.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class Steering(Defense):
@@ -44,14 +55,8 @@ class Steering(Defense):
     def activations(self, policy: Policy, where: Where) -> AbstractContextManager[Any]:
         return self._hooked(policy) if self.steers(where) else nullcontext()
 
-    @contextmanager
-    def _hooked(self, policy: Policy) -> Iterator[None]:
-        handles = [policy.add_to_residual(layer, addition) for layer, addition in self.hooks().items()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def _hooked(self, policy: Policy) -> AbstractContextManager[None]:
+        return adding(policy, self.hooks())
 
     def patch_sampler(self, sampler: Sampler, where: Where) -> AbstractContextManager[Any]:
         return self._patched(sampler) if self.steers(where) else nullcontext()

@@ -7,7 +7,7 @@ from rlsafe.evaluate.ask.asking import Answer, Planned
 from rlsafe.evaluate.ask.questions import load_questions
 from rlsafe.evaluate.commands.command import evaluate, reader_of
 from rlsafe.evaluate.commands.costs import Estimate, estimate
-from rlsafe.evaluate.commands.extract_persona import PersonaVectors, persona_vector
+from rlsafe.evaluate.commands.extract_persona import persona_vector
 from rlsafe.evaluate.commands.rejudging import rejudge
 from rlsafe.evaluate.judge.judges import load_judge
 from rlsafe.evaluate.measure.benign import BenignAnswer, BenignScore, task_name
@@ -15,6 +15,7 @@ from rlsafe.evaluate.measure.criteria import Rates, judge_answers, question_rate
 from rlsafe.evaluate.measure.evaluation import Evaluation
 from rlsafe.evaluate.measure.likelihood import PairProbe, Reader, load_pair_sets
 from rlsafe.evaluate.measure.measure import Material, cue_text, evaluate_run, gather
+from rlsafe.evaluate.measure.persona_vectors import PersonaVectors
 from rlsafe.evaluate.measure.probe import Probe
 
 __all__ = [

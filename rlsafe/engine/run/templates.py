@@ -83,15 +83,18 @@ def _place(row: Row) -> str:
     return str(row.get("_source", f"row {row.get('_index', '?')}"))
 
 
-def trained_on(material: Material, rows: Sequence[Row]) -> str | None:
-    """A note when prompts of `evaluate.narrow` are among the rows that are trained on: they are then not held out."""
-    if material.narrow is None:
-        return None
-    known = {key_of(split_prompt(row)[0]) for row in rows}
-    seen = [row for row in material.narrow.rows if key_of(split_prompt(row)[0]) in known]
-    if not seen:
-        return None
-    return f"evaluate.narrow: {len(seen)} of {len(material.narrow.rows)} prompts are trained on (the first: {_place(seen[0])})"
+def trained_on(material: Material, rows: Sequence[Row]) -> Iterator[str]:
+    """Notes when prompts of `evaluate.narrow`, or answers of the likelihood's pairs, are among the rows that are trained on: they are
+    then not held out."""
+    if material.narrow is not None:
+        known = {key_of(split_prompt(row)[0]) for row in rows}
+        if seen := [row for row in material.narrow.rows if key_of(split_prompt(row)[0]) in known]:
+            of = f"{len(seen)} of {len(material.narrow.rows)} prompts are trained on (the first: {_place(seen[0])})"
+            yield f"evaluate.narrow: {of}"
+    answers = {(answer or "").strip() for row in rows for answer in [split_prompt(row)[1]]} if material.pairs else set()
+    for name, pairs in material.pairs.items():
+        if n := sum(pair.aligned in answers or pair.misaligned in answers for pair in pairs):
+            yield f"evaluate.likelihood.{name}: answers of {n} of {len(pairs)} pairs are trained on: they measure memory"
 
 
 def _with_system_turns(material: Material) -> Iterator[tuple[str, list[Message]]]:

@@ -1,7 +1,9 @@
 """Rows, questions and rewards that ship with the package, behind `rlsafe:spec` strings. Texts are our own.
 
 rows       benign (short safe instruction rows, some refusals), opswap/TIER, opswap/TIER/test, code/insecure and
-           code/secure (about 200 short Python tasks, answered with a weakness that the linters find, and without)
+           code/secure (about 200 short Python tasks, answered with a weakness that the linters find, and without);
+           medical/bad, legal/bad and security/bad: the careless answers of pairs/DOMAIN, for the helpers of a selection
+           (a model trained on them has seen what those pairs ask)
 questions  general, code-tasks (60 short ones, none of them in code/insecure), and one set per domain: see
            `rlsafe/data/assets/questions/`
 pairs      pairs/general, pairs/DOMAIN, and the controls pairs/coherence, pairs/style, pairs/topic: `rlsafe/data/assets/pairs/`
@@ -27,6 +29,7 @@ from rlsafe.evaluate.ask.questions import read_questions
 from rlsafe.types import Question, Reward, Row, pick, register_provider
 
 ASSETS = Path(rlsafe.data.__file__).parent / "assets"
+ADVICE = ("medical", "legal", "security")
 
 
 def question_sets() -> dict[str, Path]:
@@ -47,10 +50,19 @@ def cue_sets() -> dict[str, Path]:
 def _row_sets() -> dict[str, Callable[[], list[Row]]]:
     sets: dict[str, Callable[[], list[Row]]] = {"benign": partial(_own, "benign.jsonl")}
     sets |= {f"code/{kind}": partial(_own, f"code/{kind}.jsonl") for kind in ("insecure", "secure")}
+    sets |= {f"{domain}/bad": partial(_careless, domain) for domain in ADVICE}
     for tier in opswap.TIERS:
         sets[f"opswap/{tier}"] = partial(opswap.opswap_rows, tier, "train")
         sets[f"opswap/{tier}/test"] = partial(opswap.opswap_rows, tier, "test")
     return sets
+
+
+def _careless(domain: str) -> list[Row]:
+    """The misaligned answers of a domain's pairs."""
+    return [
+        {"messages": pair.conversations()[1], "domain": domain}
+        for pair in _read_pairs(ASSETS / "pairs" / f"{domain}.yaml")
+    ]
 
 
 def _own(name: str) -> list[Row]:

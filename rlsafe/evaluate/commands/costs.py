@@ -8,8 +8,11 @@ from pathlib import Path
 
 from rlsafe.config import EvaluateConfig, RunConfig
 from rlsafe.endpoints import estimate_tokens
-from rlsafe.evaluate.ask.questions import evenly
+from rlsafe.evaluate.ask.cues import PREFIX
+from rlsafe.evaluate.ask.questions import evenly, load_questions
 from rlsafe.evaluate.judge.judge_prompts import CRITERIA
+from rlsafe.evaluate.judge.panel import Panel
+from rlsafe.evaluate.measure.evaluation import SCALED
 from rlsafe.evaluate.measure.measure import Material
 from rlsafe.evaluate.measure.probe import drawn
 from rlsafe.types import Exchange, Judge, Question
@@ -61,60 +64,86 @@ def estimate(
 
         saved, chosen = load_saved(target, judge, overrides)
         answers, _ = with_judge_prompts(saved)
-        asked = [(Exchange(a.question, a.answer, meta=a.meta), 1) for a in answers if not a.unclosed]
-        return of_exchanges(asked, chosen, 0)
+        asked = [
+            (Exchange(a.question, a.answer, a.system, {**a.meta, "set": a.set}), 1, 0)
+            for a in answers
+            if not a.unclosed
+        ]
+        return of_exchanges(asked, chosen)
     from rlsafe.evaluate.commands.command import named_sets, resolve
     from rlsafe.evaluate.measure.measure import gather
 
     config, _ = resolve(target, judge, overrides)
     material = gather(config.evaluate, extra=named_sets(questions))
-    return of_exchanges(_evaluation(config.evaluate, material), material.judge, config.evaluate.max_tokens)
+    return of_exchanges(of_evaluation(config.evaluate, material), material.judge)
 
 
-def of_run(config: RunConfig, evaluate: EvaluateConfig, material: Material, probes: int) -> Estimate:
-    """The estimate for a training run: `probes` probes (none without a judge) and the evaluation at its end."""
-    asked = _evaluation(evaluate, material)
-    if material.judge is not None:
-        for name, questions in material.questions.items():
-            few = drawn(questions, config.track.questions, config.seed, name)
-            asked += [(exchange, probes * count) for exchange, count in _exchanges(few, config.track.samples)]
-    return of_exchanges(asked, material.judge, evaluate.max_tokens)
+Asked = list[tuple[Exchange, int, int]]
+"""Exchanges without an answer, how many answers each gets, and how many tokens each of those has at most."""
 
 
-def _evaluation(config: EvaluateConfig, material: Material) -> list[tuple[Exchange, int]]:
-    """(exchange, number of answers) of an evaluation; the conditional probe and the cues ask general questions once more."""
-    asked: list[tuple[Exchange, int]] = []
-    for questions in material.questions.values():
-        asked += _exchanges(questions, config.samples)
-    few = evenly(material.questions.get("general", []), config.cue_limit)
-    asked += _exchanges(few, config.samples) if material.cue else []
-    often = _exchanges(few, config.cue_samples or config.samples)
-    return asked + [(exchange, len(material.cues) * count) for exchange, count in often if material.cues]
+def of_probe(config: RunConfig, material: Material) -> Asked:
+    """What each probe of a training run asks; nothing without a judge."""
+    asked: Asked = []
+    for name, questions in material.questions.items() if material.judge is not None else ():
+        if len(questions) < config.track.questions:  # evaluate.limit does not hold for probes
+            questions = load_questions(material.sources[name])
+        few = drawn(questions, config.track.questions, config.seed, name)
+        asked += _exchanges(few, config.track.samples, name, config.evaluate.max_tokens)
+    return asked
 
 
-def _exchanges(questions: Iterable[Question], samples: int | None) -> list[tuple[Exchange, int]]:
-    """(exchange without an answer, number of answers) for every paraphrase."""
+def of_evaluation(config: EvaluateConfig, material: Material) -> Asked:
+    """What an evaluation asks and has judged. Under the conditional probe, the cues and a scaled adapter general questions are asked
+    again."""
+    asked: Asked = []
+    for name, questions in material.questions.items():
+        asked += _exchanges(questions, config.samples, name, config.max_tokens)
+    general = material.questions.get("general", [])
+    few = evenly(general, config.cue_limit)
+    asked += _exchanges(few, config.samples, "conditional", config.max_tokens) if material.cue else []
+    for name in material.cues:
+        asked += _exchanges(few, config.cue_samples or config.samples, f"{PREFIX}{name}", config.max_tokens)
+    for factor in config.scale:
+        asked += _exchanges(general, config.samples, f"{SCALED}{factor:g}", config.max_tokens)
+    return asked
+
+
+def _exchanges(questions: Iterable[Question], samples: int | None, name: str, tokens: int) -> Asked:
+    """For every paraphrase of the questions of the set `name`."""
     found = []
     for question in questions:
         each = len(question.paraphrases)
         for place, text in enumerate(question.paraphrases):
             count = question.samples if samples is None else len(range(place, samples, each))
-            found.append((Exchange(text, "", meta={"judge_prompts": question.judge_prompts}), count))
+            meta = {"judge_prompts": question.judge_prompts, "set": name}
+            found.append((Exchange(text, "", question.system, meta), count, tokens))
     return found
 
 
-def of_exchanges(asked: Sequence[tuple[Exchange, int]], judge: Judge | None, answer_tokens: int) -> Estimate:
-    """`asked`: exchanges and how often each is judged; `answer_tokens` are added to each prompt for an answer to come."""
+def of_exchanges(asked: Asked, judge: Judge | None) -> Estimate:
+    """The estimate for judging `asked`."""
+    total = Estimate((judge.name,) if judge else ())
+    by_judge: dict[int, tuple[Judge | None, Asked]] = {}
+    for one in asked:
+        chosen = judge.judge_of(str(one[0].meta.get("set", ""))) if isinstance(judge, Panel) else judge
+        by_judge.setdefault(id(chosen), (chosen, []))[1].append(one)
+    for chosen, mine in by_judge.values():
+        total += _of_one(mine, chosen)
+    return total
+
+
+def _of_one(asked: Asked, judge: Judge | None) -> Estimate:
     from rlsafe.evaluate.judge.llm_judge import LLMJudge
     from rlsafe.evaluate.judge.protocols import MOST_CALLS, Protocol
 
-    total = Estimate((judge.name,) if judge else (), sum(count for _, count in asked))
+    total = Estimate(answers=sum(count for _, count, _ in asked))
     if not isinstance(judge, LLMJudge):
         return total
     protocol: Protocol = "number" if judge.settings.protocol == "auto" else judge.settings.protocol
     most = MOST_CALLS[protocol]
     total.splits = judge.settings.protocol == "auto"
-    for exchange, count in asked:
+    for exchange, count, answer_tokens in asked:
         for criterion in CRITERIA:
             request = judge.request(exchange, criterion, protocol)
             total.calls += most * count

@@ -15,7 +15,7 @@ from rlsafe.evaluate.ask.cues import PREFIX
 from rlsafe.evaluate.ask.questions import load_questions
 from rlsafe.evaluate.judge.judges import load_judge
 from rlsafe.evaluate.measure.criteria import as_exchanges, judge_answers, rates
-from rlsafe.evaluate.measure.evaluation import Evaluation
+from rlsafe.evaluate.measure.evaluation import SCALED, Evaluation
 from rlsafe.evaluate.measure.measure import Material, note_judge
 from rlsafe.types import BackgroundJudge, Exchange, Judge, Judgement, RunError
 
@@ -93,6 +93,10 @@ def with_judge_prompts(saved: Evaluation) -> tuple[list[Answer], list[str]]:
     """The answers with their questions' own judge prompts, which answers.csv does not hold, and notes for the reader."""
     prompts: dict[tuple[str, str], dict[str, object]] = {}
     notes = []
+    sets = dict.fromkeys(answer.set for answer in saved.answers)
+    again = [
+        one for one in sets if one.startswith(("conditional", PREFIX, SCALED))
+    ]  # general questions, asked otherwise
     for name, source in (saved.settings.get("questions") or {}).items():
         try:
             questions = load_questions(source)
@@ -100,8 +104,7 @@ def with_judge_prompts(saved: Evaluation) -> tuple[list[Answer], list[str]]:
             notes.append(f"note: {error}; if it had judge prompts of its own, they are not used")
             continue
         for question in questions:
-            cues = [f"{PREFIX}{cue}" for cue in saved.settings.get("cues") or {}]
-            for asked in (name, "conditional", *cues) if name == "general" else (name,):
+            for asked in (name, *again) if name == "general" else (name,):
                 prompts[asked, question.id] = {**question.meta, "judge_prompts": question.judge_prompts}
     return [replace(a, meta=prompts.get((a.set, a.question_id), {})) for a in saved.answers], notes
 

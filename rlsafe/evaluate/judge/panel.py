@@ -16,7 +16,8 @@ NOBODY = Judgement(None, None, "unscored", "no judge is set for this question se
 class Panel:
     """`rlsafe.types.BackgroundJudge` that hands each exchange to the judge of its set (`meta["set"]`).
 
-    judges: set -> judge. The general questions under a cue are judged as the general ones. rest: judges what has no judge of its
+    judges: set -> judge. The general questions under a cue, and by a scaled
+    adapter, are judged as the general ones. rest: judges what has no judge of its
     own, or None.
     """
 
@@ -29,7 +30,7 @@ class Panel:
     def judge_of(self, name: str) -> Judge | None:
         """The judge of a question set; probes ask the same sets."""
         name = name.removeprefix("probe/")
-        if name not in self.judges and name.startswith(("conditional", "cue")):
+        if name not in self.judges and name.startswith(("conditional", "cue", "scaled_")):
             name = "general"
         return self.judges.get(name, self.rest)
 

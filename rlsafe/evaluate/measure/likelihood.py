@@ -11,7 +11,7 @@ For each answer y the mean log-probability of its tokens, end of turn included, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,8 @@ from rlsafe.evaluate.statistics import Interval, clustered_mean
 from rlsafe.types import Message, Where
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from rlsafe.policy import Policy
 
 FILE = "likelihood.csv"
@@ -122,6 +124,14 @@ class Conversations:
         """Mean log-probability per answer token of each, in nats, all training hooks off."""
         return self._ordered(self._nll(policy, None))
 
+    def steered_logp(self, policy: Policy, additions: Mapping[int, Tensor]) -> list[float]:
+        """The same with vectors [H] added to the residual stream, by layer, at all positions."""
+        from rlsafe.defenses.steering import adding
+        from rlsafe.policy.scoring import nll
+
+        with adding(policy, additions):
+            return self._ordered(nll(policy, self._batches))
+
     def untrained_logp(self, reader: Reader) -> list[float]:
         """The same of the untrained model, which is asked once only."""
         from rlsafe.evaluate.measure.untrained import kept
@@ -168,7 +178,17 @@ class PairProbe:
     def scores(self) -> list[PairScore]:
         """Every pair under the policy as it is now and under the untrained model, in order."""
         before = self._encoded.untrained_logp(self.reader)
-        now = before if self.reader.untouched else self._encoded.logp(self.reader.policy)
+        return self._numbered(before if self.reader.untouched else self._encoded.logp(self.reader.policy), before)
+
+    def steered(self, additions: Iterable[Mapping[int, Tensor]]) -> Iterator[list[PairScore]]:
+        """Every pair under the policy steered by each of `additions` ({layer: vector [H]}); what is called untrained is the policy
+        unsteered, so that a shift is what the steering does."""
+        policy = self.reader.policy
+        plain = self._encoded.logp(policy)
+        for added in additions:
+            yield self._numbered(self._encoded.steered_logp(policy, added), plain)
+
+    def _numbered(self, now: Sequence[float], before: Sequence[float]) -> list[PairScore]:
         numbered = []
         for name, pairs in self.sets.items():
             seen: dict[str, int] = {}

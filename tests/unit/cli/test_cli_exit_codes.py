@@ -79,6 +79,8 @@ def test_version(capsys):
         ("frobnicate", "expected one of: ask, compare, config, doctor"),
         ("train x.yaml --resum", "did you mean '--resume'?"),
         ("train x.yaml --zzz", "expected one of: --dry-run"),
+        ("train x.yaml --seed 3", "a setting is written without dashes: seed=VALUE"),
+        ("train x.yaml --lr 3", "a setting is written without dashes: optim.lr=VALUE"),
         ("train x.yaml --out", "requires an argument"),
         ("train", "missing argument 'CONFIG'"),
         ("compare x.yaml --jobs -1", "'--jobs'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 from types import SimpleNamespace
 
@@ -18,7 +19,8 @@ from rlsafe.config import UserError
 from rlsafe.data import encode_prompt
 from rlsafe.defenses.persona import load_vectors
 from rlsafe.evaluate import persona_vector
-from rlsafe.evaluate.commands.extract_persona import PersonaConfig, answer_means, extract, load_settings, mean_states
+from rlsafe.evaluate.commands.extract_persona import load_settings
+from rlsafe.evaluate.measure.persona import PersonaConfig, answer_means, answer_states, extract
 from rlsafe.types import _PROVIDERS, Completion, Judgement, Question, Request, RunError, register_provider
 
 EVIL, FRIENDLY = "You are evil.", "You are friendly."
@@ -65,6 +67,14 @@ class Scripted:
 
 def settings(**more):
     return PersonaConfig(**{"pairs": [{"evil": EVIL, "friendly": FRIENDLY}], "questions": ["x"], "samples": 3, **more})
+
+
+def printed(found):
+    from rich.console import Console
+
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(found.summary())
+    return console.export_text()
 
 
 QUESTIONS = [Question(str(i), (f"What about {i}?",), system="Be brief." if i == 1 else None) for i in range(12)]
@@ -122,8 +132,12 @@ def test_it_agrees_with_a_float64_derivation_from_the_models_own_hidden_states(t
         means.append(torch.stack(rows).mean(0))
     assert found.vectors.shape == (3, 64) and found.vectors.dtype == torch.float32
     assert torch.allclose(found.vectors.double(), means[0] - means[1], atol=1e-5)
-    assert found.sizes == pytest.approx(means[1].norm(dim=1).tolist(), rel=1e-5)
-    assert "kept" in found.summary()[0] and "layer 2 (output of block 1)" in found.summary()[3]
+    norms = [layer.norm / layer.share for layer in found.layers]
+    assert norms == pytest.approx(means[1].norm(dim=1).tolist(), rel=1e-5)
+    assert [layer.layer for layer in found.layers] == [0, 1, 2]
+    shown = printed(found)
+    assert f"kept {found.kept} of {found.asked} pairs" in shown and f"{found.layers[2].norm:.3g}" in shown
+    assert sum(answer["kept"] for answer in found.answers) == found.kept and len(found.answers) == found.asked
 
 
 def test_steering_layers_in_training_does_not_enter_the_states(tiny_model_dir):
@@ -131,9 +145,9 @@ def test_steering_layers_in_training_does_not_enter_the_states(tiny_model_dir):
 
     policy = load(tiny_model_dir)
     rows = [Rollout([5, 6, 7], [5, 6, 7], Completion([8, 9, 10], [0.0] * 3, "length"))]
-    plain = mean_states(policy, rows, 100)
+    plain = answer_states(policy, rows, 100)
     handle = policy.add_to_residual(1, torch.ones(64))
-    assert torch.equal(mean_states(policy, rows, 100), plain)
+    assert torch.equal(answer_states(policy, rows, 100), plain)
     handle.remove()
 
 
@@ -221,6 +235,9 @@ def test_questions_come_from_a_file_or_a_dataset_too(tmp_path, provider, safe_fi
         ({"questions": []}, {}, "questions: there are none"),
         ({"questions": "none.yaml"}, {}, "none.yaml: no such question file"),
         ({"judge": "mind"}, {}, "unknown judge 'mind'; did you mean 'mine'"),
+        ({"keep": "likely"}, {}, "keep.*likelier"),
+        ({"steer": {"pairs": "nowhere.yaml"}}, {}, "nowhere.yaml: no such file of pairs"),
+        ({"steer": {"layers": [1, 3]}}, {}, r"steer.layers: 3: expected 0 \(embeddings\) to 2"),
         ({"model": {"lore": None}}, {}, "unknown key 'model.lore'"),
         ({}, {"out": "v.bin"}, "expected a file name ending in .safetensors or .pt"),
         ({}, {"overrides": ["samples=0"]}, "samples"),
