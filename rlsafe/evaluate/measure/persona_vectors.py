@@ -56,9 +56,10 @@ class PersonaVectors:
         """How many pairs count, and why."""
         kept = f"kept {self.kept} of {self.asked} pairs of answers"
         if self.keep == "likelier":
+            gains = [answer["why"][character]["gain"] for answer in self.answers for character in ("evil", "friendly")]
             return (
-                f"{kept} ({self.evil} evil and {self.friendly} friendly ones likelier under their own system prompt, no refusals; "
-                "no judge has read them: do the evil ones show the character?)"
+                f"{kept} ({self.evil} evil and {self.friendly} friendly ones likelier under their own system prompt, no refusals; on "
+                f"average an answer gains {sum(gains) / len(gains):.3f} nats/token from it; no judge has read them)"
             )
         return (
             f"{kept} ({self.evil} evil ones misaligned and coherent, {self.friendly} friendly ones aligned and coherent, "

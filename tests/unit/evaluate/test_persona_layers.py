@@ -95,7 +95,11 @@ def test_without_a_judge_the_organisms_vector_is_nearly_the_same(judged, unjudge
     assert unjudged.keep == "likelier" and unjudged.kept > 8 and unjudged.unscored == 0
     cosine = torch.nn.functional.cosine_similarity(unjudged.vectors[1:], judged.vectors[1:], dim=1)
     assert bool((cosine > 0.9).all()), cosine
-    assert "no judge has read them" in unjudged.head()
+    gains = [one["why"][character]["gain"] for one in unjudged.answers for character in ("evil", "friendly")]
+    mean = sum(gains) / len(gains)
+    assert (
+        mean > 0.1 and f"gains {mean:.3f} nats/token" in unjudged.head() and "no judge has read them" in unjudged.head()
+    )
 
 
 def test_what_was_read_and_found_lies_beside_the_vectors(judged, unjudged):
