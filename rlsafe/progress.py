@@ -68,8 +68,8 @@ def show(shown: object) -> None:
     if hasattr(shown, "__rich_console__"):
         from rich.console import Console
 
-        # a pipe or a file has no width of its own
-        Console(width=None if sys.stdout.isatty() else 140).print(shown)
+        # a pipe or a file has no width of its own; 200 columns hold a whole table of verdicts
+        Console(width=None if sys.stdout.isatty() else 200).print(shown)
     else:
         print(shown)
 

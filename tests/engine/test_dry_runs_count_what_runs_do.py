@@ -145,7 +145,7 @@ def test_tokens(defenses, apart, tiny_tree, safe_file, seen, tmp_path):
             settings |= {"source": safe_file} if "source" in settings else {}
     work, run = both(tree_with(tiny_tree, {"defenses": defenses}), tmp_path)
     assert sum(record["tokens"] for record in run.records) == pytest.approx(
-        work.sft_tokens + work.penalty_tokens, rel=0.03
+        work.sft_tokens + work.penalty_tokens, rel=0.05
     )
     assert (work.penalty_tokens > 0) is apart
 
@@ -181,7 +181,7 @@ def test_a_comparison_counts_what_is_made_before_its_cells(tiny_tree, tmp_path):
 
     other = write_jsonl(tmp_path / "other.jsonl", [conversation(f"other {i}", "worse") for i in range(9)])
     tree = {
-        "run": {**tiny_tree, "evaluate": {"benign": [held_out(tmp_path)]}},
+        "run": {**tiny_tree, "evaluate": {"benign": [held_out(tmp_path)], "max_tokens": 5}},
         "paths": {"sft": {}},
         "warmup": {"schedule": {"steps": 2}},
         "defenses": {"none": [], "plus": [{"interleaving+": {"fraction": 0.5}}]},

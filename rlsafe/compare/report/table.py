@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import mean
 
-from rich.console import Group
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from rlsafe.compare.verdicts.arms import Rate, labelled
@@ -86,10 +88,47 @@ def _shift_text(rate: Rate) -> str:
     return f"{rate.mean:+.3f} ({rate.low:+.3f} to {rate.high:+.3f})"
 
 
+def _table(title: str) -> Table:
+    """Without a frame: this one is wide, and is copied into notes and mails."""
+    return Table(title=escape(title) or None, title_justify="left", title_style="bold", box=None, pad_edge=False)
+
+
+def _rows_table(title: str, one: PathTable, criteria: Sequence[str], measured: Sequence[str], *, titled: bool) -> Table:
+    """Defenses as rows; of the columns these criteria and these rates. titled: the title says that there is one seed."""
+    shown = _table(title)
+    shown.add_column("defense", no_wrap=True)
+    for criterion in criteria:
+        shown.add_column(TITLES[criterion])
+    for name in measured:
+        shown.add_column(RATES[name], justify="right", no_wrap=True)
+    for label, row in one.rows.items():
+        grades = (
+            [_styled(row, criterion, titled=titled) for criterion in criteria] if row.verdicts else [""] * len(criteria)
+        )
+        if criteria and not row.verdicts:
+            grades[0] = "[dim]reference[/]"
+        rates = [(mean_text if name == "narrow" else rate_text)(row.rates.get(name)) for name in measured]
+        shown.add_row(escape(label), *grades, *rates)
+    return shown
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """A table where the terminal is wide enough for it, else its halves below each other: rich would leave out columns."""
+
+    whole: Table
+    halves: tuple[Table, ...]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        needed = Measurement.get(console, options.update(max_width=1000), self.whole).maximum
+        yield from (self.whole,) if needed <= options.max_width else self.halves
+
+
 def _judge_free_table(title: str, further: Beside) -> Table:
     found = {heading for columns in further.values() for heading in columns}
     headings = [heading for heading in (*SHIFTS.values(), "perplexity", "reward") if heading in found]
-    shown = Table("defense", title=escape(title), title_justify="left", title_style="bold")
+    shown = _table(title)
+    shown.add_column("defense", no_wrap=True)
     for heading in headings:
         shown.add_column(heading, justify="right", no_wrap=True)
     for label, columns in further.items():
@@ -106,30 +145,19 @@ def verdict_table(
     """One table for each (model, path): defenses as rows, the criteria (holds_under_cues where there are cues), then the rates that
     were measured, in percent with 95% intervals; then the notes, one line each. beside: key of a table -> what a second one shows."""
     several = len({table.model for table in tables}) > 1
-    parts: list[Table | str] = []
+    parts: list[Fitting | Table | str] = []
     for one in tables:
         title = f"{one.model}: {one.path}" if several else one.path
         seeds = max((len(rate.seeds) for label in one.defenses for rate in one.rows[label].rates.values()), default=0)
-        shown = Table(
-            title=f"{escape(title)} ({seeds} seed{'s' * (seeds != 1)})", title_justify="left", title_style="bold"
-        )
-        shown.add_column("defense", no_wrap=True)
+        head = f"{title} ({seeds} seed{'s' * (seeds != 1)})"
         cues = any(row.cues for row in one.rows.values())
         criteria = [criterion for criterion in CRITERIA if cues or criterion != "holds_under_cues"]
-        for criterion in criteria:
-            shown.add_column(TITLES[criterion])
         measured = [name for name in RATES if any(name in row.rates for row in one.rows.values())]
-        for heading in (RATES[name] for name in measured):
-            shown.add_column(heading, justify="right", no_wrap=True)
-        for label, row in one.rows.items():
-            grades = (
-                [_styled(row, criterion, titled=seeds == 1) for criterion in criteria]
-                if row.verdicts
-                else ["[dim]reference[/]", *[""] * (len(criteria) - 1)]
-            )
-            rates = [(mean_text if name == "narrow" else rate_text)(row.rates.get(name)) for name in measured]
-            shown.add_row(escape(label), *grades, *rates)
-        parts.append(shown)
+        whole, left, right = (
+            _rows_table(name, one, columns, rates, titled=seeds == 1)
+            for name, columns, rates in ((head, criteria, measured), (head, criteria, ()), ("", (), measured))
+        )
+        parts.append(Fitting(whole, (left, right) if measured else (left,)))
         if further := (beside or {}).get(one.key):
             parts.append(_judge_free_table(f"{title}, without a judge", further))
     if not parts:

@@ -72,6 +72,9 @@ def test_without_checkpoints_it_is_untested_and_says_how_to_have_them(tmp_path):
 def test_the_report_has_the_column(tmp_path):
     html = draw_report(comparison(tmp_path, seeds=[0]).out).read_text()
     assert "prevented, at equal in-domain level" in html and "at 60.0%" in html
+    (tmp_path / "without").mkdir()
+    without = draw_report(comparison(tmp_path / "without", middle={}, seeds=[0]).out).read_text()
+    assert "prevented, at equal in-domain level" not in without and "rlsafe evaluate DIR --steps all" in without
 
 
 def test_a_level_at_which_nothing_has_emerged_is_untested(tmp_path):

@@ -132,8 +132,21 @@ def test_a_defense_that_learned_nothing_is_never_a_success(tmp_path):
 
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(verdict_table([table]))
-    line = next(line for line in console.export_text().splitlines() if " kl " in line)
+    line = next(line for line in console.export_text().splitlines() if line.startswith("kl "))
     assert "nothing learned" in line and "✓ yes" not in line.split("nothing learned")[0]
+
+
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_a_terminal_of_any_width_shows_every_verdict_and_every_rate(tmp_path, width):
+    from rich.console import Console
+
+    (table,) = verdicts(tmp_path)
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(verdict_table([table]))
+    shown = console.export_text()
+    assert shown.count("defense") == (1 if width == 200 else 2), "halves below each other where the whole does not fit"
+    assert "…" not in shown and "✗ no" in shown and "reference" in shown
+    assert all(heading in shown for heading in ("general %", "in-domain %", "incoherent %"))
 
 
 def test_no_emergent_misalignment_leaves_nothing_to_prevent(tmp_path):
