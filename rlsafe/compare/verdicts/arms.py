@@ -79,7 +79,7 @@ def build_arms(
 
 def _measured(arm: Arm, rates: NDArray[np.float64], cells: Sequence[Result]) -> Arm:
     """The arm with these rates [cells, Q], without the cells whose evaluation lacks the question set, or has no score in it."""
-    rows = ~np.isnan(rates).all(axis=1)
+    rows: NDArray[np.bool_] = np.logical_not(np.isnan(rates).all(axis=1))
     return replace(
         arm, rates=rates[rows], seeds=tuple(cell.seed for cell, there in zip(cells, rows, strict=True) if there)
     )

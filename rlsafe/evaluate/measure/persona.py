@@ -122,7 +122,8 @@ def extract(
     ]
     seconds = {name: clock[k + 1] - clock[k] for k, name in enumerate(("sample", "filter", "states"))}
     return PersonaVectors(
-        vectors.float(), half, len(kept), layers=layers, keep=settings.keep, answers=told, seconds=seconds, **counts
+        vectors.float(), half, len(kept), counts["evil"], counts["friendly"], counts["unscored"],
+        keep=settings.keep, layers=layers, answers=told, seconds=seconds,
     )
 
 
@@ -241,11 +242,11 @@ def answer_states(policy: Policy, rollouts: Sequence[Rollout], micro_tokens: int
     """
     import torch
 
-    def read(batch: Batch) -> Tensor:
+    def read(batch: Batch) -> list[Tensor]:
         with policy.taps(range(policy.n_layers + 1)) as hidden:
             policy.score(batch)
         layers = [answer_means(hidden[k], batch.loss_mask) for k in range(policy.n_layers + 1)]
-        return torch.stack(layers, dim=1).cpu()
+        return list(torch.stack(layers, dim=1).cpu())
 
     return torch.stack(_read(policy, rollouts, micro_tokens, read))
 
