@@ -17,6 +17,7 @@ from rlsafe.evaluate import PairProbe, PersonaVectors, Reader, persona_vector
 from rlsafe.evaluate.ask.pairs import Pair
 from rlsafe.evaluate.measure.persona import answer_logp, answer_states
 from rlsafe.evaluate.measure.persona_layers import Layer, Shift, Steered, agreement
+from rlsafe.evaluate.measure.persona_vectors import AGREE
 from rlsafe.types import Completion
 
 PAIRS = [Pair("a", "say 1", "good 1", "bad 1, as ever"), Pair("b", "say 2", "good", "bad")]
@@ -67,7 +68,9 @@ def test_the_organisms_evil_vector_moves_the_probe_up_and_its_opposite_down(judg
 
 
 def test_halves_of_the_questions_agree_on_the_organisms_vector(judged):
-    assert all(layer.cosine > 0.9 for layer in judged.layers[1:4]), judged.layers
+    """By the command's own limit: with a pair or two to a question the cosine is about .7, far from 1."""
+    assert all(layer.cosine > AGREE for layer in judged.layers[1:4]), judged.layers
+    assert judged.doubt() is None
 
 
 @pytest.mark.parametrize(
