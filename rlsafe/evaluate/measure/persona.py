@@ -122,8 +122,16 @@ def extract(
     ]
     seconds = {name: clock[k + 1] - clock[k] for k, name in enumerate(("sample", "filter", "states"))}
     return PersonaVectors(
-        vectors.float(), half, len(kept), counts["evil"], counts["friendly"], counts["unscored"],
-        keep=settings.keep, layers=layers, answers=told, seconds=seconds,
+        vectors.float(),
+        half,
+        len(kept),
+        counts["evil"],
+        counts["friendly"],
+        counts["unscored"],
+        keep=settings.keep,
+        layers=layers,
+        answers=told,
+        seconds=seconds,
     )
 
 

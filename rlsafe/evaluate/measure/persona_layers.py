@@ -124,8 +124,8 @@ def steer(
     for layer in layers:
         up, down, other = next(shifted), next(shifted), next(shifted)
         half = [(plus.shift - minus.shift) / 2 for plus, minus in zip(up, down, strict=True)]
-        shifts = [Shift.of([score.shift for score in scores], scores) for scores in (up, down, other)]
-        yield layer, Steered(*shifts, Shift.of(half, up))
+        added, taken, random = (Shift.of([score.shift for score in scores], scores) for scores in (up, down, other))
+        yield layer, Steered(added, taken, random, Shift.of(half, up))
 
 
 def _pushes(vectors: Tensor, layers: Sequence[int], alpha: float, seed: int) -> Iterator[Mapping[int, Tensor]]:
