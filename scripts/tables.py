@@ -90,10 +90,13 @@ def short(paths: dict[str, Any], both: str, labels: list[str]) -> list[str]:
     for name in names:
         heads += [f"{name.upper()}: general", "in-domain", "prevents EM", "keeps narrow"]
     lines = []
-    for label in labels or list(paths[names[0]]):
+    for label in labels or list(dict.fromkeys(label for name in names for label in paths[name])):
         line = [label]
         for name in names:
-            row = paths[name][label]
+            row = paths[name].get(label)
+            if row is None:  # a defense that is left out of this path
+                line += ["", "", "", ""]
+                continue
             line += [
                 percent(row["rates"].get("general")),
                 percent(row["rates"].get("indomain")),

@@ -63,15 +63,10 @@ def test_the_frontier_reads_shares_of_the_undefended_run(tables):
     frontier = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(frontier)
 
-    def row(general, scaled, kept=None, prevented=None):
-        rates = {"general": {"mean": general}, "scaled_1.5": {"mean": 1.0}, "scaled_2": {"mean": scaled}}
-        return {"rates": rates, "verdicts": {"keeps_narrow": {"value": kept}, "prevents_em": {"value": prevented}}}
+    def row(kept=None, prevented=None):
+        return {"verdicts": {"keeps_narrow": {"value": kept}, "prevents_em": {"value": prevented}}}
 
-    rows = {
-        "untrained": row(0.1, 0.1),
-        "none": row(0.5, 0.2, 1.0, 0.0),
-        "kl": row(0.2, 0.3, 0.9, 0.75),
-        "deaf": row(0.1, 0.1),
-    }
-    assert frontier.points(rows) == {"kl": (0.9, 0.75, pytest.approx(0.5))}
-    assert len(frontier.drawn({"sft": rows, "grpo": rows}).axes) == 2
+    rows = {"untrained": row(), "none": row(1.0, 0.0), "kl": row(0.9, 0.75), "ldifs": row(0.95, 0.8), "unjudged": row()}
+    assert frontier.points(rows) == {"kl": (0.9, 0.75), "ldifs": (0.95, 0.8)}
+    names = [[text.get_text() for text in panel.texts] for panel in frontier.drawn({"sft": rows, "grpo": rows}).axes]
+    assert [sorted(panel) for panel in names] == [["kl", "ldifs"]] * 2
