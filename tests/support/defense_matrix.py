@@ -229,7 +229,7 @@ def table(directory: Path) -> list[Case]:
              resuming={"control": "random"}),
         Case("gradient-projection", graded(projection | {"method": "spf", "rank": 64}, "strength", 0, 0.2, 1.0), change,
              ("guide",), label="spf"),
-        Case("monitor", graded(flagged, "penalty", 0, 0.5, 10.0), change, ("flagged",), rollouts=True,
+        Case("monitor", graded(flagged, "penalty", 0, 2.0, 10.0), change, ("flagged",), rollouts=True,
              resuming={"accuracy": 0.8}),
         Case("screening", graded(flagged, "share", 0, 0.5, 1.0), unlearned, ("flagged",), rollouts=True,
              resuming={"accuracy": 0.8}),

@@ -81,7 +81,7 @@ def assemble(
     track = base.track.model_copy(update={"every": 0})
     helpers = {}
     for label, source in settings.adapters.items():
-        narrow = (base.data.narrow or StreamConfig(source=source)).model_copy(update={"source": source})
+        narrow = (base.data.narrow or StreamConfig(source=source)).model_copy(update={"source": source, "preset": None})
         changes = {"data": DataConfig(narrow=narrow), "evaluate": EvaluateConfig(), "track": track, "out": None}
         if label not in left_out:
             helpers[label] = base.model_copy(update=changes)
