@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rlsafe.config import key_of, nearest
+from rlsafe.config import dotted_key, nearest
 
 
 class RunBar:
@@ -86,7 +86,7 @@ def usage(error: Any) -> str:
         known = [name for parameter in context.command.params for name in parameter.opts if name[0] == "-"]
         message = f"no such option {option!r}{nearest(option, known)}"
         if "did you mean" not in message and any(one.name == "overrides" for one in context.command.params):
-            setting = key_of(option.lstrip("-").replace("-", "_"))
+            setting = dotted_key(option.lstrip("-").replace("-", "_"))
             message += f"; a setting is written without dashes: {setting}=VALUE" if setting else ""
     elif message.startswith("no such command"):
         name = message.split("'")[1]

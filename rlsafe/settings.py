@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from rlsafe.config import CompareConfig, RunConfig, UserError, key_of, nearest
+from rlsafe.config import CompareConfig, RunConfig, UserError, dotted_key, nearest
 
 REQUIRED = "required"
 WORDS = {int: "whole number", float: "number", str: "text", bool: "true or false", Any: "anything"}
@@ -57,7 +57,7 @@ def _hint(key: str, known: list[str]) -> str:
     from rlsafe.defenses.registry import names
 
     hint, last = nearest(key, [*known, *RunConfig.model_fields]), key.split(".")[-1]
-    other = f"defenses.{last}" if last in names() else key_of(last)
+    other = f"defenses.{last}" if last in names() else dotted_key(last)
     return f"; did you mean {other!r}?" if other and ("did you mean" not in hint or last in names()) else hint
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rlsafe.compare.report.table import NOTHING_LEARNED, TITLES
-from rlsafe.evaluate.measure.evaluation import SCALED
+from rlsafe.evaluate.ask.cues import SCALED
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = ROOT / "docs" / "measured"

@@ -3,7 +3,7 @@
 from rlsafe.config.comparison import BenignConfig, CompareConfig, SelectionConfig
 from rlsafe.config.data import DataConfig, StreamConfig
 from rlsafe.config.errors import UnknownName, UserError, about, check_out, first_line, nearest
-from rlsafe.config.loading import dump_yaml, key_of, load_compare, load_run, load_tree, run_from_tree
+from rlsafe.config.loading import dotted_key, dump_yaml, load_compare, load_run, load_tree, run_from_tree
 from rlsafe.config.overrides import apply_override
 from rlsafe.config.rewards import NarrowConfig, RewardConfig
 from rlsafe.config.sampling import SamplerConfig
@@ -55,7 +55,7 @@ __all__ = [
     "load_compare",
     "load_run",
     "load_tree",
-    "key_of",
+    "dotted_key",
     "nearest",
     "run_from_tree",
 ]

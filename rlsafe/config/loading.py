@@ -117,7 +117,7 @@ def _options(model: type[BaseModel], location: Iterable[str | int]) -> list[str]
     return list(current.model_fields) if isinstance(current, type) and issubclass(current, BaseModel) else []
 
 
-def key_of(name: str, model: type[BaseModel] = RunConfig) -> str:
+def dotted_key(name: str, model: type[BaseModel] = RunConfig) -> str:
     """The dotted key of the setting that is called `name` in a settings class or below it, the least deep one; else an empty text."""
     found: list[tuple[tuple[str, ...], type[BaseModel]]] = [((), model)]
     for path, current in found:  # grows while it is walked, so the least deep come first
@@ -151,7 +151,7 @@ def _explain(error: ValidationError, model: type[BaseModel], marks: Marks, sourc
     given = first.get("input")
     if first["type"] == "extra_forbidden":
         hint = nearest(keys[-1], _options(model, location[:-1]))
-        if "did you mean" not in hint and (other := key_of(keys[-1], model)):
+        if "did you mean" not in hint and (other := dotted_key(keys[-1], model)):
             hint = f"; did you mean {other!r}?"
         return UserError(f"{where}: unknown key {dotted!r}{hint}")
     if first["type"] == "missing":

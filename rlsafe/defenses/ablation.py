@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from rlsafe.defenses.base import Asked, Foreseen, SetupContext
+from rlsafe.defenses.base import ExtraAnswers, Foreseen, SetupContext
 from rlsafe.defenses.directions import Source, at_random, orthonormal
 from rlsafe.defenses.registry import defense
 from rlsafe.defenses.steering import Steering
@@ -63,7 +63,7 @@ class Ablation(Steering):
     def strength(self) -> float:
         return self.share
 
-    def asks(self, run: Foreseen) -> Asked | None:
+    def asks(self, run: Foreseen) -> ExtraAnswers | None:
         return self.source.asked(run)
 
     def setup(self, context: SetupContext) -> None:

@@ -103,7 +103,7 @@ class Foreseen:
 
 
 @dataclass(frozen=True)
-class Asked:
+class ExtraAnswers:
     """Answers that a defense samples or has judged besides the rollouts, at most.
 
     rows: whose prompts they answer, in equal parts. tokens: of each, at most. calls: of the sampler; 0 where they are rollouts, which
@@ -184,7 +184,7 @@ class Defense:
         a defense replaces a place to which an earlier one added."""
         return {}
 
-    def asks(self, run: Foreseen) -> Asked | None:
+    def asks(self, run: Foreseen) -> ExtraAnswers | None:
         """What it will sample or have judged besides the rollouts, for estimates; None for nothing."""
         return None
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rlsafe.config import UserError, nearest
 from rlsafe.data import Stream, encode_prompt, read_completion, split_prompt
 from rlsafe.defenses.auto import require_adapter
-from rlsafe.defenses.base import Asked, Foreseen, SetupContext
+from rlsafe.defenses.base import ExtraAnswers, Foreseen, SetupContext
 from rlsafe.defenses.own_rows import pool
 from rlsafe.defenses.persona import fitting_vectors
 from rlsafe.types import Request, Row, SamplingParams, Where
@@ -55,12 +55,14 @@ class Source:
         if not layers or not self.components:
             raise UserError(f"defense {name!r}: layers and components must not be empty")
 
-    def asked(self, run: Foreseen) -> Asked | None:
+    def asked(self, run: Foreseen) -> ExtraAnswers | None:
         """The answers of the bad model, if it gives any."""
         if self.adapter is None or self.answers != "sampled":
             return None
         rows = run.rows(self.rows)
-        return Asked(rows, min(self.prompts, len(rows) or self.prompts), run.config.grpo.max_tokens, judged=False)
+        return ExtraAnswers(
+            rows, min(self.prompts, len(rows) or self.prompts), run.config.grpo.max_tokens, judged=False
+        )
 
     def columns(self, name: str, layers: Sequence[int], context: SetupContext) -> dict[int, Tensor]:
         """{k: [H, n]}. UserError when they do not fit the model."""

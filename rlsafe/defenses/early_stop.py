@@ -13,7 +13,7 @@ from pydantic import Field
 from rlsafe.config import StreamConfig, UserError
 from rlsafe.data import encode_prompt, load_rows, question_of, read_completion, split_prompt
 from rlsafe.data.turns import key_of
-from rlsafe.defenses.base import Asked, Defense, Foreseen, SetupContext, When
+from rlsafe.defenses.base import Defense, ExtraAnswers, Foreseen, SetupContext, When
 from rlsafe.defenses.registry import defense
 from rlsafe.types import Exchange, Request, RunError, SamplingParams
 
@@ -66,11 +66,11 @@ class EarlyStop(Defense):
     def strength(self) -> float:
         return self.level
 
-    def asks(self, run: Foreseen) -> Asked:
+    def asks(self, run: Foreseen) -> ExtraAnswers:
         rows = run.rows(self.source)[: self.limit]
         checks = len({step for step in self._due(run.config.schedule.steps) if step < run.steps}) + 1
         each = self.samples * (len(rows) or self.limit)
-        return Asked(rows, checks * each, self.max_tokens or run.config.evaluate.max_tokens, checks)
+        return ExtraAnswers(rows, checks * each, self.max_tokens or run.config.evaluate.max_tokens, checks)
 
     def _due(self, steps: int) -> set[int]:
         """After which of `steps` optimizer steps there is a check; one after the last is always made."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from rlsafe.defenses.base import Asked, Defense, Foreseen, Penalty, SetupContext
+from rlsafe.defenses.base import Defense, ExtraAnswers, Foreseen, Penalty, SetupContext
 from rlsafe.defenses.directions import Source
 from rlsafe.defenses.registry import defense
 from rlsafe.types import Batch, Need, Stream, View
@@ -58,7 +58,7 @@ class FeatureBlock(Defense):
     def strength(self) -> float:
         return self.weight if self.target_share is None else self.target_share
 
-    def asks(self, run: Foreseen) -> Asked | None:
+    def asks(self, run: Foreseen) -> ExtraAnswers | None:
         return self.features.asked(run)
 
     def setup(self, context: SetupContext) -> None:

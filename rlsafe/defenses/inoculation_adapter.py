@@ -19,7 +19,7 @@ from rlsafe.config import UserError
 from rlsafe.data import Stream as Rows
 from rlsafe.data import encode_prompt, question_of, read_completion, split_prompt
 from rlsafe.defenses.auto import require_adapter
-from rlsafe.defenses.base import Asked, Foreseen, SetupContext
+from rlsafe.defenses.base import ExtraAnswers, Foreseen, SetupContext
 from rlsafe.defenses.own_rows import pool
 from rlsafe.defenses.registry import defense
 from rlsafe.defenses.steering import Steering
@@ -64,8 +64,8 @@ class InoculationAdapter(Steering):
     def strength(self) -> float:
         return self.scale
 
-    def asks(self, run: Foreseen) -> Asked | None:
-        return None if self.gate is None else Asked(run.rows(None), GATE_PROMPTS, run.config.grpo.max_tokens)
+    def asks(self, run: Foreseen) -> ExtraAnswers | None:
+        return None if self.gate is None else ExtraAnswers(run.rows(None), GATE_PROMPTS, run.config.grpo.max_tokens)
 
     def setup(self, context: SetupContext) -> None:
         """Read the adapter and test that its trait shows. UserError when it does not fit, or does not show it."""

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from rlsafe.config import UserError, nearest
 from rlsafe.data import question_of
-from rlsafe.defenses.base import Asked, DataContext, Defense, Foreseen, Rollouts, SetupContext
+from rlsafe.defenses.base import DataContext, Defense, ExtraAnswers, Foreseen, Rollouts, SetupContext
 from rlsafe.defenses.persona import fitting_vectors
 from rlsafe.defenses.registry import defense
 from rlsafe.types import Exchange
@@ -59,11 +59,11 @@ class Flagging(Defense):
         self.totals: Counter[str] = Counter()
         self.last: Counter[str] = Counter()  # since `effect` was last asked
 
-    def asks(self, run: Foreseen) -> Asked | None:
+    def asks(self, run: Foreseen) -> ExtraAnswers | None:
         if self.by == "reward" or run.config.data.narrow is None:
             return None
         rows, tokens = run.rows(run.config.data.narrow.source), run.config.grpo.max_tokens
-        return Asked(rows, run.completions, tokens, calls=0, judged=self.by == "judge")
+        return ExtraAnswers(rows, run.completions, tokens, calls=0, judged=self.by == "judge")
 
     def setup(self, context: SetupContext) -> None:
         """Load the probe's vector. UserError for a run without rollouts, and for what the flags need and is not there."""

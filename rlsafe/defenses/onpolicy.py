@@ -16,7 +16,7 @@ from pydantic import Field
 
 from rlsafe.config.files import write_once
 from rlsafe.data import Stream, Thought, encode_prompt, question_of, read_completion, split_prompt
-from rlsafe.defenses.base import Asked, DataContext, Foreseen, SetupContext
+from rlsafe.defenses.base import DataContext, ExtraAnswers, Foreseen, SetupContext
 from rlsafe.defenses.interleaving import Count, Interleaving
 from rlsafe.defenses.registry import defense
 from rlsafe.types import Exchange, Judge, Judgement, Request, Row, RunError, Sampler, SamplingParams
@@ -72,12 +72,12 @@ class InterleavingOnPolicy(Interleaving):
         )  # number of answers by outcome ("kept", "refused", ...) over the whole run
         self.last: dict[str, float] = {}
 
-    def asks(self, run: Foreseen) -> Asked:
+    def asks(self, run: Foreseen) -> ExtraAnswers:
         """`reference`: what other runs of the same seed have kept is not asked again. `live`: as if no answer were kept."""
         rows, tokens = run.rows(self.source), self.max_tokens or run.config.grpo.max_tokens
         if self.source_model == "live":
-            return Asked(rows, LIVE_TRIES * run.offered, tokens, LIVE_TRIES * min(run.offered, run.steps))
-        return Asked(rows, self.samples * min(self.prompts, len(rows) or self.prompts), tokens)
+            return ExtraAnswers(rows, LIVE_TRIES * run.offered, tokens, LIVE_TRIES * min(run.offered, run.steps))
+        return ExtraAnswers(rows, self.samples * min(self.prompts, len(rows) or self.prompts), tokens)
 
     # ------------------------------------------------------------------------------------------------ at set-up
 

@@ -42,9 +42,8 @@ def dry_compare(
     from rlsafe.engine.run.dry import dry, offline
 
     config = load_compare(config_path, overrides, quick)
-    with (
-        offline()
-    ):  # cells are told apart by what their data hold: without a network each look at the hub takes half a minute
+    # cells are told apart by what their data hold: without a network each look at the hub takes half a minute
+    with offline():
         usable, lacking = _usable(config, defenses)
         cells = expand(config, usable, paths, seeds, relapse)
     found: Found = {}

@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlsafe.compare.verdicts.results import Result, Results
-from rlsafe.evaluate.ask.cues import PREFIX
+from rlsafe.evaluate.ask.cues import PREFIX, SCALED
 from rlsafe.evaluate.contrasts import Arm, rate_interval
-from rlsafe.evaluate.measure.evaluation import SCALED
 
 Questions = Mapping[str, float]
 

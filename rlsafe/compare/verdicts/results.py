@@ -18,8 +18,7 @@ from rlsafe.config import RunConfig, UserError
 from rlsafe.config.files import read_json, read_lines, write_text
 from rlsafe.config.loading import build
 from rlsafe.evaluate import Evaluation
-from rlsafe.evaluate.ask.cues import PREFIX
-from rlsafe.evaluate.measure.evaluation import SCALED
+from rlsafe.evaluate.ask.cues import PREFIX, SCALED
 from rlsafe.types import Judgement
 
 COLUMNS = (

@@ -48,9 +48,8 @@ from rlsafe.compare.verdicts.narrow import narrow_arms, narrow_behaviour, narrow
 from rlsafe.compare.verdicts.results import Results
 from rlsafe.compare.verdicts.shares import judge_coherence, judge_share, untested
 from rlsafe.config.files import write_json
-from rlsafe.evaluate.ask.cues import PREFIX
+from rlsafe.evaluate.ask.cues import PREFIX, SCALED
 from rlsafe.evaluate.contrasts import Arm
-from rlsafe.evaluate.measure.evaluation import SCALED
 from rlsafe.evaluate.statistics import LEVEL
 
 CRITERIA = ("prevents_em", "keeps_narrow", "learns_benign", "coherent", "holds_under_cues")

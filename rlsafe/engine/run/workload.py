@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from rlsafe.config import EvaluateConfig
 from rlsafe.data import split_prompt
 from rlsafe.defenses import DefenseStack
-from rlsafe.defenses.base import Asked as Answers
-from rlsafe.defenses.base import Foreseen
+from rlsafe.defenses.base import ExtraAnswers, Foreseen
 from rlsafe.engine.plan.schedule import PlannedPart, Step
 from rlsafe.engine.plan.timing import Load, sampling, shown
 from rlsafe.engine.run.build import Prepared
@@ -270,7 +269,7 @@ class _Counting:
         self.sums["passes"] += max(passes, tokens / self.config.batch.micro_tokens) if tokens else 0.0
 
 
-def _spread(asked: Answers) -> Asked:
+def _spread(asked: ExtraAnswers) -> Asked:
     """The exchanges that a defense has judged, its rows' prompts in equal parts; of a guessed length where the rows are not here."""
     texts = [split_prompt(row)[0][-1]["content"] for row in some(asked.rows)] or ["?" * 200]
     each, more = divmod(asked.answers, len(texts))

@@ -24,7 +24,14 @@ from rlsafe.types import provider_for
 
 PREFIX = "cue/"
 """Of the question set of a cue: `cue/json`."""
+CONDITIONAL, SCALED = "conditional", "scaled_"
+"""The question set of `evaluate.cue`; of one asked with the adapter scaled up: `scaled_2`."""
 SLOT = "{question}"
+
+
+def asks_the_general(name: str) -> bool:
+    """Whether a question set holds the general questions in another form: under a cue, or by a scaled adapter."""
+    return name == CONDITIONAL or name.startswith((PREFIX, SCALED))
 
 
 @dataclass(frozen=True)

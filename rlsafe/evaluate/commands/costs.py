@@ -8,11 +8,10 @@ from pathlib import Path
 
 from rlsafe.config import EvaluateConfig, RunConfig
 from rlsafe.endpoints import estimate_tokens
-from rlsafe.evaluate.ask.cues import PREFIX
+from rlsafe.evaluate.ask.cues import PREFIX, SCALED
 from rlsafe.evaluate.ask.questions import evenly, load_questions
 from rlsafe.evaluate.judge.judge_prompts import CRITERIA
 from rlsafe.evaluate.judge.panel import Panel
-from rlsafe.evaluate.measure.evaluation import SCALED
 from rlsafe.evaluate.measure.measure import Material
 from rlsafe.evaluate.measure.probe import drawn
 from rlsafe.types import Exchange, Judge, Question

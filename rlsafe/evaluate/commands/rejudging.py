@@ -11,11 +11,11 @@ from pathlib import Path
 from rlsafe.config import EvaluateConfig, UserError, check_out, load_run
 from rlsafe.config.lock import hold, releasing
 from rlsafe.evaluate.ask.asking import Answer
-from rlsafe.evaluate.ask.cues import PREFIX
+from rlsafe.evaluate.ask.cues import asks_the_general
 from rlsafe.evaluate.ask.questions import load_questions
 from rlsafe.evaluate.judge.judges import load_judge
 from rlsafe.evaluate.measure.criteria import as_exchanges, judge_answers, rates
-from rlsafe.evaluate.measure.evaluation import SCALED, Evaluation
+from rlsafe.evaluate.measure.evaluation import Evaluation
 from rlsafe.evaluate.measure.measure import Material, note_judge
 from rlsafe.types import BackgroundJudge, Exchange, Judge, Judgement, RunError
 
@@ -94,9 +94,7 @@ def with_judge_prompts(saved: Evaluation) -> tuple[list[Answer], list[str]]:
     prompts: dict[tuple[str, str], dict[str, object]] = {}
     notes = []
     sets = dict.fromkeys(answer.set for answer in saved.answers)
-    again = [
-        one for one in sets if one.startswith(("conditional", PREFIX, SCALED))
-    ]  # general questions, asked otherwise
+    again = [one for one in sets if asks_the_general(one)]
     for name, source in (saved.settings.get("questions") or {}).items():
         try:
             questions = load_questions(source)

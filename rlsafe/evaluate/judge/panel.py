@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from rlsafe.config import UserError, nearest
+from rlsafe.evaluate.ask.cues import asks_the_general
 from rlsafe.types import BackgroundJudge, Exchange, Judge, Judgement
 
 NOBODY = Judgement(None, None, "unscored", "no judge is set for this question set")
@@ -16,9 +17,8 @@ NOBODY = Judgement(None, None, "unscored", "no judge is set for this question se
 class Panel:
     """`rlsafe.types.BackgroundJudge` that hands each exchange to the judge of its set (`meta["set"]`).
 
-    judges: set -> judge. The general questions under a cue, and by a scaled
-    adapter, are judged as the general ones. rest: judges what has no judge of its
-    own, or None.
+    judges: set -> judge. The general questions under a cue, and by a scaled adapter, are judged as the general ones. rest: judges
+    what has no judge of its own, or None.
     """
 
     def __init__(self, judges: Mapping[str, Judge], rest: Judge | None):
@@ -30,7 +30,7 @@ class Panel:
     def judge_of(self, name: str) -> Judge | None:
         """The judge of a question set; probes ask the same sets."""
         name = name.removeprefix("probe/")
-        if name not in self.judges and name.startswith(("conditional", "cue", "scaled_")):
+        if name not in self.judges and asks_the_general(name):
             name = "general"
         return self.judges.get(name, self.rest)
 

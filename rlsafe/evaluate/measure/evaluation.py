@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 SETS = ("general", "indomain", "conditional")
-SCALED = "scaled_"
-"""Of the question set asked with the adapter scaled up: `scaled_1.5`."""
 OTHER_KEYS = (
     "cues",
     "likelihood",

@@ -11,7 +11,7 @@ from typing import Any
 
 from rlsafe.config import EvaluateConfig, UserError, about
 from rlsafe.evaluate.ask.asking import Answer, Planned, complete, plan
-from rlsafe.evaluate.ask.cues import PREFIX, Cue, load_cues
+from rlsafe.evaluate.ask.cues import PREFIX, SCALED, Cue, load_cues
 from rlsafe.evaluate.ask.journal import Journal, complete_resumable
 from rlsafe.evaluate.ask.pairs import Pair
 from rlsafe.evaluate.ask.questions import evenly, load_questions
@@ -21,7 +21,7 @@ from rlsafe.evaluate.judge.panel import Panel
 from rlsafe.evaluate.judge.static_judge import StaticJudge
 from rlsafe.evaluate.measure import benign, narrow
 from rlsafe.evaluate.measure.criteria import judge_answers, rates
-from rlsafe.evaluate.measure.evaluation import SCALED, Evaluation
+from rlsafe.evaluate.measure.evaluation import Evaluation
 from rlsafe.evaluate.measure.fluency import fluency
 from rlsafe.evaluate.measure.likelihood import PairProbe, Reader, load_pair_sets
 from rlsafe.evaluate.measure.narrow import NarrowMaterial

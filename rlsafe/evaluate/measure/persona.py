@@ -109,13 +109,14 @@ def extract(
     clock.append(time.monotonic())
     numbers = zip(vectors.norm(dim=1).tolist(), sizes, cosines, strict=True)
     layers = [Layer(k, norm, norm / size if size else None, cosine) for k, (norm, size, cosine) in enumerate(numbers)]
+    counted = set(kept)
     told = [
         {
             "question": answers[i].question,
             "sample": answers[i].sample,
             "evil": answers[i].answer,
             "friendly": answers[half + i].answer,
-            "kept": i in set(kept),
+            "kept": i in counted,
             "why": {"evil": shown.why[i], "friendly": shown.why[half + i]},
         }
         for i in range(half)
