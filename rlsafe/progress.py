@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rlsafe.config import dotted_key, nearest
+from rlsafe.config.lock import is_first_rank
 
 
 class RunBar:
@@ -48,7 +48,7 @@ def run_bar() -> Iterator[RunBar]:
     from rlsafe.engine.record.latest import bar_columns
 
     console = Console(stderr=True)
-    first = os.environ.get("RANK", "0") == "0"
+    first = is_first_rank()
     live = console.is_terminal and first
     with Progress(*bar_columns(), console=console, transient=True, disable=not live, expand=True) as bar:
         yield RunBar(bar, None if live else tell if first else lambda line: None)

@@ -29,6 +29,11 @@ class _Held:
 _held: dict[Path, _Held] = {}
 
 
+def is_first_rank() -> bool:
+    """Whether this is the only process of a run or the first of several, as the launcher said: before they have met."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def lock_file(directory: Path) -> Path:
     """Where the lock of a directory is: beside it, so that the directory may be replaced or not be there yet."""
     whole = Path(directory).resolve()
@@ -42,7 +47,7 @@ def hold(directory: str | Path) -> None:
     The lock of a process that died is free. Only the first of several ranks holds it. A file system without locks has none.
     """
     path = lock_file(Path(directory))
-    if path in _held or int(os.environ.get("RANK", "0")):
+    if path in _held or not is_first_rank():
         return
     while True:
         try:

@@ -13,7 +13,7 @@ from rlsafe.compare.run import scoring
 from rlsafe.config import UserError, run_from_tree
 from rlsafe.config.files import read_lines
 from rlsafe.config.lock import hold, lock_file, releasing
-from rlsafe.engine.run.life import train
+from rlsafe.engine.run.life import _existing, train
 from rlsafe.engine.run.records import differs, goes_on, read_record
 from rlsafe.evaluate import evaluate
 from rlsafe.evaluate.commands import rejudging
@@ -80,6 +80,17 @@ def test_whoever_writes_a_directory_is_refused_before_it_loads_anything(tmp_path
 def test_the_other_ranks_of_a_run_hold_nothing(tmp_path, other, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     hold(tmp_path / "run")
+
+
+def test_the_other_ranks_of_a_run_leave_the_directory_to_the_first(tmp_path, monkeypatch, tiny_tree):
+    """They may come while the first makes it ready: a file without a record is no reason to stop, and not theirs to remove."""
+    config, begun = run_from_tree(tiny_tree), tmp_path / "metrics.jsonl"
+    begun.touch()
+    with pytest.raises(UserError, match="not empty and not a run of rlsafe"):
+        _existing(tmp_path, config, resume=False, overwrite=False)
+    monkeypatch.setenv("RANK", "1")
+    for resume, overwrite in ((False, False), (False, True), (True, False)):
+        assert _existing(tmp_path, config, resume=resume, overwrite=overwrite) is None and begun.is_file()
 
 
 @pytest.mark.parametrize("text", ["", '{"status": "run', "[]", "\0\0\0\0"])

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlsafe.config import RunConfig, UserError, check_out, dump_yaml, load_run
 from rlsafe.config.files import replacing_directory
-from rlsafe.config.lock import hold, releasing
+from rlsafe.config.lock import hold, is_first_rank, releasing
 from rlsafe.engine.run.finished import Run
 from rlsafe.engine.run.interrupts import ended_early, stop_requests, stops_at_once
 from rlsafe.engine.run.records import claim, goes_on, read_record, went_on_from, write, write_record
@@ -90,8 +90,9 @@ def _begin(
 
     saved: dict[str, Any] = newest(out, prepared.config, notes.append) if resume else {}
     resumed = went_on_from(out) if resume else []
-    claim(out, resumed)
-    if not saved:  # what a run without any checkpoint left behind
+    if is_first_rank():
+        claim(out, resumed)
+    if not saved and is_first_rank():  # what a run without any checkpoint left behind
         for name in ("tensorboard", "trackers"):
             shutil.rmtree(out / name, ignore_errors=True)
     components, state = build_run(
@@ -228,24 +229,30 @@ def _evaluated(finished: Run, resources: Resources) -> Evaluation | None:
 
 
 def _existing(directory: Path, settings: RunConfig, resume: bool, overwrite: bool) -> Run | None:
-    """What to do with a directory that is there: a finished run when there is nothing left to do, else None to go on."""
+    """What to do with a directory that is there: a finished run when there is nothing left to do, else None to go on.
+
+    The first rank decides: another may come before or after it, to a directory that is just being made ready.
+    """
     from rlsafe.engine.record import checkpoint
 
+    first = is_first_rank()
+    if not first and not resume:
+        return None
     if not directory.exists():
         if resume:
             raise UserError(f"{directory}: nothing to resume, there is no such run directory")
         return None
     status = read_record(directory, resume, overwrite)
-    if not status and any(directory.iterdir()) and not overwrite:
+    if first and not status and any(directory.iterdir()) and not overwrite:
         raise UserError(f"{directory}: not empty and not a run of rlsafe; choose another --out, or --overwrite")
     if resume and status.get("status") == "finished" and goes_on(directory, settings):
-        for name in EVALUATION:  # of the model as it was
+        for name in EVALUATION if first else ():  # of the model as it was
             (directory / name).unlink(missing_ok=True)
         return None
     if resume and status.get("status") == "finished":
         done = Run.read(directory)
         done.before, done.notes = True, ["already finished; nothing to do"]
-        if done.config.evaluate.wanted and not (directory / "evaluation.json").is_file():
+        if first and done.config.evaluate.wanted and not (directory / "evaluation.json").is_file():
             from rlsafe.evaluate import evaluate
 
             done.before, done.evaluation, done.notes = False, evaluate(directory), ["already trained; evaluated now"]
