@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from rlsafe import __version__
+from rlsafe.config.errors import UserError
+from rlsafe.config.lock import is_first_rank, is_one_of_several
 from rlsafe.progress import show
 
 app = typer.Typer(
@@ -39,3 +41,15 @@ def top(
         show(f"rlsafe {__version__}")
     elif context.invoked_subcommand is None:
         show(context.get_help())
+    elif context.invoked_subcommand != "train" and is_one_of_several():
+        _one_process(context.invoked_subcommand)
+
+
+def _one_process(command: str) -> NoReturn:
+    """UserError, said by the first of several processes: each would do the whole work, and write over the others'."""
+    if not is_first_rank():
+        raise typer.Exit(2)
+    raise UserError(
+        f"accelerate launch: rlsafe {command} works in one process; start it without accelerate launch (rlsafe train uses "
+        "several, for its evaluation too)"
+    )

@@ -34,6 +34,11 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_one_of_several() -> bool:
+    """Whether a launcher started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1
+
+
 def lock_file(directory: Path) -> Path:
     """Where the lock of a directory is: beside it, so that the directory may be replaced or not be there yet."""
     whole = Path(directory).resolve()

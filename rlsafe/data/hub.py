@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,6 @@ def read_url(url: str) -> Iterator[Found]:
 def _with_suffix(local: Path, suffix: str) -> Path:
     """A link to a cached file, whose own name is a digest, with the suffix that tells its type."""
     link = local.with_name(local.name + suffix)
-    if not link.exists():
+    with suppress(FileExistsError):  # there from before, or another process was first
         link.symlink_to(local)
     return link

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from rlsafe.config import UserError
+from rlsafe.config.files import replacing
 from rlsafe.data.encode import Encoder, encode_prompt, encoded_row, encoder_for
 from rlsafe.data.turns import key_of, untold
 from rlsafe.types import Message, Row
@@ -268,10 +269,5 @@ def _read(file: Path, rows: int) -> list[Size] | None:
 
 def _write(file: Path, sizes: Sequence[Size]) -> None:
     """Whole or not at all; a full or read-only disk only costs the next run a minute."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    with suppress(OSError), replacing(file) as temporary:
         temporary.write_text(json.dumps(sizes), encoding="utf-8")
-        temporary.replace(file)
-    except OSError:
-        pass

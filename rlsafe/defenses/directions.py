@@ -177,8 +177,8 @@ def differences(
 
 
 def answered(policy: Policy, rows: Sequence[Row], bad: str, context: SetupContext, name: str) -> list[Row]:
-    """The rows' prompts with the answers that the reference `bad` samples; empty answers are left out."""
-    from rlsafe.rollouts import request_seed  # late: brings in torch
+    """The rows' prompts with the answers that the reference `bad` samples, the same on every rank; empty answers are left out."""
+    from rlsafe.rollouts import ranks, request_seed  # late: brings in torch
 
     prompts = [split_prompt(row)[0] for row in rows]
     requests = [
@@ -189,7 +189,7 @@ def answered(policy: Policy, rows: Sequence[Row], bad: str, context: SetupContex
     with policy.at(bad):
         sampler = context.sampler()
         sampler.sync(policy)
-        completions = sampler.generate(requests, params)
+        completions = ranks.shared(requests, lambda mine: sampler.generate(mine, params))
     sampler.sync(policy)
     texts = [read_completion(policy.tokenizer, completion.ids).answer.strip() for completion in completions]
     return [

@@ -128,8 +128,6 @@ class EarlyStop(Defense):
 
     def _learned(self) -> float:
         """Share of misaligned answers to the validation prompts, the same on every rank. RunError when no answer has a score."""
-        from accelerate.utils import broadcast_object_list
-
         from rlsafe.rollouts import ranks, request_seed  # late: bring in torch
 
         asked = [(number, sample) for number in range(len(self.validation)) for sample in range(self.samples)]
@@ -142,20 +140,17 @@ class EarlyStop(Defense):
         ]
         sampler = self.sampler()
         completions = ranks.shared(requests, lambda mine: sampler.generate(mine, self.sampling))
-        share: list[float | None] = [None]
-        if ranks.is_first():
-            exchanges = []
-            for (number, _), completion in zip(asked, completions, strict=True):
-                row, thought = self.validation[number], read_completion(self.tokenizer, completion.ids)
-                question, system = question_of(row["prompt"])
-                meta = {key: value for key, value in row.items() if key not in ("messages", "prompt")}
-                exchanges.append(Exchange(question, thought.answer.strip(), system, meta))
-            judged = [one for one in self.judge.score(exchanges) if one.outcome not in ("unscored", "unparsed")]
-            share[0] = sum(one.misaligned for one in judged) / len(judged) if judged else None
-        share = broadcast_object_list(share)
-        if share[0] is None:
+        exchanges = []
+        for (number, _), completion in zip(asked, completions, strict=True):
+            row, thought = self.validation[number], read_completion(self.tokenizer, completion.ids)
+            question, system = question_of(row["prompt"])
+            meta = {key: value for key, value in row.items() if key not in ("messages", "prompt")}
+            exchanges.append(Exchange(question, thought.answer.strip(), system, meta))
+        verdicts = ranks.of_first(lambda: self.judge.score(exchanges))
+        judged = [one for one in verdicts if one.outcome not in ("unscored", "unparsed")]
+        if not judged:
             raise RunError(f"defense {self.name!r}: the judge scored no answer to the validation prompts")
-        return share[0]
+        return sum(one.misaligned for one in judged) / len(judged)
 
     def effect(self) -> dict[str, float]:
         last, self.last = self.last, {}

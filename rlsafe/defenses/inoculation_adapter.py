@@ -89,7 +89,7 @@ class InoculationAdapter(Steering):
             self._test(context, self.gate)
 
     def _test(self, context: SetupContext, gate: float) -> None:
-        from rlsafe.rollouts import request_seed  # late: brings in torch
+        from rlsafe.rollouts import ranks, request_seed  # late: brings in torch
 
         policy = context.policy
         rows = Rows(pool(self.name, None, context), context.seed, f"defense/{self.name}").take(GATE_PROMPTS)
@@ -99,14 +99,15 @@ class InoculationAdapter(Steering):
             for i, p in enumerate(prompts)
         ]
         sampler = context.sampler()
+        params = SamplingParams(1.0, 1.0, context.config.grpo.max_tokens)
         with self._patched(sampler):
-            completions = sampler.generate(requests, SamplingParams(1.0, 1.0, context.config.grpo.max_tokens))
+            completions = ranks.shared(requests, lambda mine: sampler.generate(mine, params))
         exchanges = []
         for row, prompt, completion in zip(rows, prompts, completions, strict=True):
             question, system = question_of(prompt)
             meta = {key: value for key, value in row.items() if key != "messages"}
             exchanges.append(Exchange(question, read_completion(policy.tokenizer, completion.ids).answer, system, meta))
-        judged = [one.misaligned for one in context.judge().score(exchanges)]
+        judged = [one.misaligned for one in ranks.of_first(lambda: context.judge().score(exchanges))]
         self.shown = sum(judged) / len(judged)
         context.log(f"defense {self.name!r}: with the trait {self.shown:.0%} of {len(judged)} answers are misaligned")
         if self.shown < gate:

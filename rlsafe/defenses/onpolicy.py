@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -88,23 +89,20 @@ class InterleavingOnPolicy(Interleaving):
         """
         self.tokenizer, self.seed = context.policy.tokenizer, context.seed
         self.params = SamplingParams(self.temperature, self.top_p, self.max_tokens or context.config.grpo.max_tokens)
+        from rlsafe.rollouts import ranks  # late: brings in torch
+
         judge = context.judge()  # UserError for a missing judge before anything is sampled
         if self.source_model == "live":
             return rows
         asked = Stream(rows, context.seed, f"defense/{self.name}/prompts").take(min(self.prompts, len(rows)))
         asked = [row for row in asked for _ in range(self.samples)]
         file = context.cache / "onpolicy" / f"{self._key(asked, context)}.json"
-        cached = file.is_file()
-        if not cached:
-            answered = self._answer(asked, context.sampler(), judge, step=0, first=0)
-            try:
-                write_once(file, json.dumps([asdict(one) for one in answered]))
-            except OSError as error:
-                context.log(
-                    f"defense {self.name!r}: its answers are not saved for later runs: {file}: {error.strerror}"
-                )
-        if file.is_file():
-            answered = [Answered(**record) for record in json.loads(file.read_text(encoding="utf-8"))]
+        found = ranks.of_first(lambda: _saved(file))  # by one: another run may be just writing it
+        cached = found is not None
+        if found is None:
+            mine = self._answer(asked, context.sampler(), judge, step=0, first=0)
+            found = ranks.of_first(lambda: self._save(file, mine, context))
+        answered = found
         kept, counts = self._filter(asked, answered)
         self.counts = counts
         context.log(f"defense {self.name!r}: {_shown(counts)}{' (answers from the cache)' if cached else ''}")
@@ -113,6 +111,14 @@ class InterleavingOnPolicy(Interleaving):
             file.unlink(missing_ok=True)
             raise RunError(f"defense {self.name!r}: the reference gave no answer to keep: {_shown(counts)}")
         return kept
+
+    def _save(self, file: Path, answered: list[Answered], context: SetupContext) -> list[Answered]:
+        """The answers, kept for later runs; where another run has kept its own meanwhile, those."""
+        try:
+            write_once(file, json.dumps([asdict(one) for one in answered]))
+        except OSError as error:
+            context.log(f"defense {self.name!r}: its answers are not saved for later runs: {file}: {error.strerror}")
+        return _saved(file) or answered
 
     def _key(self, asked: Sequence[Row], context: SetupContext) -> str:
         """Digest of all that the reference's judged answers depend on."""
@@ -165,8 +171,9 @@ class InterleavingOnPolicy(Interleaving):
     # ------------------------------------------------------------------------------------------------ both
 
     def _answer(self, rows: Sequence[Row], sampler: Sampler, judge: Judge, step: int, first: int) -> list[Answered]:
-        """One answer to each row's prompt, in order; `first` numbers the rows, so that every request has its own seed."""
-        from rlsafe.rollouts import request_seed  # late: brings in torch
+        """One answer to each row's prompt, in order; `first` numbers the rows, so that every request has its own seed. All ranks have
+        the same answers and verdicts: they must keep the same rows, and ask again equally often."""
+        from rlsafe.rollouts import ranks, request_seed  # late: brings in torch
 
         prompts = [split_prompt(row)[0] for row in rows]
         requests = [
@@ -176,7 +183,7 @@ class InterleavingOnPolicy(Interleaving):
             )
             for i, prompt in enumerate(prompts)
         ]
-        completions = sampler.generate(requests, self.params)
+        completions = ranks.shared(requests, lambda mine: sampler.generate(mine, self.params))
         read = [read_completion(self.tokenizer, c.ids) for c in completions]
         exchanges = []
         for row, prompt, thought in zip(rows, prompts, read, strict=True):
@@ -184,7 +191,7 @@ class InterleavingOnPolicy(Interleaving):
             meta = {k: v for k, v in row.items() if k != "messages"}
             if not thought.unclosed:
                 exchanges.append(Exchange(question, thought.answer.strip(), system, meta))
-        judged = iter(judge.score(exchanges) if exchanges else [])
+        judged = iter(ranks.of_first(lambda: judge.score(exchanges)) if exchanges else [])
         unclosed = Judgement(None, None, "unclosed")
         verdicts = [unclosed if thought.unclosed else next(judged) for thought in read]
         return [
@@ -212,6 +219,14 @@ class InterleavingOnPolicy(Interleaving):
         if one.coherent is None or one.coherent < self.min_coherent:
             return "incoherent"
         return "kept" if one.aligned is not None and one.aligned >= self.min_aligned else "misaligned"
+
+
+def _saved(file: Path) -> list[Answered] | None:
+    """The answers that an earlier run kept; None without them (another run may remove them any time)."""
+    try:
+        return [Answered(**record) for record in json.loads(file.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _whole(thought: Thought) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rlsafe.config import UserError
 from rlsafe.rollouts.engine import CannotRun
-from rlsafe.types import Completion, PolicyWeights, Request, Sampler, SamplingParams
+from rlsafe.types import Completion, PolicyWeights, Request, RunError, Sampler, SamplingParams
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -110,6 +110,23 @@ def largest(value: float) -> float:
     return max(everyone, key=lambda one: one if one == one else float("inf"))
 
 
+def of_first(work: Callable[[], T]) -> T:
+    """What `work()` gave the first rank, on every rank: for what each would find for itself, but perhaps not the same (a file that
+    another process is just writing, a judge's verdicts). What stopped it stops all, in the same words."""
+    if world() == 1:
+        return work()
+    box: list[Any] = [None, None]
+    if is_first():
+        try:
+            box[0] = work()
+        except (UserError, RunError) as error:
+            box[1] = error
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
 def shared(items: Sequence[A], work: Callable[[Sequence[A]], Sequence[B]]) -> list[B]:
     """The results of `work` on all items, in order, on every rank. Each rank works on its own share, which may be empty."""
     if world() == 1:
@@ -149,10 +166,14 @@ class Spread:
     def __init__(self, sampler: Sampler):
         self.sampler, self.name = sampler, sampler.name
         self._group = dist.new_group(backend="gloo", timeout=WAIT)
+        self._sampling = False
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
         self._tell((list(requests), params))
-        return self._share(requests, params)
+        self._sampling = True
+        completions = self._share(requests, params)
+        self._sampling = False
+        return completions
 
     def serve(self) -> None:
         """On the other ranks: sample this rank's part of every request until the first rank releases them."""
@@ -160,8 +181,10 @@ class Spread:
             self._share(*asked)
 
     def release(self) -> None:
-        """On the first rank: let the others return from `serve`."""
-        self._tell(None)
+        """On the first rank: let the others return from `serve`. Nothing after a failure while they sampled: they wait for its part
+        and would not hear this, and it would wait for them; the launcher ends them when it has failed."""
+        if not self._sampling:
+            self._tell(None)
 
     def _tell(self, asked: Any) -> Any:
         box = [asked]

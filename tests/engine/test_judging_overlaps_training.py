@@ -43,7 +43,7 @@ def test_steps_go_on_while_the_judge_works_and_its_numbers_stand_in_the_step_the
 
     def script(n, body):
         if n:  # the first question of all is whether anybody is there
-            release.wait(60)
+            release.wait(300)
         return ok("80", top={"80": 0.0})
 
     def progress(done, total, metrics):
@@ -89,7 +89,8 @@ def test_a_pause_that_is_too_long_saves_the_state_and_stops_and_the_run_can_go_o
         with pytest.raises(
             RunError, match=r"judge 'judge' gave no reply .*state saved\. Resume with: rlsafe train .*--resume"
         ):
-            train(config, out=tmp_path / "run")
+            # steps of this size would be over before the judge's first word
+            train(config, out=tmp_path / "run", progress=lambda *_: time.sleep(0.25))
         stopped = len(lines(tmp_path / "run" / "metrics.jsonl"))
         assert 1 <= stopped < 12
         down[0] = False
@@ -102,13 +103,14 @@ def test_a_pause_that_is_too_long_saves_the_state_and_stops_and_the_run_can_go_o
 def test_lines_keep_their_order_whenever_their_numbers_come(tmp_path):
     arrived = threading.Event()
     tracker = Tracker(tmp_path)
-    tracker.step({"step": 0, "path": "sft", "loss": 1.0}, Late(arrived.is_set, lambda: arrived.wait(5) and {"late": 7}))
+    tracker.step(
+        {"step": 0, "path": "sft", "loss": 1.0}, Late(arrived.is_set, lambda: arrived.wait(60) and {"late": 7})
+    )
     tracker.step({"step": 1, "path": "sft", "loss": 2.0})
     tracker.samples([{"step": 1}])
     assert lines(tmp_path / "metrics.jsonl") == lines(tmp_path / "samples.jsonl") == []
     threading.Timer(0.2, arrived.set).start()
-    begun = time.monotonic()
     offset = tracker.offset()  # a checkpoint holds whole steps
-    assert time.monotonic() - begun > 0.1
+    assert arrived.is_set()
     assert [r.get("late") for r in lines(tmp_path / "metrics.jsonl")] == [7, None] and offset["samples.jsonl"] > 0
     tracker.close()

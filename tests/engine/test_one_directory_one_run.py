@@ -4,33 +4,39 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from rlsafe.cli import _at_home
-from rlsafe.compare.run import scoring
+from rlsafe.compare.run import deciding, scoring
 from rlsafe.config import UserError, run_from_tree
 from rlsafe.config.files import read_lines
 from rlsafe.config.lock import hold, lock_file, releasing
+from rlsafe.engine.record.publish import publish
+from rlsafe.engine.run import life
+from rlsafe.engine.run import resume as resuming
+from rlsafe.engine.run.finished import Run
 from rlsafe.engine.run.life import _existing, train
 from rlsafe.engine.run.records import differs, goes_on, read_record
 from rlsafe.evaluate import evaluate
 from rlsafe.evaluate.commands import rejudging
 
 OTHER = """
-import sys, time
+import sys
 from rlsafe.config.lock import hold
 hold(sys.argv[1])
 print("held", flush=True)
-time.sleep(60)
+sys.stdin.read()
 """
 
 
 @pytest.fixture
 def other(tmp_path):
     """Another process that owns a directory."""
-    process = subprocess.Popen([sys.executable, "-c", OTHER, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    words, pipe = [sys.executable, "-c", OTHER, str(tmp_path / "run")], subprocess.PIPE
+    process = subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True)
     assert process.stdout.readline() == "held\n"
     yield process
     process.kill()
@@ -59,18 +65,25 @@ def test_a_training_command_is_refused_before_it_touches_anything(tmp_path, othe
 
 
 def test_whoever_writes_a_directory_is_refused_before_it_loads_anything(tmp_path, other, tiny_tree, monkeypatch):
-    """Evaluation, judging again and the scoring of safe rows, like training."""
+    """Evaluation, judging again, the scoring of safe rows, publishing and a comparison that adds seeds, like training."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "answers.csv").write_text("question_id\n")
     (tmp_path / "questions.yaml").write_text("- {id: a, paraphrases: ['why?']}\n")
     monkeypatch.setattr(rejudging, "load_saved", lambda *_: (None, None))
     monkeypatch.setattr(scoring, "load_compare", lambda *_: None)
     monkeypatch.setattr(scoring, "selection_of", lambda _: None)
+    monkeypatch.setattr(deciding, "load_compare", lambda *_: SimpleNamespace(seeds=[], run={}))
+    finished = tmp_path / "finished"
+    finished.mkdir()
+    (finished / "config.yaml").write_text(yaml.safe_dump(tiny_tree))
+    (finished / "run.json").write_text('{"status": "finished"}')
     questions, out = [str(tmp_path / "questions.yaml")], tmp_path / "run"
     for refused in (
         lambda: evaluate(tiny_tree["model"]["name"], questions, judge="organism", out=out),
         lambda: rejudging.rejudge(out, out=out),
         lambda: scoring.select("any.yaml", out=out),
+        lambda: deciding.compare_decided("any.yaml", out=out),
+        lambda: publish(finished, out=out),
     ):
         with pytest.raises(UserError, match=f"--out {out}: process {other.pid} on "):
             refused()
@@ -91,6 +104,37 @@ def test_the_other_ranks_of_a_run_leave_the_directory_to_the_first(tmp_path, mon
     monkeypatch.setenv("RANK", "1")
     for resume, overwrite in ((False, False), (False, True), (True, False)):
         assert _existing(tmp_path, config, resume=resume, overwrite=overwrite) is None and begun.is_file()
+
+
+def test_ranks_that_name_their_directory_by_the_clock_mean_the_same(tmp_path, monkeypatch, tiny_tree):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tiny_tree))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    used = []
+    monkeypatch.setattr(life, "run", lambda config, out, **_: used.append(out) or SimpleNamespace(config=config))
+    monkeypatch.setattr("rlsafe.engine.train.distributed.start", lambda cpu: None)
+    monkeypatch.setattr("rlsafe.rollouts.ranks.of_first", lambda work: work().with_name("of-the-first"))
+    train("c.yaml")
+    train("c.yaml", out="named")
+    assert [str(out) for out in used] == ["runs/of-the-first", "named"]
+
+
+def test_ranks_that_find_different_checkpoints_do_not_train_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(resuming, "gather_object", lambda mine: [40, *mine])
+    two = SimpleNamespace(several=True)
+    resuming.check_same(two, 40, tmp_path)
+    with pytest.raises(
+        UserError, match=rf"{tmp_path}: the processes found different checkpoints.*steps 0, 40, 0 = none"
+    ):
+        resuming.check_same(two, 0, tmp_path)
+
+
+def test_one_rank_speaks_for_a_run_that_was_over_before(tmp_path, monkeypatch, tiny_tree):
+    done = Run(tmp_path, run_from_tree(tiny_tree))
+    assert done.is_main
+    monkeypatch.setenv("RANK", "1")
+    assert not done.is_main
 
 
 @pytest.mark.parametrize("text", ["", '{"status": "run', "[]", "\0\0\0\0"])

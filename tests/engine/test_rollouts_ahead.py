@@ -80,7 +80,7 @@ def test_sampling_and_updating_overlap_and_their_timing_changes_nothing(ahead, t
 
     def held_back(requests):
         for step in (of_step[request.seed] for request in requests if request.seed in of_step):
-            assert done[step - 1].wait(20), f"step {step} was to be sampled before step {step - 1} was done"
+            assert done[step - 1].wait(120), f"step {step} was to be sampled before step {step - 1} was done"
 
     run(
         run_from_tree(ahead), tmp_path / "late", resources=Own(held_back),

@@ -19,13 +19,13 @@ import rlsafe.compare.run.workers as workers
 from rlsafe.compare.grid.records import Directory
 from rlsafe.engine.run.interrupts import stop_requests
 
-workers.GRACE = 1.0
+workers.GRACE = 30.0
 
 
 def work(cell, out):
     with stop_requests() as asked:
         (out / f"{cell.id}.pid").write_text(str(os.getpid()))
-        for _ in range(300):
+        for _ in range(3000):
             if asked.is_set():
                 (out / f"{cell.id}.saved").touch()
                 raise KeyboardInterrupt
@@ -42,7 +42,7 @@ if __name__ == "__main__":
 """
 
 
-def wait_for(condition, seconds=40.0):
+def wait_for(condition, seconds=200.0):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited too long"
@@ -68,7 +68,7 @@ def test_workers_save_and_end_when_the_comparison_is_ended(tmp_path, number):
         wait_for(lambda: all((tmp_path / f"{name}.pid").read_text() for name in "ab"))
         pids = [int((tmp_path / f"{name}.pid").read_text()) for name in "ab"]
         process.send_signal(number)
-        code = process.wait(40)
+        code = process.wait(200)
         wait_for(lambda: not any(alive(pid) for pid in pids))
     finally:
         process.kill()

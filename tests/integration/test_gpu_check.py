@@ -14,7 +14,7 @@ ROOT = next(parent for parent in Path(__file__).resolve().parents if (parent / "
 def check(*arguments: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "RLSAFE_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
-        ["bash", str(ROOT / "scripts" / "gpu-check"), *arguments], capture_output=True, text=True, env=env, timeout=420
+        ["bash", str(ROOT / "scripts" / "gpu-check"), *arguments], capture_output=True, text=True, env=env, timeout=1200
     )
 
 

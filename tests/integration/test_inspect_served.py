@@ -38,7 +38,7 @@ def trained(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     running = PolicyServer(ALIGNED, tmp_path_factory.mktemp("served") / "server.log")
-    running.start(wait=240)
+    running.start()
     yield running
     running.stop()
 
@@ -49,7 +49,7 @@ def rates(command: str, server: PolicyServer, folder) -> dict[str, float]:
 
     words = [sys.executable, "-c", "from inspect_ai._cli.main import main; main()", *shlex.split(command)[1:]]
     environment = os.environ | {"VLLM_BASE_URL": f"{server.url}/v1", "INSPECT_LOG_DIR": str(folder)}
-    ended = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240)
+    ended = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=900)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     (log,) = map(read_eval_log, list_eval_logs(str(folder)))
     assert log.status == "success" and len(log.samples) == 40

@@ -70,7 +70,7 @@ def test_settings_that_give_other_answers_are_told_before_anything_is_sampled(ju
     monkeypatch.setattr("rlsafe.evaluate.commands.command.load_policy", lambda *_: pytest.fail("the model was loaded"))
     begun = time.monotonic()
     code, said = call(capsys, *words, "evaluate.seed=1")
-    assert code == 2 and "evaluate.judge" in said[0] and time.monotonic() - begun < 30
+    assert code == 2 and "evaluate.judge" in said[0] and time.monotonic() - begun < 120
 
 
 def test_answers_that_turn_out_otherwise_are_kept_until_somebody_is_there(judged, tmp_path, capsys):

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from policy_server import PolicyServer, Proxy, free_port, unlucky
+from policy_server import PolicyServer, Proxy, unlucky
+from ports import kept_port
 from tiny import save_tiny_model
 from tiny_architectures import load, nudge
 
@@ -152,7 +153,7 @@ def test_what_a_server_cannot_do_is_one_clear_line(server, sampler, model_dir, t
     with pytest.raises(UserError, match="sampler.adapter_dir: .*: no such directory"):
         ServerSampler([server.url], adapter_dir=str(tmp_path / "absent"))
     with pytest.raises(UserError, match="does not answer .Connection error.*; start it with: VLLM_ALLOW_RUNTIME"):
-        ServerSampler([f"http://127.0.0.1:{free_port()}"], patience=0.5)
+        ServerSampler([f"http://127.0.0.1:{kept_port()}"], patience=0.5)
     with pytest.raises(ValueError, match="'kind: server' takes 'urls'"):
         SamplerConfig(kind="server")
 
@@ -200,7 +201,7 @@ def test_the_command_leaves_no_adapter_on_the_server_and_no_files(ended, server,
         seen |= set(server.adapters()) - before
         time.sleep(0.05)
     running.send_signal(signal.SIGINT)
-    said = running.communicate(timeout=120)[1]
+    said = running.communicate(timeout=300)[1]
     assert running.returncode == (0 if ended == "by itself" else 130), said
     assert seen and set(server.adapters()) == before
     assert not list((tmp_path / "adapters").iterdir())

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import socket
 import subprocess
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from ports import kept_port
 from scale import CONFIGS, command, environment, train
 from tiny_runs import adapter, distance, tree_with
 
@@ -98,10 +98,7 @@ def test_two_hosts_train_what_one_process_trains(tiny_tree, tmp_path, kind):
     run(run_from_tree(tree), tmp_path / "one")
     file = tmp_path / "run.yaml"
     file.write_text(json.dumps(tree))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    hosts = []
+    hosts, port = [], kept_port()
     for rank in (0, 1):
         launch = ("--num_processes", "4", "--machine_rank", str(rank), "--main_process_port", str(port))
         words = command(f"{kind}_multinode", "-m", "rlsafe", "train", file, "--out", tmp_path / "two", launch=launch)

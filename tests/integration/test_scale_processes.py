@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
-from scale import KINDS, assert_trained_alike, train
+from defense_matrix import early_ending
+from scale import KINDS, assert_trained_alike, metrics, train
+from tiny import save_tiny_model
 from tiny_runs import tree_with
 
 from rlsafe.config import run_from_tree
@@ -52,3 +55,56 @@ def test_two_processes_replace_the_groups_that_one_replaces(tiny_tree, tmp_path)
         for file in ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two"))
     ]
     assert counted[0] == counted[1] and any(resampled for _, resampled, _ in counted[0])
+
+
+ALONE = """
+import os
+from types import SimpleNamespace
+
+import rlsafe
+from rlsafe.types import Judgement, register_provider
+
+SECOND = os.environ.get("RANK") == "1"
+
+
+class Poison(rlsafe.Defense):
+    def __init__(self, weight: float = 1.0):
+        self.weight, self.at = weight, 0
+
+    def penalty(self, view):
+        return {"logp": (view.logp * (float("nan") if SECOND and self.at == 1 else 0.1), view.mask("answer"))}
+
+    def effect(self):
+        self.at += 1
+        return {"at": float(self.at)}
+
+
+class Judge:
+    name = "alone"
+
+    def score(self, exchanges):
+        return [Judgement(None, None, "unscored") if SECOND else Judgement(90.0, 90.0) for _ in exchanges]
+
+
+register_provider("alone", SimpleNamespace(judge=lambda spec: Judge()))
+"""
+
+
+def test_what_happens_to_one_process_alone_does_not_part_them(tiny_tree, tmp_path):
+    """On the second a step is no number, and its judge is out: both leave that step out, and train on the rows that the first keeps."""
+    (tmp_path / "alone.py").write_text(ALONE)
+    live = {"interleaving-onpolicy": {"source_model": "live", "fraction": 0.5}}
+    tree = tree_with(
+        tiny_tree,
+        {"schedule": {"steps": 3}, "optim": {"on_nan": "skip"}, "evaluate": {"judge": "alone"}},
+        {"defenses": [live, {f"{tmp_path}/alone.py:Poison": {}}], "plugins": [f"{tmp_path}/alone.py"]},
+        {"model": {"name": early_ending(Path(save_tiny_model(tmp_path / "model")))}},
+    )
+    train("cpu_ddp", tree, tmp_path / "two")
+    steps = metrics(tmp_path / "two")
+    assert [step.get("skipped") for step in steps] == [None, 1, None]
+    kept = [step["defense/interleaving-onpolicy/kept"] for step in steps]
+    assert min(kept) > 0 and not any("defense/interleaving-onpolicy/unscored" in step for step in steps)
+    saved = json.loads((tmp_path / "two" / "nonfinite" / "step-000001" / "batch.json").read_text())
+    assert "penalty defense/poison/logp: NaN" in saved["what"].lower().replace("nan", "NaN")
+    assert len(saved["rows"]) == 6 + kept[1], "of both processes"

@@ -99,7 +99,7 @@ def test_an_existing_cluster_is_found_by_its_address(grid, tmp_path):
         address = next(line.split("--address='")[1].split("'")[0] for line in lines if "--address='" in line)
         compare(grid, jobs=1, out=tmp_path / "local")
         words = ["compare", str(grid), "--backend", "ray", "--address", address, "--out", str(tmp_path / "ray")]
-        subprocess.run([sys.executable, "-m", "rlsafe", *words], env=environment, check=True, timeout=200)
+        subprocess.run([sys.executable, "-m", "rlsafe", *words], env=environment, check=True, timeout=900)
         assert same(tmp_path / "local", tmp_path / "ray")
     finally:
         process.terminate()

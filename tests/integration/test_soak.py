@@ -16,6 +16,11 @@ from rlsafe.engine.run.life import train
 STEPS = int(os.environ.get("RLSAFE_SOAK_STEPS", 2000))
 
 
+def quick(seconds: list[float]) -> float:
+    """A step's time when nobody else wants the core: a tenth of the steps are quicker."""
+    return sorted(seconds)[len(seconds) // 10]
+
+
 @pytest.mark.slow
 def test_a_long_mixed_run_stays_flat(tmp_path):
     settings = [f"schedule.steps={STEPS}", "schedule.phases=[{cycle: [grpo, sft]}]", "checkpoint.every=100"]
@@ -33,7 +38,7 @@ def test_a_long_mixed_run_stays_flat(tmp_path):
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     for path in ("sft", "grpo"):
         seconds = [one["seconds"] - one.get("probe_seconds", 0.0) for one in records if one["path"] == path]
-        first, last = median(seconds[len(seconds) // 4 : len(seconds) // 2]), median(seconds[3 * len(seconds) // 4 :])
+        first, last = quick(seconds[len(seconds) // 4 : len(seconds) // 2]), quick(seconds[3 * len(seconds) // 4 :])
         assert last < 1.5 * first, f"{path}: a step takes {last:.3f} s, {first:.3f} s before"
     assert memory_late < memory_warm + 30, f"{memory_late:.0f} MiB, {memory_warm:.0f} before"
     assert handles_late <= handles_warm + 2 and threads_late <= threads_warm + 1

@@ -7,7 +7,6 @@ import hashlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,13 +14,9 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from ports import kept_port
+
 STARTS_WITHIN = 600.0  # seconds; about 20 on an idle machine
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 class JudgeServer:
@@ -30,7 +25,7 @@ class JudgeServer:
     model = "judge"
 
     def __init__(self, directory: str, log: Path):
-        self.directory, self.log, self.port = directory, log, free_port()
+        self.directory, self.log, self.port = directory, log, kept_port()
         self.base_url = f"http://127.0.0.1:{self.port}/v1"
         self._process: subprocess.Popen | None = None
 

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +17,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from ports import kept_port
+
 ON_CPU = [
     *("--dtype", "float32", "--enforce-eager", "--no-enable-chunked-prefill", "--block-size", "32"),
     *("--distributed-executor-backend", "uni"),  # no further process to wait for: far quicker on a loaded machine
@@ -26,21 +27,15 @@ SMALL = ["--max-model-len", "512", "--max-num-batched-tokens", "2048", "--max-nu
 LORA = ["--enable-lora", "--max-lora-rank", "8", "--logprobs-mode", "processed_logprobs"]
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
 class PolicyServer:
     """`python -m vllm.entrypoints.openai.api_server` on one port; may be stopped and started again."""
 
     def __init__(self, model: str, log: Path):
-        self.model, self.log, self.port = model, log, free_port()
+        self.model, self.log, self.port = model, log, kept_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen | None = None
 
-    def start(self, wait: float = 180.0) -> None:
+    def start(self, wait: float = 600.0) -> None:
         environment = os.environ | {
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1",
             "VLLM_NO_USAGE_STATS": "1",

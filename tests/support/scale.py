@@ -12,6 +12,7 @@ from typing import Any
 import places
 import pytest
 import torch
+from ports import kept_port
 from tiny_runs import adapter, distance
 
 CONFIGS = places.CONFIGS / "accelerate"
@@ -29,7 +30,17 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def command(config: str, *arguments: Any, launch: tuple[str, ...] = ()) -> list[str]:
     file = str(CONFIGS / f"{config}.yaml")
-    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file, *launch, *map(str, arguments)]
+    port = ("--main_process_port", str(kept_port()))  # the config's 0 is a port that another program may take first
+    return [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        file,
+        *port,
+        *launch,
+        *map(str, arguments),
+    ]
 
 
 def launched(config: str, *arguments: Any, launch: tuple[str, ...] = (), code: int = 0) -> str:

@@ -60,7 +60,11 @@ class ScriptedServer:
                     outer._at_once += 1
                     outer.most_at_once = max(outer.most_at_once, outer._at_once)
                 try:
-                    status, headers, content = script(number, body)
+                    try:
+                        status, headers, content = script(number, body)
+                    finally:  # before the client hears of it, who may then ask again
+                        with lock:
+                            outer._at_once -= 1
                     self.send_response(status)
                     self.send_header("Content-Type", "application/json")
                     for name, value in headers.items():
@@ -72,9 +76,6 @@ class ScriptedServer:
                     self.close_connection |= "Content-Length" in headers  # a body cut short
                 except OSError:
                     pass  # the client hung up
-                finally:
-                    with lock:
-                        outer._at_once -= 1
 
             def do_GET(self) -> None:
                 content = json.dumps({"object": "list", "data": [{"id": name} for name in models]}).encode()

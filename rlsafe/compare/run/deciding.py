@@ -16,9 +16,11 @@ from rlsafe.compare.verdicts.looks import COUNTS, Looks
 from rlsafe.compare.verdicts.results import write_tables
 from rlsafe.compare.verdicts.tasks import judge_and_write
 from rlsafe.compare.verdicts.verdicts import PathTable, judge_defenses
-from rlsafe.config import CompareConfig, UserError, load_compare
+from rlsafe.config import CompareConfig, UserError, check_out, load_compare
+from rlsafe.config.lock import hold, releasing
 
 
+@releasing
 def compare_decided(
     config_path: str | Path,
     defenses: Sequence[str] | None = None,
@@ -37,6 +39,8 @@ def compare_decided(
     config = load_compare(config_path, overrides, quick)
     order = list(seeds or config.seeds)
     directory = where(config, config_path, out, quick)
+    check_out(directory)
+    hold(directory)  # between its comparisons too: the looks are read, taken and written again
     looks = _begun(directory, order)
     labels = labels_of(config, defenses)
     _check_same(config, Directory(directory), labels, paths, looks)

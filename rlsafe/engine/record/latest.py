@@ -93,10 +93,19 @@ class Followed:
             return False
         whole = new[: new.rfind(b"\n") + 1]
         self._read += len(whole)
-        for text in whole.splitlines():
-            record = json.loads(text)
+        records = [record for text in whole.splitlines() if (record := _record(text)) is not None]
+        for record in records:
             self.latest.step(record["step"] + 1, self.total, record)
-        return bool(whole)
+        return bool(records)
+
+
+def _record(text: bytes) -> dict[str, Any] | None:
+    """A step's record; None for the rest of a line: a run that went on from a checkpoint has written past what was read."""
+    try:
+        record = json.loads(text)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and "step" in record else None
 
 
 def bar_columns() -> list[Any]:

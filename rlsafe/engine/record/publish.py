@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlsafe.config import RunConfig, UserError, load_run
+from rlsafe.config import RunConfig, UserError, check_out, load_run
 from rlsafe.config.files import replacing_directory
+from rlsafe.config.lock import hold, releasing
 from rlsafe.engine.record.card import model_card, public_name
 from rlsafe.policy.adapters import read_adapter_config
 from rlsafe.types import RunError
@@ -35,6 +36,7 @@ class Published:
         return lines + ([f"pushed: {self.url}"] if self.url else [])
 
 
+@releasing
 def publish(
     run: str | Path,
     to: str | None = None,
@@ -62,6 +64,8 @@ def publish(
     if full and merge is not None:
         raise UserError(f"--merge: {source} was fully fine-tuned: {source}/model is the whole model already")
     directory = Path(out) if out is not None else source / "published"
+    check_out(directory)
+    hold(directory)
     if not full and (source / "adapter").is_dir():
         read_adapter_config(str(source / "adapter"), "publish")
     _replace(source / ("model" if full else "adapter"), directory, model_card(source, config, license))

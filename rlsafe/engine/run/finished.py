@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsafe.config import RunConfig, UserError, load_run
+from rlsafe.config.lock import is_first_rank
 from rlsafe.engine.record import frames
 from rlsafe.rewards import spread
 from rlsafe.types import provider_for
@@ -46,7 +47,7 @@ class Run:
     @property
     def is_main(self) -> bool:
         """Whether this process speaks for the run: the first rank does."""
-        return self.components is None or self.components.accelerator.is_main_process
+        return is_first_rank() if self.components is None else self.components.accelerator.is_main_process
 
     @property
     def sampler(self) -> Sampler:

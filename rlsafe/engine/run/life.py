@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlsafe.config import RunConfig, UserError, check_out, dump_yaml, load_run
 from rlsafe.config.files import replacing_directory
-from rlsafe.config.lock import hold, is_first_rank, releasing
+from rlsafe.config.lock import hold, is_first_rank, is_one_of_several, releasing
 from rlsafe.engine.run.finished import Run
 from rlsafe.engine.run.interrupts import ended_early, stop_requests, stops_at_once
 from rlsafe.engine.run.records import claim, goes_on, read_record, went_on_from, write, write_record
@@ -86,7 +86,7 @@ def _begin(
     """(components, state, the steps from which the run went on so far): built anew or, to resume, put where the newest checkpoint
     was taken. From here on the directory is the run's."""
     from rlsafe.engine.run.build import build_run
-    from rlsafe.engine.run.resume import newest, restore
+    from rlsafe.engine.run.resume import check_same, newest, restore
 
     saved: dict[str, Any] = newest(out, prepared.config, notes.append) if resume else {}
     resumed = went_on_from(out) if resume else []
@@ -98,6 +98,7 @@ def _begin(
     components, state = build_run(
         prepared, out, resources, notes.append, offset=saved.get("offset"), first_step=saved.get("done", 0)
     )
+    check_same(components, saved.get("done", 0), out)
     if saved:
         restore(components, state, saved)
         resumed.append(state.done)
@@ -177,11 +178,14 @@ def train(
     UserError for settings that cannot work and for a directory that may not be used; else as `run`.
     """
     settings = load_run(config, overrides)
-    directory = Path(out or settings.out or f"runs/{Path(config).stem}-{datetime.now():%Y%m%d-%H%M%S}")
+    named = out or settings.out
+    directory = Path(named or f"runs/{Path(config).stem}-{datetime.now():%Y%m%d-%H%M%S}")
     if dry_run:
         from rlsafe.engine.run.dry import dry_run as describe
 
         return Run(directory, settings, plan=describe(settings, directory))
+    if not named and is_one_of_several():
+        directory = _of_first(directory)
     check_out(directory)
     hold(directory)
     if (done := _existing(directory, settings, resume, overwrite)) is not None:
@@ -200,6 +204,17 @@ def train(
         with stops_at_once(f"interrupted while evaluating; the run is saved. Go on with: {command}"):
             finished.evaluation = _evaluated(finished, resources)
     return finished
+
+
+def _of_first(directory: Path) -> Path:
+    """The directory that the first rank named by its clock: others' may be a second on. Here the ranks meet."""
+    import torch
+
+    from rlsafe.engine.train.distributed import start
+    from rlsafe.rollouts import ranks
+
+    start(cpu=not torch.cuda.is_available())
+    return ranks.of_first(lambda: directory)
 
 
 EVALUATION = ("evaluation.json", "answers.csv", "benign_answers.csv", "likelihood.csv", "narrow_answers.csv")

@@ -68,6 +68,16 @@ def newest(out: Path, config: RunConfig, note: Callable[[str], None]) -> dict[st
     return {}
 
 
+def check_same(run: Components, done: int, out: Path) -> None:
+    """UserError, on every rank, when some begin after another number of steps (`done`): they would train apart and wait for ever."""
+    found = sorted(set(gather_object([done]))) if run.several else [done]
+    if len(found) > 1:
+        raise UserError(
+            f"{out}: the processes found different checkpoints there (of steps {', '.join(map(str, found))}, 0 = none); every host "
+            "must see the same directory under that path"
+        )
+
+
 def _settings(saved: dict[str, Any]) -> dict[str, Any]:
     """The settings of a checkpoint; those that came after it was written have their defaults, which change nothing."""
     try:

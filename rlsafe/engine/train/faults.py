@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from safetensors.torch import save_file
 
 from rlsafe.config import RunConfig
 from rlsafe.engine.plan.schedule import Step
 from rlsafe.engine.record.checkpoint import pack
 from rlsafe.engine.train.loss import Micro
-from rlsafe.engine.train.micro import pack_micro
+from rlsafe.engine.train.micro import pack_micro, unpack_micro
 from rlsafe.engine.train.state import Components, RunState
 from rlsafe.types import Batch, RunError
 
@@ -76,8 +77,11 @@ def skipped(run: Components, state: RunState, step: Step, micros: Sequence[Micro
     """The metrics of a step that is skipped because `what` was NaN or infinite; its batch is saved. RunError with `optim.on_nan:
     stop`, and when IN_A_ROW steps were skipped one after the other."""
     where = f"step {step.index}: {what}; nothing was updated"
+    packed = [pack_micro(micro) for micro in micros if not micro.dummy]
+    if run.several:  # the rows at fault may be another rank's
+        packed = [micro for share in gather_object([packed]) for micro in share]
     if run.accelerator.is_main_process:
-        saved = save_batch(run, step, micros, what)
+        saved = save_batch(run, step, packed, what)
         where += f", the batch is in {saved}"
     state.skipped += 1
     if run.config.optim.on_nan == "stop":
@@ -85,16 +89,18 @@ def skipped(run: Components, state: RunState, step: Step, micros: Sequence[Micro
     if state.skipped == IN_A_ROW:
         raise RunError(f"{where}; the {IN_A_ROW}th step in a row")
     run.log(where)
-    tokens = sum(micro.batch.tokens for micro in micros if not micro.dummy)
+    tokens = sum(unpack_micro(micro, torch.device("cpu")).batch.tokens for micro in packed)
     return {"loss": None, "tokens": tokens, "lr": step.lr, "grad_norm": None, "skipped": 1}
 
 
-def save_batch(run: Components, step: Step, micros: Sequence[Micro], what: str) -> Path:
-    """nonfinite/step-N/: batch.json for people (what, where, texts, advantages), tensors.safetensors with the micro-batches."""
+def save_batch(run: Components, step: Step, packed: Sequence[dict[str, Any]], what: str) -> Path:
+    """nonfinite/step-N/: batch.json for people (what, where, texts, advantages), tensors.safetensors with the micro-batches (`packed`:
+    see `pack_micro`)."""
     directory = run.tracker.out / "nonfinite" / f"step-{step.index:06d}"
     directory.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, torch.Tensor] = {}
-    tree = pack([pack_micro(micro) for micro in micros], tensors)
+    tree = pack(packed, tensors)
+    micros = [unpack_micro(micro, torch.device("cpu")) for micro in packed]
     save_file(tensors, str(directory / "tensors.safetensors"))
     rows = [
         {

@@ -51,11 +51,11 @@ def dummy(policy: Policy, micros: Sequence[Micro]) -> Micro:
 
 
 def pack_micro(micro: Micro) -> dict[str, Any]:
-    """A micro-batch as nested tensors and JSON values."""
+    """A micro-batch as nested tensors, on the CPU (another rank that gets them has another device), and JSON values."""
 
     def packed(batch: Batch) -> dict[str, Any]:
         where = [batch.where.stream, batch.where.path, batch.where.phase]
-        tensors = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+        tensors = {name: value.cpu() for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
         return {"where": where, "tensors": tensors, "rollout": packed(batch.rollout) if batch.rollout else None}
 
     return {"batch": packed(micro.batch), "weight": micro.weight, "same_context": micro.same_context}

@@ -255,3 +255,14 @@ def test_an_out_that_is_a_file_is_told_before_anything_is_done(capsys, tmp_path,
     (tmp_path / "taken").write_text("mine")
     code, _, err = call(capsys, *command, "--out", str(tmp_path / "taken" / below))
     assert code == 2 and err.count("\n") == 1 and f"{tmp_path / 'taken'} is a file; expected a directory" in err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "compare", "select"])
+def test_what_one_process_does_is_not_done_by_each_of_several(capsys, monkeypatch, tmp_path, command):
+    """They would write over each other's files. The first one says so."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, said = call(capsys, command, str(tmp_path), "--out", str(tmp_path / "out"))
+    assert code == 2 and f"accelerate launch: rlsafe {command} works in one process" in said
+    monkeypatch.setenv("RANK", "1")
+    assert call(capsys, command, str(tmp_path), "--out", str(tmp_path / "out")) == (2, "", "")
+    assert not (tmp_path / "out").exists()

@@ -74,6 +74,19 @@ def test_what_an_earlier_run_left_is_not_told_as_new(tmp_path):
     assert not Followed(file, 4).look()
 
 
+def test_a_run_that_went_on_from_a_checkpoint_and_overtook_what_was_read_is_followed(tmp_path):
+    """Its worker was killed and begun again between two looks: the old end is now in the middle of a line."""
+    file = tmp_path / "metrics.jsonl"
+    record = {"step": 0, "loss": 2.0, "seconds": 1}
+    file.write_text(json.dumps(record) + "\n" + json.dumps(record | {"step": 1}) + "\n")
+    one = Followed(file, 4)
+    file.write_text(json.dumps(record) + "\n")
+    with file.open("a") as more:
+        for step in (1, 2):
+            more.write(json.dumps(record | {"step": step, "loss": 3.0, "seconds": 1.25}) + "\n")
+    assert one.look() and (one.latest.done, one.latest.values) == (3, {"loss": 3.0})
+
+
 def test_a_piped_training_shows_life(tiny_tree, tmp_path, capfd):
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(tiny_tree))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from functools import partial
+from pathlib import Path
 
 import pytest
 from tiny import write_jsonl
@@ -14,6 +15,7 @@ from tiny import write_jsonl
 from rlsafe.config import StreamConfig, UserError
 from rlsafe.config.loading import run_from_tree
 from rlsafe.data import load_rows, split_prompt
+from rlsafe.data.hub import _with_suffix
 
 ROWS = [
     {"question": f"q{i}", "reply": f"a{i}", "label": "ok" if i % 2 else "bad", "rules": "Be kind."} for i in range(8)
@@ -186,11 +188,18 @@ def test_a_hub_dataset_is_loaded_over_the_hubs_own_protocol(serve, tmp_path):
         "HF_HUB_DISABLE_XET": "1",
     }
     done = subprocess.run(
-        [sys.executable, "-c", HUB, *asked], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", HUB, *asked], env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, f"{done.stderr[-700:]}\n{Hub.asked}"
     for loaded in json.loads(done.stdout):
         assert len(loaded) == 3 and all(a["content"] == q["content"].replace("q", "a") for q, a in loaded)
+
+
+def test_ranks_that_fetch_a_file_at_once_do_not_stumble_over_each_others_link(tmp_path, monkeypatch):
+    (tmp_path / "digest").write_text("{}")
+    _with_suffix(tmp_path / "digest", ".jsonl")
+    monkeypatch.setattr(Path, "exists", lambda self, **_: False)  # it was not there a moment ago
+    assert _with_suffix(tmp_path / "digest", ".jsonl").read_text() == "{}"
 
 
 def test_a_file_behind_a_url_keeps_its_line_numbers(serve, tmp_path, monkeypatch):

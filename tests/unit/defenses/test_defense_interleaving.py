@@ -20,6 +20,7 @@ import rlsafe.types
 from rlsafe.config import UserError, run_from_tree
 from rlsafe.data import read_rows
 from rlsafe.defenses import build
+from rlsafe.defenses.onpolicy import _saved
 from rlsafe.engine.run.life import run
 from rlsafe.rollouts import TransformersSampler
 from rlsafe.types import Judgement, RunError
@@ -262,6 +263,23 @@ def test_answers_that_cannot_be_saved_are_used_all_the_same(tree, tmp_path, samp
     assert "not saved for later runs" in done.notes[0] and "Not a directory" in done.notes[0]
     assert lines(tmp_path / "a")[-1]["loss"] == lines(tmp_path / "b")[-1]["loss"]
     assert saved.notes[0] == done.notes[1]
+
+
+def test_every_rank_keeps_the_rows_that_the_first_ones_judge_keeps(tree, tmp_path, home, monkeypatch):
+    """On this one, as the second, nobody is asked: its judge might say something else, and it would then ask again more often."""
+    first = onpolicy(tree, tmp_path / "first")
+    shutil.rmtree(tmp_path / "home")
+    told = [None, [LetterJudge.one(exchange.answer) for exchange in home.seen]]
+    monkeypatch.setattr("rlsafe.rollouts.ranks.of_first", lambda work: told.pop(0) if told else work())
+    monkeypatch.setattr(home, "score", lambda _: pytest.fail("asked on the second rank"))
+    assert stream_of(onpolicy(tree, tmp_path / "second").components) == stream_of(first.components)
+
+
+@pytest.mark.parametrize("left", [None, "", "[1]", '[{"answer": "a"}]'])
+def test_answers_that_another_run_just_removed_or_damaged_are_none(tmp_path, left):
+    if left is not None:
+        (tmp_path / "answers.json").write_text(left)
+    assert _saved(tmp_path / "answers.json") is None
 
 
 def test_a_fresh_adapter_of_another_seed_is_the_same_model(tree):

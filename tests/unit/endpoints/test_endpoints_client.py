@@ -77,8 +77,12 @@ def test_a_batch_goes_on_around_what_fails():
 
 
 def test_no_more_requests_at_a_time_than_allowed():
+    four = threading.Barrier(4, timeout=60)
+
     def script(n, body):
-        time.sleep(0.03)
+        if n < 4:
+            four.wait()
+        time.sleep(0.01)
         return ok("5")
 
     with ScriptedServer(script) as server:
@@ -104,7 +108,7 @@ def test_requests_and_tokens_a_minute_are_kept(limit):
         made = endpoint(server, concurrency=2, **limit)
         begun = time.monotonic()
         made.ask([request(i) for i in range(13)])
-    assert 0.9 <= time.monotonic() - begun < 4
+    assert 0.9 <= time.monotonic() - begun < 30
 
 
 def test_slow_replies_time_out_and_the_deadline_ends_the_retries():
@@ -117,7 +121,7 @@ def test_slow_replies_time_out_and_the_deadline_ends_the_retries():
         begun = time.monotonic()
         [never] = endpoint(server, timeout=0.1, deadline=0.5, max_retries=99).ask([request()])
     assert (late.kind, late.attempts) == ("timeout", 2)
-    assert never.kind == "deadline" and time.monotonic() - begun < 1.0 and "timeout" not in late.message
+    assert never.kind == "deadline" and time.monotonic() - begun < 5 and "timeout" not in late.message
 
 
 @pytest.mark.slow
@@ -163,7 +167,7 @@ def test_an_endpoint_that_is_down_fails_the_rest_at_once_and_is_looked_at_again(
     with ScriptedServer(lambda n, body: error(503) if broken.is_set() else ok("5")) as server:
         made = endpoint(server, deadline=0.8, concurrency=8, max_retries=99, backoff=0.05)
         first = made.ask([request(i) for i in range(20)])
-        time.sleep(0.3)  # requests end at their deadline, the endpoint is down a deadline after its first fault
+        time.sleep(0.9)  # requests end at their deadline, the endpoint is down a deadline after its first fault
         assert {r.kind for r in first} <= {"deadline", "outage"} and made.down
         asked, begun = len(server.requests), time.monotonic()
         rest = made.ask([request(i) for i in range(500)])
@@ -180,7 +184,7 @@ def test_it_serves_threads_and_other_event_loops_while_the_caller_goes_on():
     release = threading.Event()
 
     def script(n, body):
-        release.wait(5)
+        release.wait(60)
         return ok(body["messages"][0]["content"])
 
     with ScriptedServer(script) as server:
@@ -193,4 +197,4 @@ def test_it_serves_threads_and_other_event_loops_while_the_caller_goes_on():
             return await asyncio.gather(made.chat(request("x")), made.chat(request("y")))
 
         assert [r.text for r in asyncio.run(both())] == ["x", "y"]
-        assert [f.result(5).text for f in futures] == ["0", "1", "2", "3"]
+        assert [f.result(60).text for f in futures] == ["0", "1", "2", "3"]

@@ -99,7 +99,7 @@ def test_several_processes_share_a_directory(tmp_path):
         "    cache.put('ab' + str(i % 5), Reply('x' * 5000, 'stop', 'm', 1, 1))\n"
     )
     running = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(3)]
-    assert [one.wait(60) for one in running] == [0, 0, 0]
+    assert [one.wait(300) for one in running] == [0, 0, 0]
     assert sorted(file.name for file in tmp_path.rglob("*") if file.is_file()) == [f"ab{i}.json" for i in range(5)]
     assert Cache(tmp_path).get("ab0").text == "x" * 5000
 

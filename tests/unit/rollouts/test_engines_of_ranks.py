@@ -16,7 +16,7 @@ from tiny_runs import adapter, distance, tree_with
 from rlsafe.config import SamplerConfig, UserError, run_from_tree
 from rlsafe.engine.run.life import run
 from rlsafe.rollouts import CannotRun, make_sampler, ranks
-from rlsafe.types import Request, SamplingParams
+from rlsafe.types import Request, RunError, SamplingParams
 
 CONFIG = SamplerConfig(kind="vllm")
 
@@ -165,6 +165,47 @@ def test_the_second_rank_answers_its_share_until_it_is_released(two, monkeypatch
     with ranks.spread(sampler) as spread:
         assert spread is None and told == []
     assert sampler.asked == [["b"], []]
+
+
+@pytest.fixture
+def first(two, monkeypatch):
+    """This process as the first of two; gives what it tells the second, in order."""
+    told: list = []
+    monkeypatch.setattr(dist, "get_rank", lambda *_: 0)
+    monkeypatch.setattr(dist, "all_gather_object", lambda into, mine: into.__setitem__(slice(None), [mine, []]))
+    monkeypatch.setattr(dist, "new_group", lambda **_: None)
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda box, **_: told.append(list(box)))
+    return told
+
+
+def test_the_others_are_released_when_the_first_rank_fails_between_two_requests(first):
+    with pytest.raises(RunError, match="the judge is out"), ranks.spread(Echo()) as spread:
+        assert spread.generate(["a"], None) == ["answer to a"]
+        raise RunError("the judge is out")
+    assert first == [[(["a"], None)], [None]]
+
+
+def test_a_first_rank_that_fails_while_all_sample_waits_for_nobody(first):
+    """The second is in another collective then: it would hear of no release, and the first would wait for it."""
+
+    class Broken(Echo):
+        def generate(self, requests, params):
+            raise UserError("too long")
+
+    with pytest.raises(UserError, match="too long"), ranks.spread(Broken()) as spread:
+        spread.generate(["a"], None)
+    assert first == [[(["a"], None)]]
+
+
+def test_what_the_first_rank_finds_all_have(first, two, monkeypatch):
+    assert ranks.of_first(lambda: 7) == 7 and first == [[7, None]]
+    monkeypatch.setattr(dist, "get_rank", lambda *_: 1)
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda box, **_: box.__setitem__(slice(None), first.pop()))
+    assert ranks.of_first(lambda: pytest.fail("asked on the second rank")) == 7
+    for error in (UserError("no such file"), RunError("the judge is out")):
+        first.append([None, error])
+        with pytest.raises(type(error), match=str(error)):
+            ranks.of_first(lambda: pytest.fail("asked on the second rank"))
 
 
 def test_only_the_first_rank_asks_the_judge_about_a_probe(two, monkeypatch):
