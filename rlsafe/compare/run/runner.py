@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsafe.compare.grid.grid import Cell, expand
-from rlsafe.compare.grid.jobs import suitable_jobs
+from rlsafe.compare.grid.jobs import check_jobs, suitable_jobs
 from rlsafe.compare.grid.records import Directory
 from rlsafe.compare.grid.selection import Selection
 from rlsafe.compare.grid.warmup import WARMUP
@@ -129,6 +129,7 @@ def compare(
     progress = Progress(cells)
     todo = _unfinished(cells, directory, progress)
     jobs = jobs if ray is not None else jobs or suitable_jobs(todo)
+    check_jobs(todo, jobs)
     check(todo)
     selections = {selection.key: selection for cell in todo for selection in cell.selections}
     for selection in selections.values():

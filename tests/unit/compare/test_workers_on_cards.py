@@ -11,6 +11,12 @@ import torch
 
 from rlsafe.compare.grid.records import Directory
 from rlsafe.compare.run import runner, workers
+from rlsafe.config import ModelConfig, SamplerConfig, UserError
+
+
+def cell(sampler=None, **model):
+    settings = ModelConfig.model_validate({"name": "m", "lora": {"r": 4}, **model})
+    return SimpleNamespace(config=SimpleNamespace(sampler=SamplerConfig.model_validate(sampler or {}), model=settings))
 
 
 @pytest.fixture
@@ -27,7 +33,23 @@ def test_each_worker_has_a_card(four, monkeypatch):
 
 
 def test_as_many_cells_run_as_there_are_cards(four):
-    assert runner.suitable_jobs([SimpleNamespace()] * 9) == 4 and runner.suitable_jobs([SimpleNamespace()] * 2) == 2
+    assert runner.suitable_jobs([cell()] * 9) == 4 and runner.suitable_jobs([cell()] * 2) == 2
+
+
+@pytest.mark.parametrize(
+    ("sampler", "model"),
+    [({"sync": "merged"}, {}), ({}, {"lora": None}), ({}, {"quantization": "4bit"})],
+)
+def test_cells_that_send_whole_weights_to_a_server_run_one_at_a_time(four, sampler, model):
+    """Each would sample with the weights that another one has just sent."""
+    server = {"kind": "server", "urls": ["http://127.0.0.1:9"]}
+    filling = [cell({**server, **sampler}, **model)] * 3
+    assert runner.suitable_jobs(filling) == 1
+    runner.check_jobs(filling, 1)
+    for jobs in (0, 2):  # 0: as many as a Ray cluster has room for
+        with pytest.raises(UserError, match="send full weights to servers.*--jobs 1"):
+            runner.check_jobs(filling, jobs)
+    runner.check_jobs([cell(server)] * 3, 2)
 
 
 def test_without_a_gpu_nobody_is_placed():
