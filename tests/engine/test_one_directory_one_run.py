@@ -15,9 +15,6 @@ from rlsafe.config import UserError, run_from_tree
 from rlsafe.config.files import read_lines
 from rlsafe.config.lock import hold, lock_file, releasing
 from rlsafe.engine.record.publish import publish
-from rlsafe.engine.run import life
-from rlsafe.engine.run import resume as resuming
-from rlsafe.engine.run.finished import Run
 from rlsafe.engine.run.life import _existing, train
 from rlsafe.engine.run.records import differs, goes_on, read_record
 from rlsafe.evaluate import evaluate
@@ -104,37 +101,6 @@ def test_the_other_ranks_of_a_run_leave_the_directory_to_the_first(tmp_path, mon
     monkeypatch.setenv("RANK", "1")
     for resume, overwrite in ((False, False), (False, True), (True, False)):
         assert _existing(tmp_path, config, resume=resume, overwrite=overwrite) is None and begun.is_file()
-
-
-def test_ranks_that_name_their_directory_by_the_clock_mean_the_same(tmp_path, monkeypatch, tiny_tree):
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tiny_tree))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    used = []
-    monkeypatch.setattr(life, "run", lambda config, out, **_: used.append(out) or SimpleNamespace(config=config))
-    monkeypatch.setattr("rlsafe.engine.train.distributed.start", lambda cpu: None)
-    monkeypatch.setattr("rlsafe.rollouts.ranks.of_first", lambda work: work().with_name("of-the-first"))
-    train("c.yaml")
-    train("c.yaml", out="named")
-    assert [str(out) for out in used] == ["runs/of-the-first", "named"]
-
-
-def test_ranks_that_find_different_checkpoints_do_not_train_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr(resuming, "gather_object", lambda mine: [40, *mine])
-    two = SimpleNamespace(several=True)
-    resuming.check_same(two, 40, tmp_path)
-    with pytest.raises(
-        UserError, match=rf"{tmp_path}: the processes found different checkpoints.*steps 0, 40, 0 = none"
-    ):
-        resuming.check_same(two, 0, tmp_path)
-
-
-def test_one_rank_speaks_for_a_run_that_was_over_before(tmp_path, monkeypatch, tiny_tree):
-    done = Run(tmp_path, run_from_tree(tiny_tree))
-    assert done.is_main
-    monkeypatch.setenv("RANK", "1")
-    assert not done.is_main
 
 
 @pytest.mark.parametrize("text", ["", '{"status": "run', "[]", "\0\0\0\0"])

@@ -1,0 +1,53 @@
+"""Ranks of a run decide alike, whatever each of them sees: one that left the others' way would leave them waiting."""
+
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from rlsafe.config import UserError, run_from_tree
+from rlsafe.engine.run import life, resume
+from rlsafe.engine.run.finished import Run
+from rlsafe.engine.train import update
+from rlsafe.engine.train.loss import NotFinite
+
+
+@pytest.mark.parametrize(("here", "there"), [([], ["sft loss"]), (["sft loss"], []), ([], [])])
+def test_a_step_that_is_no_number_on_one_rank_is_none_on_any(monkeypatch, here, there):
+    monkeypatch.setattr(update, "union", lambda names, _: {*names, *there})
+    run, loss = SimpleNamespace(several=True, accelerator=None), SimpleNamespace(not_finite=lambda: here)
+    if not here and not there:
+        return update._check_finite(run, loss)
+    with pytest.raises(NotFinite, match="^sft loss: NaN or Inf$"):
+        update._check_finite(run, loss)
+
+
+def test_ranks_that_name_their_directory_by_the_clock_mean_the_same(tmp_path, monkeypatch, tiny_tree):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tiny_tree))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    used = []
+    monkeypatch.setattr(life, "run", lambda config, out, **_: used.append(out) or SimpleNamespace(config=config))
+    monkeypatch.setattr("rlsafe.engine.train.distributed.start", lambda cpu: None)
+    monkeypatch.setattr("rlsafe.rollouts.ranks.of_first", lambda work: work().with_name("of-the-first"))
+    life.train("c.yaml")
+    life.train("c.yaml", out="named")
+    assert [str(out) for out in used] == ["runs/of-the-first", "named"]
+
+
+def test_ranks_that_find_different_checkpoints_do_not_train_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(resume, "gather_object", lambda mine: [40, *mine])
+    two = SimpleNamespace(several=True)
+    resume.check_same(two, 40, tmp_path)
+    with pytest.raises(
+        UserError, match=rf"{tmp_path}: the processes found different checkpoints.*steps 0, 40, 0 = none"
+    ):
+        resume.check_same(two, 0, tmp_path)
+
+
+def test_one_rank_speaks_for_a_run_that_was_over_before(tmp_path, monkeypatch, tiny_tree):
+    done = Run(tmp_path, run_from_tree(tiny_tree))
+    assert done.is_main
+    monkeypatch.setenv("RANK", "1")
+    assert not done.is_main
