@@ -44,7 +44,7 @@ class Page:
 
     def _await(self, what: Any) -> Any:
         async def wait() -> Any:
-            return await asyncio.wait_for(what, 60)
+            return await asyncio.wait_for(what, 300)
 
         work: Coroutine[Any, Any, Any] = wait()
         return self.loop.run_until_complete(work)
@@ -99,4 +99,4 @@ class Page:
         self._await(self.socket.close())
         self.loop.close()
         self.process.terminate()
-        self.process.wait(30)
+        self.process.wait(300)
