@@ -95,3 +95,18 @@ def test_the_seed_draws_the_adapter_and_nothing_else(tiny_model_dir):
     assert torch.equal(torch.rand(2), expected)
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert all(not a[name].any() for name in a if "lora_B" in name)
+
+
+def test_a_fresh_adapter_of_another_seed_is_the_same_model(tiny_tree):
+    from rlsafe.config import ModelConfig
+    from rlsafe.policy import Policy
+    from rlsafe.policy.digest import weights_digest
+
+    config = ModelConfig(**tiny_tree["model"])
+    one, other = (Policy.load(config, seed=seed) for seed in (0, 1))
+    assert weights_digest(one) == weights_digest(other)
+    full = Policy.load(config.model_copy(update={"lora": None}))
+    before = weights_digest(full)
+    with torch.no_grad():
+        next(iter(full.trainable().values())).view(-1)[0] += 1e-3
+    assert weights_digest(full) != before
