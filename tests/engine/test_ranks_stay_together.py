@@ -1,12 +1,13 @@
 """Ranks of a run decide alike, whatever each of them sees: one that left the others' way would leave them waiting."""
 
+import signal
 from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from rlsafe.config import UserError, run_from_tree
-from rlsafe.engine.run import life, resume
+from rlsafe.engine.run import interrupts, life, resume
 from rlsafe.engine.run.finished import Run
 from rlsafe.engine.train import update
 from rlsafe.engine.train.loss import NotFinite
@@ -51,3 +52,15 @@ def test_one_rank_speaks_for_a_run_that_was_over_before(tmp_path, monkeypatch, t
     assert done.is_main
     monkeypatch.setenv("RANK", "1")
     assert not done.is_main
+
+
+def test_a_signal_that_reaches_a_rank_twice_is_one_request(monkeypatch):
+    """From the scheduler, and passed on by the launcher: the step is finished and saved, which several ranks cannot do later."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with interrupts.stop_requests() as asked:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert asked.is_set()
+        monkeypatch.setattr(interrupts, "ECHO", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)

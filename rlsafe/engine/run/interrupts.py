@@ -5,26 +5,37 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsafe.config import UserError
+from rlsafe.config.lock import is_one_of_several
 from rlsafe.types import Interrupted, RunError
 
 if TYPE_CHECKING:
     from rlsafe.engine.train.state import Components, RunState
 
 
+ECHO = 5.0
+"""Seconds within which a second signal to one of several processes is the same request: a scheduler signals each of them, and their
+launcher, which passes its own on."""
+
+
 @contextmanager
 def stop_requests() -> Iterator[threading.Event]:
     """Ctrl-C or SIGTERM once asks for a stop after the current step; a second one stops now."""
-    asked = threading.Event()
+    asked, since = threading.Event(), 0.0
 
     def handle(number: int, frame: Any) -> None:
+        nonlocal since
         if asked.is_set():
+            if is_one_of_several() and time.monotonic() - since < ECHO:
+                return
             raise KeyboardInterrupt
+        since = time.monotonic()
         asked.set()
         os.write(
             2, b"interrupted: the run stops when this step is done; interrupt again to stop at once\n"
