@@ -9,18 +9,6 @@ import yaml
 from rlsafe.config import UserError, run_from_tree
 from rlsafe.engine.run import interrupts, life, resume
 from rlsafe.engine.run.finished import Run
-from rlsafe.engine.train import update
-from rlsafe.engine.train.loss import NotFinite
-
-
-@pytest.mark.parametrize(("here", "there"), [([], ["sft loss"]), (["sft loss"], []), ([], [])])
-def test_a_step_that_is_no_number_on_one_rank_is_none_on_any(monkeypatch, here, there):
-    monkeypatch.setattr(update, "union", lambda names, _: {*names, *there})
-    run, loss = SimpleNamespace(several=True, accelerator=None), SimpleNamespace(not_finite=lambda: here)
-    if not here and not there:
-        return update._check_finite(run, loss)
-    with pytest.raises(NotFinite, match="^sft loss: NaN or Inf$"):
-        update._check_finite(run, loss)
 
 
 def test_ranks_that_name_their_directory_by_the_clock_mean_the_same(tmp_path, monkeypatch, tiny_tree):

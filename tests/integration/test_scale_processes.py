@@ -106,5 +106,4 @@ def test_what_happens_to_one_process_alone_does_not_part_them(tiny_tree, tmp_pat
     kept = [step["defense/interleaving-onpolicy/kept"] for step in steps]
     assert min(kept) > 0 and not any("defense/interleaving-onpolicy/unscored" in step for step in steps)
     saved = json.loads((tmp_path / "two" / "nonfinite" / "step-000001" / "batch.json").read_text())
-    assert "penalty defense/poison/logp: NaN" in saved["what"].lower().replace("nan", "NaN")
     assert len(saved["rows"]) == 6 + kept[1], "of both processes"

@@ -120,10 +120,12 @@ class StepLoss:
             total[name] += value / divisor
         return total
 
-    def not_finite(self) -> list[str]:
-        """What was NaN or infinite in any micro-batch of this rank. To be asked before the weights change."""
+    def check(self) -> None:
+        """NotFinite, naming what was NaN or infinite in any micro-batch. To be called before the weights change."""
         flags = _read([flag for _, flag in self._finite])
-        return list(dict.fromkeys(name for (name, _), flag in zip(self._finite, flags, strict=True) if not flag))
+        wrong = dict.fromkeys(name for (name, _), flag in zip(self._finite, flags, strict=True) if not flag)
+        if wrong:
+            raise NotFinite(f"{', '.join(wrong)}: NaN or Inf")
 
     def _add(self, name: str, value: Tensor, divisor: float = 1.0) -> None:
         self._added.append((name, value.detach(), divisor))

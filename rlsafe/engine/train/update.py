@@ -12,7 +12,7 @@ import torch
 
 from rlsafe.engine.plan.schedule import Step
 from rlsafe.engine.train import faults
-from rlsafe.engine.train.distributed import anywhere, union
+from rlsafe.engine.train.distributed import anywhere
 from rlsafe.engine.train.effects import gradient_shares
 from rlsafe.engine.train.gradients import PartGradients, edit
 from rlsafe.engine.train.loss import Micro, NotFinite, StepLoss, count
@@ -85,7 +85,7 @@ def _forward_backward_step(
                 parts.backward(micro, total, terms)
             else:
                 run.backward(total)
-    _check_finite(run, loss)
+    loss.check()
     if parts or (run.defended and run.stack.reshaping):  # Defenses that change the gradient, before clipping.
         shares |= edit(run, parts)
     metrics = _metrics(run, loss, left_out)
@@ -100,15 +100,6 @@ def _forward_backward_step(
 @cache
 def _forward_plan(needs: frozenset[Need]) -> ForwardPlan:
     return ForwardPlan.from_needs(needs)
-
-
-def _check_finite(run: Components, loss: StepLoss) -> None:
-    """NotFinite on every rank for what was NaN or infinite on any: one that left the step alone would leave the others waiting."""
-    wrong = loss.not_finite()
-    if run.several:
-        wrong = sorted(union(wrong, run.accelerator))
-    if wrong:
-        raise NotFinite(f"{', '.join(wrong)}: NaN or Inf")
 
 
 def _clip_and_step(run: Components, state: RunState, step: Step, micros: Sequence[Micro]) -> float:
