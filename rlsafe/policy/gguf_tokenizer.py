@@ -32,6 +32,9 @@ PRE = {
 }  # fmt: skip
 """`tokenizer.ggml.pre` -> how text is cut before merging: GPT-2's pattern, the same after single digits, or a pattern."""
 NFC = ("qwen2", "deepseek-r1-qwen")
+WHOLE = ("llama-bpe", "llama3", "llama-v3")
+"""Where a piece of text that is a token stays one, whether or not merges lead to it, and a text begins with the first token unless
+the file says otherwise (llama.cpp, llama-vocab.cpp)."""
 
 SAMPLE = (
     "Hello world. I'm 12345.67 years old, don't\n\n1. First  point\n    def f(x):\n\t\treturn x[0] + 10  # ok\n"
@@ -73,7 +76,7 @@ def _byte_level(name: str, architecture: str, fields: dict[str, Any]) -> Any:
     kinds = kinds or [1] * len(tokens)
     merges = [tuple(merge.split(" ", 1)) for merge in _value(fields, "merges") or []]
     vocabulary = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind != UNUSED}
-    fast = Tokenizer(models.BPE(vocabulary, merges, fuse_unk=False))
+    fast = Tokenizer(models.BPE(vocabulary, merges, fuse_unk=False, ignore_merges=pre in WHOLE))
     cut = PRE[pre]
     if cut in ("", "digits"):
         split: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if cut else []
@@ -87,8 +90,8 @@ def _byte_level(name: str, architecture: str, fields: dict[str, Any]) -> Any:
     fast.decoder = decoders.ByteLevel()
     if pre in NFC:
         fast.normalizer = normalizers.NFC()
-    bos = _value(fields, "bos_token_id")
-    if _value(fields, "add_bos_token") and bos is not None:
+    bos, begins = _value(fields, "bos_token_id"), _value(fields, "add_bos_token")
+    if bos is not None and (pre in WHOLE if begins is None else begins):
         fast.post_processor = processors.TemplateProcessing(
             single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
         )
