@@ -115,7 +115,7 @@ def _one_reader(name: str, path: Path) -> Iterator[Any]:
 def _save(
     name: str, path: Path, fields: dict[str, Any], tensors: set[str], dtype: torch.dtype, directory: Path
 ) -> None:
-    from rlsafe.policy.gguf_tokenizer import build_tokenizer, check, stop_ids
+    from rlsafe.policy.gguf_tokenizer import build_tokenizer, check, check_saved, is_byte_level, stop_ids
 
     architecture = str(fields["general.architecture"].contents()) if "general.architecture" in fields else "unnamed"
     tokenizer = build_tokenizer(name, path, architecture, fields)
@@ -133,6 +133,8 @@ def _save(
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(str(directory))
     tokenizer.save_pretrained(str(directory))
+    if is_byte_level(fields):
+        check_saved(name, tokenizer, directory)
 
 
 def _load(name: str, path: Path, architecture: str, dtype: torch.dtype) -> Any:

@@ -160,11 +160,15 @@ def test_digits_are_split_before_merging_where_the_file_says_smollm(tmp_path):
     assert tokenizer("\n\n1", add_special_tokens=False)["input_ids"] == [newlines, one]  # GPT-2's pattern: Ċ Ċ 1
 
 
-@pytest.mark.parametrize(("pre", "whole", "first"), [("llama-bpe", True, [START]), ("qwen2", False, [])])
+@pytest.mark.parametrize(("pre", "whole", "first"), [("llama-bpe", True, [START]), ("gpt-2", False, [])])
 def test_llama_3_takes_a_piece_that_is_a_token_without_merges_and_begins_a_text(tmp_path, pre, whole, first):
-    """Some of its tokens are reached by no merge: cut further, the model would see text that it was not trained on."""
-    directory = model_source(ModelConfig(name=str(write(tmp_path / "l.gguf", tiny(True), pre=pre, merges=["Ġ t"]))))
-    _, tokenizer = loaded(directory)
+    """Some of its tokens are reached by no merge: cut further, text would be other than what the model was trained on."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=len(VOCABULARY), num_key_value_heads=2, tie_word_embeddings=True, **sizes)
+    file = write(tmp_path / "l.gguf", LlamaForCausalLM(config), architecture="llama", pre=pre, merges=["Ġ t"])
+    _, tokenizer = loaded(model_source(ModelConfig(name=str(file))))
     newline = VOCABULARY.index("Ċ")
     expected = [VOCABULARY.index("ĊĊ")] if whole else [newline, newline]
     assert tokenizer("\n\n", add_special_tokens=False)["input_ids"] == expected
@@ -249,6 +253,8 @@ def test_what_is_wrong_with_a_file_is_one_line(tmp_path, monkeypatch):
     assert "chat template" in said(template="{{ nothing.at.all }}")
     assert "lacks" in said(leave_out=["model.norm.weight"])
     assert "one of 3 parts" in said(parts=3)
+    # Transformers reads every tokenizer of Qwen2's architecture as Qwen2's
+    assert "cuts text into other tokens" in said(pre="llama-bpe", merges=["Ġ t"])
     assert not list((tmp_path / "home/.cache/rlsafe/gguf").iterdir())
     import rlsafe.policy.gguf as module
 
