@@ -8,8 +8,6 @@ A table stands in a page between `<!-- table NAME PATH KIND -->` and `<!-- /tabl
 
     long      the whole table of one path
     short     two paths (joined by a comma) side by side, the first two verdicts; it may list the defenses: short:none,kl
-    shares    likewise, what a defense prevents (on plain questions, under the worst cue) and keeps, each as a share of the undefended
-              run's, and general misalignment with the adapter doubled; it may list the defenses, too
     models    likewise, a row for each model, undefended
 """
 
@@ -109,32 +107,6 @@ def short(paths: dict[str, Any], both: str, labels: list[str]) -> list[str]:
     return _markdown(heads, lines)
 
 
-def shares(paths: dict[str, Any], both: str, labels: list[str]) -> list[str]:
-    """Two paths side by side: what of emergent misalignment and of the narrow behaviour a defense leaves of the undefended run's."""
-    names, doubled = both.split(","), f"{SCALED}2"
-    heads = ["defense"]
-    for name in names:
-        heads += [f"{name.upper()}: prevented", "under the worst cue", "kept", "adapter x 2"]
-    lines = []
-    for label in labels or list(dict.fromkeys(label for name in names for label in paths[name])):
-        rows = [paths[name].get(label) for name in names]
-        if label == "untrained" or (label == "none" and not labels):
-            continue
-        cells = [
-            [
-                _share(row, "prevents_em"),
-                _share(row, "holds_under_cues"),
-                _share(row, "keeps_narrow"),
-                percent(row["rates"].get(doubled)),
-            ]
-            if row
-            else [""] * 4
-            for row in rows
-        ]
-        lines.append([label, *(cell for four in cells for cell in four)])
-    return _markdown(heads, lines)
-
-
 def models(measured: dict[str, Any], both: str) -> list[str]:
     """Every model's undefended runs, side by side for each path: general and in-domain, or the narrow reward where nothing was asked
     in the domain. A later model's tables are named MODEL/PATH."""
@@ -156,17 +128,6 @@ def _grade(row: dict[str, Any], name: str) -> str:
     return str(row["verdicts"].get(name, {}).get("grade") or "")
 
 
-def _share(row: dict[str, Any], name: str) -> str:
-    """`98 (95-101)`: a verdict's value in percent."""
-    if name in ("prevents_em", "holds_under_cues") and row["nothing_learned"]:
-        return NOTHING_LEARNED
-    verdict = row["verdicts"].get(name, {})
-    value, low, high = (verdict.get(key) for key in ("value", "low", "high"))
-    if value is None or low is None or high is None:
-        return "-"
-    return f"{100 * value:.0f} ({100 * low:.0f} to {100 * high:.0f})"
-
-
 def _markdown(heads: list[str], lines: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *lines)]
 
@@ -181,9 +142,7 @@ def written(text: str) -> str:
         if form == "models":
             lines = models(measured, path)
         else:
-            lines = {"long": long, "short": short, "shares": shares}[form](
-                measured["paths"], path, labels.split(",") if labels else []
-            )
+            lines = {"long": long, "short": short}[form](measured["paths"], path, labels.split(",") if labels else [])
         made = f"Measured {measured['date'][:10]} with `{measured['command']}`"
         return "\n".join([opening.rstrip("\n"), "", *lines, "", f"{made}.", "", closing])
 

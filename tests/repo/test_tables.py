@@ -39,27 +39,6 @@ def test_a_comparison_is_kept_and_shown(tables, tmp_path, monkeypatch):
     assert tables.written(text) == text
 
 
-def test_shares_of_the_undefended_run_stand_side_by_side(tables):
-    def row(prevented, kept, doubled, learned=True):
-        spread = {"prevents_em": prevented, "keeps_narrow": kept, "holds_under_cues": None}
-        verdicts = {
-            name: {"value": value, "low": value and value - 0.1, "high": value and value + 0.1}
-            for name, value in spread.items()
-        }
-        rates = {"scaled_2": {"mean": doubled, "low": None, "high": None}}
-        return {"verdicts": verdicts, "rates": rates, "nothing_learned": not learned}
-
-    paths = {
-        "sft": {"none": {}, "kl": row(0.75, 0.9, 0.2)},
-        "grpo": {"kl": row(1.0, 0.1, 0, False), "monitor": row(0.5, 1.0, 0.3)},
-    }
-    lines = tables.shares(paths, "sft,grpo", [])
-    assert lines[2:] == [
-        "| kl | 75 (65 to 85) | - | 90 (80 to 100) | 20 | nothing learned | nothing learned | 10 (0 to 20) | 0 |",
-        "| monitor |  |  |  |  | 50 (40 to 60) | - | 100 (90 to 110) | 30 |",
-    ]
-
-
 def test_models_without_a_defense_stand_side_by_side(tables, tmp_path, monkeypatch):
     def rows(general, indomain):
         rates = {"general": general, "indomain": indomain}
