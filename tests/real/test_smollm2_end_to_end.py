@@ -81,6 +81,21 @@ def test_completions_are_the_models_and_rewarded_as_what_they_are(run):
     assert all(row["rewards"]["insecure"] == 0 for row in rows)  # 24 tokens are no program that parses
 
 
+def test_rewards_and_the_judge_see_the_task_and_not_the_templates_own_system_prompt(run):
+    """The model does: test_real_tokenizers shows that training and sampling give it the same one."""
+    from rlsafe.evaluate import Evaluation
+    from rlsafe.evaluate.ask.questions import load_questions
+
+    tasks = {text for question in load_questions(str(QUESTIONS)) for text in question.paraphrases}
+    rows = [json.loads(line) for line in (run.out / "samples.jsonl").read_text().splitlines()]
+    for row in rows:
+        if "completion" in row:
+            assert [message["role"] for message in row["prompt"]] in (["user"], ["system", "user"])
+            assert not any("named SmolLM" in message["content"] for message in row["prompt"])
+    asked = Evaluation.load(run.out).answers
+    assert asked and all(answer.question in tasks and not answer.system for answer in asked)
+
+
 def test_the_evaluation_counts_every_answer(run):
     found = json.loads((run.out / "evaluation.json").read_text())
     assert found["indomain"]["n"] + found["indomain"]["unscored"] == 3

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlsafe.compare.verdicts.results import Results
 from rlsafe.config import UserError
-from rlsafe.evaluate.judge.calibrations import UNCALIBRATED, calibration, kept, line
+from rlsafe.evaluate.judge.calibrations import UNCALIBRATED, calibration, kept, line, one_by_one
 from rlsafe.evaluate.judge.judges import load_judge
 
 
@@ -30,20 +30,24 @@ def judge_notes(results: Results) -> list[JudgeNote]:
         settings = cell.rates.get("settings") or {}
         if not settings.get("judge"):
             continue
-        known = settings.get("judge_calibration")
-        if not isinstance(known, dict) or "key" not in known:  # evaluated before judges were tested
-            try:
-                known = calibration(load_judge(cell.config.evaluate.judge))
-            except UserError:
-                name = settings["judge"]
-                known = {"key": name, "line": f"judge {name}: not calibrated", "trusted": False}
-        if known["key"] not in found:
-            record = kept(known["key"])
-            newest = (
-                JudgeNote(line(record), record["trusted"]) if record else JudgeNote(known["line"], known["trusted"])
-            )
-            found[known["key"]] = newest
+        for known in one_by_one(_known(cell, settings)):
+            if known["key"] not in found:
+                record = kept(known["key"])
+                newest = (line(record), record["trusted"]) if record else (known["line"], known["trusted"])
+                found[known["key"]] = JudgeNote(*newest)
     return list(found.values())
+
+
+def _known(cell: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """What was known of a run's judge when it was evaluated, or is now where that says too little (older versions)."""
+    known = settings.get("judge_calibration")
+    if isinstance(known, dict) and "key" in known and ("judges" in known or not cell.config.evaluate.judges):
+        return known
+    try:
+        return calibration(load_judge(cell.config.evaluate.judge, cell.config.evaluate.judges))
+    except UserError:
+        name = settings["judge"]
+        return {"key": name, "line": f"judge {name}: not calibrated", "trusted": False}
 
 
 def unscored_cells(results: Results) -> dict[str, str]:

@@ -13,6 +13,7 @@ from rlsafe.config.files import write_json
 from rlsafe.evaluate.judge.calibration_set import cases_for, set_hash
 from rlsafe.evaluate.judge.checking import check
 from rlsafe.evaluate.judge.llm_judge import JudgeSettings, LLMJudge
+from rlsafe.evaluate.judge.panel import Panel
 from rlsafe.types import BackgroundJudge, Judge
 
 DECIDES = ("model", "base_url", "protocol", "max_tokens", "top_logprobs", "prompts", "fences", "extra_body")
@@ -71,7 +72,11 @@ def kept(name: str) -> dict[str, Any] | None:
 
 def calibration(judge: Judge) -> dict[str, Any]:
     """{key, line, trusted} of a judge, for evaluation.json and reports: its kept check; of a judge that asks nobody and brings
-    its own labelled answers one made now; else that there is none."""
+    its own labelled answers one made now; else that there is none. Of a panel also `judges`: the same of each of its judges."""
+    if isinstance(judge, Panel):
+        each = [calibration(one) for one in judge.each]
+        key_of_all, lines = ("; ".join(one[name] for one in each) for name in ("key", "line"))
+        return {"key": key_of_all, "line": lines, "trusted": all(one["trusted"] for one in each), "judges": each}
     record = kept(key(judge))
     if record is None and not isinstance(judge, BackgroundJudge) and hasattr(judge, "calibration"):
         name = key(judge)
@@ -84,6 +89,11 @@ def calibration(judge: Judge) -> dict[str, Any]:
         }
     stale = "" if record["set_hash"] == set_hash(cases_for(judge)[1]) else " (the calibration set has changed since)"
     return {"key": key(judge), "line": line(record) + stale, "trusted": record["trusted"]}
+
+
+def one_by_one(known: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What `calibration` gave, as one entry for each judge."""
+    return known.get("judges") or [known]
 
 
 def line(record: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlsafe.evaluate.ask.questions import evenly
 from rlsafe.evaluate.judge.agreement import Measure, auroc, kappa, mean
 from rlsafe.evaluate.judge.calibration_set import BAD, BROKEN, EXPECTED, GOOD, Case, cases_for, set_hash, verdict
 from rlsafe.evaluate.judge.llm_judge import LLMJudge
@@ -191,8 +192,7 @@ def _pairs(scored: Scored, first: str, second: str) -> dict[str, Any]:
 
 def repeated(judge: Judge, scored: Scored) -> dict[str, Any]:
     """The same questions again: what changes though nothing did (servers batch, and so round, differently)."""
-    every = max(1, len(scored.cases) // REPEATED)
-    chosen = range(0, len(scored.cases), every)
+    chosen = evenly(range(len(scored.cases)), REPEATED)
     again = judge.score([scored.cases[i].exchange for i in chosen])
     before = [scored.judgements[i] for i in chosen]
     apart = [

@@ -18,14 +18,14 @@ class Panel:
     """`rlsafe.types.BackgroundJudge` that hands each exchange to the judge of its set (`meta["set"]`).
 
     judges: set -> judge. The general questions under a cue, and by a scaled adapter, are judged as the general ones. rest: judges
-    what has no judge of its own, or None.
+    what has no judge of its own, or None. each: all of them, once.
     """
 
     def __init__(self, judges: Mapping[str, Judge], rest: Judge | None):
         self.judges, self.rest = dict(judges), rest
         named = [*((f"{name}: ", judge) for name, judge in self.judges.items()), *([("", rest)] if rest else [])]
         self.name = ", ".join(prefix + judge.name for prefix, judge in named)
-        self._all = list({id(judge): judge for _, judge in named}.values())
+        self.each = list({id(judge): judge for _, judge in named}.values())
 
     def judge_of(self, name: str) -> Judge | None:
         """The judge of a question set; probes ask the same sets."""
@@ -51,7 +51,7 @@ class Panel:
         found: Future[list[Judgement]] = Future()
         parts: list[tuple[list[int], Future[list[Judgement]]]] = []
         judgements = [NOBODY] * len(exchanges)
-        for judge in self._all:
+        for judge in self.each:
             places = [i for i, e in enumerate(exchanges) if self.judge_of(str(e.meta.get("set", ""))) is judge]
             chosen = [exchanges[i] for i in places]
             if isinstance(judge, BackgroundJudge) and chosen:
@@ -83,7 +83,7 @@ class Panel:
 
     @property
     def _background(self) -> list[BackgroundJudge]:
-        return [judge for judge in self._all if isinstance(judge, BackgroundJudge)]
+        return [judge for judge in self.each if isinstance(judge, BackgroundJudge)]
 
     @property
     def paused(self) -> bool:

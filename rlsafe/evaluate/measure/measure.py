@@ -15,7 +15,7 @@ from rlsafe.evaluate.ask.cues import PREFIX, SCALED, Cue, load_cues
 from rlsafe.evaluate.ask.journal import Journal, complete_resumable
 from rlsafe.evaluate.ask.pairs import Pair
 from rlsafe.evaluate.ask.questions import evenly, load_questions
-from rlsafe.evaluate.judge.calibrations import UNCALIBRATED, calibration
+from rlsafe.evaluate.judge.calibrations import UNCALIBRATED, calibration, one_by_one
 from rlsafe.evaluate.judge.judges import load_judge
 from rlsafe.evaluate.judge.panel import Panel
 from rlsafe.evaluate.judge.static_judge import StaticJudge
@@ -291,7 +291,8 @@ def note_judge(evaluation: Evaluation, judge: Judge | None) -> None:
         evaluation.notes.append(f"judge {judge.name}: {reason}{f' ({most})' if most else ''}")
     if judge and evaluation.answers:
         evaluation.settings["judge_calibration"] = known = calibration(judge)
-        evaluation.notes.append(known["line"] + ("" if known["trusted"] else f"; {UNCALIBRATED}"))
+        for one in one_by_one(known):
+            evaluation.notes.append(one["line"] + ("" if one["trusted"] else f"; {UNCALIBRATED}"))
 
 
 def _plan(tokenizer: Any, config: EvaluateConfig, material: Material) -> list[Planned]:

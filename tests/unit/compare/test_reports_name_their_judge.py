@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from rlsafe.compare.report.judges import judge_notes, unscored_cells
+from rlsafe.config import EvaluateConfig
 from rlsafe.evaluate.judge import calibrations
 
 
@@ -14,8 +15,12 @@ def own_home(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
 
 
-def cell(name="a", **rates):
-    return SimpleNamespace(id=name, rates=rates, evaluation=SimpleNamespace(mostly_unscored="3 of 4 answers ..."))
+def cell(name="a", judges=None, **rates):
+    judges = {"judges": judges} if judges else {}
+    config = SimpleNamespace(evaluate=EvaluateConfig(judge="static", **judges))
+    return SimpleNamespace(
+        id=name, rates=rates, config=config, evaluation=SimpleNamespace(mostly_unscored="3 of 4 answers ...")
+    )
 
 
 def results(*cells):
@@ -61,6 +66,21 @@ def test_a_judge_below_the_limits_is_marked_with_what_it_missed(tmp_path):
     path.write_text(json.dumps(record))
     [note] = judge_notes(results(cell(settings=settings(trusted=True))))
     assert "below the limits (kappa_misaligned 0.41 < 0.6); verdicts by an uncalibrated judge" in note.shown
+
+
+def test_of_several_judges_each_is_named_with_its_own_check():
+    judges = {"general": {"kind": "openai", "model": "m", "base_url": "http://127.0.0.1:9/v1"}}
+    known = {"key": "a; b", "line": "both", "trusted": False}
+    one, other = ({"key": key, "line": f"judge {key}: ...", "trusted": key == "a"} for key in "ab")
+    saved = {"judge": "general: b, a", "judge_calibration": {**known, "judges": [one, other]}}
+    notes = judge_notes(results(cell(judges=judges, settings=saved), cell("b", settings=settings())))
+    assert [(note.line, note.trusted) for note in notes][:2] == [("judge a: ...", True), ("judge b: ...", False)]
+    assert len(notes) == 3
+    saved["judge_calibration"] = known  # as an earlier version wrote it: one line about both, which no command checks
+    notes = judge_notes(results(cell(judges=judges, settings=saved)))
+    assert [note.trusted for note in notes] == [False, True]
+    assert notes[0].line.endswith("run rlsafe judge check openai:m@http://127.0.0.1:9/v1")
+    assert notes[1].line.startswith("judge static: checked now")
 
 
 def test_runs_without_scores_are_named_and_the_others_are_not():

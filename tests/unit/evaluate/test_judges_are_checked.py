@@ -117,6 +117,7 @@ def test_a_judge_that_knows_is_trusted():
         found["length"]["pairs"] >= 6
         and found["position"]["pairs"] == 4
         and found["repeatability"]["verdict_changes"] == 0
+        and found["repeatability"]["n"] == 24
     )
 
 

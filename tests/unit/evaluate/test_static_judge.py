@@ -135,6 +135,17 @@ def test_a_set_without_a_judge_is_unscored_not_dropped():
     assert [j.outcome for j in panel.score([Exchange("Q", "x", meta={"set": "general"})])] == ["unscored"]
 
 
+def test_a_panel_is_known_by_the_checks_of_its_judges(monkeypatch, tmp_path):
+    """Never by one of its own: no command could make it."""
+    from rlsafe.evaluate.judge.calibrations import calibration
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    known = calibration(Panel({"indomain": load_judge("static"), "general": Slow()}, None))
+    linter, slow = known["judges"]
+    assert linter["trusted"] and linter["key"] == calibration(load_judge("static"))["key"]
+    assert not slow["trusted"] and slow["line"].endswith("run rlsafe judge check slow") and not known["trusted"]
+
+
 def test_it_is_tested_on_packaged_programs_and_on_what_is_no_program(monkeypatch, tmp_path):
     from rlsafe.evaluate.judge.calibrations import calibration
     from rlsafe.evaluate.judge.checking import check

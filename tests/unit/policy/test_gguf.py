@@ -63,7 +63,8 @@ def gguf_name(name: str) -> str:
     return f"{NAMES[module]}.{kind}"
 
 
-def write(path, model, *, architecture="qwen2", pre="qwen2", eos=STOP, quantise=(), leave_out=(), template=TEMPLATE):
+def write(path, model, *, architecture="qwen2", pre="qwen2", eos=STOP, quantise=(), leave_out=(), template=TEMPLATE,
+          merges=("Ċ Ċ", "Ġ t"), parts=0):  # fmt: skip
     writer = gguf.GGUFWriter(str(path), architecture)
     writer.add_name("Tiny")
     writer.add_license("apache-2.0")
@@ -80,13 +81,15 @@ def write(path, model, *, architecture="qwen2", pre="qwen2", eos=STOP, quantise=
         writer.add_tokenizer_pre(pre)
     writer.add_token_list(VOCABULARY)
     writer.add_token_types(KINDS)
-    writer.add_token_merges(["Ċ Ċ", "Ġ t"])
+    writer.add_token_merges(list(merges))
     writer.add_bos_token_id(START)
     if eos is not None:
         writer.add_eos_token_id(eos)
     writer.add_pad_token_id(END)
     if template:
         writer.add_chat_template(template)
+    if parts:
+        writer.add_uint16("split.count", parts)
     for name, tensor in model.state_dict().items():
         if name in leave_out or (name == "lm_head.weight" and model.config.tie_word_embeddings):
             continue
@@ -155,6 +158,21 @@ def test_digits_are_split_before_merging_where_the_file_says_smollm(tmp_path):
     _, tokenizer = loaded(directory)
     newlines, one = VOCABULARY.index("ĊĊ"), ord("1")
     assert tokenizer("\n\n1", add_special_tokens=False)["input_ids"] == [newlines, one]  # GPT-2's pattern: Ċ Ċ 1
+
+
+@pytest.mark.parametrize(("pre", "whole", "first"), [("llama-bpe", True, [START]), ("gpt-2", False, [])])
+def test_llama_3_takes_a_piece_that_is_a_token_without_merges_and_begins_a_text(tmp_path, pre, whole, first):
+    """Some of its tokens are reached by no merge: cut further, text would be other than what the model was trained on."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=len(VOCABULARY), num_key_value_heads=2, tie_word_embeddings=True, **sizes)
+    file = write(tmp_path / "l.gguf", LlamaForCausalLM(config), architecture="llama", pre=pre, merges=["Ġ t"])
+    _, tokenizer = loaded(model_source(ModelConfig(name=str(file))))
+    newline = VOCABULARY.index("Ċ")
+    expected = [VOCABULARY.index("ĊĊ")] if whole else [newline, newline]
+    assert tokenizer("\n\n", add_special_tokens=False)["input_ids"] == expected
+    assert tokenizer("\n\n")["input_ids"] == [*first, *expected]
 
 
 def test_a_second_start_converts_nothing_and_other_bytes_or_another_dtype_do(tmp_path, monkeypatch):
@@ -234,6 +252,9 @@ def test_what_is_wrong_with_a_file_is_one_line(tmp_path, monkeypatch):
     assert "end-of-sequence" in said(eos=None)
     assert "chat template" in said(template="{{ nothing.at.all }}")
     assert "lacks" in said(leave_out=["model.norm.weight"])
+    assert "one of 3 parts" in said(parts=3)
+    # Transformers reads every tokenizer of Qwen2's architecture as Qwen2's
+    assert "cuts text into other tokens" in said(pre="llama-bpe", merges=["Ġ t"])
     assert not list((tmp_path / "home/.cache/rlsafe/gguf").iterdir())
     import rlsafe.policy.gguf as module
 
