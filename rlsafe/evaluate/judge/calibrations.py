@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,18 @@ from rlsafe.types import BackgroundJudge, Judge
 
 DECIDES = ("model", "base_url", "protocol", "max_tokens", "top_logprobs", "prompts", "fences", "extra_body")
 """Settings of an LLM judge that its scores depend on."""
+OF_A_RUN = {
+    "kind",
+    "model",
+    "base_url",
+    "name",
+    "cache",
+    "question_prompts",
+    "on_outage",
+    "pause_deadline",
+    "retry_every",
+}
+"""Settings that a check does without, or names in another way."""
 _NOW: dict[str, dict[str, Any]] = {}
 """Checks that this process made of judges that ask nobody."""
 UNCALIBRATED = "verdicts by an uncalibrated judge"
@@ -36,16 +49,16 @@ def key(judge: Judge) -> str:
 
 
 def command(judge: Judge) -> str:
-    """How to check it."""
+    """How to check it, with everything that its scores depend on or that it takes to reach it."""
     if not isinstance(judge, LLMJudge):
         return f"rlsafe judge check {judge.name}"
     settings, plain = judge.settings, JudgeSettings(model=judge.settings.model)
     words = [f"openai:{settings.model}@{settings.base_url}"]
-    for name in DECIDES[2:]:
+    for name in JudgeSettings.model_fields.keys() - OF_A_RUN:
         value = getattr(settings, name)
         if value != getattr(plain, name):
-            words.append(f"'{name}={json.dumps(value)}'" if isinstance(value, dict) else f"{name}={value}")
-    return " ".join(["rlsafe judge check", *words])
+            words.append(f"{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return shlex.join(["rlsafe", "judge", "check", words[0], *sorted(words[1:])])
 
 
 def _path(name: str) -> Path:

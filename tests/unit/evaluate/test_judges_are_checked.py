@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 import sys
 from collections import Counter
 
@@ -189,6 +190,17 @@ def run(capsys, *arguments):
         main([str(argument) for argument in arguments])
     shown = capsys.readouterr()
     return ended.value.code, shown.out, shown.err
+
+
+def test_the_command_that_is_told_makes_that_very_judge():
+    settings = {"kind": "openai", "model": "m", "base_url": "http://127.0.0.1:9/v1", "protocol": "letters"}
+    settings |= {"api_key_env": "MY_KEY", "timeout": 600, "any_model": True, "prompts": {"aligned": "It's {answer}"}}
+    settings |= {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}, "on_outage": "pause"}
+    made = load_judge(settings)
+    words = shlex.split(calibrations.command(made))
+    again = judge_of(words[3:])
+    assert words[:3] == ["rlsafe", "judge", "check"] and calibrations.key(again) == calibrations.key(made)
+    assert again.settings == made.settings.model_copy(update={"on_outage": "continue"})
 
 
 @pytest.mark.integration
