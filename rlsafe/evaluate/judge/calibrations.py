@@ -106,7 +106,8 @@ def calibration(judge: Judge) -> dict[str, Any]:
 
 def one_by_one(known: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """What `calibration` gave, as one entry for each judge."""
-    return known.get("judges") or [known]
+    each: list[Mapping[str, Any]] = known.get("judges") or [known]
+    return each
 
 
 def line(record: Mapping[str, Any]) -> str:
