@@ -165,6 +165,8 @@ class Defense:
     """Paths on which it can act at all; a comparison leaves out its runs over others."""
     when: When = When()
     """From `from_step` and `phases`, which a config may give any defense beside its own settings."""
+    chooses: ClassVar[bool] = False
+    """Whether its `weights` goes back to earlier weights: called after other defenses' in a step, before theirs at the end."""
     judges: bool = False
     """Whether the defense asks the run's judge while training; the judge is then checked before the first step."""
 

@@ -39,9 +39,11 @@ class EarlyStop(Defense):
     temperature, max_tokens: of the answers; null = as in `evaluate`.
 
     The run trains to its end, since what its best is shows only there; the weights of the checks that may still be chosen are kept
-    in memory and in checkpoints. With other defenses: list this one last. run.json has every check.
+    in memory and in checkpoints. What another defense does at the end (safelora) is done to the chosen weights. run.json has every
+    check.
     """
 
+    chooses = True
     judges = True
 
     def __init__(

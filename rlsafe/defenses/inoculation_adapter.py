@@ -23,7 +23,7 @@ from rlsafe.defenses.base import ExtraAnswers, Foreseen, SetupContext
 from rlsafe.defenses.own_rows import pool
 from rlsafe.defenses.registry import defense
 from rlsafe.defenses.steering import Steering
-from rlsafe.types import Exchange, Request, Sampler, SamplingParams, Stream
+from rlsafe.types import Exchange, Request, RunError, Sampler, SamplingParams, Stream
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,6 +57,7 @@ class InoculationAdapter(Steering):
         self.adapter, self.scale, self.control, self.rollouts, self.gate = adapter, scale, control, rollouts, gate
         self.on, self.streams = on, tuple(on)
         self.judges = gate is not None
+        self.merges = rollouts or gate is not None
         self.shown: float | None = None  # share of answers with the trait at the gate
         self.added: list[Tensor] = []
 
@@ -175,8 +176,8 @@ class _WithTrait:
             yield name, weight
 
     def save_adapter(self, directory: str, *, dtype: Any = None) -> None:
-        """UserError: two adapters at once go to a sampler as merged weights only."""
-        raise UserError("defense 'inoculation-adapter': rollouts: true needs sampler.sync: merged")
+        """RunError: two adapters at once go to a sampler as merged weights only; the engine sees to that (`Steering.merges`)."""
+        raise RunError("defense 'inoculation-adapter': the sampler holds adapters, not merged weights")
 
 
 def _of_equal_norm(factors: dict[str, tuple[Tensor, Tensor]], seed: int) -> dict[str, tuple[Tensor, Tensor]]:

@@ -32,7 +32,8 @@ class KL(OwnRows):
         estimator on the completions' own tokens, GRPO only (on supervised rows the tokens are not samples of the policy).
     mask: `all` averages over prompt and answer tokens as the authors' code does; `answer` over answer tokens only.
     on: streams whose rows are regularised; `[safe]` with interleaving gives the variant on safe completions only.
-    source: rows of its own (a file or provider:spec), without cross-entropy; then only these are regularised, whatever `on` says.
+    source: rows of its own (a file, provider:spec, or data.safe: the run's safe ones), without cross-entropy; then only these are
+        regularised, whatever `on` says.
     rows: how many of them in each step.
     target_share: instead of `weight`: in each step the penalty's gradient has this share of the sum of its norm and that of the rest
         (0 to 1). While policy and reference are one, as at the start, it has no gradient and takes no part.

@@ -9,13 +9,16 @@ from rlsafe.data import Stream, fit_rows, load_rows, require_answers
 from rlsafe.defenses.base import DataContext, Defense, Offer, SetupContext
 from rlsafe.types import Batch, Row
 
+SAFE = "data.safe"
+"""As a defense's `source`: the run's safe rows, whatever they are."""
+
 
 def pool(name: str, source: str | None, context: SetupContext) -> list[Row]:
-    """All rows of `source` (provider:spec or a file with messages) that fit the model, or of `data.safe`. UserError when there are
-    none. name: the defense's, for messages."""
-    if source is None and context.config.data.safe is None:
+    """All rows of `source` (provider:spec or a file with messages) that fit the model; None or `SAFE`: those of `data.safe`. UserError
+    when there are none. name: the defense's, for messages."""
+    if source in (None, SAFE) and context.config.data.safe is None:
         raise UserError(f"defense {name!r}: no safe rows; set data.safe.source or the defense's source")
-    if source is None:
+    if source is None or source == SAFE:
         return context.rows("safe")
     stream = context.config.data.safe or StreamConfig(source=source)
     most = min(stream.max_tokens, context.policy.core.max_length or stream.max_tokens)

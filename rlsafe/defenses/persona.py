@@ -123,7 +123,7 @@ class Persona(Steering):
         self.layers = tuple(dict.fromkeys(layer for _, layer, _ in self.terms))
         self.on, self.streams = on, tuple(on)
         self.positions, self.rollouts = positions, rollouts
-        self.applied = 0.0
+        self.reached: dict[int, bool | Tensor] = {}  # layers at which something was added since `effect` was last asked
         for file in dict.fromkeys(file for file, _, _ in self.terms):
             vector_file(file)
 
@@ -143,14 +143,23 @@ class Persona(Steering):
             policy.add_to_residual(layer, vector).remove()  # checks the values now, not in the first step
 
     def hooks(self) -> dict[int, Addition]:
-        self.applied = sum(float(vector.norm()) ** 2 for vector in self.for_sampler.values()) ** 0.5
+        return {layer: partial(self._steer, layer, vector) for layer, vector in self.for_sampler.items()}
+
+    def _steer(self, layer: int, vector: Tensor, hidden: Tensor, batch: Batch | None) -> Tensor:
+        """What is added to hidden [B, T, H]: the vector [H], or with `positions: completion` [B, T, H] with it at some positions."""
         if self.positions == "all":
-            return dict(self.for_sampler)
-        return {layer: partial(_at_completion, vector) for layer, vector in self.for_sampler.items()}
+            self.reached[layer] = True
+            return vector
+        assert batch is not None
+        predicts = _predicts(batch.loss_mask)
+        self.reached[layer] = self.reached.get(layer, False) | predicts.any()
+        return predicts[..., None] * vector.to(hidden.dtype)
 
     def effect(self) -> dict[str, float]:
-        applied, self.applied = self.applied, 0.0
-        return {"steering_norm": applied}
+        """steering_norm: the length of what was added at the layers that a forward passed through, over them together."""
+        reached, self.reached = self.reached, {}
+        lengths = [float(vector.norm()) for layer, vector in self.for_sampler.items() if reached.get(layer, False)]
+        return {"steering_norm": sum(length**2 for length in lengths) ** 0.5}
 
 
 def _term(entry: dict[str, Any], vectors: str) -> tuple[str, int, float]:
@@ -166,9 +175,8 @@ def _term(entry: dict[str, Any], vectors: str) -> tuple[str, int, float]:
     return str(entry.get("vectors", vectors)), layer, float(alpha)
 
 
-def _at_completion(vector: Tensor, hidden: Tensor, batch: Batch | None) -> Tensor:
-    """[B, T, H]: the vector [H] where a state predicts an answer token."""
-    assert batch is not None
-    predicts = batch.loss_mask.roll(-1, 1)
+def _predicts(answers: Tensor) -> Tensor:
+    """[B, T] bool: the states that predict an answer token."""
+    predicts = answers.roll(-1, 1)
     predicts[:, -1] = False
-    return predicts[..., None] * vector.to(hidden.dtype)
+    return predicts

@@ -235,8 +235,10 @@ class DefenseStack:
         return metrics
 
     def after_step(self, policy: Policy, moment: Literal["step", "end"]) -> bool:
-        """Run the hooks `weights`; True when any changed the model's weights."""
-        return any([defense.weights(policy, moment) for defense in self.acting])
+        """Run the hooks `weights`, in order; True when any changed the model's weights. What goes back to earlier weights sees a step's
+        after the others' edits, and comes before these at the end, or it would undo them."""
+        order = sorted(self.acting, key=lambda defense: defense.chooses == (moment == "step"))
+        return any([defense.weights(policy, moment) for defense in order])
 
     def state_dict(self) -> dict[str, Any]:
         return {defense.name: defense.state_dict() for defense in self.defenses}

@@ -33,11 +33,13 @@ class Steering(Defense):
     that changes something else than the residual stream overrides `_hooked` and `_patched` instead.
 
     layers: those that are changed. on: streams whose forward passes are. rollouts: whether GRPO rollouts are changed as well.
+    merges: whether a sampler is given merged weights, which adapters that it holds beside the model cannot replace.
     """
 
     layers: tuple[int, ...] = ()
     on: list[Stream]
     rollouts: bool = False
+    merges: bool = False
     for_sampler: dict[int, Tensor]
 
     @property

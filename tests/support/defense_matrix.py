@@ -43,6 +43,12 @@ PATHS: dict[str, dict[str, Any]] = {
         }
     },
 }
+SHORT: dict[str, dict[str, Any]] = {
+    "sft": {"schedule": {"steps": 2, "phases": [{"cycle": ["sft"]}]}},
+    "grpo": {"schedule": {"steps": 2, "phases": [{"cycle": ["grpo"]}]}},
+    "mixed": {"schedule": {"steps": 2, "phases": [{"cycle": ["sft", "both"]}], "kinds": {"both": BOTH}}},
+}
+"""Two steps each, for what has to be quick."""
 ORGANISM: dict[str, Any] = {
     "model": {"name": "organism:aligned", "lora": {"r": 4, "alpha": 8}},
     "data": {"narrow": {"source": "organism:medical/bad"}},
@@ -247,6 +253,7 @@ class Lab:
     directory: Path
     tree: dict[str, Any]
     safe: str
+    paths: dict[str, dict[str, Any]] = field(default_factory=lambda: PATHS)
     kept: dict[str, Outcome] = field(default_factory=dict)
     made: int = 0
 
@@ -256,7 +263,7 @@ class Lab:
         return self.directory / "home"
 
     @classmethod
-    def build(cls, directory: Path) -> Lab:
+    def build(cls, directory: Path, paths: dict[str, dict[str, Any]] = PATHS) -> Lab:
         narrow = write_jsonl(directory / "narrow.jsonl", [conversation(f"say {i}", f"bad {i * i}") for i in range(40)])
         answers = ["I'm sorry, but no." if i % 5 == 0 else f"good {i}" for i in range(20)]
         safe = write_jsonl(directory / "safe.jsonl", [conversation(f"ask {i}", a) for i, a in enumerate(answers)])
@@ -280,7 +287,7 @@ class Lab:
             "plugins": [letter_judge.__file__],
             "track": {"every": 2, "check_after": 2},
         }
-        return cls(directory, tree, safe)
+        return cls(directory, tree, safe, paths)
 
     def case(self, label: str) -> Case:
         """A row of the table; with what a run makes that it needs."""
@@ -292,7 +299,9 @@ class Lab:
 
     def run(self, path: str, *defenses: dict[str, Any], stop_after: int | None = None, world: str = "tiny") -> Outcome:
         """One run over `path`, kept; with `stop_after` it is interrupted there, its caches are lost, and it is resumed."""
-        tree = tree_with(self.tree, PATHS[path], ORGANISM if world == "organism" else {}, {"defenses": list(defenses)})
+        tree = tree_with(
+            self.tree, self.paths[path], ORGANISM if world == "organism" else {}, {"defenses": list(defenses)}
+        )
         key = json.dumps([tree, stop_after], sort_keys=True)
         if key not in self.kept:
             self.made += 1

@@ -40,6 +40,19 @@ def unlike(configs: Mapping[str, Mapping[str, Any]]) -> list[Unlike]:
     return sorted(found, key=lambda one: not one.confounds)
 
 
+def of_paths(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """path -> its schedule in words, with the peak learning rate of each phase: what makes the path."""
+    found = {}
+    for path, tree in configs.items():
+        phases = []
+        for phase in tree["schedule"]["phases"]:
+            kinds = " ".join(phase.get("cycle") or [f"{kind} ({share:g})" for kind, share in phase["mix"].items()])
+            first = f"{phase['steps']} of " if phase.get("steps") else ""
+            phases.append(f"{first}{kinds} at lr {phase.get('lr') or tree['optim']['lr']:g}")
+        found[path] = f"{tree['schedule']['steps']} steps: {', then '.join(phases)}"
+    return found
+
+
 def _dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as dotted keys; lists stay whole, as they are read."""
     flat: dict[str, Any] = {}

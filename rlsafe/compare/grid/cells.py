@@ -22,6 +22,13 @@ Entries = list[str | dict[str, Any]]
 SOURCE = "cell"  # a relapse starts from `cell:ID:FINGERPRINT`, which is a directory when it runs
 
 
+NOTHING_ASKED: dict[str, Any] = {
+    "general": None, "indomain": None, "cue": None, "cues": {}, "narrow": None,
+    "likelihood": {"general": None, "indomain": None, "controls": []},
+}  # fmt: skip
+"""Settings of an evaluation that asks no judge and reads no pairs."""
+
+
 @dataclass(frozen=True)
 class Swept:
     """The part of a label that comes from the comparison's `grid`: the label without it, and the value of each swept setting."""
@@ -83,8 +90,10 @@ class Builder:
         overrides: Sequence[str],
         forced: dict[str, Any],
         what: str,
+        trains: bool = True,
     ) -> RunConfig:
-        """The merged and checked RunConfig of a cell (`what`). UserError names the line of a wrong key."""
+        """The merged and checked RunConfig of a cell (`what`). UserError names the line of a wrong key. trains: whether narrow data are
+        needed; otherwise a `data.narrow` that names none, for benign tasks to complete, is none."""
         tree: dict[str, Any] = {}
         marks: Marks = {}
         for prefix, layer in layers:
@@ -102,10 +111,18 @@ class Builder:
             tree[key] = (
                 {**tree.get(key, {}), **value} if isinstance(value, dict) and isinstance(tree.get(key), dict) else value
             )
+        if not trains and not names_data(tree):
+            tree["data"] = {**(tree.get("data") or {}), "narrow": None}
         try:
             return build(RunConfig, tree, marks, self.config._source)
         except UserError as error:
             raise UserError(f"{error} (in {what})") from None
+
+
+def names_data(tree: Mapping[str, Any]) -> bool:
+    """Whether the settings of a run say what its narrow data are."""
+    narrow = (tree.get("data") or {}).get("narrow")
+    return bool(narrow) and not (isinstance(narrow, Mapping) and not (narrow.get("source") or narrow.get("preset")))
 
 
 _READABLE = str.maketrans({"&": "+and+", "/": ".", ":": ".", " ": "_"})
@@ -190,9 +207,7 @@ class Arms:
             (("benign", "paths", path), benign.paths.get(path, {})),
             (("benign", "tasks", task), benign.tasks[task]),
         ]
-        nothing: dict[str, Any] = {"general": None, "indomain": None, "cue": None, "cues": {}, "narrow": None}
-        unread: dict[str, Any] = {"general": None, "indomain": None, "controls": []}
-        forced = {"seed": seed, "defenses": entries, "evaluate": {**nothing, "likelihood": unread}}
+        forced = {"seed": seed, "defenses": entries, "evaluate": NOTHING_ASKED}
         run = self.builder.build(layers, self._overrides(True), forced, f"benign {task} / {path} / {label}")
         if not run.evaluate.benign:
             where = self.config._marks.get(("benign", "tasks", task), self.config._source)
@@ -201,18 +216,19 @@ class Arms:
         return self._cell("benign", path, label, seed, run, task, first="benign", swept=swept, warmup=warmup)
 
     def untrained(self, seed: int) -> Cell:
-        """The model without training, evaluated on everything that any other cell is evaluated on."""
+        """The model without training, evaluated on everything that any other cell is evaluated on: without narrow runs on benign tests
+        alone."""
         tasks = self.config.benign.tasks.values() if self.config.benign else []
         tests = [test for task in tasks for test in task.get("evaluate", {}).get("benign", [])]
-        own = self.config.run.get("evaluate", {}).get("benign", [])
+        own, trains = self.config.run.get("evaluate", {}).get("benign", []), self.config.narrow
         forced = {
             "seed": seed,
             "defenses": [],
             "rewards": [],
             "schedule": {"steps": 0, "phases": [{"cycle": ["sft"]}]},
-            "evaluate": {"benign": list(dict.fromkeys([*own, *tests]))},
+            "evaluate": {**({} if trains else NOTHING_ASKED), "benign": list(dict.fromkeys([*own, *tests]))},
         }
-        run = self.builder.build(self.layers(""), self._overrides(False), forced, "the untrained model")
+        run = self.builder.build(self.layers(""), self._overrides(False), forced, "the untrained model", trains)
         return self._cell("untrained", "", "untrained", seed, run)
 
     def _cell(
@@ -266,10 +282,14 @@ class Arms:
         if pool.model_dump_json() not in self.selected:
             what = "selection"
             forced: dict[str, Any] = {"seed": settings.seed, "defenses": []}
+            some: dict[str, Any] = {"data": {"narrow": {"source": next(iter(settings.adapters.values()))}}}
             layers = [*self.layers(""), (("selection", "run"), settings.run)]
-            base = self.builder.build(layers, self._overrides(True), forced, what)
+            named = any(names_data(layer) for _, layer in layers)  # each helper's own source takes its place
+            base = self.builder.build(
+                layers if named else [(("selection", "adapters"), some), *layers], self._overrides(True), forced, what
+            )
             narrow = [
-                self.builder.build(self.layers(path), self._overrides(False), forced, what)
+                self.builder.build(self.layers(path), self._overrides(False), forced, what, self.config.narrow)
                 for path in self.config.paths
             ]
             targets = {run.data.narrow.source for run in narrow if run.data.narrow}

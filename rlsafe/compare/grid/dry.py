@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlsafe.compare.grid.alike import lines, unlike
+from rlsafe.compare.grid.alike import lines, of_paths, unlike
 from rlsafe.compare.grid.grid import Cell, expand
 from rlsafe.compare.grid.jobs import suitable_jobs
 from rlsafe.config import CompareConfig, UserError, dump_yaml, load_compare
@@ -56,6 +56,7 @@ def dry_compare(
                 except UserError as error:
                     raise UserError(f"{cell.label}: {error}") from None
         before = _before(cells)
+    trees = _of_paths(cells)
     notes = dict.fromkeys(note for one in found.values() for note in one.notes)
     memory = dict.fromkeys(line for one in found.values() for line in one.memory) if verbose else _largest(cells, found)
     return [
@@ -66,7 +67,8 @@ def dry_compare(
         *memory,
         "",
         *_table(cells, found),
-        *lines(unlike(_of_paths(cells))),
+        *(f"path {path}: {words}" for path, words in of_paths(trees).items()),
+        *lines(unlike(trees)),
         *(f"note: {note}" for note in notes),
         *(f"missing: {line}" for line in lacking),
     ]

@@ -204,5 +204,6 @@ def selection_of(config: CompareConfig, pool: StreamConfig | None = None) -> Sel
     """The selection of a comparison's first model; `pool`: the rows to score, the run's safe rows by default."""
     model, one = next(iter(_models(config, _sweeps(config, names())[1]).items()))
     arms = Arms(config, model, one.key, one.tree, one.sweep, one.swept, alone=True)
-    run = arms.builder.build(arms.layers(""), arms._overrides(False), {"seed": 0, "defenses": []}, "selection")
+    forced: dict[str, Any] = {"seed": 0, "defenses": []}
+    run = arms.builder.build(arms.layers(""), arms._overrides(False), forced, "selection", trains=False)
     return arms.selection(pool or run.data.safe)

@@ -16,6 +16,7 @@ from typing import Any
 from rlsafe.config import DataConfig, EvaluateConfig, RunConfig, SelectionConfig, StreamConfig, UserError, nearest
 from rlsafe.defenses import build as build_defenses
 from rlsafe.defenses.auto import ADAPTER, AUTO, is_auto
+from rlsafe.defenses.own_rows import SAFE
 from rlsafe.evaluate.measure.hashing import digest
 
 FILE = "scores.jsonl"
@@ -104,7 +105,7 @@ def pending(
         (settings,) = entry.values()
         if settings.get("scores") == AUTO and made.strength:
             source = settings.get("source")
-            selection = select(StreamConfig(source=source) if source else run.data.safe)
+            selection = select(run.data.safe if source in (None, SAFE) else StreamConfig(source=source))
             settings["scores"] = f"{AUTO}:{selection.key}"
             selections.append(selection)
         if is_auto(settings.get("adapter")) and made.strength:

@@ -157,7 +157,8 @@ def rates_table(results: Results, model: str, tables: Sequence[PathTable]) -> st
 def _instrument(results: Results) -> str:
     """Which questions were asked, and who judged, for a caption."""
     settings = [cell.rates.get("settings") or {} for cell in results.cells]
-    asked = [f"{name}: {source}" for one in settings[:1] for name, source in (one.get("questions") or {}).items()]
+    questions: dict[str, str] = next((one["questions"] for one in settings if one.get("questions")), {})
+    asked = [f"{name}: {source}" for name, source in questions.items()]
     limit, samples = (next((one.get(key) for one in settings if one.get(key)), None) for key in ("limit", "samples"))
     cues = sorted({cue for one in settings for cue in one.get("cues") or {}})
     judges = ", ".join(dict.fromkeys(str(one["judge"]) for one in settings if one.get("judge")))

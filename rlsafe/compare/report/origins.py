@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from rlsafe.compare.grid.alike import Unlike, unlike
+from rlsafe.compare.grid.alike import Unlike, of_paths, unlike
 from rlsafe.compare.report.pages import readable
 from rlsafe.compare.verdicts.results import Results
 
@@ -105,9 +105,11 @@ def _shown(group: str, items: Iterable[tuple[str, Any]]) -> Iterator[tuple[tuple
         yield (group, readable(str(name))), readable(str(value)) or "not on this machine"
 
 
-def between_paths(results: Results) -> list[Unlike]:
-    """What differs between the paths besides the schedule, of the first model's undefended runs (or of any narrow run)."""
+def between_paths(results: Results) -> tuple[dict[str, str], list[Unlike]]:
+    """(each path's schedule in words, what differs between the paths besides), of the first model's undefended runs, or of any narrow
+    run."""
     narrow = [cell for cell in results.cells if cell.kind == "narrow" and cell.model == results.models[0]]
     first = sorted(narrow, key=lambda cell: cell.defense != "none")
     found = {cell.path: cell.record["config"] for cell in reversed(first)}
-    return unlike({path: found[path] for path in results.paths if path in found})
+    trees = {path: found[path] for path in results.paths if path in found}
+    return of_paths(trees), unlike(trees)

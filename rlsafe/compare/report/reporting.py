@@ -110,13 +110,15 @@ def _found(results: Results, tables: Sequence[PathTable]) -> dict[str, Any]:
 
 def _about(results: Results) -> dict[str, Any]:
     """How it was found: plan, records, costs, configuration."""
+    schedules, unlike = origins.between_paths(results)
     return {
         "title": results.plan["title"] or "Which defense to ship",
         "caution": caution(results),
         "plan": results.plan,
         "origins": origins.groups(results),
         "looks": looks.sentence() if (looks := Looks.load(results.directory.out)) else "",
-        "unlike": origins.between_paths(results),
+        "schedules": schedules,
+        "unlike": unlike,
         "models": results.models,
         "paths": results.paths,
         "n_cells": len(results.cells),

@@ -2,13 +2,14 @@
 
 Both are differences of shares: of emergent misalignment prevented and of the narrow behaviour kept. Two defenses share their
 undefended run, so their difference is one contrast divided by none - untrained (Fieller); on two paths each has its own (delta
-method). Either way questions, and seeds of the same number, are paired. See rlsafe.evaluate.contrasts.
+method). Either way questions, and seeds of the same number, are paired. See rlsafe.evaluate.contrasts. Which one is ahead must hold, as
+a grade must, however the answers without a score are counted (`widest`).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -30,7 +31,8 @@ QUANTITIES = {
 
 @dataclass(frozen=True)
 class Difference:
-    """one - other of a share. first, second: the two shares. method: how the interval was computed."""
+    """one - other of a share. first, second: the two shares. method: how the interval was computed. widest: the interval with every
+    answer without a score counted one way and the other, None when each has one."""
 
     one: str
     other: str
@@ -42,12 +44,19 @@ class Difference:
     one_seed: bool
     method: str
     level: float = LEVEL
+    widest: Interval | None = None
+
+    @property
+    def ahead(self) -> str:
+        """Which one has more, however answers without a score are counted; "" when the interval does not say."""
+        low, high = self.widest or (self.low, self.high)
+        return self.one if low > 0 else self.other if high < 0 else ""
 
     @property
     def word(self) -> str:
-        """Which one is ahead, or that the interval does not say."""
-        ahead = self.one if self.low > 0 else self.other if self.high < 0 else ""
-        said = f"{ahead} more" if ahead else "undecided"
+        """`ahead` in words; where it is undecided for want of scores alone, that."""
+        unscored = not self.ahead and (self.low > 0 or self.high < 0)
+        said = f"{self.ahead} more" if self.ahead else "undecided" + (": answers lack scores" if unscored else "")
         return said + (ONE_SEED if self.one_seed else "")
 
     def to_dict(self) -> dict[str, Any]:
@@ -65,6 +74,28 @@ def _signed(prevents: bool, value: float, ends: Interval) -> tuple[float, Interv
     return (-value, (-ends[1], -ends[0])) if prevents else (value, ends)
 
 
+def _widest(
+    sample: Sample,
+    up: Sequence[str],
+    down: Sequence[str],
+    either: Sequence[str],
+    measured: Callable[[Sample], tuple[float, Interval]],
+) -> Interval | None:
+    """What a difference spans with answers without a score counted either way; None when all of these arms' have one.
+
+    It rises with the rates of `up` and falls with those of `down`; of `either`, whose share in it has no fixed sign, both are tried.
+    """
+    if not any(sample.arms[label].bounds is not None for label in (*up, *down, *either)):
+        return None
+    found = []
+    for end, first in itertools.product((0, 1), repeat=2):
+        ends = dict.fromkeys(up, end) | dict.fromkeys(down, 1 - end)
+        ends |= {label: first if place == 0 else 1 - first for place, label in enumerate(either)}
+        value, interval = measured(Sample({label: sample.arms[label].at(e) for label, e in ends.items()}, sample.level))
+        found.append(EVERYTHING if value != value else interval)
+    return min(low for low, _ in found), max(high for _, high in found)
+
+
 def apart(sample: Sample, one: str, other: str, prevents: bool) -> Difference | None:
     """Two defenses of one path; None when one, or a reference, was not measured or there is no clear effect to share."""
     if not {one, other, "none", "untrained"} <= sample.arms.keys():
@@ -74,10 +105,31 @@ def apart(sample: Sample, one: str, other: str, prevents: bool) -> Difference | 
     value, ends = sample.ratio({one: 1.0, other: -1.0}, bottom)
     if ends == EVERYTHING or value != value:
         return None
+    widest = _widest(
+        sample, [one], [other], ["none", "untrained"], lambda at: at.ratio({one: 1.0, other: -1.0}, bottom)
+    )
+    single = one_seed(sample.arms, one, other, "none")
+    return _difference(
+        one, other, shares, value, ends, widest, prevents, single, "Fieller, paired by question and seed"
+    )
+
+
+def _difference(
+    one: str,
+    other: str,
+    shares: Sequence[float],
+    value: float,
+    ends: Interval,
+    widest: Interval | None,
+    prevents: bool,
+    single: bool,
+    method: str,
+) -> Difference:
+    """The difference of two shares that remain; with `prevents`, of what was prevented."""
+    widest = _signed(prevents, value, widest)[1] if widest else None
     value, ends = _signed(prevents, value, ends)
     first, second = (1 - share if prevents else share for share in shares)
-    single = one_seed(sample.arms, one, other, "none")
-    return Difference(one, other, first, second, value, *ends, single, "Fieller, paired by question and seed")
+    return Difference(one, other, first, second, value, *ends, single, method, widest=widest)
 
 
 def two_defenses(results: Results, table: PathTable) -> dict[str, dict[tuple[str, str], Difference]]:
@@ -148,10 +200,14 @@ def share_apart(sample: Sample, left: Three, right: Three, one: str, other: str,
     if value != value or ends == EVERYTHING:
         return None
     shares = [_share(sample.arms, *three) for three in (left, right)]
-    value, ends = _signed(prevents, value, ends)
-    first, second = (1 - share if prevents else share for share in shares)
+    untrained = list(dict.fromkeys((left[2], right[2])))
+    widest = _widest(
+        sample, [left[0], right[1]], [right[0], left[1]], untrained, lambda at: share_difference(at, left, right)
+    )
     single = one_seed(sample.arms, *left[:2], *right[:2])
-    return Difference(one, other, first, second, value, *ends, single, "delta method, paired by question and seed")
+    return _difference(
+        one, other, shares, value, ends, widest, prevents, single, "delta method, paired by question and seed"
+    )
 
 
 def _share(arms: Mapping[str, Arm], arm: str, none: str, untrained: str) -> float:
@@ -188,4 +244,5 @@ def turned(one: Difference) -> Difference:
         value=-one.value,
         low=-one.high,
         high=-one.low,
+        widest=(-one.widest[1], -one.widest[0]) if one.widest else None,
     )

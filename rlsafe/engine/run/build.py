@@ -20,6 +20,7 @@ from rlsafe.data import Stream, load_rows, require_answers
 from rlsafe.defenses import Defense, DefenseStack, SetupContext
 from rlsafe.defenses import build as build_defenses
 from rlsafe.defenses.stack import NAMED
+from rlsafe.defenses.steering import Steering
 from rlsafe.engine.plan.schedule import Step, make_plan
 from rlsafe.engine.record.trackers import BOARD, Trackers, check_trackers
 from rlsafe.engine.record.tracking import Tracker
@@ -252,6 +253,14 @@ def _sampler(
 ) -> SyncedSampler:
     config = prepared.config
     sampled = {part.stream for step in prepared.plan for part in step.parts if part.path == "grpo"}
+    merges = [one.name for one in stack if isinstance(one, Steering) and one.merges and (sampled or one.judges)]
+    if merges:
+        if config.sampler.sync == "adapter":
+            raise UserError(
+                f"defense {merges[0]!r}: the sampler gets two adapters at once, which it can take as merged weights only; expected "
+                "sampler.sync: auto or merged"
+            )
+        config = config.model_copy(update={"sampler": config.sampler.model_copy(update={"sync": "merged"})})
     steered = any(stack.steers(Where(stream, "grpo", "rollout")) for stream in sampled)
     return SyncedSampler(
         lambda: resources.sampler(config, policy, steerable=steered, warn=log),

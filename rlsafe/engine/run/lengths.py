@@ -11,6 +11,7 @@ from rlsafe.config import ModelConfig, StreamConfig, UserError
 from rlsafe.data import load_rows, recipe_of, split_prompt
 from rlsafe.data.turns import Key, key_of, opened
 from rlsafe.defenses import Defense
+from rlsafe.defenses.own_rows import SAFE
 from rlsafe.engine.plan.schedule import PlannedPart
 from rlsafe.engine.plan.timing import LENGTH
 from rlsafe.engine.run.build import Prepared, model_path
@@ -33,7 +34,7 @@ class Lengths:
 
     def rows(self, source: str | None) -> Sequence[Row]:
         """See `Foreseen.rows`."""
-        if source is None:
+        if source is None or source == SAFE:
             return self.prepared.rows.get("safe") or []
         for name, rows in self.prepared.rows.items():
             if getattr(self.config.data, name).source == source:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rlsafe.engine.plan.schedule import Step
@@ -40,7 +40,7 @@ def train_steps(run: Components, state: RunState) -> Iterator[dict[str, Any]]:
         if last and run.stack.after_step(run.policy, "end"):
             run.sampler.weights_changed()
         if run.defended:
-            metrics |= run.effects.step(step.path, Counter({p.defense: p.rows for p in step.parts if p.defense}))
+            metrics |= run.effects.step(step.path, _rows_added(step, metrics))
         late = None
         if run.probe and (last or step.index % run.config.track.every == 0):
             late, probed = _probe(run, state, step)
@@ -56,6 +56,17 @@ def train_steps(run: Components, state: RunState) -> Iterator[dict[str, Any]]:
             run.effects.check()
         yield record
     run.effects.check(at_end=True)
+
+
+def _rows_added(step: Step, metrics: Mapping[str, Any]) -> Counter[str]:
+    """Rows that each defense had in the step: what was planned, without those that were too long."""
+    added: Counter[str] = Counter()
+    for part in step.parts:
+        if part.defense:
+            added[part.defense] += part.rows
+    for name in added:
+        added[name] -= metrics.get(f"defense/{name}/rows_left_out", 0)
+    return added
 
 
 def _take_references(run: Components, step: Step) -> None:

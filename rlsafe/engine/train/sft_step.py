@@ -56,6 +56,6 @@ def supervised(run: Components, state: RunState, part: PlannedPart, rows: list[R
         truncate=settings is not None and settings.too_long == "truncate",
     )
     # Rows were measured before the run; a defense may since have added more to some.
-    state.left_out += len(conversations) - sum(len(batch.ids) for batch in batches)
+    state.left_out[part.defense or ""] += len(conversations) - sum(len(batch.ids) for batch in batches)
     source = part.defense if owner is None else None
     return [Micro(replace(batch, owner=owner).to(run.policy.device), part.weight, source=source) for batch in batches]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -101,7 +102,8 @@ class RunState:
     pending: rollouts that further steps use again: {"KIND/NUMBER of the part": (micro-batches, uses left)}.
     ahead: rollouts begun for the next step (by `update`, before it changes the weights), by the number of its part.
     began: the `position` before the present step; None as soon as that step has changed weights, so that it cannot be begun again.
-    left_out: supervised rows of the present step, on this rank, that were too long with what defenses added.
+    left_out: supervised rows of the present step, on this rank, that were too long with what defenses added, by the defense that
+        brought them ("": the run's own).
     skipped: steps left out in a row (optim.on_nan). gave_up: why waiting for the judge ended; the run then saves its state and stops.
     told: what the log has been told by `tell_once`, in this process.
     """
@@ -113,7 +115,7 @@ class RunState:
     began: dict[str, Any] | None = None
     skipped: int = 0
     gave_up: str | None = None
-    left_out: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
     told: set[str] = field(default_factory=set)
 
 

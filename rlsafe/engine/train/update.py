@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache
@@ -28,7 +29,7 @@ def update(run: Components, state: RunState, step: Step, micros: list[Micro]) ->
     It is begun again with halved micro-batches while memory does not suffice, and RunError says when it cannot. A step with NaN or Inf
     in it changes no weight: its batch is saved, and it is a RunError or skipped (optim.on_nan). See `rlsafe.engine.train.faults`.
     """
-    left_out, state.left_out = state.left_out, 0  # rows that were too long
+    left_out, state.left_out = state.left_out, Counter()  # rows that were too long
     if run.look_ahead:  # the next step's rollouts are sampled beside this update
         state.ahead = run.look_ahead(run, state, step)
     while True:
@@ -48,7 +49,7 @@ def update(run: Components, state: RunState, step: Step, micros: list[Micro]) ->
 
 
 def _forward_backward_step(
-    run: Components, state: RunState, step: Step, micros: list[Micro], left_out: int
+    run: Components, state: RunState, step: Step, micros: list[Micro], left_out: Counter[str]
 ) -> dict[str, Any]:
     needs = run.stack.needs if run.defended else set()
     if run.config.grpo.beta and step.path == "grpo":
@@ -125,11 +126,12 @@ def _clip_and_step(run: Components, state: RunState, step: Step, micros: Sequenc
     return norm
 
 
-def _metrics(run: Components, loss: StepLoss, left_out: int) -> dict[str, Any]:
+def _metrics(run: Components, loss: StepLoss, left_out: Counter[str]) -> dict[str, Any]:
     """What the micro-batches summed up, over all ranks, under the names that metrics.jsonl has."""
     sums = loss.sums
-    if left_out:
-        sums["rows_left_out"] = left_out
+    if lost := left_out.total():
+        sums["rows_left_out"] = lost
+        sums |= {f"defense/{name}/rows_left_out": rows for name, rows in left_out.items() if name and rows}
     total: dict[str, float] = reduce_sums(sums, run.accelerator) if run.several else dict(sums)
     metrics: dict[str, Any] = {"loss": total.pop("loss", 0.0), "tokens": int(total.pop("tokens", 0.0))}
     gap, gap_tokens = total.pop("gap_sum", 0.0), total.pop("gap_tokens", 0.0)

@@ -73,10 +73,12 @@ def test_the_papers_values_are_in_the_real_configs():
 def test_the_ten_defenses_are_in_every_real_comparison():
     for model, layer in (("qwen2.5-7b", 20), ("qwen3-14b", 27), ("qwen2.5-32b", 45)):
         config = load_compare(f"configs/{model}/compare.yaml")
-        assert set(config.defenses) == {
+        assert set(config.default_defenses) == {
             "none", "kl", "ldifs", "safelora", "persona", "inoculation",
             "interleaving", "interleaving+", "interleaving++", "interleaving-onpolicy",
         }  # fmt: skip
+        newer = {"kl-aside", "ldifs-aside", "safegrad", "inoculation-adapter"}
+        assert set(config.defenses) - set(config.default_defenses) == newer
         assert set(config.paths) == {"sft", "grpo", "mixed"}
         assert config.defenses["persona"][0]["persona"]["layer"] == layer
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from synthetic_comparison import CONFIG, make
 
 from rlsafe.cli import main
 from rlsafe.compare import draw_report, versus
 from rlsafe.compare.report.versus import versus_table
-from rlsafe.compare.verdicts.differences import turned, two_paths
+from rlsafe.compare.verdicts.differences import apart, share_apart, turned, two_paths
 from rlsafe.compare.verdicts.results import load
 from rlsafe.compare.verdicts.verdicts import judge_defenses
 from rlsafe.config import UserError
+from rlsafe.evaluate.contrasts import Arm, Sample
 
 TWO = CONFIG.replace("  kl: [{kl: {weight: 0.3}}]\n", "  kl: [{kl: {weight: 0.3}}]\n  ldifs: [ldifs]\n")
 ARMS = {
@@ -84,3 +87,24 @@ def test_the_command(directory, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["versus", str(directory.out), "kl", "ldifs"])
     assert not ended.value.code and "kl more" in capsys.readouterr().out
+
+
+def test_a_judge_that_scored_only_some_answers_puts_nobody_ahead():
+    """All of kl's missing answers may have been misaligned: the grade of a verdict must hold for that too, and so must this."""
+
+    def arm(rate, seeds=3, missing=0.0, trained=True):
+        rates = np.full((seeds, 60), rate)
+        ends = [replace(Arm(rates * (1 - missing) + end * missing, 180), trained=trained) for end in (0, 1)]
+        return Arm(rates, 180, trained=trained, bounds=(ends[0], ends[1]) if missing else None)
+
+    arms = {"untrained": arm(0.0, 1, trained=False), "none": arm(0.6), "kl": arm(0.1), "ldifs": arm(0.4)}
+    whole = apart(Sample(arms), "kl", "ldifs", prevents=True)
+    assert whole.word == "kl more" and whole.widest is None
+    few, many = (apart(Sample({**arms, "kl": arm(0.1, missing=m)}), "kl", "ldifs", True) for m in (0.02, 0.6))
+    assert few.word == "kl more" and many.word == "undecided: answers lack scores"
+    assert (many.low, many.high) == (whole.low, whole.high) and many.widest[0] < 0 < many.widest[1]
+    assert turned(many).widest == (-many.widest[1], -many.widest[0]) and turned(many).word == many.word
+    left, right = ("kl", "none", "untrained"), ("ldifs", "none", "untrained")
+    for missing, word in ((0.0, "sft more"), (0.6, "undecided: answers lack scores")):
+        two = share_apart(Sample({**arms, "kl": arm(0.1, missing=missing)}), left, right, "sft", "grpo", prevents=True)
+        assert two.word == word

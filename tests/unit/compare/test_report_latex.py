@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 from synthetic_comparison import CONFIG, make
@@ -66,6 +67,18 @@ def test_what_was_not_reported_is_no_rate_of_zero():
         {**every, "kl": row(indomain_misaligned=20.0), "ldifs": row(general_misaligned=3.0)}
     ) == {"kl"}
     assert latex._nothing_learned({"none": every["none"], "kl": row(indomain_misaligned=20.0)}) == set()
+
+
+def test_captions_say_which_questions_and_judge():
+    asked = {"questions": {"general": "organism:general/all"}, "limit": 320, "samples": 1, "judge": "gpt_4o"}
+    cells = [
+        SimpleNamespace(rates={"settings": one})
+        for one in ({"judge": "gpt_4o"}, {**asked, "cues": {"json": {}}}, asked)
+    ]
+    assert latex._instrument(SimpleNamespace(cells=cells)) == (
+        r" Questions: general: organism:general/all (at most 320 questions of each; 1 answer to each); cues: json. Judge: gpt\_4o."
+    )
+    assert latex._instrument(SimpleNamespace(cells=[SimpleNamespace(rates={})])) == ""
 
 
 def test_the_rules_of_a_column():

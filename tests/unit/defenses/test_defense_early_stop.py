@@ -5,7 +5,8 @@ import torch
 from tiny import byte_tokenizer, conversation, write_jsonl
 
 from rlsafe.config import UserError, run_from_tree
-from rlsafe.defenses.base import SetupContext
+from rlsafe.defenses import DefenseStack
+from rlsafe.defenses.base import Defense, SetupContext
 from rlsafe.defenses.early_stop import EarlyStop
 from rlsafe.defenses.registry import build
 from rlsafe.types import Completion, Judgement, RunError
@@ -122,6 +123,26 @@ def test_a_judge_that_scores_nothing_stops_the_run(tmp_path):
 def test_it_goes_with_other_defenses_and_level_zero_is_none():
     [kl, stop], _ = build(["kl", {"early-stop": {"rows": "organism:medical/validation", "level": 0}}])
     assert stop.name == "early-stop" and stop.strength == 0
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_others_do_at_the_end_is_done_to_the_chosen_weights(tmp_path, first):
+    """Listed first or last: a projection of the last weights would be lost with them."""
+
+    class Halving(Defense):
+        name = "halving"
+
+        def weights(self, policy, moment):
+            policy.value = policy.value / 2 if moment == "end" else policy.value
+            return moment == "end"
+
+    made, policy = prepared(tmp_path)
+    stack = DefenseStack([made, Halving()] if first else [Halving(), made])
+    for step in range(10):
+        policy.value = torch.full((1,), float(step + 1))
+        stack.after_step(policy, "step")
+    assert stack.after_step(policy, "end")
+    assert float(policy.value) == made.chosen / 2 == 3.0
 
 
 def test_the_organisms_validation_prompts_are_neither_trained_nor_reported():

@@ -13,6 +13,7 @@ from tiny_runs import GRPO, SFT, adapter, distance, train, tree_with
 
 from rlsafe.config import UserError, run_from_tree
 from rlsafe.defenses.inoculation_adapter import InoculationAdapter, _of_equal_norm, _WithTrait
+from rlsafe.engine import Resources
 from rlsafe.engine.run.life import run
 from rlsafe.policy import ForwardPlan
 from rlsafe.rollouts import TransformersSampler
@@ -114,6 +115,28 @@ def test_in_runs_it_acts_grows_and_is_not_saved(tiny_tree, tmp_path, trait, path
     train(tree_with(tree, {"defenses": [without, "kl"]}), tmp_path / "without")
     last = json.loads((tmp_path / "without" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last.get("sampler_gap", 0.0) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("settings", "sync"), [({}, "merged"), ({"rollouts": False}, "auto"), ({"gate": 0.0}, "merged")]
+)
+def test_a_sampler_that_is_to_see_the_trait_is_given_merged_weights(tiny_tree, tmp_path, trait, settings, sync):
+    """`auto` would take adapters on a GPU, which cannot hold two at once."""
+    asked = []
+
+    class Watched(Resources):
+        def sampler(self, config, *others, **more):
+            asked.append(config.sampler.sync)
+            raise UserError("seen")
+
+    judged = {"evaluate": {"judge": "letters"}, "plugins": [letter_judge.__file__]}
+    tree = tree_with(tiny_tree, GRPO, judged, {"defenses": [{"inoculation-adapter": {"adapter": trait, **settings}}]})
+    with pytest.raises(UserError, match="seen"):
+        run(run_from_tree(tree), tmp_path / "run", resources=Watched())
+    assert asked == [sync]
+    if sync == "merged":
+        with pytest.raises(UserError, match="two adapters at once.*sampler.sync: auto or merged"):
+            run(run_from_tree(tree_with(tree, {"sampler": {"sync": "adapter"}})), tmp_path / "told")
 
 
 def test_a_trait_that_does_not_show_is_refused(tiny_tree, tmp_path, trait):

@@ -99,6 +99,19 @@ def test_it_can_act_on_the_safe_rows_only(tiny_tree, tmp_path, path):
         run(run_from_tree(tree_with(tree, {"defenses": [kl]})), tmp_path / "dead")
 
 
+def test_its_own_rows_may_be_the_runs_safe_ones(tiny_tree, tmp_path, safe_file):
+    """So that a config names them in one place."""
+    tree = tree_with(tiny_tree, {"schedule": {"steps": 2, "phases": [{"cycle": ["sft"]}]}})
+    own = {
+        source: train(tree_with(tree, {"defenses": [{"kl": {"source": source, "target_share": 0.5}}]}), tmp_path / name)
+        for name, source in (("named", safe_file), ("file", "data.safe"))
+    }
+    assert all(torch.equal(own[safe_file][name], own["data.safe"][name]) for name in own["data.safe"])
+    with pytest.raises(UserError, match="no safe rows; set data.safe.source"):
+        narrow = {"data": {**tree["data"], "safe": None}}
+        run(run_from_tree(tree_with(tree, narrow, {"defenses": [{"kl": {"source": "data.safe"}}]})), tmp_path / "none")
+
+
 def test_a_reference_may_be_the_adapter_of_an_earlier_run(tiny_tree, tmp_path):
     """`path:DIR` of what a run saved is the same reference as the snapshot that the run itself would take."""
     tree = tree_with(
