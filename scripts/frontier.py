@@ -21,12 +21,9 @@ from rlsafe.compare.verdicts.sweeps import front_line
 
 ROOT = Path(__file__).resolve().parents[1]
 FRONT, OTHER = "#0b6e4f", "#6b7280"
-LOWEST, CROWD, COLUMN, APART = (
-    -0.1,
-    0.72,
-    1.13,
-    0.047,
-)  # of the panel; labels of points right of CROWD stand in a column
+LOWEST, APART = -0.1, 0.047  # of the panel
+COLUMNS = ((0.7, 1.12, (1.13, 1.12)), (-1, 0.4, (0.42, 0.66)))
+"""Points whose share kept lies between the first two numbers have their labels in a column, which begins at the third."""
 NAMES = {"sft": "supervision (SFT)", "grpo": "reward (GRPO)", "mixed": "mixed"}
 
 
@@ -73,24 +70,22 @@ def drawn(paths: dict[str, Any]) -> Figure:
 
 
 def _labels(axes: Any, shares: dict[str, tuple[float, float]], front: list[str]) -> None:
-    """Names beside their points; those of the crowd on the right in a column, as high as their points where there is room."""
-    crowd = sorted((label for label in shares if shares[label][0] > CROWD), key=lambda label: -shares[label][1])
-    rest = sorted((label for label in shares if shares[label][0] <= CROWD), key=lambda label: -shares[label][1])
-    last, places = 1.12, {}
-    for number, label in enumerate(crowd):
-        room = LOWEST + APART * (len(crowd) - number - 1)  # for those that follow
-        last = max(min(last - APART, shares[label][1]), room)
-        places[label] = (COLUMN, last)
-    for label in rest:
-        x, y = shares[label][0] + 0.03, max(LOWEST, shares[label][1])
-        while any(abs(y - other) < APART and abs(x - beside) < 0.4 for beside, other in places.values()):
-            y -= 0.01
-        places[label] = (x, y)
+    """Names beside their points; those of a crowd in a column, as high as their points where there is room."""
+    places = {label: (kept + 0.03, max(LOWEST, prevented)) for label, (kept, prevented) in shares.items()}
+    for low, high, (column, top) in COLUMNS:
+        crowd = sorted((one for one in shares if low < shares[one][0] <= high), key=lambda one: -shares[one][1])
+        last = top
+        for number, label in enumerate(crowd):
+            room = LOWEST + APART * (len(crowd) - number - 1)  # for those that follow
+            last = max(min(last - APART, shares[label][1]), room)
+            places[label] = (column, last)
     for label, place in places.items():
         point = shares[label][0], max(LOWEST, shares[label][1])
+        line = {"arrowstyle": "-", "color": "#9ca3af", "linewidth": 0.5, "relpos": (0, 0.5)}
+        far = abs(place[1] - point[1]) > 0.02 or place[0] - point[0] > 0.04
         axes.annotate(
             label, point, place, va="center", fontsize=9, color=FRONT if label in front else "#374151", zorder=4,
-            arrowprops={"arrowstyle": "-", "color": "#9ca3af", "linewidth": 0.5} if abs(place[1] - point[1]) > 0.02 else None,
+            arrowprops=line if far else None,
         )  # fmt: skip
 
 
