@@ -9,6 +9,7 @@ A table stands in a page between `<!-- table NAME PATH KIND -->` and `<!-- /tabl
     long      the whole table of one path
     short     two paths (joined by a comma) side by side, the first two verdicts; it may list the defenses: short:none,kl
     models    likewise, a row for each model, undefended
+    relapse   one path, what came back in undefended steps after each defense (of a comparison with --relapse)
     each      a line for each defense: its lever, paper and settings in the organism's comparison, and what it prevented and kept
 """
 
@@ -17,11 +18,15 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rlsafe.compare.report.table import NOTHING_LEARNED, TITLES
+from rlsafe.compare.report.why import relapses
 from rlsafe.compare.verdicts.grades import ONE_SEED
+from rlsafe.compare.verdicts.results import load
+from rlsafe.compare.verdicts.verdicts import judge_defenses
 from rlsafe.config import load_compare
 from rlsafe.defenses import Defense, build
 from rlsafe.defenses.registry import parse
@@ -55,7 +60,26 @@ def kept(run: Path) -> dict[str, Any]:
             for label, row in table["rows"].items()
         }
     models = {path: table["model"] for path, table in details.items()}
-    return {name: about[name] for name in ("title", "command", "date", "versions")} | {"models": models, "paths": paths}
+    found = {name: about[name] for name in ("title", "command", "date", "versions")} | {
+        "models": models,
+        "paths": paths,
+    }
+    return found | ({"relapse": after} if (after := _relapses(run)) else {})
+
+
+def _relapses(run: Path) -> dict[str, Any]:
+    """path -> defense -> its undefended steps, and each rate before and after them."""
+    results, found = load(run), {}
+    for table in judge_defenses(results):
+        if after := relapses(results, table):
+            found[table.key] = {
+                one.label: {
+                    "steps": one.steps,
+                    "rates": {name: [_numbers(asdict(rate)) for rate in both] for name, both in one.rates.items()},
+                }
+                for one in after
+            }
+    return found
 
 
 def _numbers(rate: dict[str, Any]) -> dict[str, Any]:
@@ -129,6 +153,20 @@ def models(measured: dict[str, Any], both: str) -> list[str]:
     what = {"indomain": "in-domain", "narrow": "narrow reward"}[narrow]
     heads = [head for name in names for head in (f"{name.upper()}: general", what)]
     return _markdown(["model", *heads], [[model, *cells] for model, cells in by_model.items()])
+
+
+def relapse(measured: dict[str, Any], path: str) -> list[str]:
+    """What each defense's runs show before and after undefended steps; `untrained`: those steps alone."""
+    rows = measured["relapse"][path]
+    steps = next(iter(rows.values()))["steps"]
+    heads = ["defense", *(head for name in RATES.values() for head in (name, f"after {steps} undefended steps"))]
+    return _markdown(
+        heads,
+        [
+            [label, *(percent(rate) for name in RATES for rate in row["rates"].get(name, [None, None]))]
+            for label, row in rows.items()
+        ],
+    )
 
 
 def each(paths: dict[str, Any], both: str) -> list[str]:
@@ -208,8 +246,8 @@ def written(text: str) -> str:
         form, _, labels = kind.partition(":")
         if form == "each":
             lines = each(measured["paths"], path)
-        elif form == "models":
-            lines = models(measured, path)
+        elif form in ("models", "relapse"):
+            lines = {"models": models, "relapse": relapse}[form](measured, path)
         else:
             lines = {"long": long, "short": short}[form](measured["paths"], path, labels.split(",") if labels else [])
         made = f"Measured {measured['date'][:10]} with `{measured['command']}`"

@@ -39,6 +39,23 @@ def test_a_comparison_is_kept_and_shown(tables, tmp_path, monkeypatch):
     assert tables.written(text) == text
 
 
+def test_what_came_back_stands_beside_what_was_there(tables, tmp_path, monkeypatch):
+    arms = {
+        ("", "untrained"): {},
+        ("sft", "untrained"): {"general_after": 0.3},
+        ("sft", "none"): {"general": 0.5, "general_after": 0.6},
+        ("sft", "kl"): {"general": 0.1, "general_after": 0.4},
+    }
+    judge_and_write(write_tables(make(tmp_path / "run", arms, questions=20, samples=1, seeds=[0, 1], relapse=10)))
+    monkeypatch.setattr(tables, "MEASURED", tmp_path)
+    (tmp_path / "back.json").write_text(json.dumps(tables.kept(tmp_path / "run")))
+    lines = tables.written("<!-- table back sft relapse -->\n<!-- /table -->\n").splitlines()
+    assert lines[2].startswith("| defense | general | after 10 undefended steps | in-domain |")
+    kl = next(line for line in lines if line.startswith("| kl |")).split("|")
+    assert kl[2].strip().startswith("10 (") and kl[3].strip().startswith("40 (")
+    assert any(line.startswith("| untrained | 0") for line in lines)
+
+
 def test_models_without_a_defense_stand_side_by_side(tables, tmp_path, monkeypatch):
     def rows(general, indomain):
         rates = {"general": general, "indomain": indomain}
