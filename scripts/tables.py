@@ -43,8 +43,12 @@ RATES = {"general": "general", "indomain": "in-domain", "general_incoherent": "i
 
 
 def kept(run: Path) -> dict[str, Any]:
-    """What a comparison's directory says of itself and of every defense: date, command, versions, rates and verdicts."""
-    about = json.loads((run / "comparison.json").read_text("utf-8"))
+    """What a comparison's directory says of itself and of every defense: date, command, versions, rates and verdicts. Of one with
+    undefended steps afterwards these alone: its verdicts are those of the runs that it went on from."""
+    plan = json.loads((run / "comparison.json").read_text("utf-8"))
+    about = {name: plan[name] for name in ("title", "command", "date", "versions")}
+    if after := _relapses(run):
+        return about | {"relapse": after}
     details = json.loads((run / "verdict_details.json").read_text("utf-8"))
     paths = {}
     for path, table in details.items():
@@ -60,11 +64,7 @@ def kept(run: Path) -> dict[str, Any]:
             for label, row in table["rows"].items()
         }
     models = {path: table["model"] for path, table in details.items()}
-    found = {name: about[name] for name in ("title", "command", "date", "versions")} | {
-        "models": models,
-        "paths": paths,
-    }
-    return found | ({"relapse": after} if (after := _relapses(run)) else {})
+    return about | {"models": models, "paths": paths}
 
 
 def _relapses(run: Path) -> dict[str, Any]:
