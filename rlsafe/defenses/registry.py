@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from types import ModuleType
 from typing import Any, TypeVar, get_type_hints
 
-from pydantic import ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from rlsafe.config import UnknownName, UserError, nearest
 from rlsafe.config.importing import import_dotted, import_file
@@ -104,14 +105,18 @@ def fields(cls: type[Defense]) -> dict[str, Any]:
     return found
 
 
+@lru_cache(maxsize=256)
+def _model(cls: type[Defense]) -> type[BaseModel]:
+    """What checks a class's settings. Kept, since a grid builds the same defenses for each of its cells."""
+    config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=False)
+    return create_model("Settings", __config__=config, **fields(cls))
+
+
 def _settings(cls: type[Defense], given: Mapping[str, Any], label: str) -> dict[str, Any]:
     """Check `given` against the keyword arguments of `cls.__init__`; returns every setting with its default filled in."""
     known = fields(cls)
-    model = create_model(
-        "Settings", __config__=ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=False), **known
-    )
     try:
-        checked = model.model_validate(dict(given))
+        checked = _model(cls).model_validate(dict(given))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = str(first["loc"][0])

@@ -34,6 +34,10 @@ class Latest:
         if metrics.get("groups") is not None and metrics.get("zero_variance_groups") == metrics["groups"]:
             self.idle += 1
 
+    def count_from_here(self) -> None:
+        """Expect the steps that are left to take as long as those after this one, whatever those up to it took."""
+        self._first = self.clock(), self.done
+
     @property
     def left(self) -> float | None:
         """Expected seconds of the steps that are left; None before the second step. The first one's start-up does not count."""
@@ -94,8 +98,11 @@ class Followed:
         whole = new[: new.rfind(b"\n") + 1]
         self._read += len(whole)
         records = [record for text in whole.splitlines() if (record := _record(text)) is not None]
+        first_look = not self.latest.done
         for record in records:
             self.latest.step(record["step"] + 1, self.total, record)
+        if first_look and records:  # these were over at times that nobody here saw
+            self.latest.count_from_here()
         return bool(records)
 
 

@@ -68,6 +68,18 @@ def test_another_process_is_followed_by_its_file(tmp_path):
     assert one.look() and one.latest.values == {"loss": 5.0}
 
 
+def test_steps_that_were_over_before_the_first_look_say_nothing_of_the_time_left(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    one = Followed(file, 20)
+    one.latest.clock = clock = Clock()
+    file.write_text("".join(json.dumps({"step": step, "loss": 2.0}) + "\n" for step in range(5)))
+    assert one.look() and one.latest.left is None
+    clock.now += 3
+    with file.open("a") as more:
+        more.write(json.dumps({"step": 5, "loss": 2.0}) + "\n")
+    assert one.look() and one.latest.left == 3 * 14
+
+
 def test_what_an_earlier_run_left_is_not_told_as_new(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text(json.dumps({"step": 3, "loss": 2.0}) + "\n")

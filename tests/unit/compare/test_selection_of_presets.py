@@ -20,6 +20,7 @@ def test_a_helper_trains_on_its_own_source_and_not_on_the_runs_preset():
 def test_a_comparison_of_benign_tasks_alone_needs_no_narrow_data_and_no_judge():
     """Each task brings its own rows; helpers theirs, with the limits of the comparison's."""
     config = load_compare(ROOT / "configs" / "qwen2.5-7b" / "benign.yaml")
+    config.benign.tasks = {name: config.benign.tasks[name] for name in ("opswap/0", "foqa")}
     cells = expand(config, ["none", "interleaving+"], ["sft"])
     assert {cell.kind for cell in cells} == {"untrained", "benign"}
     assert all(cell.config.evaluate.general is None and cell.config.evaluate.benign for cell in cells)
