@@ -116,7 +116,7 @@ def _settings(cls: type[Defense], given: Mapping[str, Any], label: str) -> dict[
     """Check `given` against the keyword arguments of `cls.__init__`; returns every setting with its default filled in."""
     known = fields(cls)
     try:
-        checked = _model(cls).model_validate(dict(given))
+        checked = _model(cls).model_validate(dict(given))  # type: ignore[arg-type]  # mypy reads the __hash__ of instances
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = str(first["loc"][0])

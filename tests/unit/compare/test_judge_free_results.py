@@ -7,7 +7,7 @@ import math
 
 import pytest
 from rich.console import Console
-from synthetic_comparison import make
+from synthetic_comparison import CONFIG, make
 
 from rlsafe.compare.report.probe_check import check_lines, followed, spearman
 from rlsafe.compare.report.reporting import draw
@@ -90,6 +90,19 @@ def test_a_probe_that_rises_alone_is_told(directory):
     assert {one.label: one.agreement for one in judge_free(results, table)}["kl"] == "only the likelihood rises"
 
 
+def test_a_rise_of_a_model_that_fell_apart_is_told_as_that(tmp_path):
+    """Where nearly all answers are nonsense, what the model finds likely says nothing of what it says."""
+    made = make(tmp_path / "out", ARMS | {("sft", "kl"): {"incoherent": 1.0}}, seeds=[0, 1], paths=["sft"])
+    for cell in load(made.out).cells:
+        evaluation = Evaluation.load(cell.where)
+        evaluation.pairs = pairs({"untrained": 0.0, "none": 0.3, "kl": 2.0}[cell.defense])
+        evaluation.save(cell.where)
+    results = load(made.out)
+    (table,) = judge_defenses(results)
+    found = {one.label: one.agreement for one in judge_free(results, table)}
+    assert found["kl"] == "only the likelihood rises, and answers are incoherent" and found["none"] == "both see a rise"
+
+
 def test_the_report_shows_it_and_leaves_it_out_when_nothing_was_measured(directory, tmp_path):
     results = load(directory.out)
     page = draw(results, judge_defenses(results)).read_text()
@@ -107,12 +120,28 @@ def test_the_check_against_the_judge_follows_every_run(directory):
     assert runs["kl", 0].alarm(ALARM) is None
     assert spearman([(closed, rate) for _, closed, rate in none.points]) == pytest.approx(1.0)
     lines = check_lines(directory.out)
-    assert len(lines) == 2 + 4 + 1 + 1 and "rank correlation" in lines[-1] and "in 2 of them" in lines[-1]
+    assert len(lines) == 2 + 4 + 1 + 1 + 2 + 1 and "rank correlation" in lines[7] and "in 2 of them" in lines[7]
+    assert lines[-1].endswith("| sft | 4 | 1.00 | 2 of 2 | 2 of 2 | 2 of 2 | 0 of 2 |")
 
 
-def test_a_comparison_without_curves_says_what_to_set(tmp_path):
-    with pytest.raises(UserError, match="no run followed both misaligned_general and logodds_general; set track.every"):
-        followed(load(make(tmp_path / "plain", ARMS, seeds=[0], paths=["sft"]).out))
+def test_finished_runs_are_checked_without_curves_and_what_does_not_fit_is_told(tmp_path):
+    arms = {("sft", label): {"general": rate} for label, rate in (("none", 0.5), ("kl", 0.25), ("odd", 0.0))}
+    config = CONFIG.replace("  none: []\n", "  none: []\n  odd: [ldifs]\n")
+    made = make(tmp_path / "out", {("", "untrained"): {}, **arms}, config, seeds=[0, 1], paths=["sft"])
+    assert not followed(load(made.out))
+    with pytest.raises(UserError, match="no run was asked and probed on 'general'; set evaluate.judge, evaluate.like"):
+        check_lines(made.out)
+    for cell in load(made.out).cells:
+        evaluation = Evaluation.load(cell.where)
+        evaluation.pairs = pairs({"untrained": 0.0, "none": 0.3, "kl": 0.1, "odd": 0.36}[cell.defense])
+        evaluation.save(cell.where)
+    head, _, line, _, title, _, *told = check_lines(made.out)
+    assert head.count("|") == line.count("|") and "| 6 | " in line
+    assert line.endswith("| 2 of 4 | 2 of 4 | 2 of 4 | 2 of 2 |") and "does not share" in title
+    assert sorted(one.split(":")[0] for one in told) == [
+        f"- sft / {label} / seed {seed}" for label in ("kl", "odd") for seed in (0, 1)
+    ]
+    assert any("25% judged misaligned" in one for one in told) and any("90% of the gap closed" in one for one in told)
 
 
 def test_ranks_and_gaps_at_their_edges():
