@@ -10,6 +10,7 @@ A table stands in a page between `<!-- table NAME PATH KIND -->` and `<!-- /tabl
     short     two paths (joined by a comma) side by side, the first two verdicts; it may list the defenses: short:none,kl
     models    likewise, a row for each model, undefended
     relapse   one path, what came back in undefended steps after each defense (of a comparison with --relapse)
+    decided   how many grades of each criterion are one single grade and exclude one, and how many would be with more such seeds
     each      a line for each defense: its lever, paper and settings in the organism's comparison, and what it prevented and kept
 """
 
@@ -17,14 +18,17 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import t as student
+
 from rlsafe.compare.report.table import NOTHING_LEARNED, TITLES
 from rlsafe.compare.report.why import relapses
-from rlsafe.compare.verdicts.grades import ONE_SEED
+from rlsafe.compare.verdicts.grades import ONE_SEED, grade_share
 from rlsafe.compare.verdicts.results import load
 from rlsafe.compare.verdicts.verdicts import judge_defenses
 from rlsafe.config import load_compare
@@ -39,6 +43,9 @@ COMPARISON = ROOT / "configs" / "organism" / "compare.yaml"
 LEVERS = ("prompt", "activations", "advantages", "penalty", "gradients", "weights")
 """Hooks of a defense, in the order of a step, beside rows."""
 LEVER_OF = {"advantages": "rollouts", "penalty": "loss"}
+SINGLE = ("yes", "partly", "no", "untested")
+SHARES = {"prevents_em": "general", "keeps_narrow": "indomain"}
+MORE_SEEDS = (5, 10, 20)
 RATES = {"general": "general", "indomain": "in-domain", "general_incoherent": "incoherent"}
 
 
@@ -169,6 +176,43 @@ def relapse(measured: dict[str, Any], path: str) -> list[str]:
     )
 
 
+def decided(paths: dict[str, Any], both: str, labels: list[str]) -> list[str]:
+    """Each path's grades of the defenses: how many are one grade, how many exclude one. For the shares of the undefended effect also
+    with more seeds: what t and the root of their number make of the interval if further seeds differ as these do (to first order)."""
+    heads = ["path", "criterion", "one grade", "excludes one", *(f"one grade with {n} seeds" for n in MORE_SEEDS)]
+    lines = []
+    for path in both.split(","):
+        rows = {label: row for label, row in paths[path].items() if row["verdicts"] and (not labels or label in labels)}
+        for name, title in TITLES.items():
+            grades = [row["verdicts"][name]["grade"] for row in rows.values() if name in row["verdicts"]]
+            if not grades or set(grades) == {"untested"}:
+                continue
+            single, excluded = sum(g in SINGLE for g in grades), sum(g != "unclear" for g in grades)
+            line = [path.upper(), title, *(f"{k} of {len(grades)} ({k / len(grades):.0%})" for k in (single, excluded))]
+            shares = [_with_more_seeds(paths[path], label, SHARES[name]) for label in rows] if name in SHARES else []
+            for i in range(len(MORE_SEEDS)):
+                line.append(f"{sum(one[i] for one in shares) / len(shares):.0%}" if shares else "")
+            lines.append(line)
+    return _markdown(heads, lines)
+
+
+def _with_more_seeds(rows: dict[str, Any], label: str, rate: str) -> list[bool]:
+    """Whether the share that a defense leaves of the effect would be one grade, for each of MORE_SEEDS."""
+    if label == "none":
+        return [True] * len(MORE_SEEDS)
+    base = rows["untrained"]["rates"][rate]["mean"]
+    own, undefended = (
+        {seed: value - base for seed, value in rows[one]["rates"][rate]["seeds"].items()} for one in (label, "none")
+    )
+    seeds = sorted(own.keys() & undefended.keys())
+    effect = statistics.mean(undefended[seed] for seed in seeds)
+    left = statistics.mean(own[seed] for seed in seeds) / effect
+    spread = statistics.stdev((own[seed] - left * undefended[seed]) / effect for seed in seeds)
+    value = 1 - left if rate == "general" else left
+    ends = [spread * float(student.ppf(0.975, n - 1)) / n**0.5 for n in MORE_SEEDS]
+    return [grade_share(value - end) == grade_share(value + end) for end in ends]
+
+
 def each(paths: dict[str, Any], both: str) -> list[str]:
     """Every defense of the organism's comparison that was measured: lever, papers, settings, and on each path the shares prevented and
     kept with their grades."""
@@ -249,7 +293,8 @@ def written(text: str) -> str:
         elif form in ("models", "relapse"):
             lines = {"models": models, "relapse": relapse}[form](measured, path)
         else:
-            lines = {"long": long, "short": short}[form](measured["paths"], path, labels.split(",") if labels else [])
+            form_of = {"long": long, "short": short, "decided": decided}[form]
+            lines = form_of(measured["paths"], path, labels.split(",") if labels else [])
         made = f"Measured {measured['date'][:10]} with `{measured['command']}`"
         return "\n".join([opening.rstrip("\n"), "", *lines, "", f"{made}.", "", closing])
 

@@ -87,3 +87,16 @@ def test_the_frontier_reads_shares_of_the_undefended_run(tables):
     assert frontier.points(rows) == {"kl": (0.9, 0.75), "ldifs": (0.95, 0.8)}
     names = [[text.get_text() for text in panel.texts] for panel in frontier.drawn({"sft": rows, "grpo": rows}).axes]
     assert [sorted(panel) for panel in names] == [["kl", "ldifs"]] * 2
+
+
+def test_how_many_grades_are_decided_and_would_be_with_more_seeds(tables):
+    """By hand: kl leaves .1 of .5 with a spread of .1 of the effect, so .8 is prevented +- t(.975) .1 / sqrt(n): .124 with 5 seeds,
+    which reaches past .9, and .072 with 10, which does not."""
+
+    def row(general, grade=None):
+        rates = {"general": {"mean": sum(general) / 3, "seeds": dict(enumerate(general))}}
+        return {"rates": rates, "verdicts": {"prevents_em": {"grade": grade}} if grade else {}}
+
+    rows = {"untrained": row([0.0] * 3), "none": row([0.5] * 3, "no"), "kl": row([0.05, 0.1, 0.15], "at least partly")}
+    *_, line = tables.decided({"sft": rows}, "sft", [])
+    assert line == "| SFT | prevents EM | 1 of 2 (50%) | 2 of 2 (100%) | 50% | 100% | 100% |"
