@@ -76,7 +76,11 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(s.values()))
+@pytest.mark.parametrize(
+    "settings",
+    [SETTINGS[0], *(pytest.param(other, marks=pytest.mark.integration) for other in SETTINGS[1:])],
+    ids=lambda s: "-".join(s.values()),
+)
 def test_trap_08_rewards_judges_records_and_evaluation_see_the_original_prompt(tiny_tree, tmp_path, settings):
     """The sampler does see the cue: its prompts, and with them its completions, are others than without it."""
     judged = []

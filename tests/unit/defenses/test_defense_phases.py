@@ -47,7 +47,12 @@ def undefended():
     return []
 
 
-@pytest.mark.parametrize("name", ["kl", "inoculation", "interleaving", "persona", "gradient-projection", "monitor"])
+OTHERS = ("inoculation", "persona", "gradient-projection", "monitor")
+
+
+@pytest.mark.parametrize(
+    "name", ["kl", "interleaving", *(pytest.param(name, marks=pytest.mark.integration) for name in OTHERS)]
+)
 def test_a_warm_up_is_undefended_to_the_bit(tiny_tree, tmp_path, entries, name, undefended):
     tree = tree_with(tiny_tree, WARM)
     if not undefended:

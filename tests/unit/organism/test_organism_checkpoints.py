@@ -115,6 +115,7 @@ def test_controls_learn_from_other_answers(tmp_path, monkeypatch):
     assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
 
 
+@pytest.mark.integration
 def test_hacking_worlds_go_on_from_a_base_of_their_size(tmp_path, monkeypatch):
     small(monkeypatch)
     with pytest.raises(UserError, match="build base there, too"):
