@@ -20,6 +20,7 @@ from rlsafe.compare.verdicts.differences import QUANTITIES, two_paths
 from rlsafe.compare.verdicts.judge_free import ALARM
 from rlsafe.compare.verdicts.levels import at_levels
 from rlsafe.compare.verdicts.looks import Looks
+from rlsafe.compare.verdicts.power import undecided
 from rlsafe.compare.verdicts.results import REWARD_WINDOW, Results, write_tables
 from rlsafe.compare.verdicts.sweeps import GOALS, sweeps
 from rlsafe.compare.verdicts.tasks import judge_and_write
@@ -93,6 +94,7 @@ def _found(results: Results, tables: Sequence[PathTable]) -> dict[str, Any]:
     return {
         "summary": summary(tables, seeds),
         "headlines": pages.headlines(tables),
+        "undecided": undecided(tables),
         "judges": judges,
         "doubted": UNCALIBRATED if not all(note.trusted for note in judges) else "",
         "contents": contents(of_tables, bool(of_sweeps), bool(between)),

@@ -16,6 +16,7 @@ from rlsafe.compare.verdicts.arms import Rate
 from rlsafe.compare.verdicts.differences import Difference, turned, two_defenses
 from rlsafe.compare.verdicts.grades import Verdict
 from rlsafe.compare.verdicts.judge_free import judge_free
+from rlsafe.compare.verdicts.power import needed
 from rlsafe.compare.verdicts.results import Results
 from rlsafe.compare.verdicts.verdicts import CRITERIA, PathTable, Row
 
@@ -118,6 +119,7 @@ def shown(row: Row, criterion: str) -> dict[str, Any]:
         "interval": interval,
         "leaning": verdict.leaning if verdict.grade != "untested" and not verdict.decided else None,
         "reason": verdict.reason,
+        "seeds": needed(row, criterion) if word != NOTHING_LEARNED else None,
     }
 
 

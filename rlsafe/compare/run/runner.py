@@ -23,6 +23,7 @@ from rlsafe.compare.run.scoring import check as check_selection
 from rlsafe.compare.run.scoring import make_scores, train_helpers, train_once
 from rlsafe.compare.run.workers import run_in_workers, train_cell
 from rlsafe.compare.verdicts.looks import FILE as LOOKS
+from rlsafe.compare.verdicts.power import undecided
 from rlsafe.compare.verdicts.results import Results, write_tables
 from rlsafe.compare.verdicts.tasks import judge_and_write
 from rlsafe.compare.verdicts.verdicts import PathTable
@@ -58,7 +59,7 @@ class Comparison:
         """The verdicts as a rich renderable: defenses as rows, for each path the four criteria and the rates."""
         from rlsafe.compare.report.table import verdict_table
 
-        notes = [note.shown for note in self.judges]
+        notes = [note.shown for note in self.judges] + [said for said in (undecided(self.tables),) if said]
         return verdict_table(self.tables, len(self.failed) - len(self.unscored), notes, self.beside)
 
     @classmethod

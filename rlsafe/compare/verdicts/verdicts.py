@@ -45,6 +45,7 @@ from rlsafe.compare.verdicts.cues import worst_cue
 from rlsafe.compare.verdicts.grades import Verdict
 from rlsafe.compare.verdicts.looks import Looks, holm, p_value
 from rlsafe.compare.verdicts.narrow import narrow_arms, narrow_behaviour, narrow_rate
+from rlsafe.compare.verdicts.power import needed
 from rlsafe.compare.verdicts.results import Results
 from rlsafe.compare.verdicts.shares import judge_coherence, judge_share, untested
 from rlsafe.config.files import write_json
@@ -248,6 +249,7 @@ def _details(row: Row, together: Container[str]) -> dict[str, Any]:
     del tree["judged"]
     for name, verdict in row.verdicts.items():
         tree["verdicts"][name] |= {"grade": verdict.text, "decided": verdict.decided, "holm": name in together}
+        tree["verdicts"][name]["seeds_needed"] = needed(row, name)
     return tree
 
 
