@@ -35,12 +35,12 @@ def real(scratch: Path, quick: bool, rounds: int) -> Result:
         result.notes.append("left out: bfloat16, which this processor computes more slowly than float32")
         del peaks["bfloat16"]
     rounds = 1 if quick else max(3, rounds)
-    sft = _installed(result, os.environ.get("RLSAFE_BENCH_SFT", SFT_MODEL))
+    best = next(iter(peaks))  # a file is dequantised to what is measured, and to nothing else
+    sft = _installed(result, os.environ.get("RLSAFE_BENCH_SFT", SFT_MODEL), best)
     for dtype, peak in peaks.items() if sft else ():
         _sft(result, sft, dtype, peak, rounds, 4 if quick else ROWS)
-    if (model := _installed(result, os.environ.get("RLSAFE_BENCH_GRPO", GRPO_MODEL)) or sft) is not None:
-        dtype = "bfloat16" if "bfloat16" in peaks else "float32"
-        _grpo(result, model, dtype, peaks[dtype], rounds, 16 if quick else MAX_TOKENS)
+    if (model := _installed(result, os.environ.get("RLSAFE_BENCH_GRPO", GRPO_MODEL), best) or sft) is not None:
+        _grpo(result, model, best, peaks[best], rounds, 16 if quick else MAX_TOKENS)
     return result
 
 
@@ -145,12 +145,12 @@ def _joined(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     return {"messages": [{**a, "content": f"{a['content']}\n\n{b['content']}"} for a, b in pairs]}
 
 
-def _installed(result: Result, name: str) -> str | None:
+def _installed(result: Result, name: str, dtype: str) -> str | None:
     """The model's name, when its weights are on this machine."""
     from rlsafe.config import UserError
 
     try:
-        _directory(name, "bfloat16")
+        _directory(name, dtype)
     except (UserError, OSError, ImportError) as error:
         result.notes.append(f"left out: {str(error).splitlines()[0]}")
         return None
