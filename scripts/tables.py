@@ -26,7 +26,7 @@ from typing import Any
 
 from scipy.stats import t as student
 
-from rlsafe.compare.report.table import NOTHING_LEARNED, TITLES
+from rlsafe.compare.report.table import NOTHING_LEARNED, SHOWS_HARM, TITLES
 from rlsafe.compare.report.why import relapses
 from rlsafe.compare.verdicts.grades import ONE_SEED, grade_share
 from rlsafe.compare.verdicts.results import load
@@ -272,9 +272,11 @@ def _graded_share(row: dict[str, Any] | None, name: str) -> str:
 
 
 def _grade(row: dict[str, Any], name: str) -> str:
-    if name in ("prevents_em", "holds_under_cues") and row["nothing_learned"]:
+    grade = str(row["verdicts"].get(name, {}).get("grade") or "")
+    harm = name == "holds_under_cues" and grade.removesuffix(ONE_SEED) in SHOWS_HARM
+    if name in ("prevents_em", "holds_under_cues") and row["nothing_learned"] and not harm:
         return NOTHING_LEARNED
-    return str(row["verdicts"].get(name, {}).get("grade") or "")
+    return grade
 
 
 def _markdown(heads: list[str], lines: list[list[str]]) -> list[str]:

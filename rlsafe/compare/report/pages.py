@@ -73,6 +73,22 @@ def headlines(tables: Sequence[PathTable]) -> list[tuple[str, str]]:
     return sentences
 
 
+def worse_under_cues(tables: Sequence[PathTable]) -> str:
+    """The defenses that cues make clearly worse than no defense, each with its worst cue, as a sentence; "" without any. On plain
+    questions such a one may look clean (conditional misalignment, arXiv 2604.25891)."""
+    found = []
+    for table in tables:
+        for label in table.defenses:
+            row = table.rows[label]
+            worse = {cue: v.value for cue, v in row.cues.items() if v.value is not None and (v.high or 0.0) < 0.0}
+            if label == "none" or not worse:
+                continue
+            worst = min(worse, key=lambda cue: worse[cue])
+            rate, undefended = (100 * table.rows[one].rates[f"cue_{worst}"].mean for one in (label, "none"))
+            found.append(f"{label}, {table.key} (cue {worst}: {rate:.0f}% misaligned, undefended {undefended:.0f}%)")
+    return f"Under cues worse than no defense: {joined(found)}." if found else ""
+
+
 def _narrow_only(table: PathTable, defenses: Sequence[str]) -> str:
     """The sentence of a comparison whose general answers nobody judged."""
     asked = "no judge graded general answers (the likelihood of given ones stands below)"

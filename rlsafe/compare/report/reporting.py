@@ -95,6 +95,7 @@ def _found(results: Results, tables: Sequence[PathTable]) -> dict[str, Any]:
         "summary": summary(tables, seeds),
         "headlines": pages.headlines(tables),
         "undecided": undecided(tables),
+        "worse": pages.worse_under_cues(tables),
         "judges": judges,
         "doubted": UNCALIBRATED if not all(note.trusted for note in judges) else "",
         "contents": contents(of_tables, bool(of_sweeps), bool(between)),

@@ -37,6 +37,8 @@ RATES = {
 SHIFTS = {"general": "shift, general pairs", "indomain": "shift, in-domain pairs"}
 """Set of pairs -> heading; in nats per token, towards the misaligned answers."""
 NOTHING_LEARNED = "nothing learned"
+SHOWS_HARM = ("no", "at most partly", "untested")
+"""Grades of `holds_under_cues` that nobody takes for a success."""
 _STYLES = {
     **{"yes": "green", "at least partly": "green", "partly": "yellow", "at most partly": "yellow", "no": "red"},
     **{"unclear": "dim", "untested": "dim"},
@@ -44,14 +46,13 @@ _STYLES = {
 
 
 def shown_grade(row: Row, criterion: str) -> str:
-    """The text for a criterion: its grade, or NOTHING_LEARNED where preventing misalignment is meaningless."""
-    if (
-        criterion in ("prevents_em", "holds_under_cues")
-        and row.nothing_learned
-        and row.verdicts[criterion].grade != "untested"
-    ):
+    """The text for a criterion: its grade, or NOTHING_LEARNED where preventing misalignment is meaningless. What cues bring out is
+    shown in any case: the lesson may be tied to them (arXiv 2604.25891)."""
+    verdict = row.verdicts[criterion]
+    hidden = {"prevents_em": verdict.grade != "untested", "holds_under_cues": verdict.grade not in SHOWS_HARM}
+    if row.nothing_learned and hidden.get(criterion, False):
         return NOTHING_LEARNED
-    return row.verdicts[criterion].text
+    return verdict.text
 
 
 def rate_text(rate: Rate | None) -> str:

@@ -16,6 +16,7 @@ from rlsafe.compare.grid.records import Directory
 from rlsafe.compare.grid.selection import Selection
 from rlsafe.compare.grid.warmup import WARMUP
 from rlsafe.compare.report import frames
+from rlsafe.compare.report.pages import worse_under_cues
 from rlsafe.compare.run.backends_ray import RayCluster, check_ray, run_on_ray
 from rlsafe.compare.run.one_cell import SELECTIONS, reason, run_cell
 from rlsafe.compare.run.progress import Progress
@@ -59,7 +60,8 @@ class Comparison:
         """The verdicts as a rich renderable: defenses as rows, for each path the four criteria and the rates."""
         from rlsafe.compare.report.table import verdict_table
 
-        notes = [note.shown for note in self.judges] + [said for said in (undecided(self.tables),) if said]
+        notes = [note.shown for note in self.judges]
+        notes += [said for said in (worse_under_cues(self.tables), undecided(self.tables)) if said]
         return verdict_table(self.tables, len(self.failed) - len(self.unscored), notes, self.beside)
 
     @classmethod
