@@ -48,7 +48,7 @@ def spread(tmp_path_factory):
     return write_tables(made)
 
 
-def test_files_report_and_terminal_say_how_many_seeds_would_settle_it(spread, monkeypatch):
+def test_files_report_and_terminal_say_how_many_seeds_would_settle_it(spread):
     tables = judge_and_write(spread)
     details = json.loads((spread.directory.out / "verdict_details.json").read_text())
     found = {name: one["seeds_needed"] for name, one in details["sft"]["rows"]["kl"]["verdicts"].items()}
