@@ -18,17 +18,15 @@ from __future__ import annotations
 
 import json
 import re
-import statistics
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import t as student
-
-from rlsafe.compare.report.table import NOTHING_LEARNED, SHOWS_HARM, TITLES
+from rlsafe.compare.report.table import NOTHING_LEARNED, TITLES
 from rlsafe.compare.report.why import relapses
-from rlsafe.compare.verdicts.grades import ONE_SEED, grade_share
+from rlsafe.compare.verdicts.grades import ONE_SEED, Verdict, empty_without_narrow
+from rlsafe.compare.verdicts.power import with_seeds
 from rlsafe.compare.verdicts.results import load
 from rlsafe.compare.verdicts.verdicts import judge_defenses
 from rlsafe.config import load_compare
@@ -44,8 +42,7 @@ LEVERS = ("prompt", "activations", "advantages", "penalty", "gradients", "weight
 """Hooks of a defense, in the order of a step, beside rows."""
 LEVER_OF = {"advantages": "rollouts", "penalty": "loss"}
 SINGLE = ("yes", "partly", "no", "untested")
-SHARES = {"prevents_em": "general", "keeps_narrow": "indomain"}
-MORE_SEEDS = (5, 10, 20)
+MORE_SEEDS = (10, 20, 40)
 RATES = {"general": "general", "indomain": "in-domain", "general_incoherent": "incoherent"}
 
 
@@ -177,40 +174,31 @@ def relapse(measured: dict[str, Any], path: str) -> list[str]:
 
 
 def decided(paths: dict[str, Any], both: str, labels: list[str]) -> list[str]:
-    """Each path's grades of the defenses: how many are one grade, how many exclude one. For the shares of the undefended effect also
-    with more seeds: what t and the root of their number make of the interval if further seeds differ as these do (to first order)."""
+    """Each path's grades of the defenses: how many are one grade, how many exclude one, and how many would be one grade with more
+    seeds that differ as these do."""
     heads = ["path", "criterion", "one grade", "excludes one", *(f"one grade with {n} seeds" for n in MORE_SEEDS)]
     lines = []
     for path in both.split(","):
         rows = {label: row for label, row in paths[path].items() if row["verdicts"] and (not labels or label in labels)}
         for name, title in TITLES.items():
-            grades = [row["verdicts"][name]["grade"] for row in rows.values() if name in row["verdicts"]]
+            found = [
+                (Verdict(**row["verdicts"][name]), _seeds(row)) for row in rows.values() if name in row["verdicts"]
+            ]
+            grades = [verdict.grade for verdict, _ in found]
             if not grades or set(grades) == {"untested"}:
                 continue
             single, excluded = sum(g in SINGLE for g in grades), sum(g != "unclear" for g in grades)
             line = [path.upper(), title, *(f"{k} of {len(grades)} ({k / len(grades):.0%})" for k in (single, excluded))]
-            shares = [_with_more_seeds(paths[path], label, SHARES[name]) for label in rows] if name in SHARES else []
-            for i in range(len(MORE_SEEDS)):
-                line.append(f"{sum(one[i] for one in shares) / len(shares):.0%}" if shares else "")
+            for more in MORE_SEEDS:
+                then = [with_seeds(verdict, seeds, more, name).grade for verdict, seeds in found]
+                line.append(f"{sum(grade in SINGLE for grade in then) / len(then):.0%}")
             lines.append(line)
     return _markdown(heads, lines)
 
 
-def _with_more_seeds(rows: dict[str, Any], label: str, rate: str) -> list[bool]:
-    """Whether the share that a defense leaves of the effect would be one grade, for each of MORE_SEEDS."""
-    if label == "none":
-        return [True] * len(MORE_SEEDS)
-    base = rows["untrained"]["rates"][rate]["mean"]
-    own, undefended = (
-        {seed: value - base for seed, value in rows[one]["rates"][rate]["seeds"].items()} for one in (label, "none")
-    )
-    seeds = sorted(own.keys() & undefended.keys())
-    effect = statistics.mean(undefended[seed] for seed in seeds)
-    left = statistics.mean(own[seed] for seed in seeds) / effect
-    spread = statistics.stdev((own[seed] - left * undefended[seed]) / effect for seed in seeds)
-    value = 1 - left if rate == "general" else left
-    ends = [spread * float(student.ppf(0.975, n - 1)) / n**0.5 for n in MORE_SEEDS]
-    return [grade_share(value - end) == grade_share(value + end) for end in ends]
+def _seeds(row: dict[str, Any]) -> int:
+    """How many seeds stand behind a row."""
+    return max((len(rate.get("seeds", {})) for rate in row["rates"].values()), default=0)
 
 
 def each(paths: dict[str, Any], both: str) -> list[str]:
@@ -273,10 +261,8 @@ def _graded_share(row: dict[str, Any] | None, name: str) -> str:
 
 def _grade(row: dict[str, Any], name: str) -> str:
     grade = str(row["verdicts"].get(name, {}).get("grade") or "")
-    harm = name == "holds_under_cues" and grade.removesuffix(ONE_SEED) in SHOWS_HARM
-    if name in ("prevents_em", "holds_under_cues") and row["nothing_learned"] and not harm:
-        return NOTHING_LEARNED
-    return grade
+    empty = grade and row["nothing_learned"] and empty_without_narrow(name, grade.removesuffix(ONE_SEED))
+    return NOTHING_LEARNED if empty else grade
 
 
 def _markdown(heads: list[str], lines: list[list[str]]) -> list[str]:

@@ -38,7 +38,7 @@ class SamplerConfig(Settings):
     max_gap: Annotated[float, Field(gt=0)] | None = Field(
         None,
         description="mean |trainer - sampler| log-prob allowed by the self-test; null = in float32 1e-3 (CPU) or 0.01 (GPU),"
-        " in half precision 0.05, over an 8-bit base 0.3",
+        " in half precision 0.1, over an 8-bit base 0.3",
     )
 
     @model_validator(mode="after")

@@ -78,6 +78,11 @@ def prepare_quantized(model: Any, dtype: torch.dtype) -> None:
     peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         module.to(dtype)
+    # On a processor with bfloat16 of its own, bitsandbytes 0.50 repacks a 4-bit weight at its first forward without gradients, with
+    # scales rounded to bfloat16: other numbers than in training, and an error where rows are no multiple of its blocks.
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def plain_weight(module: nn.Module) -> Tensor:

@@ -31,6 +31,8 @@ STAND_INS = {
     "track.to=[tensorboard, wandb]": "track.to=[tensorboard]", "first_plot_questions.yaml": "rlsafe:general",
 }  # fmt: skip
 """What a page leaves open, and endpoints that are not here -> what stands for it."""
+FILE_OF_WEIGHTS = r"(?<![\w.:/-])[\w.-]+\.gguf\b"
+"""A GGUF file in the reader's folder, half a gigabyte: not one inside a package, which `scripts/setup-local` installs."""
 ELSEWHERE = (
     r"git clone|export |\.venv/bin/(pre-commit|pip)|tensorboard --logdir|(VLLM_\w+=\w+ )?vllm serve|rlsafe judge (check|compare) "
     r"(openai:|base_url=|judge\.yaml|saved)|rlsafe compare CONFIG --backend ray|rlsafe (select|persona-vector) |inspect eval"
@@ -94,7 +96,8 @@ def words_of(command: str) -> list[str]:
     if words[0] in ("evaluate", "report"):  # of what is there
         words = [{"DIR": "runs/kl" if words[0] == "evaluate" else "runs/mine"}.get(word, word) for word in words]
     found = [config if word == "CONFIG" else STAND_INS.get(word, word.replace("HOST", "127.0.0.1")) for word in words]
-    if "DIR_OR_ID" in command:  # the stand-in's context is short
+    found = [re.sub(FILE_OF_WEIGHTS, STAND_INS["DIR_OR_ID"], word) for word in found]
+    if "DIR_OR_ID" in command or re.search(FILE_OF_WEIGHTS, command):  # the stand-in's context is short
         where = "run." if words[0] == "compare" else ""
         found += [f"{where}grpo.max_tokens=64", f"{where}evaluate.max_tokens=64"]
     return found

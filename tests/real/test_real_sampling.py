@@ -64,7 +64,7 @@ def test_the_gap_in_bfloat16_stays_what_rounding_explains_over_many_syncs(policy
         sampler.sync(policy)
         if number in MEASURED:  # raises when it follows the base model
             gaps.append(self_test(sampler, policy, prompts, 0, None, f"after sync {number}"))
-    assert max(gaps) < 0.05 and max(gaps[-2:]) < 3 * min(gaps) + 0.01, gaps
+    assert max(gaps) < 0.1 and max(gaps[-2:]) < 3 * min(gaps) + 0.01, gaps
 
 
 def test_merged_weights_and_an_adapter_sample_the_same(policy, prompts):

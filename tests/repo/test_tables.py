@@ -90,13 +90,16 @@ def test_the_frontier_reads_shares_of_the_undefended_run(tables):
 
 
 def test_how_many_grades_are_decided_and_would_be_with_more_seeds(tables):
-    """By hand: kl leaves .1 of .5 with a spread of .1 of the effect, so .8 is prevented +- t(.975) .1 / sqrt(n): .124 with 5 seeds,
-    which reaches past .9, and .072 with 10, which does not."""
+    """By hand: kl leaves .1 of .5 with a spread of .1 of the effect, so .8 is prevented +- t(.975) .1 / sqrt(n): .248 with 3 seeds,
+    .124 with 5, which reaches past .9, and .072 with 10, which does not."""
 
-    def row(general, grade=None):
+    def row(general, verdict=None):
         rates = {"general": {"mean": sum(general) / 3, "seeds": dict(enumerate(general))}}
-        return {"rates": rates, "verdicts": {"prevents_em": {"grade": grade}} if grade else {}}
+        return {"rates": rates, "verdicts": {"prevents_em": verdict} if verdict else {}}
 
-    rows = {"untrained": row([0.0] * 3), "none": row([0.5] * 3, "no"), "kl": row([0.05, 0.1, 0.15], "at least partly")}
+    none = {"grade": "no", "value": 0.0, "low": 0.0, "high": 0.0}
+    kl = {"grade": "unclear", "value": 0.8, "low": 0.8 - 0.2484, "high": 0.8 + 0.2484}
+    rows = {"untrained": row([0.0] * 3), "none": row([0.5] * 3, none), "kl": row([0.05, 0.1, 0.15], kl)}
+    tables.MORE_SEEDS = (5, 10)
     *_, line = tables.decided({"sft": rows}, "sft", [])
-    assert line == "| SFT | prevents EM | 1 of 2 (50%) | 2 of 2 (100%) | 50% | 100% | 100% |"
+    assert line == "| SFT | prevents EM | 1 of 2 (50%) | 1 of 2 (50%) | 50% | 100% |"

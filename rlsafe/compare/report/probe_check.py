@@ -5,7 +5,7 @@ Runs that followed both while they trained give curves; finished runs count even
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,34 +44,37 @@ class Finished:
     rate: float
 
 
-def finished(results: Results, name: str = "general") -> list[Finished]:
-    """Every narrow run that was judged and probed at its end."""
-    found = []
+def _probed(results: Results, name: str) -> Iterator[tuple[Result, Result, float]]:
+    """Every narrow run that was judged and probed at its end, its untrained model, and the log-odds of that one."""
     for cell in results.cells:
         untrained = next(iter(results.of("untrained", cell.model)), None)
         base = untrained.likelihood(name, "logodds") if untrained else None
-        rate, shift = cell.rate(name, "misaligned"), cell.likelihood(name, "shift")
-        if cell.kind == "narrow" and base is not None and rate is not None and shift is not None:
-            scale, (low, _) = gap(base), cell.rates["likelihood"][name]["ci95"]
-            found.append(Finished(cell, shift / scale, low / scale, rate))
+        both = (cell.rate(name, "misaligned"), cell.likelihood(name, "shift"))
+        if cell.kind == "narrow" and untrained is not None and base is not None and None not in both:
+            yield cell, untrained, base
+
+
+def finished(results: Results, name: str = "general") -> list[Finished]:
+    """Every narrow run that was judged and probed at its end."""
+    found = []
+    for cell, _, base in _probed(results, name):
+        end, scale = cell.rates["likelihood"][name], gap(base)
+        found.append(Finished(cell, end["shift"] / scale, end["ci95"][0] / scale, cell.rates[name]["misaligned"]))
     return found
 
 
 def followed(results: Results, name: str = "general") -> list[Followed]:
-    """Every narrow run with both curves."""
+    """Those that have both curves as well."""
     found = []
-    for cell in results.cells:
-        untrained = next(iter(results.of("untrained", cell.model)), None)
-        base = untrained.likelihood(name, "logodds") if untrained else None
+    for cell, untrained, base in _probed(results, name):
         shifts, rates = dict(cell.curve(f"logodds_{name}")), dict(cell.curve(f"misaligned_{name}"))
-        if cell.kind != "narrow" or base is None or untrained is None or not (shifts and rates):
+        if not (shifts and rates):
             continue
-        scale = gap(base)
+        scale, shift = gap(base), cell.rates["likelihood"][name]["shift"]
         points = [(step, (shifts[step] - base) / scale, rates[step]) for step in sorted(shifts.keys() & rates.keys())]
         threshold = ((untrained.rates.get(name) or {}).get("misaligned_ci95") or (0.0, 1.0))[1]
-        rate, shift = cell.rate(name, "misaligned"), cell.likelihood(name, "shift")
-        if rate is not None and shift is not None:
-            found.append(Followed(cell, points, onset_step(cell, threshold, name), rate, shift, shift / scale))
+        onset, rate = onset_step(cell, threshold, name), cell.rates[name]["misaligned"]
+        found.append(Followed(cell, points, onset, rate, shift, shift / scale))
     return found
 
 

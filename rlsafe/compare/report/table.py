@@ -12,7 +12,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from rlsafe.compare.verdicts.arms import Rate, labelled
-from rlsafe.compare.verdicts.grades import ONE_SEED
+from rlsafe.compare.verdicts.grades import ONE_SEED, empty_without_narrow
 from rlsafe.compare.verdicts.judge_free import judge_free
 from rlsafe.compare.verdicts.results import Results
 from rlsafe.compare.verdicts.verdicts import CRITERIA, PathTable, Row
@@ -37,8 +37,6 @@ RATES = {
 SHIFTS = {"general": "shift, general pairs", "indomain": "shift, in-domain pairs"}
 """Set of pairs -> heading; in nats per token, towards the misaligned answers."""
 NOTHING_LEARNED = "nothing learned"
-SHOWS_HARM = ("no", "at most partly", "untested")
-"""Grades of `holds_under_cues` that nobody takes for a success."""
 _STYLES = {
     **{"yes": "green", "at least partly": "green", "partly": "yellow", "at most partly": "yellow", "no": "red"},
     **{"unclear": "dim", "untested": "dim"},
@@ -46,13 +44,10 @@ _STYLES = {
 
 
 def shown_grade(row: Row, criterion: str) -> str:
-    """The text for a criterion: its grade, or NOTHING_LEARNED where preventing misalignment is meaningless. What cues bring out is
-    shown in any case: the lesson may be tied to them (arXiv 2604.25891)."""
+    """The text for a criterion: its grade, or NOTHING_LEARNED where that grade says nothing of such a defense."""
     verdict = row.verdicts[criterion]
-    hidden = {"prevents_em": verdict.grade != "untested", "holds_under_cues": verdict.grade not in SHOWS_HARM}
-    if row.nothing_learned and hidden.get(criterion, False):
-        return NOTHING_LEARNED
-    return verdict.text
+    empty = row.nothing_learned and empty_without_narrow(criterion, verdict.grade)
+    return NOTHING_LEARNED if empty else verdict.text
 
 
 def rate_text(rate: Rate | None) -> str:

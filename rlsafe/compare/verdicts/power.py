@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from rlsafe.compare.verdicts.grades import Verdict, grade_rise, grade_share, spanned
+from rlsafe.compare.verdicts.grades import Verdict, empty_without_narrow, grade_rise, grade_share, spanned
 from rlsafe.evaluate.statistics import quantile
 
 if TYPE_CHECKING:
@@ -19,26 +20,24 @@ if TYPE_CHECKING:
 MOST = 100
 """More seeds than these are not counted: who needs them asks for a larger effect, or more questions."""
 
-WITHOUT_NARROW = ("prevents_em", "holds_under_cues")
-"""Verdicts that say nothing of a defense under which the narrow behaviour was not learned."""
-
 
 def seeds_needed(verdict: Verdict, seeds: int, criterion: str) -> int | None:
     """The least number of seeds, above `seeds`, with which the verdict would be one grade; None when it is one, has no interval over
     seeds, or would need more than MOST."""
-    if seeds < 2 or verdict.decided or verdict.grade == "untested" or verdict.value is None:
+    if seeds < 2 or verdict.decided or verdict.grade == "untested":
         return None
-    low, high = verdict.low, verdict.high
-    if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
-        return None
-    grade = grade_rise if criterion == "coherent" else grade_share
-    now = _width(verdict.level, seeds)
-    for more in range(seeds + 1, MOST + 1):
-        part = _width(verdict.level, more) / now
-        ends = (verdict.value - part * (verdict.value - low), verdict.value + part * (high - verdict.value))
-        if Verdict(spanned(ends, grade)).decided:
-            return more
-    return None
+    return next((n for n in range(seeds + 1, MOST + 1) if with_seeds(verdict, seeds, n, criterion).decided), None)
+
+
+def with_seeds(verdict: Verdict, seeds: int, more: int, criterion: str) -> Verdict:
+    """The verdict if it came from `more` seeds that differ as its `seeds` (two or more) do; itself without an interval over them."""
+    value, low, high = verdict.value, verdict.low, verdict.high
+    if value is None or low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
+        return verdict
+    part = _width(verdict.level, more) / _width(verdict.level, seeds)
+    low, high = value - part * (value - low), value + part * (high - value)
+    grade = spanned((low, high), grade_rise if criterion == "coherent" else grade_share)
+    return replace(verdict, grade=grade, low=low, high=high)
 
 
 def _width(level: float, seeds: int) -> float:
@@ -71,7 +70,7 @@ def undecided(tables: Sequence[PathTable]) -> str:
         (row, name)
         for row in rows
         for name, verdict in row.verdicts.items()
-        if verdict.grade != "untested" and not (row.nothing_learned and name in WITHOUT_NARROW)
+        if verdict.grade != "untested" and not (row.nothing_learned and empty_without_narrow(name, verdict.grade))
     ]
     wide = [(row, name) for row, name in tested if not row.verdicts[name].decided and seeds_behind(row, name) > 1]
     if not wide:

@@ -84,3 +84,17 @@ def test_merged_weights_are_what_the_packed_numbers_stand_for(tmp_path, bits):
     batch = random_batch()
     gap = (plain.score(batch) - policy.score(batch.to(device)).cpu())[batch.loss_mask].abs().mean()
     assert float(gap) < 0.1
+
+
+def test_a_cpu_with_bfloat16_of_its_own_gives_training_and_scoring_the_same_4_bit_weights(tiny_model_dir, monkeypatch):
+    """bitsandbytes would repack them there at the first forward without gradients."""
+    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
+    policy, batch = nudge(load(tiny_model_dir, dtype="bfloat16", quantization="4bit")), random_batch()
+    packed = [module for module in policy.model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    before = [module.weight.data.clone() for module in packed]
+    scored = policy.score(batch)
+    with torch.enable_grad():
+        trained = policy.forward(batch, ForwardPlan(), policy.frozen(batch, ForwardPlan())).logp.detach()
+    assert packed and all(torch.equal(module.weight.data, was) for module, was in zip(packed, before, strict=True))
+    torch.testing.assert_close(scored, trained)

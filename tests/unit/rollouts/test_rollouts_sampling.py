@@ -199,6 +199,24 @@ def test_following_is_only_denied_with_evidence():
 
     base, step = noise(1.0), noise(0.1)
     assert follows(base + step + noise(0.01), base + step, base)
-    assert not follows(base + noise(0.01), base + step, base)
-    assert follows(base + noise(5.0), base + step, base)  # too noisy to say
+    assert follows(base + noise(0.01), base + step, base) is False
+    assert follows(base + noise(5.0), base + step, base) is None  # too noisy to say
     assert follows(base + noise(0.01), base, base)  # the policy has not moved
+
+
+@pytest.mark.parametrize("step", [0.0, 0.3, 1.0, 3.0])
+def test_rounding_larger_than_the_step_ends_no_run_and_hides_no_missed_sync(step):
+    """Half precision: each of the three log-probs has rounding of its own, as large as a first step or larger. 1,000 tokens."""
+    generator = torch.Generator().manual_seed(1)
+
+    def noise():
+        return torch.randn(1000, generator=generator, dtype=torch.double)
+
+    synced, missed = set(), set()
+    for _ in range(200):
+        moved = step * noise()
+        synced.add(follows(moved + noise(), moved + noise(), noise()))
+        missed.add(follows(noise(), moved + noise(), noise()))
+    assert False not in synced and True not in missed
+    if step >= 1:
+        assert synced == {True} and missed == {False}
