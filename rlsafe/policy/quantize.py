@@ -69,9 +69,8 @@ def quantization_settings(bits: Literal["4bit", "8bit"], dtype: torch.dtype) -> 
 
 
 def prepare_quantized(model: Any, dtype: torch.dtype) -> None:
-    """Apply PEFT's preparation (everything frozen, norms in float32), then put embeddings and head back in `dtype`.
-
-    In float32 those two would take a third of a 4-bit model's memory.
+    """Apply PEFT's preparation (everything frozen, norms in float32), put embeddings and head back in `dtype`, and keep packed weights
+    as they were stored. In float32 embeddings and head would take a third of a 4-bit model's memory.
     """
     import peft
 

@@ -89,7 +89,7 @@ def test_the_frontier_reads_shares_of_the_undefended_run(tables):
     assert [sorted(panel) for panel in names] == [["kl", "ldifs"]] * 2
 
 
-def test_how_many_grades_are_decided_and_would_be_with_more_seeds(tables):
+def test_how_many_grades_are_decided_and_would_be_with_more_seeds(tables, monkeypatch):
     """By hand: kl leaves .1 of .5 with a spread of .1 of the effect, so .8 is prevented +- t(.975) .1 / sqrt(n): .248 with 3 seeds,
     .124 with 5, which reaches past .9, and .072 with 10, which does not."""
 
@@ -100,6 +100,6 @@ def test_how_many_grades_are_decided_and_would_be_with_more_seeds(tables):
     none = {"grade": "no", "value": 0.0, "low": 0.0, "high": 0.0}
     kl = {"grade": "unclear", "value": 0.8, "low": 0.8 - 0.2484, "high": 0.8 + 0.2484}
     rows = {"untrained": row([0.0] * 3), "none": row([0.5] * 3, none), "kl": row([0.05, 0.1, 0.15], kl)}
-    tables.MORE_SEEDS = (5, 10)
+    monkeypatch.setattr(tables, "MORE_SEEDS", (5, 10))
     *_, line = tables.decided({"sft": rows}, "sft", [])
     assert line == "| SFT | prevents EM | 1 of 2 (50%) | 1 of 2 (50%) | 50% | 100% |"
