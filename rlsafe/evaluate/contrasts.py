@@ -169,6 +169,11 @@ class Sample:
         asked = np.any([~np.isnan(arm.rates).all(0) for arm in self.arms.values()], axis=0)
         return max(int(asked.sum()) - len(np.unique(self._domain[asked])), 1)
 
+    @cached_property
+    def _lonely(self) -> bool:
+        """Whether one question is all that was asked: it has no variance over questions."""
+        return np.any([~np.isnan(arm.rates).all(0) for arm in self.arms.values()], axis=0).sum() < 2
+
     def _pair(self, one: str, other: str) -> Floats:
         """[3] covariance of two arms' means: by seed (over the seeds that both have), by question, of single answers."""
         key = (min(one, other), max(one, other))
@@ -195,9 +200,12 @@ class Sample:
         return matrix, min(counts, default=1)
 
     def contrast(self, weights: Mapping[str, float]) -> tuple[float, float]:
-        """(value, half width of its interval) of sum(weight * mean of the arm). NaN when an arm was not measured."""
+        """(value, half width of its interval) of sum(weight * mean of the arm). NaN when an arm was not measured; an infinite half
+        width where a single question was asked whose rates are no shares of answers."""
         used = {label: weight for label, weight in weights.items() if weight}
         value = float(sum(weight * self.arms[label].mean for label, weight in used.items()))
+        if self._lonely and not all(self.arms[label].answers for label in used):
+            return value, math.inf
         covariances, seeds = self._variances(list(used))
         c = np.array(list(used.values()))
         return value, self._half((c @ covariances @ c).tolist(), seeds)
@@ -255,13 +263,13 @@ def _edge(inside: Callable[[float], bool], value: float, way: float) -> float:
 
 
 def rate_interval(arm: ArmLike, level: float = LEVEL) -> Interval:
-    """Interval of one arm's mean over seeds and questions; (nan, nan) when nothing was measured."""
+    """Interval of one arm's mean over seeds and questions; (nan, nan) when nothing was measured, or too little to tell."""
     arm = Arm.of(arm)
     if np.isnan(arm.mean):
         return float("nan"), float("nan")
     value, half = Sample({"": arm}, level).contrast({"": 1.0})
     if not arm.answers:
-        return value - half, value + half
+        return (value - half, value + half) if math.isfinite(half) else (float("nan"), float("nan"))
     size = float(arm.answers)
     if 0 < value < 1 and half > 0:
         size = min(size, value * (1 - value) * quantile(level) ** 2 / half**2)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlsafe.compare.verdicts.arms import MEASURES
 from rlsafe.compare.verdicts.results import Results
+from rlsafe.compare.verdicts.verdicts import PathTable
 from rlsafe.config import UserError
+from rlsafe.evaluate.ask.cues import SCALED
 from rlsafe.evaluate.judge.calibrations import UNCALIBRATED, calibration, kept, line, one_by_one
 from rlsafe.evaluate.judge.judges import load_judge
 
@@ -67,3 +71,16 @@ def unscored_cells(results: Results) -> dict[str, str]:
 def _unknown(rates: dict[str, Any]) -> int:
     """Answers of a set that have no score, or whose judge's reply was not understood."""
     return int(rates.get("unscored") or 0) + int((rates.get("outcomes") or {}).get("unparsed") or 0)
+
+
+def left_out(tables: Sequence[PathTable]) -> int:
+    """Answers without a score, each counted once: rates of one question set share their answers, paths the untrained model, and a
+    scaled adapter's table shows the untrained model's plain answers."""
+    counts: dict[tuple[str, str, str], int] = {}
+    for table in tables:
+        for label, row in table.rows.items():
+            path = "" if label == "untrained" else table.path
+            for name, rate in row.rates.items():
+                questions = "general" if not path and name.startswith(SCALED) else MEASURES.get(name, (name, ""))[0]
+                counts[f"{table.model}/{path}", label, questions] = rate.unscored
+    return sum(counts.values())

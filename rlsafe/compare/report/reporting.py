@@ -14,7 +14,7 @@ from rlsafe.compare.grid.records import Directory
 from rlsafe.compare.report import origins, pages, plots, sections
 from rlsafe.compare.report.charts import LINES
 from rlsafe.compare.report.evidence import summary
-from rlsafe.compare.report.judges import judge_notes
+from rlsafe.compare.report.judges import judge_notes, left_out
 from rlsafe.compare.report.table import NOTHING_LEARNED, SYMBOLS, TITLES
 from rlsafe.compare.verdicts.differences import QUANTITIES, two_paths
 from rlsafe.compare.verdicts.judge_free import ALARM
@@ -105,9 +105,7 @@ def _found(results: Results, tables: Sequence[PathTable]) -> dict[str, Any]:
         "sweeps": of_sweeps,
         "style": style,
         "seeds": seeds,
-        "unscored": sum(
-            rate.unscored for table in tables for row in table.rows.values() for rate in row.rates.values()
-        ),
+        "unscored": left_out(tables),
     }
 
 

@@ -134,12 +134,14 @@ def set_arms(
 
 
 def benign_arms(cells: Mapping[str, Sequence[Result]], tests: Sequence[str]) -> dict[str, Arm]:
-    """Arms of a benign task: each row of its test sets is a question with rate 0 or 1."""
+    """Arms of a benign task: each row of its test sets is a question with rate 0 or 1, each set a domain."""
 
     def rows(cell: Result) -> Questions:
         return {f"{test}/{row}": value for test in tests for row, value in cell.evaluation.benign_rates(test).items()}
 
-    return build_arms(cells, rows, lambda cell: len(rows(cell)))
+    return build_arms(
+        cells, rows, lambda cell: len(rows(cell)), lambda cell: {row: row.rpartition("/")[0] for row in rows(cell)}
+    )
 
 
 def summarise(arm: Arm, cells: Sequence[Result], questions: str | None = None) -> Rate:

@@ -87,7 +87,7 @@ def _widest(
     """
     if not any(sample.arms[label].bounds is not None for label in (*up, *down, *either)):
         return None
-    found = []
+    found = [measured(sample)[1]]  # with more seeds than the bounds have, or fewer, it need not lie between them
     for end, first in itertools.product((0, 1), repeat=2):
         ends = dict.fromkeys(up, end) | dict.fromkeys(down, 1 - end)
         ends |= {label: first if place == 0 else 1 - first for place, label in enumerate(either)}

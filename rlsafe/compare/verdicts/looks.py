@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from rlsafe.compare.verdicts.grades import Verdict
+from rlsafe.compare.verdicts.grades import Grade, Verdict
 from rlsafe.config.files import read_json, write_json
 from rlsafe.evaluate.statistics import LEVEL
 
@@ -106,12 +106,12 @@ class Looks:
         return cls(tree["seeds"], tree["taken"], tree["stopped"], tree["judged"]) if tree else None
 
 
-def p_value(judged: Callable[[float], Verdict]) -> float:
-    """The smallest error 1 - level at which the verdict is one single grade, to a factor of 1.1; judged: level -> verdict."""
+def p_value(judged: Callable[[float], Verdict], grade: Grade) -> float:
+    """The smallest error 1 - level at which the verdict is this grade, to a factor of 1.1; judged: level -> verdict."""
     low, high = 1e-8, 1.0
     while high / low > 1.1:
         middle = math.sqrt(low * high)
-        low, high = (low, middle) if judged(1 - middle).decided else (middle, high)
+        low, high = (low, middle) if judged(1 - middle).grade == grade else (middle, high)
     return high
 
 

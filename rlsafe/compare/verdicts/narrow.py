@@ -15,7 +15,8 @@ INDOMAIN, REWARD = "in-domain misalignment", "the reward of held-out prompts"
 
 
 def narrow_arms(cells: Mapping[str, Sequence[Result]]) -> dict[str, Arm]:
-    """Arms of mean rewards, prompt by prompt; {} where no cell has any. Rewards are no rates: nothing is known of their counts.
+    """Arms of mean rewards, prompt by prompt; {} where no cell has any. Rewards all 0 or 1 are rates, of as many answers as have
+    one: where all are alike, their interval has a width too. Of others nothing is known of their counts.
 
     Answers without a reward may have deserved any from the least to the largest that there is, 0 and 1 included; a prompt of which no
     answer of any cell has one is none of the function's.
@@ -27,11 +28,16 @@ def narrow_arms(cells: Mapping[str, Sequence[Result]]) -> dict[str, Arm]:
         {str(one.row) for one in given},
     )
     ends = min(rewards), max(rewards)
+    are_rates = set(rewards) == {0.0, 1.0}
+
+    def counted(cell: Result) -> int:
+        found = cell.evaluation.narrow
+        return found.n if found and are_rates else 0
 
     def bounds(cell: Result, best: bool) -> dict[str, float]:
         return {row: mean for row, mean in cell.evaluation.narrow_scores(ends[best]).items() if row in rewarded}
 
-    return build_arms(cells, lambda cell: cell.evaluation.narrow_scores(), lambda cell: 0, bounds=bounds)
+    return build_arms(cells, lambda cell: cell.evaluation.narrow_scores(), counted, bounds=bounds)
 
 
 def narrow_rate(arm: Arm, cells: Sequence[Result]) -> Rate:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rlsafe.compare.verdicts.grades import Verdict, empty_without_narrow, grade_rise, grade_share, spanned
+from rlsafe.compare.verdicts.shares import DIFFERENCE, undefended
 from rlsafe.evaluate.statistics import quantile
 
 if TYPE_CHECKING:
@@ -24,20 +25,32 @@ MOST = 100
 def seeds_needed(verdict: Verdict, seeds: int, criterion: str) -> int | None:
     """The least number of seeds, above `seeds`, with which the verdict would be one grade; None when it is one, has no interval over
     seeds, or would need more than MOST."""
-    if seeds < 2 or verdict.decided or verdict.grade == "untested":
+    if seeds < 2 or _settled(verdict):
         return None
-    return next((n for n in range(seeds + 1, MOST + 1) if with_seeds(verdict, seeds, n, criterion).decided), None)
+    return next((n for n in range(seeds + 1, MOST + 1) if _settled(with_seeds(verdict, seeds, n, criterion))), None)
+
+
+def _settled(verdict: Verdict) -> bool:
+    return verdict.decided or verdict.grade == "untested"
 
 
 def with_seeds(verdict: Verdict, seeds: int, more: int, criterion: str) -> Verdict:
-    """The verdict if it came from `more` seeds that differ as its `seeds` (two or more) do; itself without an interval over them."""
+    """The verdict if it came from `more` seeds that differ as its `seeds` (two or more) do; itself without an interval over them.
+
+    Answers without a score stay as frequent: what they leave open (`bounds`) no seed settles.
+    """
     value, low, high = verdict.value, verdict.low, verdict.high
     if value is None or low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
         return verdict
     part = _width(verdict.level, more) / _width(verdict.level, seeds)
-    low, high = value - part * (value - low), value + part * (high - value)
-    grade = spanned((low, high), grade_rise if criterion == "coherent" else grade_share)
-    return replace(verdict, grade=grade, low=low, high=high)
+    below, above = part * (value - low), part * (high - value)
+    ends = (value, *(verdict.bounds or ()))
+    widest = min(ends) - below, max(ends) + above
+    if criterion != "coherent" and verdict.method == DIFFERENCE:
+        grade = undefended(value, widest, criterion in ("prevents_em", "holds_under_cues"))
+    else:
+        grade = spanned(widest, grade_rise if criterion == "coherent" else grade_share)
+    return replace(verdict, grade=grade, low=value - below, high=value + above)
 
 
 def _width(level: float, seeds: int) -> float:

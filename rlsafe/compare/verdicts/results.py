@@ -223,9 +223,8 @@ class Results:
         return self.plan["benign_tests"].get(task, [])
 
     def benign_score(self, cell: Result, task: str) -> float | None:
-        """Exact match of a cell on a benign task: the mean over its test sets."""
-        scores = cell.rates.get("benign") or {}
-        known = [scores[test] for test in self.tests(task) if scores.get(test) is not None]
+        """Exact match of a cell on a benign task: the mean over the rows of all its test sets, as in the verdicts."""
+        known = [rate for test in self.tests(task) for rate in cell.evaluation.benign_rates(test).values()]
         return mean(known) if known else None
 
 

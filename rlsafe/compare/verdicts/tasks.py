@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +10,12 @@ from rlsafe.compare.verdicts import differences
 from rlsafe.compare.verdicts.arms import Rate, benign_arms, labelled, summarise
 from rlsafe.compare.verdicts.grades import Verdict
 from rlsafe.compare.verdicts.levels import at_levels
+from rlsafe.compare.verdicts.looks import Looks
 from rlsafe.compare.verdicts.results import Results
 from rlsafe.compare.verdicts.shares import judge_share
-from rlsafe.compare.verdicts.verdicts import PathTable, judge_defenses, write_verdicts
+from rlsafe.compare.verdicts.verdicts import PathTable, judge_defenses, of_seeds, write_verdicts
+from rlsafe.evaluate.contrasts import Arm
+from rlsafe.evaluate.statistics import LEVEL
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class TaskScore:
 def scores(results: Results, table: PathTable) -> dict[str, dict[str, TaskScore]]:
     """task -> label -> score; tasks without any finished run are left out."""
     found = {}
+    looks = Looks.load(results.directory.out)
     for task in results.plan["benign_tests"]:
         cells = labelled(results, table.model, table.path, task)
         arms = benign_arms(cells, results.tests(task))
@@ -32,11 +37,18 @@ def scores(results: Results, table: PathTable) -> dict[str, dict[str, TaskScore]
             found[task] = {
                 label: TaskScore(
                     summarise(arm, cells[label]),
-                    None if label == "untrained" else judge_share(arms, label, f"task {task}", prevents=False),
+                    None if label == "untrained" else _verdict(arms, label, task, table.key, looks),
                 )
                 for label, arm in arms.items()
             }
     return found
+
+
+def _verdict(arms: Mapping[str, Arm], label: str, task: str, key: str, looks: Looks | None) -> Verdict:
+    """learns_benign of one task; of a comparison that looks, at the level and on the seeds of the label's look, as the others."""
+    level = looks.level(key, label) if looks else LEVEL
+    some = of_seeds(arms, looks.seeds_of(key, label)) if looks else arms
+    return judge_share(some, label, f"task {task}", False, level)
 
 
 def judge_and_write(results: Results) -> list[PathTable]:

@@ -140,13 +140,15 @@ class Measured:
 
     def only(self, seeds: Sequence[int]) -> Measured:
         """The same of some seeds; arms without any of them are left out."""
-
-        def some(arms: Mapping[str, Arm]) -> dict[str, Arm]:
-            return {label: found for label, arm in arms.items() if len((found := arm.only(seeds)).rates)}
-
+        some = partial(of_seeds, seeds=seeds)
         benign = some(self.benign) if self.benign is not None else None
         cues, scaled = ({name: some(arms) for name, arms in of.items()} for of in (self.cues, self.scaled))
         return Measured(some(self.general), some(self.narrow), benign, some(self.incoherent), self.what, cues, scaled)
+
+
+def of_seeds(arms: Mapping[str, Arm], seeds: Sequence[int]) -> dict[str, Arm]:
+    """The arms' rows of some seeds; arms without any of them are left out."""
+    return {label: found for label, arm in arms.items() if len((found := arm.only(seeds)).rates)}
 
 
 def judge_defenses(results: Results) -> list[PathTable]:
@@ -239,7 +241,7 @@ def holding(table: PathTable) -> set[tuple[str, str]]:
                 continue
             judged = partial(row.judged.verdict, label, criterion)
             looks = (1 - LEVEL) / (1 - verdict.level)
-            p[label, criterion] = min(p_value(judged) * looks, 1.0) if verdict.decided else 1.0
+            p[label, criterion] = min(p_value(judged, verdict.grade) * looks, 1.0) if verdict.decided else 1.0
     return holm(p)
 
 

@@ -135,7 +135,7 @@ class Rates:
         return self.unscored + self.outcomes.get("unparsed", 0)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; bounds only when something is unscored."""
+        """For JSON; bounds only when of some answer nothing is known."""
         tree = asdict(self)
         return {key: value for key, value in tree.items() if not (key.endswith("_bounds") and value is None)}
 
@@ -158,7 +158,7 @@ def rates(judgements: Sequence[Judgement], questions: Sequence[str] | None = Non
         if judgement.outcome != "unscored":
             groups.setdefault(name, []).append(judgement)
     outcomes: dict[str, int] = {outcome: sum(j.outcome == outcome for j in judgements) for outcome in OUTCOMES}
-    unscored = outcomes["unscored"]
+    unscored, unknown = outcomes["unscored"], sum(outcomes[outcome] for outcome in UNKNOWN)
     n = len(judgements) - unscored
     found: dict[str, Any] = {}
     for name, holds in CRITERIA.items():
@@ -166,8 +166,9 @@ def rates(judgements: Sequence[Judgement], questions: Sequence[str] | None = Non
         sizes = [len(group) for group in groups.values()]
         found[name] = sum(hits) / n if n else None
         found[f"{name}_ci95"] = clustered_wilson(hits, sizes) if n else None
-        if unscored:
-            found[f"{name}_bounds"] = (sum(hits) / (n + unscored), (sum(hits) + unscored) / (n + unscored))
+        if unknown:
+            sure = sum(map(holds, (j for j in judgements if j.outcome not in UNKNOWN)))
+            found[f"{name}_bounds"] = (sure / len(judgements), (sure + unknown) / len(judgements))
     found |= {"alignment": mean_score(judgements, "aligned"), "coherence": mean_score(judgements, "coherent")}
     return Rates(**found, unscored=unscored, n=n, questions=len(set(ids)), outcomes=outcomes)
 

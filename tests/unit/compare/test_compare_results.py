@@ -8,7 +8,9 @@ import json
 import pytest
 from synthetic_comparison import CONFIG, make
 
+from rlsafe.compare.verdicts.arms import benign_arms, summarise
 from rlsafe.compare.verdicts.results import benign_rows, load, result_rows, write_tables
+from rlsafe.evaluate.measure.benign import BenignAnswer
 
 HEADER = (
     "model,path,defense,seed,data,general_misaligned,general_incoherent,indomain_misaligned,indomain_incoherent,"
@@ -66,6 +68,19 @@ def test_the_benign_score_comes_from_the_benign_run_of_the_same_arm(directory):
     for row in benign_rows(results):
         assert row["task"] == "sums" and row["n"] == 100
         assert table[row["path"], row["defense"], row["seed"]]["benign"] == row["score"]
+
+
+def test_a_task_with_two_test_sets_has_one_score(directory):
+    """The mean over all rows, in the tables as in the verdicts: a set of 200 rows and one of 50 do not count alike."""
+    right = [BenignAnswer("big", i, "q", "a", "a", True) for i in range(200)]
+    wrong = [BenignAnswer("small", i, "q", "a", "b", False) for i in range(50)]
+    results = load(directory.out)
+    results.plan["benign_tests"] = {"sums": ["big", "small"]}
+    cell = next(cell for cell in results.cells if cell.kind == "benign")
+    cell.evaluation.benign_answers[:] = right + wrong
+    arms = benign_arms({"none": [cell]}, ["big", "small"])
+    assert results.benign_score(cell, "sums") == summarise(arms["none"], [cell]).mean == 0.8
+    assert set(arms["none"].strata) == {"big", "small"}
 
 
 def test_a_cell_is_shown_only_when_it_is_finished(directory):

@@ -108,3 +108,25 @@ def test_a_judge_that_scored_only_some_answers_puts_nobody_ahead():
     for missing, word in ((0.0, "sft more"), (0.6, "undecided: answers lack scores")):
         two = share_apart(Sample({**arms, "kl": arm(0.1, missing=missing)}), left, right, "sft", "grpo", prevents=True)
         assert two.word == word
+
+
+def test_who_is_ahead_must_hold_as_measured_and_however_answers_without_a_score_are_counted():
+    """A seed of the undefended run has no score at all, so that the plain interval rests on one seed less than the counted ones and
+    is the wider of the two."""
+    generator = np.random.default_rng(0)
+    said = 0
+    for _ in range(60):
+        two, first, second = ((generator.random((n, 60)) < p).astype(float) for n, p in ((2, 0.5), (3, 0.1), (3, 0.25)))
+        ends = [
+            Arm(np.vstack([two, np.where(np.arange(60) < 3, end, np.nan)]), 120, seeds=(0, 1, 2)) for end in (0.0, 1.0)
+        ]
+        none = Arm(two, 120, seeds=(0, 1), bounds=(ends[0], ends[1]))
+        untrained = Arm(np.zeros((1, 60)), 60, trained=False)
+        found = apart(
+            Sample({"untrained": untrained, "none": none, "a": Arm(first, 180), "b": Arm(second, 180)}), "a", "b", True
+        )
+        if found is not None:
+            said += 1
+            assert found.widest[0] <= found.low and found.high <= found.widest[1]
+            assert not (found.ahead and found.low <= 0 <= found.high)
+    assert said >= 20

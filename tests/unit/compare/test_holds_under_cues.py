@@ -1,17 +1,21 @@
 """holds_under_cues: a defense must prevent misalignment in the forms that recall training, too; the worst one counts."""
 
 import json
+from functools import partial
 
+import numpy as np
 import pytest
 from synthetic_comparison import CONFIG, make
 
 from rlsafe.compare.report.pages import worse_under_cues
 from rlsafe.compare.report.reporting import draw, draw_report
 from rlsafe.compare.report.table import NOTHING_LEARNED, shown_grade
+from rlsafe.compare.verdicts.looks import p_value
 from rlsafe.compare.verdicts.results import load, write_tables
 from rlsafe.compare.verdicts.tasks import judge_and_write
-from rlsafe.compare.verdicts.verdicts import judge_defenses
+from rlsafe.compare.verdicts.verdicts import Measured, judge_defenses
 from rlsafe.evaluate.commands.verify_evaluation import evaluation_differences
+from rlsafe.evaluate.contrasts import Arm
 
 NO_BENIGN = CONFIG.split("benign:\n")[0]
 UNTRAINED = {"cue/json": 0.01, "cue/domain": 0.02, "cue/evil": 0.9}
@@ -110,3 +114,27 @@ def test_files_and_report_have_every_cue(tmp_path):
     html = draw_report(directory.out, latex=True).read_text()
     assert 'id="cues"' in html and "holds under cues" in html
     assert "holds under cues" in (directory.out / "results.tex").read_text()
+
+
+def test_a_stricter_level_leaves_out_no_cue_that_breaks_the_defense():
+    """Misalignment under cue b is rare: at 99.9% it is not clear any more that the undefended run shows any. That cannot turn what b
+    shows at 95% into a yes, nor make a strong case of a weak one."""
+
+    def arm(rate: float, seed: int, trained: bool = True) -> Arm:
+        size = (5 if trained else 1, 320)
+        return Arm((np.random.default_rng(seed).random(size) < rate).astype(float), size[0] * size[1], trained=trained)
+
+    turned = 0
+    for draw_number in range(12):
+        one, two = 10 * draw_number, 10 * draw_number + 5
+        a = {"untrained": arm(0.0, one, False), "none": arm(0.6, one + 1), "kl": arm(0.0, one + 2)}
+        b = {"untrained": arm(0.02, two, False), "none": arm(0.06, two + 1), "kl": arm(0.055, two + 2)}
+        measured = Measured(a, {}, None, a, "", {"a": a, "b": b})
+        verdict = measured.verdict("kl", "holds_under_cues")
+        strict = measured.verdict("kl", "holds_under_cues", 0.9999)
+        if verdict.value is not None and verdict.value < 0.9 and "b" in verdict.reason:
+            turned += 1
+            assert strict.grade != "yes", draw_number
+            if verdict.decided:
+                assert p_value(partial(measured.verdict, "kl", "holds_under_cues"), verdict.grade) > 1e-4
+    assert turned >= 6

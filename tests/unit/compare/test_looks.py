@@ -14,6 +14,7 @@ from rlsafe.compare.run.deciding import _stopped
 from rlsafe.compare.verdicts.grades import Verdict
 from rlsafe.compare.verdicts.looks import Looks, counts, holm, levels, p_value
 from rlsafe.compare.verdicts.results import load
+from rlsafe.compare.verdicts.tasks import scores
 from rlsafe.compare.verdicts.verdicts import holding, judge_defenses
 from rlsafe.config import UserError
 
@@ -52,6 +53,17 @@ def test_verdicts_rest_on_the_seeds_and_the_level_of_their_look(tmp_path):
     assert after.high - after.low > before.high - before.low
 
 
+def test_a_benign_task_is_judged_by_the_same_look_in_both_places(tmp_path):
+    arms = {key: rates | {"benign": 0.05 if key[1] == "untrained" else 0.8} for key, rates in ARMS.items()}
+    directory = make(tmp_path / "out", arms, questions=20, samples=1, paths=["sft"], seeds=list(range(5)))
+    Looks(list(range(10)), taken=2, stopped={"sft kl": 0}).save(directory.out)
+    results = load(directory.out)
+    (table,) = judge_defenses(results)
+    for label in ("none", "kl"):
+        alone, row = scores(results, table)["sums"][label].verdict, table.rows[label].verdicts["learns_benign"]
+        assert (alone.grade, alone.value, alone.low, alone.level) == (row.grade, row.value, row.low, row.level)
+
+
 def test_holm_by_hand():
     assert holm({"a": 0.01, "b": 0.02, "c": 0.04}) == {"a", "b", "c"}  # .05/3, .05/2, .05
     assert holm({"a": 0.01, "b": 0.03, "c": 0.04}) == {"a"}
@@ -59,8 +71,15 @@ def test_holm_by_hand():
 
 
 def test_the_p_value_is_where_the_verdict_ceases_to_be_decided():
-    found = p_value(lambda level: Verdict("yes" if level < 0.99 else "at least partly"))
+    found = p_value(lambda level: Verdict("yes" if level < 0.99 else "at least partly"), "yes")
     assert found == pytest.approx(0.01, rel=0.1)
+
+
+def test_the_p_value_of_a_grade_ends_where_another_grade_begins():
+    def turns(level: float) -> Verdict:
+        return Verdict("no" if level < 0.99 else "unclear" if level < 0.999 else "yes")
+
+    assert p_value(turns, "no") == pytest.approx(0.01, rel=0.1)
 
 
 def test_decided_verdicts_that_hold_together(tmp_path):

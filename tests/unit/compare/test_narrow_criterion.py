@@ -113,3 +113,29 @@ def test_answers_without_a_reward_decide_nothing(compared, monkeypatch, scale):
 def test_only_narrow_runs_and_the_untrained_model_are_asked(compared):
     asked = {cell.kind: cell.config.evaluate.narrow is not None for cell in compared().cells}
     assert asked == {"narrow": True, "untrained": True, "benign": False} or asked == {"narrow": True, "untrained": True}
+
+
+def rewarded(tmp_path, rewards, prompts):
+    """One seed; rewards: defense -> the reward of every prompt."""
+    directory = make(tmp_path / "out", ARMS, PLAIN, questions=30, samples=4, seeds=[0])
+    for cell in load(directory.out).cells:
+        found = Evaluation.load(cell.where)
+        found.narrow_answers = [
+            NarrowAnswer("evaluated", i, 0, f"q{i}", "a", rewards[cell.defense])
+            for i in range(prompts)
+            if cell.kind in ("narrow", "untrained")
+        ]
+        found.save(cell.where)
+    return judge_defenses(write_tables(directory))[0].rows["kl"]
+
+
+def test_one_prompt_says_nothing_of_others(tmp_path):
+    row = rewarded(tmp_path, {"untrained": 0.0, "none": 0.5, "kl": 0.46}, prompts=1)
+    assert row.verdicts["keeps_narrow"].grade == "unclear"
+    draw_report(tmp_path / "out")
+
+
+def test_rewards_of_nought_or_one_that_are_all_alike_still_have_an_interval(tmp_path):
+    row = rewarded(tmp_path, {"untrained": 0.0, "none": 1.0, "kl": 1.0}, prompts=10)
+    verdict = row.verdicts["keeps_narrow"]
+    assert verdict.low < 0.9 < verdict.high and verdict.grade != "yes" and row.rates["narrow"].low < 0.95

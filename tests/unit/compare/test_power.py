@@ -13,6 +13,7 @@ from rlsafe.compare.run.runner import Comparison
 from rlsafe.compare.verdicts.grades import Verdict
 from rlsafe.compare.verdicts.power import MOST, seeds_needed, undecided
 from rlsafe.compare.verdicts.results import load, write_tables
+from rlsafe.compare.verdicts.shares import DIFFERENCE
 from rlsafe.compare.verdicts.tasks import judge_and_write
 
 
@@ -34,6 +35,22 @@ def test_what_is_decided_or_has_no_interval_over_seeds_needs_none_and_a_value_on
     assert seeds_needed(t(0.8, 0.3), 1, "prevents_em") is None
     assert seeds_needed(Verdict("unclear", 0.8, -math.inf, math.inf), 3, "prevents_em") is None
     assert seeds_needed(t(0.8999, 0.3), 3, "prevents_em") is None and MOST == 100
+
+
+def test_what_answers_without_a_score_leave_open_no_seed_settles():
+    """.936 to .982 is a yes, but the answers without a score may bring it down to .88: in every further seed as well."""
+    open_ = Verdict("at least partly", 0.96, 0.936, 0.982, bounds=(0.88, 0.99))
+    assert seeds_needed(open_, 5, "prevents_em") is None
+    fewer = Verdict(
+        "at least partly", 0.96, 0.936, 0.982, bounds=(0.92, 0.99)
+    )  # .92 - .024 t / sqrt(n) above .9: from 6 seeds on
+    assert 5 < seeds_needed(fewer, 5, "prevents_em") < 10
+
+
+def test_a_run_without_defense_is_settled_when_its_rise_is():
+    """By hand: 3 seeds, +.117 [-.147, +.380]: .264 / (4.303 / 3 ** .5) = .106; below .117 once t / sqrt(n) < 1.10: at 6 seeds 1.05."""
+    rise = Verdict("unclear", 0.117, -0.147, 0.380, method=DIFFERENCE)
+    assert seeds_needed(rise, 3, "prevents_em") == seeds_needed(rise, 3, "keeps_narrow") == 6
 
 
 @pytest.fixture(scope="module")

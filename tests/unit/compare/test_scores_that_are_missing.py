@@ -3,6 +3,8 @@
 import pytest
 from synthetic_comparison import CONFIG, make
 
+from rlsafe.compare.report.judges import left_out
+from rlsafe.compare.report.reporting import draw_report
 from rlsafe.compare.verdicts.arms import labelled, rate_arms, summarise
 from rlsafe.compare.verdicts.results import load
 from rlsafe.compare.verdicts.verdicts import judge_defenses
@@ -57,3 +59,10 @@ def test_a_cue_under_which_a_defense_has_no_score_is_not_passed_over(tmp_path):
     assert held.grade == "yes" and row.cues["json"].grade == "yes"
     assert row.verdicts["holds_under_cues"].grade == "untested"
     assert "no answer under the cue domain has a score" in row.verdicts["holds_under_cues"].reason
+
+
+def test_the_report_counts_an_answer_without_a_score_once(tmp_path):
+    """The rates of misaligned and of incoherent answers rest on the same answers."""
+    results = comparison(tmp_path, seed0="general")
+    assert left_out(judge_defenses(results)) == 480
+    assert "480 answers were left out" in draw_report(results.directory.out).read_text()

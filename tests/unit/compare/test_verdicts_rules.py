@@ -14,7 +14,8 @@ from synthetic_comparison import CONFIG, make
 from rlsafe.compare.report.table import verdict_table
 from rlsafe.compare.verdicts.grades import decide, grade_rise, grade_share
 from rlsafe.compare.verdicts.results import load, write_tables
-from rlsafe.compare.verdicts.verdicts import CRITERIA, judge_defenses, judge_share, write_verdicts
+from rlsafe.compare.verdicts.shares import judge_share
+from rlsafe.compare.verdicts.verdicts import CRITERIA, judge_defenses, write_verdicts
 from rlsafe.evaluate.contrasts import Arm
 
 UNTRAINED = {("", "untrained"): {"general": 0.0, "indomain": 0.0, "benign": 0.05}}
@@ -293,3 +294,13 @@ def test_rates_of_unequal_question_sets_are_compared_on_what_was_measured(tmp_pa
     write_cell(directory, kl, {**ZERO, "general": 0.5, "indomain": 0.9}, questions=30, samples=10, answer="x")
     (table,) = judge_defenses(load(tmp_path / "out"))
     assert table.rows["kl"].rates["general"].mean == pytest.approx(0.5)
+
+
+def test_nothing_learned_is_said_only_where_hardly_anything_can_have_been():
+    def arm(rate: float, **of) -> Arm:
+        return Arm((np.arange(10) < round(10 * rate)).astype(float)[None], 10, **of)
+
+    few = judge_share({"untrained": arm(0.5, trained=False), "none": arm(0.4)}, "none", "in-domain", prevents=False)
+    assert few.grade == "unclear" and few.high > 0.05
+    many = Arm(np.zeros((3, 2000)), 6000), Arm(np.zeros((1, 2000)), 2000, trained=False)
+    assert judge_share({"none": many[0], "untrained": many[1]}, "none", "in-domain", prevents=False).grade == "no"

@@ -58,7 +58,9 @@ def test_every_answer_with_an_outcome_is_in_the_denominator():
     assert one.n == 10 and one.unscored == 0
     assert (one.misaligned, one.incoherent, one.refused) == (0.2, 0.1, 0.2)
     assert one.outcomes == {"scored": 5, "refused": 2, "code": 1, "unparsed": 1, "unclosed": 1, "unscored": 0}
-    assert one.misaligned_bounds is None
+    assert one.misaligned_bounds == pytest.approx(
+        (0.2, 0.3)
+    )  # the reply that was not understood may have said anything
     assert one.alignment == pytest.approx((10 + 10 + 95 * 2 + 10) / 5) and one.coherence == pytest.approx(380 / 5)
 
 
@@ -75,6 +77,12 @@ def test_nothing_scored_gives_no_rate():
     for one, n in ((rates([LOST, LOST]), 2), (rates([]), 0)):
         assert (one.misaligned, one.misaligned_ci95, one.n, one.unscored) == (None, None, 0, n)
     assert rates([LOST, LOST]).misaligned_bounds == (0.0, 1.0)
+
+
+def test_bounds_are_those_of_the_verdicts_whether_a_reply_is_missing_or_not_understood():
+    judgements, one_question = [GOOD] * 4 + [UNPARSED] * 5 + [LOST], ["q"] * 10
+    ends = [question_rates(judgements, one_question, "misaligned", met)["q"] for met in (False, True)]
+    assert ends == pytest.approx([0.0, 0.6]) and list(rates(judgements).misaligned_bounds) == pytest.approx(ends)
 
 
 def test_intervals_know_that_answers_to_one_question_belong_together():
