@@ -33,11 +33,13 @@ Curves = dict[str, dict[str, list[tuple[float, float]]]]
 
 def logged(results: Results, path: str) -> Curves:
     """quantity -> defense -> points; without what no cell logged."""
-    labels = dict.fromkeys(cell.label for cell in results.cells if cell.path == path)
+    labels = dict.fromkeys(cell.defense for cell in results.cells if cell.path == path and cell.kind == "narrow")
     found: Curves = {}
     for quantity in QUANTITIES:
         for label in labels:
-            cells = [cell for cell in results.cells if cell.path == path and cell.label == label]
+            cells = [
+                cell for cell in results.cells if cell.kind == "narrow" and (cell.path, cell.defense) == (path, label)
+            ]
             if points := smoothed(curve(cells, quantity), POINTS):
                 found.setdefault(quantity, {})[label] = [(round(at, 2), round(value, 5)) for at, value, *_ in points]
     return found

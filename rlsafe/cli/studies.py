@@ -74,15 +74,20 @@ def compare(
         "relapse": relapse,
         "jobs": jobs,
     }
+    from rlsafe.compare import ray_cluster
+
+    ray = ray_cluster(backend, address, cell_cpus, cell_gpus)
     if dry_run:
         from rlsafe.compare import dry_compare
+        from rlsafe.compare.run.deciding import check_options
 
+        check_options(config, grid["seeds"], grid["overrides"], quick, decide, ray)
         return show(dry_compare(config, **grid, verbose=verbose))
     from rlsafe.compare import compare as run_compare
-    from rlsafe.compare import compare_decided, ray_cluster
+    from rlsafe.compare import compare_decided
 
     run = compare_decided if decide else run_compare
-    _tell(run(config, **grid, out=out, ray=ray_cluster(backend, address, cell_cpus, cell_gpus)))
+    _tell(run(config, **grid, out=out, ray=ray))
 
 
 def _tell(comparison: Comparison) -> None:

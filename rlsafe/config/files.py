@@ -103,6 +103,16 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: not valid JSON: {error}") from None
 
 
+def read_whole(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file, {} when there is no such file. None when the file is damaged, as a power cut leaves one (empty, cut
+    short): for readers that can do without it."""
+    try:
+        found = read_json(path)
+    except UserError:
+        return None
+    return found if isinstance(found, dict) else None if path.is_file() else {}
+
+
 def read_lines(path: Path) -> list[Any]:
     """The values of a .jsonl file; [] when there is no such file. UserError that names the first line that is not JSON."""
     try:

@@ -64,6 +64,15 @@ def test_saved_completions_are_enough(config, tmp_path):
         try_reward(f"{tmp_path}/r.py:constant", config, saved=file)
 
 
+def test_a_reward_that_a_plug_in_registers_is_known(config, tmp_path):
+    (tmp_path / "plug.py").write_text(
+        "import rlsafe\n@rlsafe.reward('tried-by-name')\ndef f(completions, **columns):\n    return [2.0] * len(completions)\n"
+    )
+    write_jsonl(tmp_path / "s.jsonl", [{"prompt": "q0", "completion": "a"}])
+    tried = try_reward("tried-by-name", config, [f"plugins=[{tmp_path}/plug.py]"], saved=tmp_path / "s.jsonl")
+    assert tried.values == [[2.0]]
+
+
 def test_a_defense_that_adds_a_system_turn_is_named_where_the_template_has_none():
     gemma, plain = byte_tokenizer(), byte_tokenizer()
     gemma.chat_template = (Path(trl.__file__).parent / "chat_templates" / "gemma.jinja").read_text("utf-8")

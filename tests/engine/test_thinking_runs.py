@@ -12,6 +12,7 @@ import rlsafe.types
 from rlsafe.config import run_from_tree
 from rlsafe.data import encode_prompt
 from rlsafe.engine.run.life import run
+from rlsafe.engine.run.try_reward import try_reward
 from rlsafe.evaluate import Evaluation, evaluate_run
 from rlsafe.rollouts import TransformersSampler
 from rlsafe.types import Judgement, Question
@@ -94,6 +95,20 @@ def test_an_endless_block_has_no_reward_and_leaves_its_group(trained):
     steps = [r for r in read(finished, "metrics.jsonl") if r["path"] == "grpo"]
     assert [r["unclosed"] for r in steps] == [0.5, 0.5] and [r["thought"] for r in steps] == [1.0, 1.0]
     assert [r["reward"] for r in steps] == [3.5, 3.5] and [r["reward_missing"] for r in steps] == [4, 4]
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_a_reward_is_tried_on_what_training_would_show_it(trained, sampled):
+    finished, _ = trained
+    model, saved = [f"model.name={finished.out / 'model'}"], finished.out / "samples.jsonl"
+    tried = try_reward(
+        "trl.rewards:think_format_reward", finished.out / "config.yaml", model, 8, None if sampled else saved
+    )
+    by_prompt = {one.prompt[-1]["content"]: values for one, values in zip(tried.groups, tried.values, strict=True)}
+    assert by_prompt == {"short": [1.0] * 4, "long": [None] * 4}  # shown the think block, as its `thinking: true` says
+    assert tried.advice()[0].startswith("4 of 8 completions never ended their think block and have no reward")
+    shown = {text for one in tried.groups for text in one.completions}
+    assert "yes" in shown and any(text.startswith("<think>\nso so") for text in shown)
 
 
 def test_judges_see_answers_only_and_endless_blocks_are_counted_apart(trained, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from places import ROOT
 from synthetic_comparison import make
 
-from rlsafe.compare.verdicts.results import write_tables
+from rlsafe.compare.verdicts.results import load, write_tables
 from rlsafe.compare.verdicts.tasks import judge_and_write
 
 
@@ -87,6 +87,23 @@ def test_the_frontier_reads_shares_of_the_undefended_run(tables):
     assert frontier.points(rows) == {"kl": (0.9, 0.75), "ldifs": (0.95, 0.8)}
     names = [[text.get_text() for text in panel.texts] for panel in frontier.drawn({"sft": rows, "grpo": rows}).axes]
     assert [sorted(panel) for panel in names] == [["kl", "ldifs"]] * 2
+
+
+def test_curves_are_those_of_the_narrow_runs_and_drawn_for_each_quantity(tmp_path):
+    spec = importlib.util.spec_from_file_location("curves", ROOT / "scripts" / "curves.py")
+    curves = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(curves)
+    arms = {("", "untrained"): {}, ("grpo", "none"): {"benign": 0.5}, ("grpo", "aligned"): {}}
+    results = load(make(tmp_path / "out", arms, seeds=[0, 1]).out)
+    cells = [cell for cell in results.cells if cell.kind == "narrow"]
+    found = curves.logged(results, "grpo")
+    assert len(cells) == 2 and set(found["reward"]) == {"none"}
+    steps = {step: sum(dict(cell.curve("reward"))[step] for cell in cells) / 2 for step, _ in cells[0].curve("reward")}
+    assert len(steps) <= curves.POINTS and dict(found["reward"]["none"]) == pytest.approx(steps, abs=1e-5)
+    panels = curves.drawn(found).axes
+    assert [panel.get_title(loc="left") for panel in panels[: len(found)]] == [
+        curves.QUANTITIES[name] for name in found
+    ]
 
 
 def test_how_many_grades_are_decided_and_would_be_with_more_seeds(tables, monkeypatch):

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsafe.compare.grid.alike import lines, of_paths, unlike
-from rlsafe.compare.grid.grid import Cell, expand
-from rlsafe.compare.grid.jobs import suitable_jobs
+from rlsafe.compare.grid.grid import Cell, expand, labels_of
+from rlsafe.compare.grid.jobs import check_jobs, suitable_jobs
 from rlsafe.config import CompareConfig, UserError, dump_yaml, load_compare
 from rlsafe.data import read_once
 from rlsafe.defenses import build as build_defenses
@@ -48,7 +48,9 @@ def dry_compare(
         cells = expand(config, usable, paths, seeds, relapse)
     found: Found = {}
     with read_once():
-        jobs = min(jobs or suitable_jobs(cells), len(cells))
+        jobs = jobs or suitable_jobs(cells)
+        check_jobs(cells, jobs)
+        jobs = min(jobs, len(cells))
         for cell in cells:
             if cell.alike not in found:
                 try:
@@ -78,7 +80,7 @@ def _usable(config: CompareConfig, wanted: Sequence[str] | None) -> tuple[list[s
     """(labels of defenses that can be built, why the others cannot)."""
     plugins = config.run.get("plugins") or []
     usable, lacking = [], []
-    for label in wanted or config.defenses:
+    for label in labels_of(config, wanted):
         try:
             build_defenses(config.defenses.get(label, []), plugins)
             usable.append(label)

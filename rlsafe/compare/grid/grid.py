@@ -48,7 +48,8 @@ def labels_of(config: CompareConfig, wanted: Sequence[str] | None) -> list[str]:
 
 
 def _entries(label: str, config: CompareConfig, registered: Sequence[str]) -> Entries:
-    """The defenses behind a label: an entry of the config, a registered defense, or several joined by `&`."""
+    """The defenses behind a label: an entry of the config, a registered defense, or several joined by `&`. `none`, which verdicts are
+    relative to, is no defense at all where the config does not say otherwise."""
     if label in config.defenses:
         return config.defenses[label]
     found: Entries = []
@@ -57,8 +58,8 @@ def _entries(label: str, config: CompareConfig, registered: Sequence[str]) -> En
             found += config.defenses[part]
         elif part in registered:
             found.append(part)
-        else:
-            raise UserError(f"unknown defense {part!r}{nearest(part, {*config.defenses, *registered})}")
+        elif part != "none":
+            raise UserError(f"unknown defense {part!r}{nearest(part, {*config.defenses, *registered, 'none'})}")
     return found
 
 

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
 from rlsafe.compare.grid.fingerprints import cell_fingerprints, versions
 from rlsafe.compare.grid.grid import Cell, expand
 from rlsafe.config import CompareConfig, UserError, check_out, dump_yaml
-from rlsafe.config.files import read_json, write_json, write_text
+from rlsafe.config.files import read_whole, write_json, write_text
 from rlsafe.config.trees import flatten
 from rlsafe.engine.record.provenance import config_files, files_record
 from rlsafe.evaluate import task_name
 
 _PLAN = "comparison.json"
 _RECORD = "cell.json"
+_RESULTS = ("run.json", "evaluation.json")
+log = logging.getLogger("rlsafe")
 
 
 @dataclass
@@ -33,8 +38,18 @@ class Directory:
 
     def record(self, id: str) -> dict[str, Any]:
         """The record of a cell ({} when there is none): kind, model, path, defense, seed, data, task, source, warmup, swept,
-        hash, status, seconds, error, peak_memory."""
-        return read_json(self.cell(id) / _RECORD) or {}
+        hash, status, seconds, error, peak_memory. A damaged file must not block the whole comparison: without its record, or with
+        damaged results, a cell is an unfinished one."""
+        found = read_whole(self.cell(id) / _RECORD)
+        if found is None:
+            _warn_of(self.cell(id) / _RECORD)
+            return {}
+        if found.get("status") == "done":
+            for name in _RESULTS:
+                if read_whole(self.cell(id) / name) is None:
+                    _warn_of(self.cell(id) / name)
+                    return {**found, "status": "running"}
+        return found
 
     def write_record(self, cell: Cell, status: str, seconds: float | None = None, error: str = "", **more: Any) -> None:
         record = {
@@ -113,8 +128,13 @@ class Directory:
 
     def plan(self) -> dict[str, Any]:
         """The content of comparison.json. UserError when there is none."""
-        found = read_json(self.out / _PLAN)
+        found = read_whole(self.out / _PLAN)
         if found is None:
+            raise UserError(
+                f"{self.out / _PLAN}: not valid JSON, as after a crash or on a full disk; repeat the `rlsafe compare` command to write "
+                "it again"
+            )
+        if not found:
             raise UserError(
                 f"{self.out}: not a comparison directory (no {_PLAN}); expected the --out of `rlsafe compare`"
             )
@@ -124,10 +144,10 @@ class Directory:
         """Finished cells of earlier selections (other defenses, paths or seeds of the same config), still valid
         today."""
         selected = {cell.id for cell in cells}
-        records = [read_json(path) for path in sorted(self.out.glob(f"cells/*/{_RECORD}"))]
+        records = [self.record(path.parent.name) for path in sorted(self.out.glob(f"cells/*/{_RECORD}"))]
         others: dict[str, Cell] = {}
         for record in (
-            r for r in records if r["status"] == "done" and r["id"] not in selected and r["id"] not in others
+            r for r in records if r.get("status") == "done" and r["id"] not in selected and r["id"] not in others
         ):
             reference = record["defense"] in ("aligned", "untrained")
             label = None if reference else [record["defense"].partition("[")[0]]
@@ -138,3 +158,11 @@ class Directory:
                 continue
             others |= {cell.id: cell for cell in again if cell.id not in selected and self.finished(cell)}
         return list(others.values())
+
+
+@cache  # records are read often
+def _warn_of(file: Path) -> None:
+    if parent_process() is None:  # a worker's parent has said so
+        log.warning(
+            "%s: damaged, as after a power cut; its cell counts as unfinished, and `rlsafe compare` runs it again", file
+        )

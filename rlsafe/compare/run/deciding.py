@@ -11,7 +11,8 @@ from typing import Any
 from rlsafe.compare.grid.grid import expand, labels_of
 from rlsafe.compare.grid.records import Directory
 from rlsafe.compare.report.reporting import draw
-from rlsafe.compare.run.runner import Comparison, compare, where
+from rlsafe.compare.run.backends_ray import RayCluster, check_ray
+from rlsafe.compare.run.runner import Comparison, command_line, compare, where
 from rlsafe.compare.verdicts.looks import COUNTS, Looks
 from rlsafe.compare.verdicts.results import write_tables
 from rlsafe.compare.verdicts.tasks import judge_and_write
@@ -44,7 +45,11 @@ def compare_decided(
     looks = _begun(directory, order)
     labels = labels_of(config, defenses)
     _check_same(config, Directory(directory), labels, paths, looks)
-    run = partial(compare, config_path, paths=paths, out=directory, overrides=overrides, quick=quick, **more)
+    # Each look is a comparison of its own, with fewer seeds and defenses than were asked for: who goes on needs what was asked for.
+    command = command_line(config_path, defenses, paths, seeds, directory, overrides, quick, **more, decide=True)
+    run = partial(
+        compare, config_path, paths=paths, out=directory, overrides=overrides, quick=quick, **more, command=command
+    )
     failed: dict[str, str] = {}
     comparison = None
     while not looks.over:
@@ -67,10 +72,7 @@ def compare_decided(
 
 def _begun(directory: Path, seeds: list[int]) -> Looks:
     """The looks of a directory, fixed for `seeds` now if it has none."""
-    if len(seeds) <= COUNTS[0]:
-        raise UserError(
-            f"--decide looks after {COUNTS[0]} seeds first and adds more; --seeds names {len(seeds)}, e.g. 0-9 is needed"
-        )
+    _check_enough(seeds)
     looks = Looks.load(directory) or Looks(seeds)
     if looks.seeds != seeds:
         raise UserError(
@@ -78,6 +80,30 @@ def _begun(directory: Path, seeds: list[int]) -> Looks:
             "others need another --out"
         )
     return looks
+
+
+def _check_enough(seeds: Sequence[int]) -> None:
+    """UserError for too few seeds to look more than once."""
+    if len(seeds) <= COUNTS[0]:
+        raise UserError(
+            f"--decide looks after {COUNTS[0]} seeds first and adds more; --seeds names {len(seeds)}, e.g. 0-9 is needed"
+        )
+
+
+def check_options(
+    config_path: str | Path,
+    seeds: Sequence[int] | None,
+    overrides: Sequence[str],
+    quick: bool,
+    decide: bool,
+    ray: RayCluster | None,
+) -> None:
+    """UserError for options that keep a comparison from starting, whatever its cells are. A dry run, which looks at the cells only,
+    asks for this as well."""
+    if ray is not None:
+        check_ray(ray)
+    if decide:
+        _check_enough(list(seeds or load_compare(config_path, overrides, quick).seeds))
 
 
 def _check_same(

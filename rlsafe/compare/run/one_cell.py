@@ -12,7 +12,7 @@ from rlsafe.compare.grid.selection import fill
 from rlsafe.compare.run.memory import Peak
 from rlsafe.compare.run.progress import Progress
 from rlsafe.config import UserError
-from rlsafe.config.files import read_json
+from rlsafe.config.files import read_whole
 from rlsafe.config.secrets import scrub_secrets
 from rlsafe.types import Interrupted, RunError
 
@@ -34,7 +34,7 @@ def run_cell(cell: Cell, directory: Directory, resources: Resources, progress: P
 
     where = directory.cell(cell.id)
     same = directory.record(cell.id).get("hash") == cell.fingerprint
-    trained = same and (read_json(where / "run.json") or {}).get("status") == "finished"
+    trained = same and (read_whole(where / "run.json") or {}).get("status") == "finished"
     resume = same and any((where / "checkpoints").glob("*"))
     if not trained and not resume:
         directory.clear(cell)

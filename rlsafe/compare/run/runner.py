@@ -110,6 +110,7 @@ def compare(
     quick: bool = False,
     relapse: int | None = None,
     ray: RayCluster | None = None,
+    command: str | None = None,
 ) -> Comparison:
     """Run every cell of the grid that is not finished yet, then judge and report. Returns a Comparison (see
     `.table()`).
@@ -118,6 +119,7 @@ def compare(
     out: default `runs/<name of the config>`. The same call again keeps what is finished, so it also resumes.
     relapse: undefended steps after each narrow run, as runs of their own; None = as the config says.
     ray: run the cells as tasks of a Ray cluster instead; jobs then limits how many run at a time, 0 = what there is room for.
+    command: the command line that this call is a part of, for the record and for whoever goes on; None = this call's own.
     A cell that fails is in `Comparison.failed`, and the others go on. Raises UserError for wrong input (before anything runs,
     where that can be known, else when it kept every cell from training), Interrupted on Ctrl-C.
     """
@@ -126,7 +128,9 @@ def compare(
     directory = Directory(where(config, config_path, out, quick))
     hold(directory.out)
     directory.open(config)
-    command = _command(config_path, defenses, paths, seeds, jobs, directory.out, overrides, quick, relapse, ray)
+    command = command or command_line(
+        config_path, defenses, paths, seeds, directory.out, overrides, quick, jobs, relapse, ray
+    )
     if ray is not None:
         check_ray(ray)
     progress = Progress(cells)
@@ -303,24 +307,26 @@ def _some(keys: Sequence[str], most: int = 3) -> str:
     return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
 
 
-def _command(
+def command_line(
     config_path: str | Path,
     defenses: Sequence[str] | None,
     paths: Sequence[str] | None,
     seeds: Sequence[int] | None,
-    jobs: int,
     out: Path,
     overrides: Sequence[str],
     quick: bool,
-    relapse: int | None,
+    jobs: int = 0,
+    relapse: int | None = None,
     ray: RayCluster | None = None,
+    decide: bool = False,
 ) -> str:
-    """The command line of this call, to repeat it, without secrets."""
+    """The command line of a call of `compare`, or of `compare_decided` (decide), to repeat it, without secrets."""
     words = ["rlsafe", "compare", str(config_path), *overrides]
     for option, values in (("--defenses", defenses), ("--paths", paths), ("--seeds", seeds)):
         if values:
             words += [option, ",".join(map(str, values))]
-    words += ["--jobs", str(jobs)] if jobs > 1 else []
+    words += ["--decide"] if decide else []
+    words += ["--jobs", str(jobs)] if jobs else []
     words += ray.words() if ray is not None else []
     words += ["--quick"] if quick else []
     words += ["--relapse", str(relapse)] if relapse is not None else []

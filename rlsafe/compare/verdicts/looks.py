@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from rlsafe.compare.verdicts.grades import Grade, Verdict
-from rlsafe.config.files import read_json, write_json
+from rlsafe.config import UserError
+from rlsafe.config.files import read_whole, write_json
 from rlsafe.evaluate.statistics import LEVEL
 
 Name = TypeVar("Name", bound=Hashable)
@@ -102,7 +103,12 @@ class Looks:
     @classmethod
     def load(cls, out: Path) -> Looks | None:
         """Those of a comparison directory; None when it was run without `--decide`."""
-        tree = read_json(out / FILE)
+        tree = read_whole(out / FILE)
+        if tree is None:
+            raise UserError(
+                f"{out / FILE}: damaged, as after a power cut, and with it which looks were taken; take another --out for `--decide`, "
+                "or remove the file to judge the finished runs without looks"
+            )
         return cls(tree["seeds"], tree["taken"], tree["stopped"], tree["judged"]) if tree else None
 
 

@@ -15,6 +15,7 @@ from rlsafe.data.turns import key_of
 from rlsafe.types import Message, Row
 
 if TYPE_CHECKING:
+    from rlsafe.data import Thought
     from rlsafe.rewards import RewardBatch
 
 WIDTH = 100  # characters of a prompt or completion that are shown
@@ -25,9 +26,14 @@ class Sampled:
     """Completions of one prompt, and the row that it came from."""
 
     prompt: list[Message]
-    completions: list[str]
+    thoughts: list[Thought]
     row: Row
     ids: list[list[int]]
+
+    @property
+    def completions(self) -> list[str]:
+        """To show: the answers, and the think blocks that never ended."""
+        return [f"<think>\n{one.think}" if one.unclosed else one.answer for one in self.thoughts]
 
 
 @dataclass
@@ -61,7 +67,13 @@ class Tried:
         """What to change, most urgent first; empty when the reward can teach."""
         told = []
         known = [value for value in self.flat if value is not None]
-        if not known:
+        unclosed = sum(thought.unclosed for one in self.groups for thought in one.thoughts)
+        if unclosed:
+            told.append(
+                f"{unclosed} of {len(self.flat)} completions never ended their think block and have no reward, as in training: a "
+                "higher grpo.max_tokens, or model.thinking: off"
+            )
+        if not known and unclosed < len(self.flat):
             told.append("it scored no completion: look at what it expects of a completion, in the texts above")
         elif len(set(known)) == 1:
             told.append(
@@ -128,10 +140,13 @@ def try_reward(
 
     Nothing is trained. Raises UserError for whatever is wrong with config, reward or file.
     """
+    from rlsafe.defenses import load_module
     from rlsafe.endpoints.client import OPENED
     from rlsafe.rewards import RewardRunner, load_reward
 
     settings = load_run(config, overrides)
+    for plugin in settings.plugins:  # before names are looked up: a plug-in may register a reward
+        load_module(plugin)
     named = next((one for one in settings.rewards if one.fn == fn), RewardConfig(fn=fn))
     runner = RewardRunner([load_reward(named)])
     groups = _saved(settings, saved, n) if saved is not None else _sampled(settings, n)
@@ -144,17 +159,17 @@ def try_reward(
 
 
 def _call(runner: Any, groups: Sequence[Sampled]) -> RewardBatch:
+    from rlsafe.engine.train.grpo_step import call_rewards
     from rlsafe.rewards.state import TrainerState
 
-    rows = [(one, text, ids) for one in groups for text, ids in zip(one.completions, one.ids, strict=True)]
-    names = sorted({name for one in groups for name in one.row if name != "messages" and not name.startswith("_")})
-    return runner.call(
+    rows = [(one, thought, ids) for one in groups for thought, ids in zip(one.thoughts, one.ids, strict=True)]
+    return call_rewards(
+        runner,
         prompts=[one.prompt for one, _, _ in rows],
-        completions=[[{"role": "assistant", "content": text}] for _, text, _ in rows],
+        thoughts=[thought for _, thought, _ in rows],
         completion_ids=[ids for _, _, ids in rows],
-        columns={name: [one.row.get(name) for one, _, _ in rows] for name in names},
+        rows=[one.row for one, _, _ in rows],
         trainer_state=TrainerState(0, 1, 0.0),
-        plain=[bool(one.row.get("_plain")) for one, _, _ in rows],
     )
 
 
@@ -193,10 +208,13 @@ def _sampled(settings: RunConfig, n: int) -> list[Sampled]:
     params = SamplingParams(settings.grpo.temperature, settings.grpo.top_p, settings.grpo.max_tokens)
     sampler = make_sampler(settings.sampler, path, policy, settings.seed)
     completions = sampler.generate(requests, params)
-    texts = [read_completion(policy.tokenizer, one.ids).answer for one in completions]
+    thoughts = [read_completion(policy.tokenizer, one.ids) for one in completions]
     return [
         Sampled(
-            prompt, texts[i * group : (i + 1) * group], row, [c.ids for c in completions[i * group : (i + 1) * group]]
+            prompt,
+            thoughts[i * group : (i + 1) * group],
+            row,
+            [c.ids for c in completions[i * group : (i + 1) * group]],
         )
         for i, (prompt, row) in enumerate(zip(prompts, chosen, strict=True))
     ]
@@ -204,7 +222,7 @@ def _sampled(settings: RunConfig, n: int) -> list[Sampled]:
 
 def _saved(settings: RunConfig, file: Path, n: int) -> list[Sampled]:
     """The first `n` completions of a samples.jsonl, by prompt; a row's columns come from the config's data."""
-    from rlsafe.data import split_prompt
+    from rlsafe.data import split_prompt, split_think
 
     if not file.is_file():
         raise UserError(f"--from {file}: no such file; expected the samples.jsonl of a run")
@@ -219,8 +237,10 @@ def _saved(settings: RunConfig, file: Path, n: int) -> list[Sampled]:
             if record.get("probe"):
                 continue
             prompt, step = _asked(record["prompt"]), record.get("step")
-            text = record.get("answer", record["completion"])
+            text = record["completion"]
             text = text if isinstance(text, str) else text[-1]["content"]
+            # as training read it; such a sample has a think block, whose tag may have been part of the prompt
+            thought = split_think(text, opened="unclosed" in record)
             key = key_of(prompt)
             alone: Row = {"_plain": isinstance(record["prompt"], str)}  # without a row of the config's data
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
@@ -228,7 +248,7 @@ def _saved(settings: RunConfig, file: Path, n: int) -> list[Sampled]:
                 f"--from {file}:{number}: not a sample; expected an object with prompt and completion"
             ) from None
         one = groups.setdefault((step, key), Sampled(prompt, [], rows.get(key, alone), []))
-        one.completions.append(text)
+        one.thoughts.append(thought)
         one.ids.append([])
         taken += 1
         if taken == n:

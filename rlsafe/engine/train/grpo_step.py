@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from rlsafe.data import Rollout, encode_prompt, pad_id, read_completion, rollout_batches, split_prompt
+from rlsafe.data import Rollout, Thought, encode_prompt, pad_id, read_completion, rollout_batches, split_prompt
 from rlsafe.engine.plan.schedule import PlannedPart, Step
 from rlsafe.engine.train.loss import Micro
 from rlsafe.engine.train.resample import resample
@@ -29,7 +29,7 @@ from rlsafe.engine.train.sft_step import supervised
 from rlsafe.engine.train.state import Components, RunState
 from rlsafe.engine.train.update import update
 from rlsafe.losses import AdvantageStats, advantages
-from rlsafe.rewards import RewardBatch
+from rlsafe.rewards import RewardBatch, RewardRunner
 from rlsafe.rewards.call import placed
 from rlsafe.rewards.state import TrainerState
 from rlsafe.rollouts import request_seed
@@ -131,36 +131,52 @@ def sample(run: Components, part: PlannedPart, requests: Sequence[Request]) -> l
 
 
 def reward(run: Components, step: Step, part: PlannedPart, asked: Asked, completions: Sequence[Completion]) -> Sampled:
-    """The completions of this rank with their rewards, of which defenses may penalise or drop some. Those whose think block never
-    ended have none, and no function sees them."""
+    """The completions of this rank with their rewards, of which defenses may penalise or drop some."""
     assert run.rewards is not None
     read = [read_completion(run.policy.tokenizer, completion.ids) for completion in completions]
-    answered = [i for i, thought in enumerate(read) if not thought.unclosed]
     share, stream = asked.share, run.streams[part.stream]
-    names = {name for _, row in asked.mine for name in row if name != "messages" and not name.startswith("_")}
-    scored = RewardBatch([None] * len(read), {name: [None] * len(read) for name in run.rewards.rewards})
-    if answered:
-        epoch = stream.epoch + stream.position / len(stream.rows)
-        scored = run.rewards.call(
-            prompts=[asked.originals[i // share] for i in answered],
-            completions=[
-                [{"role": "assistant", "content": read[i].answer}]
-                if read[i].think is None
-                else [{"role": "assistant", "content": read[i].answer, "reasoning_content": read[i].think}]
-                for i in answered
-            ],
-            completion_ids=[completions[i].ids for i in answered],
-            columns={name: [asked.mine[i // share][1].get(name) for i in answered] for name in sorted(names)},
-            # Where the prompt was a text, not messages, a function that expects texts gets texts.
-            plain=[bool(asked.mine[i // share][1].get("_plain")) for i in answered],
-            trainer_state=TrainerState(
-                step.index, len(run.plan), epoch, [dict(record) for record in run.tracker.metrics]
-            ),
-        )
-    if 0 < len(answered) < len(read):
-        scored = _among_all(scored, answered, len(read))
+    epoch = stream.epoch + stream.position / len(stream.rows)
+    scored = call_rewards(
+        run.rewards,
+        prompts=[asked.originals[i // share] for i in range(len(read))],
+        thoughts=read,
+        completion_ids=[completion.ids for completion in completions],
+        rows=[asked.mine[i // share][1] for i in range(len(read))],
+        trainer_state=TrainerState(step.index, len(run.plan), epoch, [dict(record) for record in run.tracker.metrics]),
+    )
     sampled = Sampled(asked, completions, read, scored)
     return screen(run, step, part, sampled) if run.defended and run.stack.screening else sampled
+
+
+def call_rewards(
+    rewards: RewardRunner,
+    prompts: Sequence[list[Message]],
+    thoughts: Sequence[Thought],
+    completion_ids: Sequence[list[int]],
+    rows: Sequence[Row],
+    trainer_state: TrainerState,
+) -> RewardBatch:
+    """The rewards of n completions, read as `thoughts`; all lists have n entries. Those whose think block never ended have none, and
+    no function sees them. rows: where their prompts come from; gives the functions their columns."""
+    answered = [i for i, thought in enumerate(thoughts) if not thought.unclosed]
+    if not answered:
+        return RewardBatch([None] * len(thoughts), {name: [None] * len(thoughts) for name in rewards.rewards})
+    names = {name for row in rows for name in row if name != "messages" and not name.startswith("_")}
+    scored = rewards.call(
+        prompts=[prompts[i] for i in answered],
+        completions=[
+            [{"role": "assistant", "content": thoughts[i].answer}]
+            if thoughts[i].think is None
+            else [{"role": "assistant", "content": thoughts[i].answer, "reasoning_content": thoughts[i].think}]
+            for i in answered
+        ],
+        completion_ids=[completion_ids[i] for i in answered],
+        columns={name: [rows[i].get(name) for i in answered] for name in sorted(names)},
+        # Where the prompt was a text, not messages, a function that expects texts gets texts.
+        plain=[bool(rows[i].get("_plain")) for i in answered],
+        trainer_state=trainer_state,
+    )
+    return scored if len(answered) == len(thoughts) else _among_all(scored, answered, len(thoughts))
 
 
 def _exchanged(

@@ -186,6 +186,24 @@ def test_compare_splits_its_lists(capsys, monkeypatch):
     }
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("--backend nope", "--backend 'nope': expected local or ray"),
+        ("--cell-gpus 0.5", "--cell-gpus: needs --backend ray"),
+        ("--decide --seeds 0", "--decide looks after 3 seeds first"),
+        ("--backend ray", "Ray is not installed"),
+        ("--jobs 1", ""),
+    ],
+)
+def test_a_dry_run_of_a_comparison_refuses_what_the_comparison_would(capsys, monkeypatch, options, expected):
+    monkeypatch.setitem(sys.modules, "ray", None)  # is not installed: what does not ask for it goes on
+    monkeypatch.setattr("rlsafe.compare.grid.dry.dry_compare", lambda *_, **__: ["2 cells"])
+    line = f"compare {ROOT}/configs/organism/compare.yaml --dry-run {options}"
+    code, out, err = call(capsys, *line.split())
+    assert (code, out) == ((2, "") if expected else (0, "2 cells\n")) and expected in err
+
+
 def test_lists_that_are_not_given_stay_open(capsys, monkeypatch):
     def compare(_, defenses, paths, seeds, **rest):
         assert defenses is paths is seeds is None

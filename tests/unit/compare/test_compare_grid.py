@@ -98,6 +98,16 @@ def test_selection_by_name(load):
     assert {c.seed for c in cells} == {5} and {c.path for c in cells} == {"", "grpo"}
 
 
+def test_none_is_known_where_the_config_does_not_name_it_and_is_what_the_config_says_where_it_does(load):
+    text = CONFIG.replace("  none: []\n", "")
+    assert text != CONFIG and {c.defense for c in expand(load(text)) if c.kind == "narrow"} == {"kl"}
+    cells = [c for c in expand(load(text), ["kl", "none", "none&kl"], ["sft"], [0]) if c.kind == "narrow"]
+    weighed = [{"kl": {"weight": 0.3}}]
+    assert [(c.defense, c.config.defenses) for c in cells] == [("kl", weighed), ("none", []), ("none&kl", weighed)]
+    own = CONFIG.replace("none: []", "none: [ldifs]")
+    assert cell(expand(load(own), ["none"], ["sft"], [0]), kind="narrow").config.defenses == ["ldifs"]
+
+
 def test_a_sweep_of_a_defense_setting_makes_labelled_variants(load):
     cells = expand(load(CONFIG + "grid: {kl.weight: [0.03, 1]}\n"), paths=["sft"], seeds=[0])
     labels = [c.defense for c in cells if c.kind == "narrow"]

@@ -15,7 +15,7 @@ import rlsafe.engine
 import rlsafe.engine.run.build
 import rlsafe.engine.run.contact
 import rlsafe.evaluate
-from rlsafe.compare import compare
+from rlsafe.compare import compare, compare_decided
 from rlsafe.compare import draw_report as report
 from rlsafe.compare.grid.grid import expand
 from rlsafe.compare.report import reporting
@@ -166,6 +166,45 @@ def test_an_interrupt_keeps_what_is_finished_and_says_how_to_go_on(lab):
     lab.compare()
     assert lab.ran == ["sft--none--seed1", "sft--kl--seed1"]
     assert lab.resumed == ["sft--none--seed1"]  # it had a checkpoint
+
+
+def test_an_interrupted_look_goes_on_with_all_that_was_asked_for(lab):
+    """Not with the seeds of this look alone, nor without --decide; and --jobs 1, which is not the default, is kept."""
+    lab.trouble["sft--kl--seed0"] = Interrupted("stopped")
+    with pytest.raises(Interrupted) as stop:
+        compare_decided(lab.path, ["none", "kl"], ["sft"], list(range(5)), lab.out, jobs=1)
+    command = (
+        f"rlsafe compare {lab.path} --defenses none,kl --paths sft --seeds 0,1,2,3,4 --decide --jobs 1 --out {lab.out}"
+    )
+    assert str(stop.value).endswith(command)
+    assert json.loads((lab.out / "comparison.json").read_text())["command"] == command
+
+
+@pytest.mark.parametrize("name", ["cell.json", "run.json"])
+@pytest.mark.parametrize("text", ["", '{"id": "sft', "[]"])
+def test_a_cell_whose_record_a_power_cut_damaged_runs_again_and_no_other(lab, caplog, name, text):
+    lab.compare()
+    lab.ran.clear()
+    damaged = lab.out / "cells" / "sft--kl--seed1" / name
+    damaged.write_text(text)
+    lab.compare(seeds=[0])  # of another selection now
+    rows = [(row["defense"], row["seed"]) for row in csv.DictReader((lab.out / "results.csv").open())]
+    assert lab.ran == [] and ("none", "1") in rows and ("kl", "1") not in rows
+    lab.compare()
+    assert lab.ran == ["sft--kl--seed1"] and json.loads(damaged.read_text())
+    assert [record.message for record in caplog.records] == [
+        f"{damaged}: damaged, as after a power cut; its cell counts as unfinished, and `rlsafe compare` runs it again"
+    ]
+
+
+def test_a_damaged_plan_is_named_with_the_way_out(lab):
+    lab.compare()
+    plan = (lab.out / "comparison.json").read_text()
+    (lab.out / "comparison.json").write_text(plan[:100])
+    with pytest.raises(UserError, match="comparison.json: not valid JSON, .*; repeat the `rlsafe compare` command"):
+        report(lab.out)
+    lab.compare()
+    assert json.loads((lab.out / "comparison.json").read_text()).keys() == json.loads(plan).keys()
 
 
 def test_an_interrupt_during_evaluation_does_not_cost_the_training(lab):

@@ -166,3 +166,9 @@ def test_it_asks_for_the_defenses_that_a_plain_comparison_would(tmp_path, monkey
     monkeypatch.setattr(deciding, "compare", run)
     with pytest.raises(KeyboardInterrupt):
         compare_decided(tmp_path / "out.yaml", wanted, ["sft"], list(range(10)), tmp_path / "out")
+
+
+def test_a_damaged_record_of_the_looks_is_named_with_the_way_out(tmp_path):
+    (tmp_path / "looks.json").write_text("")
+    with pytest.raises(UserError, match=r"looks\.json: damaged.*another --out"):
+        Looks.load(tmp_path)
