@@ -102,7 +102,7 @@ class Looks:
 
     @classmethod
     def load(cls, out: Path) -> Looks | None:
-        """Those of a comparison directory; None when it was run without `--decide`."""
+        """Those of a comparison directory; None when it was run without `--decide`. UserError for a damaged file."""
         tree = read_whole(out / FILE)
         if tree is None:
             raise UserError(
