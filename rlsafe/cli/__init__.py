@@ -8,8 +8,10 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import shlex
 import sys
 import traceback
+from contextlib import AbstractContextManager, nullcontext
 from typing import NoReturn
 
 import typer
@@ -40,13 +42,32 @@ def _at_home(argument: str) -> str:
     return f"{option}{equals}{os.path.expanduser(value)}" if whole else argument
 
 
+def _going_on(arguments: list[str]) -> str:
+    """What an interrupted `rlsafe evaluate` says, in whichever of its forms: the same command takes up what is there already. "" for
+    other commands."""
+    if next((one for one in arguments if not one.startswith("-")), None) != "evaluate":
+        return ""
+    return f"go on with the same command: {shlex.join(['rlsafe', *arguments])}"
+
+
+def _terminable(going_on: str) -> AbstractContextManager[None]:
+    """Where there is a way to go on, SIGTERM ends the command as Ctrl-C does. Typer makes exit code 130 of either."""
+    if not going_on:
+        return nullcontext()
+    from rlsafe.engine.run.interrupts import stops_at_once
+
+    return stops_at_once(going_on)
+
+
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line; always raises SystemExit."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     arguments = [_at_home(one) for one in arguments]
     debug = "--debug" in arguments
+    going_on = _going_on(arguments)
     try:
-        code = app(args=[a for a in arguments if a != "--debug"], prog_name="rlsafe", standalone_mode=False)
+        with _terminable(going_on):
+            code = app(args=[a for a in arguments if a != "--debug"], prog_name="rlsafe", standalone_mode=False)
     except Exception as error:
         if debug:
             print(scrub(traceback.format_exc()), end="", file=sys.stderr)
@@ -63,5 +84,5 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         hint = "" if debug else " (--debug shows the traceback)"
         _fail(1, (line if isinstance(error, RunError) else f"{type(error).__name__}: {line}") + hint)
     if code == 130:
-        print("interrupted", file=sys.stderr)
+        print(f"interrupted: {going_on}" if going_on else "interrupted", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)

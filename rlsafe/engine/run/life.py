@@ -41,11 +41,13 @@ def run(
     command: str = "",
     sources: Sequence[Path] = (),
     first: bool = False,
+    replaces: Sequence[str] = (),
 ) -> Run:
     """Train one run into `out`. The caller decides whether an existing directory may be used (see `train`).
 
     resume: continue from the newest checkpoint that can be read. command: how a person resumes, for the message of an
-        interrupt. sources: the config files behind `config`, for the record. first: see `contact`.
+        interrupt. sources: the config files behind `config`, for the record. first: see `contact`. replaces: what the run before left
+        in `out`, deleted once this one can begin.
 
     UserError for what is wrong with the config, its data or its model, before the first step; RunError when the run cannot go on;
     Interrupted when it was asked to stop, its state saved.
@@ -59,7 +61,7 @@ def run(
     if first:
         contact(prepared, resources)
     notes: list[str] = []
-    components, state, resumed = _begin(prepared, out, resources, notes, resume)
+    components, state, resumed = _begin(prepared, out, resources, notes, resume, replaces)
     main = components.accelerator.is_main_process
     origin = _write_origin(components, out, command, sources, resumed) if main else {}
     try:
@@ -81,7 +83,7 @@ def run(
 
 
 def _begin(
-    prepared: Prepared, out: Path, resources: Resources, notes: list[str], resume: bool
+    prepared: Prepared, out: Path, resources: Resources, notes: list[str], resume: bool, replaces: Sequence[str]
 ) -> tuple[Components, RunState, list[int]]:
     """(components, state, the steps from which the run went on so far): built anew or, to resume, put where the newest checkpoint
     was taken. From here on the directory is the run's."""
@@ -92,9 +94,11 @@ def _begin(
     resumed = went_on_from(out) if resume else []
     if is_first_rank():
         claim(out, resumed)
+        for name in replaces:
+            _remove(out / name)
     if not saved and is_first_rank():  # what a run without any checkpoint left behind
         for name in ("tensorboard", "trackers"):
-            shutil.rmtree(out / name, ignore_errors=True)
+            _remove(out / name)
     components, state = build_run(
         prepared, out, resources, notes.append, offset=saved.get("offset"), first_step=saved.get("done", 0)
     )
@@ -188,20 +192,26 @@ def train(
         directory = _of_first(directory)
     check_out(directory)
     hold(directory)
-    if (done := _existing(directory, settings, resume, overwrite)) is not None:
-        return done
+    done, replaces = _existing(directory, settings, resume, overwrite)
+    words = ["rlsafe", "train", str(config), *overrides, "--out", str(directory)]
+    command = shlex.join([*words, "--resume"])
+    evaluating = f"interrupted while evaluating; the run is saved. Go on with: {command}"
+    if done is not None:
+        with stops_at_once(evaluating):
+            return _evaluated_now(done)
     from rlsafe.engine.record.provenance import config_files
     from rlsafe.engine.run.build import Resources
 
-    command = shlex.join(["rlsafe", "train", str(config), *overrides, "--out", str(directory), "--resume"])
+    # The same flags: there may be nothing to resume yet, or only the run that is to be replaced.
+    again = shlex.join([*words, *["--resume"] * resume, *["--overwrite"] * overwrite])
     resources = Resources(on_start=on_start)
-    with stops_at_once(f"interrupted before the first step; begin again with: {command}"):
+    with stops_at_once(f"interrupted before the first step; begin again with: {again}"):
         finished = run(
             settings, directory, resources=resources, progress=progress, resume=resume, command=command,
-            sources=config_files(config), first=True,
+            sources=config_files(config), first=True, replaces=replaces,
         )  # fmt: skip
     if finished.config.evaluate.wanted:
-        with stops_at_once(f"interrupted while evaluating; the run is saved. Go on with: {command}"):
+        with stops_at_once(evaluating):
             finished.evaluation = _evaluated(finished, resources)
     return finished
 
@@ -219,6 +229,9 @@ def _of_first(directory: Path) -> Path:
 
 EVALUATION = ("evaluation.json", "answers.csv", "benign_answers.csv", "likelihood.csv", "narrow_answers.csv")
 """What an evaluation leaves in a run's directory."""
+
+TRAINING = ("checkpoints", "tensorboard", "trackers", "adapter", "model", "metrics.jsonl", "samples.jsonl")
+"""What training leaves there beside its record; checkpoints first, so that nothing goes on from them when deleting is cut short."""
 
 
 def _evaluated(finished: Run, resources: Resources) -> Evaluation | None:
@@ -243,8 +256,20 @@ def _evaluated(finished: Run, resources: Resources) -> Evaluation | None:
             )  # fmt: skip
 
 
-def _existing(directory: Path, settings: RunConfig, resume: bool, overwrite: bool) -> Run | None:
-    """What to do with a directory that is there: a finished run when there is nothing left to do, else None to go on.
+def _evaluated_now(done: Run) -> Run:
+    """A run that was trained before, evaluated when its settings ask for it and that is still to be done. The first rank does it."""
+    if is_first_rank() and done.config.evaluate.wanted and done.evaluation is None:
+        from rlsafe.evaluate import evaluate
+
+        done.before, done.evaluation, done.notes = False, evaluate(done.out), ["already trained; evaluated now"]
+    return done
+
+
+def _existing(
+    directory: Path, settings: RunConfig, resume: bool, overwrite: bool
+) -> tuple[Run | None, tuple[str, ...]]:
+    """What to do with a directory that is there: a finished run when there is nothing left to train, else None to go on, and what is
+    then to be deleted. Nothing is deleted here: the settings of the new run may still turn out wrong.
 
     The first rank decides: another may come before or after it, to a directory that is just being made ready.
     """
@@ -252,42 +277,38 @@ def _existing(directory: Path, settings: RunConfig, resume: bool, overwrite: boo
 
     first = is_first_rank()
     if not first and not resume:
-        return None
+        return None, ()
     if not directory.exists():
         if resume:
             raise UserError(f"{directory}: nothing to resume, there is no such run directory")
-        return None
+        return None, ()
     status = read_record(directory, resume, overwrite)
     if first and not status and any(directory.iterdir()) and not overwrite:
         raise UserError(f"{directory}: not empty and not a run of rlsafe; choose another --out, or --overwrite")
-    if resume and status.get("status") == "finished" and goes_on(directory, settings):
-        for name in EVALUATION if first else ():  # of the model as it was
-            (directory / name).unlink(missing_ok=True)
-        return None
-    if resume and status.get("status") == "finished":
+    if resume and status.get("status") == "finished" and not goes_on(directory, settings):
         done = Run.read(directory)
         done.before, done.notes = True, ["already finished; nothing to do"]
-        if first and done.config.evaluate.wanted and not (directory / "evaluation.json").is_file():
-            from rlsafe.evaluate import evaluate
-
-            done.before, done.evaluation, done.notes = False, evaluate(directory), ["already trained; evaluated now"]
-        return done
+        return done, ()
     if resume:
-        return None
+        return None, EVALUATION  # of the model as it was, before more steps
     if status.get("status") == "finished" and not overwrite:
         raise UserError(f"{directory}: holds a finished run; use --overwrite to replace it or another --out")
     if checkpoint.saved(directory / "checkpoints") and not overwrite:
         raise UserError(
             f"{directory}: holds an unfinished run with checkpoints; use --resume to go on or --overwrite to start over"
         )
-    for name in ("checkpoints", "tensorboard", "trackers", "adapter", "model"):
-        shutil.rmtree(directory / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "samples.jsonl", *EVALUATION, "run.json"):
-        (directory / name).unlink(missing_ok=True)
-    return None
+    return None, (*TRAINING, *EVALUATION)
 
 
 # ------------------------------------------------------------------------------------------------ files
+
+
+def _remove(path: Path) -> None:
+    """A file or a directory, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _save_trained(policy: Policy, out: Path, write: bool) -> None:

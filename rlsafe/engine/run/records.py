@@ -15,6 +15,7 @@ from rlsafe.config.files import replacing
 log = logging.getLogger("rlsafe")
 
 if TYPE_CHECKING:
+    from rlsafe.defenses import DefenseStack
     from rlsafe.engine.plan.schedule import Step
 
 
@@ -72,7 +73,8 @@ def write(path: Path, text: str) -> None:
 def goes_on(directory: Path, config: RunConfig) -> bool:
     """Whether a finished run is to be trained further: `config` is its own with more steps. False when it is its own as it is.
 
-    UserError that says what differs when it cannot be: other settings, or steps that would have been others in the longer run.
+    UserError that says what differs when it cannot be: other settings, steps that would have been others in the longer run, or weights
+    that a defense edits at the end.
     """
     from rlsafe.engine.record import checkpoint
     from rlsafe.engine.run.differences import changes
@@ -88,11 +90,12 @@ def goes_on(directory: Path, config: RunConfig) -> bool:
     reason = differs(before, resolved)
     if reason is None and not checkpoint.saved(directory / "checkpoints"):
         reason = "it has no checkpoint to go on from (checkpoint.every was 0)"
+    reason = reason or edited_at_end(before)
     if reason is None:
         return True
     raise UserError(
         f"{directory}: the run is finished and cannot go on with other settings: {'; '.join(changed)} ({reason}). To train further "
-        f"from it: another --out with model.adapter={directory / 'adapter'}; to start over: --overwrite"
+        f"from it: another --out with model.adapter={directory / 'adapter'}; to start over: another --out, or --overwrite"
     )
 
 
@@ -121,7 +124,30 @@ def allowed(state: Mapping[str, Any], now: RunConfig, changed: list[str]) -> lis
     """Of the settings that changed since a checkpoint, those that matter: none when the run only becomes longer."""
     if not changed or any(not line.startswith("schedule.steps:") for line in changed):
         return changed
-    return changed if differs(RunConfig.model_validate(state["config"]), now) else []
+    before = RunConfig.model_validate(state["config"])
+    if differs(before, now):
+        return changed
+    # Taken after the last step of the shorter run it has the weights of that run's end.
+    ended = edited_at_end(before) if state["done"] >= len(_plan(before)) else None
+    return [f"{'; '.join(changed)} ({ended})"] if ended else []
+
+
+def edited_at_end(config: RunConfig) -> str | None:
+    """Why training cannot go on from the weights that a run of these settings ends with: a defense, packaged or a user's own, that acts
+    in the last step and has the hook `weights`, which also runs at the end. None without one.
+
+    The class decides, not what the hook did: it may have changed nothing this time, but it may also plan by the run's length.
+    """
+    from rlsafe.defenses import Defense
+
+    stack, plan = _stack(config), _plan(config)
+    if not plan:
+        return None
+    stack.begin(plan[-1].index, plan[-1].phase)
+    for defense in stack.acting:
+        if type(defense).weights is not Defense.weights:
+            return f"defense {defense.name!r} may edit the weights when a run ends, and more steps would train the edited ones"
+    return None
 
 
 def _resolved(config: RunConfig) -> Any:
@@ -130,9 +156,13 @@ def _resolved(config: RunConfig) -> Any:
     return build(config.defenses, config.plugins)[1]
 
 
-def _plan(config: RunConfig) -> list[Step]:
+def _stack(config: RunConfig) -> DefenseStack:
     from rlsafe.defenses import DefenseStack, build
+
+    return DefenseStack(build(config.defenses, config.plugins)[0])
+
+
+def _plan(config: RunConfig) -> list[Step]:
     from rlsafe.engine.plan.schedule import make_plan
 
-    stack = DefenseStack(build(config.defenses, config.plugins)[0])
-    return make_plan(config, stack.offers())
+    return make_plan(config, _stack(config).offers())

@@ -20,6 +20,7 @@ from rlsafe.config import (
     nearest,
     run_from_tree,
 )
+from rlsafe.config.files import read_json
 from rlsafe.config.gguf import gguf_file, is_gguf
 from rlsafe.config.lock import hold, releasing
 from rlsafe.evaluate.ask.journal import identity
@@ -179,7 +180,7 @@ def _with_provider_defaults(config: RunConfig) -> RunConfig:
 def load_policy(config: RunConfig, run: Path | None) -> tuple[Policy, str]:
     """The model that `config` names, or the one that `run` trained, and the directory or hub id of its weights.
 
-    UserError when a run directory lacks what it trained.
+    UserError when a run directory lacks what it trained, or has it from an earlier, shorter run while a longer one is under way.
     """
     from rlsafe.policy.source import model_source
 
@@ -188,6 +189,11 @@ def load_policy(config: RunConfig, run: Path | None) -> tuple[Policy, str]:
         saved = run / ("model" if model.lora is None else "adapter")
         if not saved.is_dir():
             raise UserError(f"{run}: has no {saved.name}/; the run is not finished (go on with rlsafe train --resume)")
+        # Without a record it is only asked for its weights, whoever trained them.
+        if (record := read_json(run / "run.json")) and record.get("status") != "finished":
+            raise UserError(
+                f"{run}: the run is not finished, its {saved.name}/ is of a shorter one before it (go on with rlsafe train --resume)"
+            )
         if model.lora is None:  # full fine-tuning: the whole model
             path = str(saved)
         else:

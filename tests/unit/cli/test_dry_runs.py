@@ -94,7 +94,9 @@ def test_a_real_comparison_can_be_looked_at_offline():
 def test_a_dry_run_counts_the_defenses_that_run_when_none_are_named():
     config = load_compare("configs/organism/compare.yaml")
     lines = dry_compare("configs/organism/compare.yaml", None, ["grpo"], [0])
-    assert f", {len(config.default_defenses)} narrow" in lines[0] and len(config.default_defenses) < len(config.defenses)
+    assert f", {len(config.default_defenses)} narrow" in lines[0] and len(config.default_defenses) < len(
+        config.defenses
+    )
 
 
 class Counted:

@@ -1,10 +1,12 @@
 """`rlsafe evaluate`: what it accepts, what it refuses in one line."""
 
 import json
+import signal
 
 import pytest
 import yaml
 
+from rlsafe import cli
 from rlsafe.config import ModelConfig, UserError
 from rlsafe.evaluate import Evaluation, evaluate
 from rlsafe.evaluate.commands.command import resolve
@@ -47,6 +49,27 @@ def test_an_unfinished_run_says_how_to_go_on(tmp_path):
     path = run_directory(tmp_path, general="organism:general", judge="organism")
     with pytest.raises(UserError, match="has no adapter/; the run is not finished .*--resume"):
         evaluate(path)
+
+
+def test_a_run_that_is_being_made_longer_is_not_the_shorter_one_that_its_adapter_is_of(tmp_path):
+    path = run_directory(tmp_path, general="organism:general", judge="organism")
+    (path / "adapter").mkdir()
+    (path / "run.json").write_text('{"status": "running"}')
+    with pytest.raises(UserError, match="the run is not finished, its adapter/ is of a shorter one .*--resume"):
+        evaluate(path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("form", ["", " --rejudge", " --steps all"])
+def test_an_interrupted_evaluation_says_that_the_same_command_goes_on(capsys, monkeypatch, number, form):
+    for place in ("evaluate.evaluate", "evaluate.rejudge", "compare.run.steps.evaluate_steps"):
+        monkeypatch.setattr(f"rlsafe.{place}", lambda *_, **__: signal.raise_signal(number))
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(f"evaluate runs/em evaluate.samples=2{form}".split())
+    assert stop.value.code == 130 and signal.getsignal(number) is before
+    line = f"interrupted: go on with the same command: rlsafe evaluate runs/em evaluate.samples=2{form}\n"
+    assert capsys.readouterr().err == line
 
 
 def test_a_directory_of_something_else_is_refused(tmp_path):
