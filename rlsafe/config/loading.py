@@ -209,7 +209,7 @@ def load_compare(path: str | Path, overrides: Iterable[str] = (), quick: bool = 
             raise UserError(f"{path}: --quick needs a 'quick' preset (overrides of this file), and there is none")
         tree = cast(dict[str, Any], merge(tree, preset))
         marks |= {keys[1:]: where for keys, where in marks.items() if keys[0] == "quick" and len(keys) > 1}
-    for_cells = []
+    for_cells, overrides = [], list(overrides)
     for override in overrides:
         first = override.partition("=")[0].split(".")[0].strip()
         if first == "seed":
@@ -219,10 +219,34 @@ def load_compare(path: str | Path, overrides: Iterable[str] = (), quick: bool = 
             for_cells.append(override)
         else:
             apply_override(tree, override, marks)
+    _check_undone(overrides, for_cells)
     config = build(CompareConfig, tree, marks, str(path))
     config.overrides = [*config.overrides, *for_cells]
     config._marks, config._source = marks, str(path)
     return config
+
+
+_PARTS = {"run": 1, "aligned": 1, "paths": 2, "models": 2}
+"""Sections of a comparison that change runs -> how many keys stand before a setting of a run."""
+
+
+def _check_undone(overrides: Iterable[str], for_cells: Iterable[str]) -> None:
+    """UserError for an override that another one undoes: `batch.sft_rows=16` is applied to every cell, after
+    `paths.sft.batch.sft_rows=8`, in whichever order they were given."""
+    last = {tuple(_keys(override)): override for override in for_cells}
+    for override in overrides:
+        keys = _keys(override)
+        setting = keys[_PARTS[keys[0]] :] if keys[0] in _PARTS else []
+        for length in range(1, len(setting) + 1):
+            if (other := last.get(tuple(setting[:length]))) is not None:
+                raise UserError(
+                    f"override {override!r} has no effect beside {other!r}, which is applied last to every cell; expected run.{other} "
+                    "for a value that paths and models may change"
+                )
+
+
+def _keys(override: str) -> list[str]:
+    return [key.strip() for key in override.partition("=")[0].split(".")]
 
 
 def dump_yaml(config: BaseModel) -> str:

@@ -204,3 +204,12 @@ def test_all_names_every_defense_and_those_without_rollouts_are_left_out_under_s
     assert ("grpo", "screening") in every and ("sft", "screening") not in every and ("sft", "safegrad") in every
     with pytest.raises(UserError, match="'monitor' acts on none of the paths sft"):
         expand(config, ["monitor"], ["sft"])
+
+
+@pytest.mark.parametrize("own", ["paths.sft.batch.sft_rows=8", "run.batch.sft_rows=8"])
+def test_an_override_that_another_one_undoes_is_refused(load, own):
+    """What stands in the file for a path is replaced by the last word on the command line; two words on it contradict each other."""
+    for overrides in (["batch.sft_rows=16", own], [own, "batch.sft_rows=16"]):
+        with pytest.raises(UserError, match=r"has no effect beside 'batch.sft_rows=16'.*run\.batch\.sft_rows=16"):
+            load(overrides=overrides)
+    load(overrides=[own, "batch.grpo_prompts=2", "optim.lr=1e-3"])
