@@ -10,7 +10,7 @@ from pathlib import Path
 from places import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
-FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.S | re.M)
+FENCE = re.compile(r"^(?P<fence>`{3,})(?P<language>\w*)[^\n]*\n(?P<text>.*?)^(?P=fence)", re.S | re.M)
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
 
 
@@ -59,7 +59,7 @@ def snippets(page: Path) -> Iterator[Snippet]:
     """Fenced blocks, and runs of indented lines outside of lists."""
     text = page.read_text("utf-8")
     for found in FENCE.finditer(text):
-        yield Snippet(page, text.count("\n", 0, found.start()) + 2, found[1], found[2])
+        yield Snippet(page, text.count("\n", 0, found.start()) + 2, found["language"], found["text"])
     blank = FENCE.sub(lambda found: "\n" * found[0].count("\n"), text)
     block: list[str] = []
     for number, line in enumerate([*blank.splitlines(), "end"], start=1):
