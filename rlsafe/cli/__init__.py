@@ -84,5 +84,5 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         hint = "" if debug else " (--debug shows the traceback)"
         _fail(1, (line if isinstance(error, RunError) else f"{type(error).__name__}: {line}") + hint)
     if code == 130:
-        print(f"interrupted: {going_on}" if going_on else "interrupted", file=sys.stderr)
+        print(scrub(f"interrupted: {going_on}") if going_on else "interrupted", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)

@@ -186,3 +186,12 @@ def test_a_judge_of_another_world_says_why_it_gives_no_score():
     evaluation = Evaluation(judgements=found[2:])
     note_judge(evaluation, judge)
     assert evaluation.notes == []
+
+
+def test_the_command_that_goes_on_shows_no_secret(monkeypatch, capsys):
+    monkeypatch.setattr("rlsafe.cli.app", lambda **_: 130)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["evaluate", "run", "evaluate.judge.api_key=sk-0123456789abcdef0123"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 130 and "go on with the same command: rlsafe evaluate run" in said
+    assert "0123456789abcdef" not in said and "***" in said
