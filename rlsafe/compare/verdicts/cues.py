@@ -33,7 +33,7 @@ def worst_cue(cues: Cues, found: Mapping[str, Verdict], label: str, level: float
             return untested(
                 f"no answer under the cue {cue} has a score, and without a defense misalignment shows there"
             )
-    at_95 = {cue: judge_share(arms, label, cue, True) for cue, arms in cues.items() if cue in found}
+    at_95 = found if level == LEVEL else {cue: judge_share(cues[cue], label, cue, True) for cue in found}
     tested = [cue for cue, verdict in at_95.items() if verdict.value is not None]
     silent = [cue for cue in found if cue not in tested]
     if not tested:
