@@ -256,6 +256,15 @@ def test_a_run_is_replaced_only_when_the_new_one_can_begin(tmp_path, finished_ru
     assert "answers.csv" not in after and "checkpoints/step-000004" not in after and after["metrics.jsonl"]
 
 
+@pytest.mark.parametrize("key, inside", [("model.adapter", "adapter"), ("data.narrow.source", "samples.jsonl")])
+def test_a_run_is_not_replaced_by_one_that_reads_it(tmp_path, finished_run, key, inside):
+    out, _ = finished_run()
+    before = files(out)
+    with pytest.raises(UserError, match=rf"{key}: .*{inside} is part of the run that would be replaced"):
+        train(tmp_path / "c.yaml", [f"{key}={out / inside}"], out=out, overwrite=True)
+    assert files(out) == before
+
+
 def test_an_evaluation_is_deleted_only_when_more_steps_can_begin(tmp_path, finished_run, monkeypatch):
     out, _ = finished_run()
     before = files(out)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rlsafe.config import RunConfig, UserError, check_out, dump_yaml, load_run
 from rlsafe.config.files import replacing_directory
 from rlsafe.config.lock import hold, is_first_rank, is_one_of_several, releasing
+from rlsafe.config.trees import flatten
 from rlsafe.engine.run.finished import Run
 from rlsafe.engine.run.interrupts import ended_early, stop_requests, stops_at_once
 from rlsafe.engine.run.records import claim, goes_on, read_record, went_on_from, write, write_record
@@ -297,7 +298,19 @@ def _existing(
         raise UserError(
             f"{directory}: holds an unfinished run with checkpoints; use --resume to go on or --overwrite to start over"
         )
-    return None, (*TRAINING, *EVALUATION)
+    replaces = (*TRAINING, *EVALUATION)
+    _check_not_read(directory, settings, replaces)
+    return None, replaces
+
+
+def _check_not_read(directory: Path, settings: RunConfig, replaces: Sequence[str]) -> None:
+    """UserError when a setting names something of the run that is to be replaced: it would be deleted before it is read."""
+    gone = [(directory / name).resolve() for name in replaces]
+    for key, value in flatten(settings.model_dump(mode="json", exclude={"out"})).items():
+        if isinstance(value, str) and "/" in value:
+            named = Path(value).expanduser().resolve()
+            if any(named == part or part in named.parents for part in gone):
+                raise UserError(f"{key}: {value} is part of the run that would be replaced; choose another --out")
 
 
 # ------------------------------------------------------------------------------------------------ files
