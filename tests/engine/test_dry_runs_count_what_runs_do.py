@@ -104,6 +104,13 @@ def used_twice(tree, tmp_path):
     return tree_with(tree, {"schedule": {"steps": 7, "phases": phases}, "grpo": {"iterations": 2}})
 
 
+def used_twice_beside_a_part_of_some_steps(tree, tmp_path):
+    """The second part of the kind is the first one of every other step."""
+    kinds = {"both": [{"path": "sft", "stream": "safe", "every": 2}, {"path": "grpo"}]}
+    schedule = {"steps": 6, "phases": [{"cycle": ["both"]}], "kinds": kinds}
+    return tree_with(tree, {"schedule": schedule, "grpo": {"iterations": 2}})
+
+
 def early_stop(tree, tmp_path):
     return tree_with(
         tree, {"defenses": [{"early-stop": {"rows": held_out(tmp_path), "checks": 3, "limit": 4, "samples": 2}}]}
@@ -120,12 +127,24 @@ def monitored(tree, tmp_path):
     return tree_with(tree, GRPO, {"defenses": [{"monitor": {"by": "judge", "threshold": 10}}]})
 
 
-@pytest.mark.parametrize("case", [scaled, probed, benign_and_narrow, used_twice, early_stop, onpolicy, monitored])
+CASES = [
+    scaled,
+    probed,
+    benign_and_narrow,
+    used_twice,
+    used_twice_beside_a_part_of_some_steps,
+    early_stop,
+    onpolicy,
+    monitored,
+]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_answers_and_judgements(case, asking, seen, tmp_path):
     work, _ = both(case(asking, tmp_path), tmp_path)
     assert seen.sampled == work.answers + work.completions + work.asked.total()
     assert seen.judged == work.judging.answers
-    if case is used_twice:
+    if case in (used_twice, used_twice_beside_a_part_of_some_steps):
         samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
         assert len(samples) == work.completions == 3 * 3 * 4
 

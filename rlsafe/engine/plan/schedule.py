@@ -22,7 +22,8 @@ from rlsafe.types import LossPath, Origin
 class PlannedPart:
     """Rows of one stream on one path in one step. `rows`: SFT rows or GRPO prompts over all ranks.
 
-    defense: the name of the defense that supplies the rows; None = the run's data stream.
+    defense: the name of the defense that supplies the rows; None = the run's data stream. number: which part of its kind it is, as the
+    config counts them: the same in every step, whatever `every` leaves out of one.
     """
 
     stream: Origin
@@ -30,6 +31,7 @@ class PlannedPart:
     rows: int
     weight: float = 1.0
     defense: str | None = None
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,10 @@ class Step:
     @cached_property
     def path(self) -> LossPath:
         return "grpo" if any(part.path == "grpo" for part in self.parts) else "sft"
+
+    def place(self, part: PlannedPart) -> str:
+        """What a rewarded part is called in every step of this kind: rollouts that teach several steps are kept under it."""
+        return f"{self.kind}/part {part.number}"
 
 
 def make_plan(config: RunConfig, offers: Mapping[str, Offer] | None = None) -> list[Step]:
@@ -93,8 +99,8 @@ def _drafts(config: RunConfig):
         for position in range(length):
             kind = _kind(phase, position, rng)
             seen[kind] += 1
-            parts = [part for part in kinds[kind] if seen[kind] % part.every == 0]
-            yield number, kind, tuple(_planned(config, part) for part in parts)
+            parts = [(place, part) for place, part in enumerate(kinds[kind]) if seen[kind] % part.every == 0]
+            yield number, kind, tuple(_planned(config, part, place) for place, part in parts)
 
 
 def _kind(phase: PhaseConfig, position: int, rng: random.Random) -> str:
@@ -104,9 +110,9 @@ def _kind(phase: PhaseConfig, position: int, rng: random.Random) -> str:
     return rng.choices(list(phase.mix), weights=list(phase.mix.values()))[0]
 
 
-def _planned(config: RunConfig, part: Part) -> PlannedPart:
+def _planned(config: RunConfig, part: Part, number: int) -> PlannedPart:
     default = config.batch.sft_rows if part.path == "sft" else config.batch.grpo_prompts
-    return PlannedPart(part.stream, part.path, part.rows or default, part.weight)
+    return PlannedPart(part.stream, part.path, part.rows or default, part.weight, number=number)
 
 
 def _with_offers(config: RunConfig, drafts: Sequence[Draft], offers: Mapping[str, Offer]):

@@ -97,7 +97,7 @@ def restore(run: Components, state: RunState, saved: Mapping[str, Any]) -> None:
     run.effects.load_state_dict(saved["effects"])
     run.sampler.resumed(saved["tested"])
     state.done = saved["done"]
-    state.pending = _load_pending_state(run, saved["pending"])
+    state.pending = _load_pending_state(run, _at_their_places(run, saved["pending"]))
     state.ahead = load_ahead_state(run, state.done, saved["ahead"])
     set_random_state(saved["random"])
 
@@ -105,20 +105,37 @@ def restore(run: Components, state: RunState, saved: Mapping[str, Any]) -> None:
 def _pending_state(run: Components, pending: Mapping[str, tuple[list[Micro], int]]) -> dict[str, Any]:
     """Rollouts of all ranks that further steps will use again."""
     mine = {
-        stream: {"left": left, "micros": [pack_micro(micro) for micro in micros if not micro.dummy]}
-        for stream, (micros, left) in pending.items()
+        place: {"left": left, "micros": [pack_micro(micro) for micro in micros if not micro.dummy]}
+        for place, (micros, left) in pending.items()
     }
     if not run.several:
         return mine
     shares: list[dict[str, Any]] = gather_object([mine])
-    micros = {stream: [micro for share in shares for micro in share[stream]["micros"]] for stream in mine}
-    return {stream: {"left": own["left"], "micros": micros[stream]} for stream, own in mine.items()}
+    micros = {place: [micro for share in shares for micro in share[place]["micros"]] for place in mine}
+    return {place: {"left": own["left"], "micros": micros[place]} for place, own in mine.items()}
+
+
+def _at_their_places(run: Components, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The rollouts of a checkpoint under the present `Step.place`. Older checkpoints count a part among those that its step had, so
+    where `every` leaves some out nobody knows whose rollouts those are: they are sampled anew."""
+    kept: dict[str, Any] = {}
+    for place, item in saved.items():
+        kind, _, number = place.rpartition("/")
+        if not number.isdigit():
+            kept[place] = item
+        elif all(part.every == 1 for part in run.config.schedule.all_kinds[kind]):
+            kept[f"{kind}/part {number}"] = item
+        elif item["left"]:
+            run.log(
+                f"the checkpoint, of an earlier version, does not say which part of {kind!r} its rollouts are of: new ones are sampled"
+            )
+    return kept
 
 
 def _load_pending_state(run: Components, saved: Mapping[str, Any]) -> dict[str, tuple[list[Micro], int]]:
     """This rank's share of them, whatever the number of ranks was when they were saved."""
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     return {
-        stream: ([unpack_micro(micro, run.policy.device) for micro in item["micros"][rank::world]], item["left"])
-        for stream, item in saved.items()
+        place: ([unpack_micro(micro, run.policy.device) for micro in item["micros"][rank::world]], item["left"])
+        for place, item in saved.items()
     }

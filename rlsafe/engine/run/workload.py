@@ -128,9 +128,9 @@ class _Counting:
     def _train(self, step: Step, left: dict[str, int]) -> None:
         self.stack.begin(step.index, step.phase)
         seen: list[tuple[float, float]] = []  # (tokens, of them answers) of each part
-        for number, part in enumerate(step.parts):
+        for part in step.parts:
             if part.path == "grpo":
-                seen.append(self._rewarded(step, part, f"{step.kind}/{number}", left))
+                seen.append(self._rewarded(step, part, left))
                 continue
             tokens, answers = (part.rows * mean for mean in self.lengths.of_rows(part, self.named))
             self.offered[part.defense or ""] += part.rows
@@ -166,9 +166,9 @@ class _Counting:
         apart = [one for one in penalized if one.name in self.stack.own - aside]
         self.sums["again"] += len(apart) * sum(tokens for tokens, _ in seen)
 
-    def _rewarded(self, step: Step, part: PlannedPart, place: str, left: dict[str, int]) -> tuple[float, float]:
+    def _rewarded(self, step: Step, part: PlannedPart, left: dict[str, int]) -> tuple[float, float]:
         """A part's rollouts, unless an earlier step of its kind has made them; gives what it trains on."""
-        grpo = self.config.grpo
+        grpo, place = self.config.grpo, step.place(part)
         completions = part.rows * grpo.generations
         length = self.lengths.answer(part.stream, grpo.max_tokens)
         prompt, trained_prompt = (self.lengths.prompt(part.stream, phase) for phase in ("rollout", "train"))
