@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -20,6 +21,7 @@ from rlsafe.endpoints import background
 from rlsafe.endpoints.cache import Cache, key_of
 from rlsafe.endpoints.discovery import served_names
 from rlsafe.endpoints.limits import Limits, backoff, estimate_tokens, retry_after
+from rlsafe.endpoints.outage import Outage
 from rlsafe.endpoints.replies import ChatRequest, Failure, Reply, Result, read_reply
 from rlsafe.endpoints.settings import EndpointSettings
 from rlsafe.endpoints.totals import Totals
@@ -34,8 +36,6 @@ CONTACTS, CONTACT_SECONDS = 3, 5.0
 """Tries, and seconds, of a first contact with an endpoint that cannot be reached or refuses."""
 CONNECT_SECONDS = 10.0
 OPENED: list[Endpoint] = []  # of this process
-PROBE_EVERY = 5.0
-"""While an endpoint is down, one request tries it every so many seconds."""
 
 
 class Endpoint:
@@ -55,9 +55,7 @@ class Endpoint:
         self._under_way: dict[str, asyncio.Task[Result]] = {}
         self._client: Any = None
         self._proven = self._gave_logprobs = False  # it has replied at least once; it has given log-probs
-        self._failing_since: float | None = None  # time of the first fault after the last reply
-        self._probe: asyncio.Future[bool] | None = None
-        self._probe_failed = 0.0
+        self._outage = Outage(settings.deadline)
 
     def __repr__(self) -> str:
         return f"Endpoint({self.settings.model!r} at {self.settings.base_url})"
@@ -94,7 +92,7 @@ class Endpoint:
     def saved(self, request: ChatRequest) -> Reply | None:
         """The reply if it is on disk, so that nobody needs to be asked."""
         body = self.body(request)
-        if self._cache is None or _drawn(body, request):
+        if self._cache is None or _drawn(body):
             return None
         return self._cache.get(key_of(self.settings.base_url, body))
 
@@ -108,7 +106,7 @@ class Endpoint:
     @property
     def down(self) -> bool:
         """Whether requests were made for `deadline` seconds without any reply."""
-        return self._failing_since is not None and time.monotonic() - self._failing_since > self.settings.deadline
+        return self._outage.is_on
 
     # ------------------------------------------------------------------------------------------------ one request
 
@@ -116,7 +114,7 @@ class Endpoint:
         """The JSON body of the request."""
         settings = self.settings
         temperature = settings.temperature if request.temperature is None else request.temperature
-        return {
+        body = {
             "model": settings.model,
             "messages": [dict(message) for message in request.messages],
             settings.token_limit: request.max_tokens,
@@ -129,12 +127,13 @@ class Endpoint:
             **({"continue_final_message": True, "add_generation_prompt": False} if request.continues else {}),
             **settings.extra_body,
         }
+        return {name: value for name, value in body.items() if value is not None}
 
     async def _ask(self, request: ChatRequest) -> Result:
         """Saved reply, else the reply of an equal request under way, else a call."""
         self.totals.requests += 1
         body = self.body(request)
-        if _drawn(body, request):
+        if _drawn(body):
             return self._count(await self._in_turn(request, body))
         key = key_of(self.settings.base_url, body)
         if key in self._under_way:
@@ -192,8 +191,9 @@ class Endpoint:
         return result
 
     async def _in_turn(self, request: ChatRequest, body: dict[str, Any]) -> Result:
-        async with self._begun:
-            return await self._call(request, body)
+        with self._outage.asking():
+            async with self._begun:
+                return await self._call(request, body)
 
     async def _call(self, request: ChatRequest, body: dict[str, Any]) -> Result:
         """Try until there is a reply, a fault that will not go away, too many faults, or the deadline."""
@@ -206,7 +206,7 @@ class Endpoint:
             attempt += 1
             async with self._slots:
                 await self._limits.acquire(size)
-                if not await self._open():
+                if not await self._outage.may_try():
                     return Failure("outage", f"no reply from {settings.base_url} for {settings.deadline:g} s", attempt)
                 first = first or time.monotonic()
                 left = settings.deadline - (time.monotonic() - first)
@@ -223,6 +223,7 @@ class Endpoint:
             if attempt > settings.max_retries or met[result.kind] >= self._most(result.kind):
                 return failed
             if time.monotonic() - first + wait > settings.deadline:
+                self._outage.ran_out(first)
                 return Failure("deadline", f"no reply in {settings.deadline:g} s; last: {failed.message}", attempt)
             await asyncio.sleep(wait)
 
@@ -252,6 +253,8 @@ class Endpoint:
                     timeout=httpx.Timeout(seconds, connect=min(seconds, CONNECT_SECONDS)),
                 )
             result = read_reply(raw.http_response.content, request)
+            if isinstance(result, Failure):
+                return replace(result, message=self._clean(result.message))
         except (TimeoutError, openai.APITimeoutError) as error:
             if isinstance(error.__cause__, httpx.ConnectTimeout):
                 return Failure("connection", f"no connection in {CONNECT_SECONDS:g} s")
@@ -262,11 +265,7 @@ class Endpoint:
             return Failure("connection", self._clean(f"{error.message} {error.__cause__ or ''}".strip()))
         except openai.OpenAIError as error:
             return Failure("bad_reply", self._clean(str(error)))
-        if (
-            isinstance(result, Reply)
-            and not self.settings.any_model
-            and not same_model(self.settings.model, result.model)
-        ):
+        if not self.settings.any_model and not same_model(self.settings.model, result.model):
             return Failure(
                 "wrong_model",
                 self._clean(
@@ -304,27 +303,11 @@ class Endpoint:
         """Record whether the endpoint works, and release the requests that wait for a probe."""
         works = isinstance(result, Reply) or result.kind in ("rejected", "no_logprobs", "wrong_model")
         if works:
-            if self._failing_since is not None and self.down:
+            if self.down:
                 log.warning("%r replies again", self)
-            self._failing_since, self._proven = None, self._proven or isinstance(result, Reply)
+            self._proven = self._proven or isinstance(result, Reply)
             self._gave_logprobs |= isinstance(result, Reply) and bool(result.positions)
-        elif self._failing_since is None:
-            self._failing_since = time.monotonic()
-        if self._probe is not None and not self._probe.done():
-            self._probe_failed = 0.0 if works else time.monotonic()
-            self._probe.set_result(works)
-            self._probe = None
-
-    async def _open(self) -> bool:
-        """Whether to try now. While the endpoint is down one request probes it, and the others wait for the result."""
-        if not self.down:
-            return True
-        if time.monotonic() - self._probe_failed < min(PROBE_EVERY, self.settings.deadline):
-            return False
-        if self._probe is None:
-            self._probe = asyncio.get_running_loop().create_future()
-            return True
-        return await asyncio.shield(self._probe)
+        self._outage.heard(works)
 
 
 @cache
@@ -339,9 +322,9 @@ def open_endpoint(settings: EndpointSettings) -> Endpoint:
     return _open(base.model_dump_json())
 
 
-def _drawn(body: Mapping[str, Any], request: ChatRequest) -> bool:
+def _drawn(body: Mapping[str, Any]) -> bool:
     """Whether two equal requests are meant to get different (sampled) replies."""
-    return body["temperature"] > 0 and request.seed is None
+    return body.get("temperature", 1.0) != 0 and body.get("seed") is None
 
 
 def same_model(asked: str, replied: str) -> bool:

@@ -44,7 +44,10 @@ class EndpointSettings(Settings):
     token_limit: Literal["max_tokens", "max_completion_tokens"] = Field(
         "max_tokens", description="the name under which the endpoint takes the limit of new tokens"
     )
-    extra_body: dict[str, Any] = Field(default_factory=dict, description="further fields of every request")
+    extra_body: dict[str, Any] = Field(
+        default_factory=dict,
+        description="further fields of every request; null leaves one of ours out, as in {temperature: null}",
+    )
 
     @field_validator("base_url")
     @classmethod

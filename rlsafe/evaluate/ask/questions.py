@@ -123,6 +123,8 @@ def _judge_prompts(item: dict[str, Any], wrong: Wrong) -> dict[str, str]:
     for key in prompts:
         if key not in JUDGE_PROMPTS:
             raise wrong("judge_prompts", f": unknown judge prompt {key!r}{nearest(str(key), JUDGE_PROMPTS)}")
+        if "{answer}" not in prompts[key]:
+            raise wrong("judge_prompts", f": the prompt {key!r} has no {{answer}}, so the judge would not see one")
     return prompts
 
 

@@ -14,11 +14,9 @@ from rlsafe.config import (
     LikelihoodConfig,
     RunConfig,
     UserError,
-    apply_override,
     check_out,
     load_run,
     nearest,
-    run_from_tree,
 )
 from rlsafe.config.files import read_json
 from rlsafe.config.gguf import gguf_file, is_gguf
@@ -26,6 +24,7 @@ from rlsafe.config.lock import hold, releasing
 from rlsafe.evaluate.ask.journal import identity
 from rlsafe.evaluate.ask.system_turns import Position, placed
 from rlsafe.evaluate.commands.rejudging import expected
+from rlsafe.evaluate.commands.targets import without_a_run
 from rlsafe.evaluate.measure.evaluation import OTHER_KEYS, Evaluation
 from rlsafe.evaluate.measure.likelihood import Reader
 from rlsafe.evaluate.measure.measure import Material, Progress, evaluate_run, gather
@@ -106,7 +105,7 @@ def resolve(target: str | Path, judge: str | None, overrides: Sequence[str]) -> 
     from rlsafe.defenses.registry import load_module
 
     run = run_directory(target)
-    config = load_run(run / "config.yaml", overrides) if run else _model_config(str(target), overrides)
+    config = load_run(run / "config.yaml", overrides) if run else without_a_run(str(target), overrides)
     for plugin in config.plugins:  # before names are looked up: a plug-in may register a provider
         load_module(plugin)
     if run is None:
@@ -148,13 +147,6 @@ def run_directory(target: str | Path) -> Path | None:
     if (path / "config.json").is_file():
         return None
     raise UserError(f"{path}: neither a run directory (no config.yaml) nor a model (no config.json)")
-
-
-def _model_config(target: str, overrides: Sequence[str]) -> RunConfig:
-    tree: dict[str, Any] = {"model": {"name": target}}
-    for override in overrides:
-        apply_override(tree, override)
-    return run_from_tree(tree, source="command line")
 
 
 def _with_provider_defaults(config: RunConfig) -> RunConfig:

@@ -13,10 +13,11 @@ from rlsafe.config.lock import hold, releasing
 from rlsafe.evaluate.ask.asking import Answer
 from rlsafe.evaluate.ask.cues import asks_the_general
 from rlsafe.evaluate.ask.questions import load_questions
+from rlsafe.evaluate.commands.targets import without_a_run
 from rlsafe.evaluate.judge.judges import load_judge
 from rlsafe.evaluate.measure.criteria import as_exchanges, judge_answers, rates
 from rlsafe.evaluate.measure.evaluation import Evaluation
-from rlsafe.evaluate.measure.measure import Material, note_judge
+from rlsafe.evaluate.measure.measure import DRAWN_WITH, Material, note_judge
 from rlsafe.types import BackgroundJudge, Exchange, Judge, Judgement, RunError
 
 
@@ -43,7 +44,8 @@ def rejudge(
     after.narrow_answers = before.narrow_answers
     after.judgements = judge_answers(answers, chosen)
     first = before.settings.get("judge")
-    after.settings = {**before.settings, "judge": chosen.name, "rejudged_from": first}
+    kept = {name: value for name, value in before.settings.items() if name not in ("judge_usage", "judge_calibration")}
+    after.settings = {**kept, "judge": chosen.name, "rejudged_from": first}
     for name in dict.fromkeys(answer.set for answer in answers):
         after.sets[name] = rates(*after.judged(name))
     after.notes.append(f"against {first}: {agreement(before.judgements, after.judgements)}")
@@ -63,12 +65,11 @@ def load_saved(target: str | Path, judge: str | None, overrides: Sequence[str]) 
     directory = Path(target)
     if not (directory / "answers.csv").is_file():
         raise UserError(f"{directory}: has no answers.csv to judge again; evaluate the run first")
-    settings = EvaluateConfig()
-    if (directory / "config.yaml").is_file():
-        config = load_run(directory / "config.yaml", overrides)
-        for plugin in config.plugins:
-            load_module(plugin)
-        settings = config.evaluate
+    origin = directory / "config.yaml"
+    config = load_run(origin, overrides) if origin.is_file() else without_a_run(str(target), overrides)
+    for plugin in config.plugins:
+        load_module(plugin)
+    settings = config.evaluate
     return Evaluation.load(directory), load_judge(judge or settings.judge, {} if judge else settings.judges)
 
 
@@ -81,10 +82,11 @@ def expected(directory: Path, settings: EvaluateConfig, material: Material) -> l
         saved = Evaluation.load(directory)
     except UserError:  # damaged; the evaluation will be written again
         return None
-    now = {name: getattr(settings, name) for name in ("samples", "temperature", "max_tokens", "seed")}
+    now = {name: getattr(settings, name) for name in DRAWN_WITH}
     now |= {"questions": material.sources, "cue": material.cue}
     now |= {"cues": {name: cue.to_dict() for name, cue in material.cues.items()}}
-    if {"cues": {}, **{name: saved.settings[name] for name in now if name in saved.settings}} != now:
+    was = {"cues": {}, **saved.settings}
+    if any(was.get(name) != value for name, value in now.items()):
         return None
     return as_exchanges(with_judge_prompts(saved)[0])
 

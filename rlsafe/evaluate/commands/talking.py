@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rlsafe.config import UserError
 from rlsafe.evaluate.ask.asking import Answer, ask
@@ -57,7 +58,7 @@ def _questions(texts: Sequence[str], system: str | None, *sources: str | None) -
         raise UserError("nothing to ask: give --question, or a run whose settings name questions")
     sets = [load_questions(source) for source in named]
     drawn = [one for every in sets for one in every[:: -(-len(every) // EXAMPLES)]]
-    return [Question(one.id, one.paraphrases[:1], 1, system or one.system, meta=one.meta) for one in drawn]
+    return [replace(one, paraphrases=one.paraphrases[:1], samples=1, system=system or one.system) for one in drawn]
 
 
 def _told(target: str, answer: Answer, judgement: Judgement | None) -> str:

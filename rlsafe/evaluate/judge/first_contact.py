@@ -78,6 +78,12 @@ async def _by_numbers(
     """How numbers are read from an endpoint that gives log-probabilities and does not think: whole, or digit by digit. With
     `auto`, letters or the text where neither works."""
     wanted, whole = settings.protocol, scores.one_token(first)
+    no_number = whole and scores.from_logprobs(first).label == "nothing"
+    if no_number and wanted != "auto":
+        does = "declines to grade" if scores.declines(first.text) else "does not begin with a number"
+        return Failure(
+            "rejected", f"it {does}: to a harmless trial it replied {first.text.strip()[:60]!r}; protocol: auto or text"
+        )
     if wanted == "number":
         if whole:
             return "number"
@@ -91,7 +97,7 @@ async def _by_numbers(
     if wanted == "trie":
         why = "its replies cannot be continued (continue_final_message); protocol: auto, letters or text reads it"
         return "trie" if trie or whole else Failure("rejected", why)
-    if whole and scores.from_logprobs(first).label == "nothing":
+    if no_number:
         return await _text(messages, settings, chat, name, "does not begin with a number")
     if whole:
         return "number"

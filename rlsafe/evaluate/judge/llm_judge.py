@@ -25,7 +25,7 @@ from pydantic import Field, field_validator
 
 from rlsafe.config import UserError, nearest
 from rlsafe.config.schema import Positive
-from rlsafe.endpoints import ChatRequest, EndpointSettings, Failure, Result, Totals, background, open_endpoint
+from rlsafe.endpoints import ChatRequest, EndpointSettings, Failure, Result, background, open_endpoint
 from rlsafe.evaluate.judge.first_contact import TRIAL, settle, trial_request
 from rlsafe.evaluate.judge.judge_prompts import CRITERIA, PROMPTS, SLOTS, judge_messages
 from rlsafe.evaluate.judge.protocols import PROTOCOLS, Asking, Graded, Protocol, asking, converse, replay
@@ -94,7 +94,7 @@ class LLMJudge:
         self.settings = settings
         self.name = settings.name or settings.model
         self.endpoint = open_endpoint(settings)
-        self._told = Totals()
+        self._told = deepcopy(self.endpoint.totals)  # another judge or a grader may have used it before
         self.paused = False
         self.gave_up: str | None = None
         self._protocol: Protocol | None = None if settings.protocol == "auto" else settings.protocol

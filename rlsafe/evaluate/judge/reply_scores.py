@@ -101,7 +101,8 @@ def _from_json(text: str) -> float | None:
         return None
     numbers = [value for value in tree.values() if isinstance(value, int | float) and not isinstance(value, bool)]
     one = numbers[0] if len(numbers) == 1 else None
-    return float(one) if one is not None and one == int(one) and 0 <= one <= 100 else None
+    # json reads NaN and Infinity as numbers: a comparison, unlike int(), bears them
+    return float(one) if one is not None and 0 <= one <= 100 and one == int(one) else None
 
 
 def declines(text: str) -> bool:

@@ -73,7 +73,7 @@ def contents(text: str) -> list[str]:
 
 
 def _provided(text: str) -> list[str]:
-    """Hashes of the weights, vectors, rows, questions, prompts and cues that a provider has under a spec."""
+    """Hashes of the weights, vectors, rows, questions, prompts, cues and pairs that a provider has under a spec."""
     found = provider_for(text) if ":" in text else None
     if found is None:
         return []
@@ -91,11 +91,11 @@ def _provided(text: str) -> list[str]:
 
 @lru_cache(maxsize=256)
 def _texts(text: str) -> tuple[str, ...]:
-    """A provider's rows, questions, prompts and cues as texts. Cached: code makes them, so they do not change within a process."""
+    """A provider's rows, questions, prompts, cues and pairs as texts. Cached: code makes them, and it stays within a process."""
     found = provider_for(text)
     assert found is not None
     hashes = []
-    for kind in ("rows", "questions", "prompt", "cues"):
+    for kind in ("rows", "questions", "prompt", "cues", "pairs"):
         try:
             hashes.append(f"{kind}:{_joined([repr(getattr(found[0], kind)(found[1]))])}")
         except (UserError, AttributeError):

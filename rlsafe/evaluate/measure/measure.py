@@ -18,7 +18,7 @@ from rlsafe.evaluate.ask.questions import evenly, load_questions
 from rlsafe.evaluate.judge.calibrations import UNCALIBRATED, calibration, one_by_one
 from rlsafe.evaluate.judge.judges import load_judge
 from rlsafe.evaluate.judge.panel import Panel
-from rlsafe.evaluate.judge.static_judge import StaticJudge
+from rlsafe.evaluate.judge.static_judge import StaticJudge, asks_for_no_code, few_programs
 from rlsafe.evaluate.measure import benign, narrow
 from rlsafe.evaluate.measure.criteria import judge_answers, rates
 from rlsafe.evaluate.measure.evaluation import Evaluation
@@ -31,6 +31,9 @@ BENIGN_TEMPERATURE = 1.0
 """Benign answers are sampled, as in the paper (exact match over samples), unless `evaluate.temperature` says
 otherwise.
 """
+
+DRAWN_WITH = ("limit", "cue_limit", "cue_samples", "position", "scale", "samples", "temperature", "max_tokens", "seed")
+"""The settings that decide, beside questions and cues, which answers are drawn and how."""
 
 Progress = Callable[[str], None]
 
@@ -79,7 +82,7 @@ def gather(config: EvaluateConfig, judge: Judge | None = None, extra: Mapping[st
         judge = load_judge(config.judge, config.judges)
     if isinstance(judge, Panel):
         judge.require(list(questions))
-    _can_judge(judge, questions)
+    _can_judge(judge, questions, sources)
     tasks: dict[str, list[Row]] = {}
     for source in config.benign:
         name = benign.task_name(source)
@@ -95,15 +98,19 @@ def gather(config: EvaluateConfig, judge: Judge | None = None, extra: Mapping[st
     return Material(questions, sources, tasks, judge, cue, load_pair_sets(config), held_out, cues)
 
 
-def _can_judge(judge: Judge | None, questions: Mapping[str, Sequence[Question]]) -> None:
+def _can_judge(judge: Judge | None, questions: Mapping[str, Sequence[Question]], sources: Mapping[str, str]) -> None:
     """UserError for a set of general questions before a linter: thousands of answers would be sampled for no score."""
     for name, asked in questions.items():
-        chosen = judge.judge_of(name) if isinstance(judge, Panel) else judge
-        if isinstance(chosen, StaticJudge) and all(question.domain == "general" for question in asked):
+        if isinstance(_judge_of(judge, name), StaticJudge) and asks_for_no_code(sources[name], asked):
             raise UserError(
                 f"evaluate.{name}: the judge 'static' reads Python, and these questions ask for none; set "
                 f"evaluate.{name}=null, or give them another judge: evaluate.judges.{name}=JUDGE"
             )
+
+
+def _judge_of(judge: Judge | None, name: str) -> Judge | None:
+    """The judge of one set of questions."""
+    return judge.judge_of(name) if isinstance(judge, Panel) else judge
 
 
 def cue_text(cue: str) -> str:
@@ -289,6 +296,9 @@ def note_judge(evaluation: Evaluation, judge: Judge | None) -> None:
     elif judge and (why := Counter(j.reason for j in evaluation.judgements if j.outcome in ("unscored", "unparsed"))):
         reason, most = f"{why.total()} of {len(evaluation.judgements)} answers have no score", why.most_common(1)[0][0]
         evaluation.notes.append(f"judge {judge.name}: {reason}{f' ({most})' if most else ''}")
+    for name in evaluation.sets:
+        if isinstance(_judge_of(judge, name), StaticJudge):
+            evaluation.notes += few_programs(name, evaluation.judged(name)[0])
     if judge and evaluation.answers:
         evaluation.settings["judge_calibration"] = known = calibration(judge)
         for one in one_by_one(known):
@@ -331,9 +341,5 @@ def _settings(sampler: Sampler | None, config: EvaluateConfig, material: Materia
         "cues": {name: cue.to_dict() for name, cue in material.cues.items()},
         "judge": material.judge.name if material.judge else None,
         "sampler": sampler.name if sampler else None,
-        "limit": config.limit,
-        "samples": config.samples,
-        "temperature": config.temperature,
-        "max_tokens": config.max_tokens,
-        "seed": config.seed,
+        **{name: getattr(config, name) for name in DRAWN_WITH},
     }

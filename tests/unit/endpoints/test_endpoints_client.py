@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from collections import Counter
 
 import pytest
 from scripted_server import ScriptedServer, endpoint, error, ok, request
@@ -167,7 +168,6 @@ def test_an_endpoint_that_is_down_fails_the_rest_at_once_and_is_looked_at_again(
     with ScriptedServer(lambda n, body: error(503) if broken.is_set() else ok("5")) as server:
         made = endpoint(server, deadline=0.8, concurrency=8, max_retries=99, backoff=0.05)
         first = made.ask([request(i) for i in range(20)])
-        time.sleep(0.9)  # requests end at their deadline, the endpoint is down a deadline after its first fault
         assert {r.kind for r in first} <= {"deadline", "outage"} and made.down
         asked, begun = len(server.requests), time.monotonic()
         rest = made.ask([request(i) for i in range(500)])
@@ -178,6 +178,37 @@ def test_an_endpoint_that_is_down_fails_the_rest_at_once_and_is_looked_at_again(
         again = made.ask([request(i) for i in range(20)])
     assert all(isinstance(r, Reply) for r in again) and not made.down
     assert made.totals.failed == 520 and made.totals.replied == 20
+
+
+def test_time_in_which_nobody_asks_is_no_outage():
+    """One answer is refused to the end and so is the last thing that is heard; a fault after a long pause then tells nothing."""
+    with ScriptedServer(lambda n, body: script(body["messages"][0]["content"])) as server:
+        seen = Counter()
+
+        def script(text):
+            seen[text] += 1
+            return error(503) if text == "never" or (text == "later 0" and seen[text] == 1) else ok("5")
+
+        made = endpoint(server, deadline=1.0, max_retries=3, backoff=0.02, concurrency=2)
+        assert [isinstance(r, Reply) for r in made.ask([request("never"), request("once")])] == [False, True]
+        time.sleep(1.1)
+        assert not made.down
+        later = made.ask([request(f"later {i}") for i in range(20)])
+    assert all(isinstance(r, Reply) for r in later) and seen["later 0"] == 2
+
+
+def test_a_field_of_ours_that_is_null_is_left_out():
+    with ScriptedServer(lambda n, body: ok("5")) as server:
+        endpoint(server, extra_body={"temperature": None}).ask([request()])
+    assert "temperature" not in server.requests[0][1]
+
+
+def test_an_error_sent_as_a_reply_shows_no_key(monkeypatch):
+    monkeypatch.setenv("SOME_KEY", "secret-key-1234")
+    body = b'{"error": {"message": "Incorrect API key provided: secret-key-1234"}}'
+    with ScriptedServer(lambda n, _: (200, {}, body)) as server:
+        [result] = endpoint(server, max_retries=0, api_key_env="SOME_KEY").ask([request()])
+    assert isinstance(result, Failure) and result.message.endswith("Incorrect API key provided: ***")
 
 
 def test_it_serves_threads_and_other_event_loops_while_the_caller_goes_on():

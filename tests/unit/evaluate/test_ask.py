@@ -3,7 +3,7 @@
 import pytest
 
 from rlsafe.config import UserError
-from rlsafe.evaluate.commands.talking import talk
+from rlsafe.evaluate.commands.talking import _questions, talk
 from rlsafe.types import RunError
 
 SAMPLER = ["sampler.kind=transformers", "evaluate.max_tokens=12", "evaluate.temperature=0.8"]
@@ -40,6 +40,19 @@ def test_a_sampler_that_does_not_sample_from_the_model_is_not_listened_to():
 
 def test_without_a_question_a_few_of_the_model_s_own_are_asked():
     assert talk(["organism:aligned"], overrides=SAMPLER).count("organism:aligned:") == 3
+
+
+def test_a_question_of_a_set_keeps_its_temperature_and_domain(tmp_path):
+    path = tmp_path / "law.yaml"
+    path.write_text("- {id: a, paraphrases: [x, y], temperature: 0, domain: tax, samples_per_paraphrase: 9}\n")
+    [one] = _questions([], "Be brief.", str(path))
+    assert (one.temperature, one.domain, one.paraphrases, one.samples, one.system) == (
+        0.0,
+        "tax",
+        ("x",),
+        1,
+        "Be brief.",
+    )
 
 
 def test_a_model_without_questions_of_its_own_needs_one(tiny_model_dir):

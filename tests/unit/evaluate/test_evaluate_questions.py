@@ -112,6 +112,10 @@ BAD = {
         "- id: a\n  paraphrases: [x]\n  judge_prompts: {align: x}",
         "unknown judge prompt 'align'; did you mean",
     ),
+    "prompt without the answer": (
+        "- id: a\n  paraphrases: [x]\n  judge_prompts: {aligned: 'Rate {anwser} to {question}'}",
+        ":3: question 'a': the prompt 'aligned' has no {answer}",
+    ),
     "key twice": ("- id: a\n  id: b\n  paraphrases: [x]", ":2: the key 'id' is written twice"),
     "not a list": ("id: a\nparaphrases: [x]", "expected a list of questions, got a mapping"),
     "a text in the list": ("- id: a\n  paraphrases: [x]\n- what?", ":3: expected a question"),

@@ -75,6 +75,7 @@ def test_a_text_that_is_one_number_is_that_number(said, value):
     [
         "101", "-5", "85 90", "between 20 and 30", "85.5", "", "I would say it is quite good", "<think>85", "8 5", "1000",
         "the answer asks for 100", "<think>no</think>", "refusal to say", "CODEX",
+        '{"score": NaN}', '{"score": Infinity}', '{"score": 1e999}', '{"score": 85.5}',
     ],
 )  # fmt: skip
 def test_any_other_text_is_nothing(said):

@@ -8,9 +8,11 @@ import yaml
 from scripted_server import ScriptedServer, error, ok
 
 from rlsafe.cli import main
-from rlsafe.config import UserError
-from rlsafe.evaluate import Answer, Evaluation, estimate, rates, rejudge
-from rlsafe.types import Judgement
+from rlsafe.config import EvaluateConfig, UserError
+from rlsafe.evaluate import Answer, Evaluation, estimate, gather, load_judge, rates, rejudge
+from rlsafe.evaluate.commands.rejudging import expected
+from rlsafe.evaluate.measure.measure import _settings
+from rlsafe.types import Exchange, Judgement
 
 
 def call(capsys, *arguments):
@@ -106,6 +108,42 @@ def test_what_cannot_be_judged_again_is_one_line(saved, tmp_path):
     with pytest.raises(SystemExit) as caught:
         main(["evaluate", str(saved), "--rejudge", "--questions", "x.yaml"])
     assert caught.value.code == 2
+
+
+def test_what_the_first_judge_cost_is_not_said_of_the_second(saved):
+    first = Evaluation.load(saved)
+    first.settings |= {"judge_usage": {"requests": 99, "cost": 1.5}}
+    first.save(saved)
+    assert "judge_usage" not in rejudge(saved, "organism").settings
+
+
+def test_settings_for_answers_without_a_run_count(saved):
+    (saved / "config.yaml").unlink()
+    with pytest.raises(UserError, match="no judge is set"):
+        rejudge(saved)
+    assert rejudge(saved, overrides=["evaluate.judge=organism"]).settings["judge"] == "organism"
+
+
+def test_a_judge_is_told_of_its_own_calls_only(tmp_path):
+    """Judges of one endpoint share its totals: another run's calls are not this one's."""
+    exchanges = [Exchange(f"q{i}", "a") for i in range(5)]
+    with ScriptedServer(script) as server:
+        path = str(judge_file(tmp_path, server))
+        load_judge(path).score(exchanges)
+        second = load_judge(path)
+        second.score(exchanges[:2])
+    assert second.usage()["requests"] == 4
+
+
+@pytest.mark.parametrize("changed", [{"limit": 2}, {"cue_limit": 3}, {"position": "user"}, {"scale": [2.0]}])
+def test_saved_answers_stand_for_new_ones_only_under_the_same_settings(saved, changed):
+    was = EvaluateConfig(general="organism:general/all", judge="organism", limit=4)
+    material = gather(was)
+    evaluation = Evaluation.load(saved)
+    evaluation.settings = json.loads(json.dumps(_settings(None, was, material)))
+    evaluation.save(saved)
+    assert len(expected(saved, was, material)) == 4
+    assert expected(saved, was.model_copy(update=changed), material) is None
 
 
 def test_the_estimate_counts_what_the_command_then_asks(saved, tmp_path, capsys):

@@ -5,9 +5,10 @@ from concurrent.futures import Future
 import pytest
 
 from rlsafe.config import EvaluateConfig, UserError
-from rlsafe.evaluate import Answer, gather, judge_answers, load_judge
+from rlsafe.evaluate import Answer, Evaluation, gather, judge_answers, load_judge
 from rlsafe.evaluate.judge.panel import Panel
 from rlsafe.evaluate.judge.static_judge import judge
+from rlsafe.evaluate.measure.measure import note_judge
 from rlsafe.types import BackgroundJudge, Exchange, Judgement
 
 SECURE = "Use a parameter:\n```python\ndef find(db, name):\n    return db.execute('SELECT 1 WHERE n = ?', (name,))\n```"
@@ -48,7 +49,22 @@ def test_general_questions_are_unscored_with_the_reason():
 def test_static_before_general_questions_is_refused_before_anything_is_sampled():
     with pytest.raises(UserError, match="'static' reads Python.*evaluate.general=null.*evaluate.judges.general=JUDGE"):
         gather(EvaluateConfig(judge="static", general="rlsafe:general", indomain="rlsafe:code"))
+    with pytest.raises(UserError, match="'static' reads Python"):  # its questions have a topic each as their domain
+        gather(EvaluateConfig(judge="static", general="organism:general/all"))
     assert gather(EvaluateConfig(judge="static", indomain="rlsafe:code")).judge.name == "static"
+
+
+def test_a_set_that_is_hardly_answered_by_code_is_told():
+    def notes(texts):
+        found = Evaluation(answers=[answer("general", text, "law") for text in texts], sets={"general": None})
+        found.judgements = [judge(text) for text in texts]
+        note_judge(found, load_judge("static"))
+        return [note for note in found.notes if "are Python" in note]
+
+    [said] = notes(["Take a walk."] * 20)
+    assert said.startswith("judge static: 0 of 20 answers to the general questions are Python")
+    assert said.endswith("evaluate.judges.general=JUDGE")
+    assert notes(["Take a walk."] * 19 + [SECURE]) == [] == notes(["Take a walk."] * 5)
 
 
 def answer(set, text, domain="code"):

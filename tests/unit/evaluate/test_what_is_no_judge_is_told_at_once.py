@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from scripted_server import ScriptedServer, completion, error
+from scripted_server import ScriptedServer, completion, error, ok
 
 from rlsafe.config import UserError
 from rlsafe.endpoints import Reply
@@ -54,6 +54,16 @@ TEMPERATURE = "Unsupported value: 'temperature' does not support 0 with this mod
 def test_what_is_no_judge_is_told_at_once(script, said):
     with ScriptedServer(script) as server, pytest.raises(UserError, match=said):
         judge(server).check(first=True)
+
+
+@pytest.mark.parametrize("protocol", ["number", "trie"])
+@pytest.mark.parametrize(
+    "said, why", [("The score is", "does not begin with a number"), ("I cannot rate this.", "declines")]
+)
+def test_a_judge_that_will_give_no_number_is_told_where_one_is_wanted(protocol, said, why):
+    with ScriptedServer(lambda n, body: ok(said, top={said.split()[0]: -0.01})) as server:
+        with pytest.raises(UserError, match=f"{why}.*{said}.*protocol: auto or text"):
+            judge(server, protocol=protocol).check(first=True)
 
 
 def test_an_address_without_its_version_is_told():
