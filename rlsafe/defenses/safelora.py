@@ -5,6 +5,8 @@ Hsu et al. 2024 (arXiv 2405.16833); as an in-training defense against EM in arXi
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,10 +15,11 @@ from pydantic import Field
 from torch import Tensor
 
 from rlsafe.config import ModelConfig, UserError
+from rlsafe.config.gguf import is_gguf
 from rlsafe.defenses.base import Defense, SetupContext
 from rlsafe.defenses.registry import defense
 from rlsafe.policy import Policy
-from rlsafe.policy.quantize import plain_weight
+from rlsafe.policy.quantize import is_quantized, plain_weight
 from rlsafe.policy.sharding import assign, whole
 from rlsafe.policy.source import model_source
 
@@ -28,12 +31,14 @@ OVERSAMPLING, POWER_ITERATIONS = 16, 4
 class SafeLoRA(Defense):
     """V = W_aligned - W_base per adapted matrix; the update dW = s B A becomes C dW (B <- C B) if it points away from it.
 
-    base, aligned: checkpoints of one shape (hub id, directory or provider:name); aligned null = the model under training.
+    base, aligned: unquantised checkpoints of one shape (hub id, directory or provider:name); aligned null = the model under training,
+        under `model.quantization` the checkpoint that it was quantised from: V would else hold the rounding, too.
     projection: `published`, C = V V^T / ||V||_F, which is not a projector (it also rescales); `orthogonal`, onto the
         top left singular vectors of V: `rank` of them, or as many as hold `energy` of its squared norm.
     threshold: modules with cos(dW, C dW) below it are projected (the paper: 0.1 ... 0.5; 0.3).
     lowest: instead of the threshold, the k modules with the lowest cosine.
-    every: also after each n-th optimizer step, not only at the end.
+    every: also after each n-th optimizer step, not only at the end. The end leaves weights alone that were projected just so, be they
+        the last step's or those that another defense went back to.
 
     Modules without a counterpart in both checkpoints, and biases, are left alone. run.json lists every cosine.
     """
@@ -57,6 +62,7 @@ class SafeLoRA(Defense):
         self.threshold, self.lowest, self.rank, self.energy, self.every = threshold, lowest, rank, energy, every
         self.steps = 0
         self.projected_at: int | None = None  # step of the last projection
+        self.left: list[str] = []  # digests of the updates as each projection left them
         self.last: dict[str, float] = {}
         self.cosines: dict[str, float] = {}
         self.projected: list[str] = []
@@ -75,8 +81,7 @@ class SafeLoRA(Defense):
                     f"defense 'safelora': phases: without `every` it acts at the end of the run, in phase {last}; add that, or every"
                 )
         layers = context.policy.adapted()
-        self.theirs = Checkpoint(self.base)
-        self.ours = Checkpoint(self.aligned) if self.aligned else None
+        self.theirs, self.ours = Checkpoint(self.base), self._aligned(layers, context)
         self.bases: dict[str, Tensor | None] = {}  # module -> orthonormal columns; None = V itself, read when needed
         for name, layer in layers.items():
             if name not in self.theirs or (self.ours is not None and name not in self.ours):
@@ -91,6 +96,23 @@ class SafeLoRA(Defense):
             raise UserError(
                 f"defense 'safelora': {self.base!r} and {self.aligned or 'the model'!r} differ in no adapted module"
             )
+
+    def _aligned(self, layers: Mapping[str, Any], context: SetupContext) -> Checkpoint | None:
+        """The checkpoint that holds the aligned weights; None when the model under training has them as they are."""
+        model = context.policy.config
+        if self.aligned:
+            return Checkpoint(self.aligned)
+        if is_gguf(model.name):
+            context.log(
+                f"defense 'safelora': unless {model.name} holds unquantised weights, its rounding counts as alignment; aligned names "
+                "a checkpoint without"
+            )
+        if not any(is_quantized(layer.get_base_layer()) for layer in layers.values()):
+            return None
+        try:  # NF4's rounding is larger than what alignment changes
+            return Checkpoint(model.name, model.revision)
+        except UserError as error:
+            raise UserError(f"{error}; the model is quantised: name its unquantised checkpoint in aligned") from None
 
     def difference(self, name: str, layer: Any) -> Tensor:
         """V [out, in] of one module in float32. Read anew each time: all of them together are as large as the model.
@@ -113,10 +135,10 @@ class SafeLoRA(Defense):
             self.steps += 1
             if self.every is None or self.steps % self.every:
                 return False
-        elif self.projected_at == self.steps:
-            return False  # projected after this step already; the published C rescales, so it must not be applied twice
-        self.projected_at = self.steps
         layers = policy.adapted()
+        if moment == "end" and self.left and self._digest(layers) in self.left:
+            return False  # the published C rescales, so it must not be applied twice
+        self.projected_at = self.steps
         updated: dict[str, Tensor] = {}
         self.cosines = {}
         for name, basis in self.bases.items():
@@ -130,11 +152,21 @@ class SafeLoRA(Defense):
         self.projected = below if self.lowest is None else order[: self.lowest]
         for name in self.projected:
             assign(lora_weights(layers[name])[1], updated[name])
+        if moment == "step":
+            self.left.append(self._digest(layers))
         self.last = {"projected": float(len(self.projected))}
         if self.projected:  # no effect when nothing was projected; run.json has the cosines in any case
             values = list(self.cosines.values())
             self.last |= {"cosine_mean": sum(values) / len(values), "cosine_min": min(values)}
         return bool(self.projected)
+
+    def _digest(self, layers: Mapping[str, Any]) -> str:
+        """Of every B that is projected, bit by bit."""
+        digest = hashlib.sha256()
+        for name in self.bases:
+            b = whole(lora_weights(layers[name])[1]).detach().to("cpu").contiguous()
+            digest.update(f"{name} {b.dtype} {list(b.shape)}".encode() + b.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def effect(self) -> dict[str, float]:
         last, self.last = self.last, {}
@@ -145,11 +177,12 @@ class SafeLoRA(Defense):
         return {"step": self.projected_at, "cosines": self.cosines, "projected": self.projected}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps, **self.report()}
+        return {"steps": self.steps, "left": self.left, **self.report()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps, self.projected_at = state["steps"], state["step"]
         self.cosines, self.projected = state["cosines"], state["projected"]
+        self.left = list(state.get("left", []))
 
 
 def factor(v: Tensor) -> Tensor:
@@ -204,10 +237,10 @@ def lora_weights(layer: Any) -> tuple[Tensor, Tensor]:
 class Checkpoint:
     """The 2-D weights of a checkpoint by module name, read from its safetensors one at a time."""
 
-    def __init__(self, source: str):
+    def __init__(self, source: str, revision: str | None = None):
         from safetensors import SafetensorError, safe_open
 
-        directory = _directory(source)
+        self.source, directory = source, _directory(source, revision)
         files = sorted(f for f in directory.glob("*.safetensors") if not f.name.startswith("adapter"))
         if not files:
             raise UserError(f"defense 'safelora': {directory} holds no .safetensors weights")
@@ -224,18 +257,25 @@ class Checkpoint:
         return module in self._files
 
     def weight(self, module: str) -> Tensor:
-        """The weight [out, in] of a module, in the checkpoint's dtype."""
-        return self._files[module].get_tensor(f"{module}.weight")
+        """The weight [out, in] of a module, in the checkpoint's dtype. UserError for one that needs scales to be read."""
+        weight: Tensor = self._files[module].get_tensor(f"{module}.weight")
+        if not weight.is_floating_point() or weight.itemsize < 2:
+            kind = str(weight.dtype).removeprefix("torch.")
+            raise UserError(
+                f"defense 'safelora': {self.source} stores {module} quantised ({kind}); expected unquantised checkpoints as base and "
+                "aligned"
+            )
+        return weight
 
 
-def _directory(source: str) -> Path:
+def _directory(source: str, revision: str | None) -> Path:
     directory = Path(model_source(ModelConfig(name=source), setting=None))
     if directory.is_dir():
         return directory
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
+        return Path(snapshot_download(source, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
     except Exception as error:  # offline, gated or misspelt
         raise UserError(
             f"defense 'safelora': {source!r} is neither a directory nor a model that the hub gives us "

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny_model
-from tiny_architectures import load, nudge
+from tiny_architectures import load, nudge, save_architecture
 from tiny_runs import GRPO, SFT, adapter, distance, train, tree_with
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -116,6 +116,40 @@ def test_a_given_aligned_checkpoint_takes_the_place_of_the_model(tiny_model_dir,
     with torch.no_grad():
         defense.weights(policy, "end")
     assert defense.cosines == pytest.approx({name: c for name, (c, _) in expected.items()}, abs=1e-5)
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_the_rounding_of_a_quantised_base_is_no_alignment(tmp_path, bits):
+    """The aligned weights are those that the base was quantised from: rounding is larger than what alignment changes."""
+    wide = {"hidden_size": 128, "intermediate_size": 128}
+    aligned_dir = save_architecture(tmp_path / "aligned", "qwen2", **wide)
+    aligned = load_file(f"{aligned_dir}/model.safetensors")
+
+    def before_alignment(tensors):
+        generator = torch.Generator().manual_seed(1)
+        for tensor in tensors.values():
+            if tensor.dim() == 2:
+                tensor += torch.randn(tensor.shape, generator=generator) * tensor.std() * 0.02
+
+    base_dir = changed(tmp_path, aligned_dir, before_alignment)
+    base = load_file(f"{base_dir}/model.safetensors")
+    policy = nudge(load(aligned_dir, quantization=bits, dtype="bfloat16"))
+    with torch.no_grad():
+        expected = by_hand(policy, aligned, base)
+        defense, _ = set_up(policy, base=base_dir, threshold=1.0)
+        assert defense.weights(policy, "end")
+    assert defense.cosines == pytest.approx({name: c for name, (c, _) in expected.items()}, abs=1e-3)
+
+
+def test_weights_that_need_scales_are_refused(tiny_model_dir, base_dir, tmp_path):
+    """They may have the right shape, as in 8 bits, and would be read as other numbers."""
+    name = "model.layers.0.self_attn.q_proj"
+
+    def change(tensors):
+        tensors[f"{name}.weight"] = (tensors[f"{name}.weight"] * 100).to(torch.int8)
+
+    with pytest.raises(UserError, match=rf"changed stores {name} quantised \(int8\); expected unquantised"):
+        set_up(load(tiny_model_dir), base=changed(tmp_path, base_dir, change))
 
 
 @pytest.mark.parametrize("whole", [{"rank": 10_000}, {"energy": 1.0}])
@@ -290,6 +324,24 @@ def test_a_step_that_was_just_projected_is_not_projected_again_at_the_end(tiny_t
         entry = {"safelora": {"base": base_dir, "threshold": 1.0, "every": every}}
         results[name] = train(tree_with(tiny_tree, {"defenses": [entry]}), tmp_path / name)
     assert distance(results["end"], results["fourth"]) == 0.0
+
+
+def test_weights_that_the_run_went_back_to_are_projected_once(tiny_model_dir, base_dir):
+    """As after early stopping: those of a step that was projected are left alone, those of another one are not."""
+    policy = nudge(load(tiny_model_dir))
+    defense, _ = set_up(policy, base=base_dir, threshold=1.0, every=2)
+    kept = {}
+    with torch.no_grad():
+        for step in range(1, 5):
+            defense.weights(nudge(policy, seed=step), "step")
+            kept[step] = policy.state_dict()
+        again = SafeLoRA(base=base_dir, threshold=1.0, every=2)
+        again.setup(SimpleNamespace(policy=policy, log=print))
+        again.load_state_dict(json.loads(json.dumps(defense.state_dict())))
+        for step, projects in {2: False, 3: True, 4: False, 1: True}.items():
+            policy.load_state_dict(kept[step])
+            assert again.weights(policy, "end") is projects, step
+            assert (distance(kept[step], policy.state_dict()) > 0) is projects
 
 
 def test_its_state_is_json_and_comes_back():
