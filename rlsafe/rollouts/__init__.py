@@ -12,7 +12,7 @@ from rlsafe.config import SamplerConfig, UserError
 from rlsafe.policy import Policy
 from rlsafe.rollouts import ranks
 from rlsafe.rollouts.engine import USE_TRANSFORMERS, CannotRun, check_free, local_directory
-from rlsafe.rollouts.sampling import request_seed
+from rlsafe.rollouts.sampling import request_seed, stop_token_ids
 from rlsafe.rollouts.selftest import gap_limit, score_batch, self_test
 from rlsafe.rollouts.server import CANNOT_STEER, ServerSampler
 from rlsafe.rollouts.transformers import TransformersSampler
@@ -64,6 +64,8 @@ def make_sampler(
     if policy is None:
         sampler.reset()
     else:
+        # An engine that was kept may have had a policy with another chat template.
+        sampler.stop = stop_token_ids(model_dir, policy.tokenizer)
         sampler.sync(policy)
     return sampler
 

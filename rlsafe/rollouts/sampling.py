@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlsafe.config import UserError
+from rlsafe.data import end_of_turn
 from rlsafe.types import Request, SamplingParams
 
 
@@ -72,11 +73,28 @@ def check_lengths(requests: Sequence[Request], params: SamplingParams, limit: in
             )
 
 
-def stop_token_ids(model_dir: str | None, tokenizer: Any = None) -> list[int]:
-    """The tokens that end a turn: the tokenizer's end of sequence and those of the model's generation_config.json."""
+def stop_token_ids(model: str | None, tokenizer: Any = None, revision: str | None = None) -> list[int]:
+    """The tokens that end a turn, for every sampler: the tokenizer's end of sequence, those of the model's generation_config.json, and
+    the one that training puts at the end of an answer (base models name another one, or none, in the first two).
+
+    model: its directory, or its hub id when its files are in the hub's cache (at `revision`).
+    """
     found = [] if tokenizer is None else [tokenizer.eos_token_id]
-    file = Path(model_dir or "") / "generation_config.json"
-    if model_dir and file.is_file():
+    file = _generation_config(model, revision) if model else None
+    if file is not None:
         ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
         found += ids if isinstance(ids, list) else [ids]
+    if tokenizer is not None and tokenizer.chat_template:
+        found.append(end_of_turn(tokenizer))
     return list(dict.fromkeys(i for i in found if i is not None))
+
+
+def _generation_config(model: str, revision: str | None) -> Path | None:
+    """The model's generation_config.json; None when it has none."""
+    if Path(model).is_dir():
+        file = Path(model) / "generation_config.json"
+        return file if file.is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(model, "generation_config.json", revision=revision)
+    return Path(cached) if isinstance(cached, str) else None

@@ -75,7 +75,7 @@ class ServerSampler:
             raise UserError(f"sampler.adapter_dir: {adapter_dir}: no such directory")
         self._sync, self._adapter_dir, self._patience = sync, adapter_dir, patience
         self._concurrency, self._say = max_num_seqs, say or (lambda words: None)
-        self._stop = stop_token_ids(model_dir, tokenizer)
+        self.stop = stop_token_ids(model_dir, tokenizer)  # of each further policy: `make_sampler`
         self._files = weight_files(model_dir or "") if sync == "merged" else []
         self._start = START_MERGED if sync == "merged" else START
         self._adapter: Adapter | None = None
@@ -127,7 +127,7 @@ class ServerSampler:
             server = self._servers[(home + attempt) % len(self._servers)]
             try:
                 self._ready(server)
-                return server.complete(self._adapter.name if self._adapter else None, request, params, self._stop)
+                return server.complete(self._adapter.name if self._adapter else None, request, params, self.stop)
             except (Unreachable, Forgotten) as error:
                 self.retries += 1
                 deadline = deadline or time.monotonic() + self._patience

@@ -25,9 +25,9 @@ class TransformersSampler:
 
     name = "transformers"
 
-    def __init__(self, policy: Policy, model_dir: str | None = None, max_num_seqs: int = 256):
+    def __init__(self, policy: Policy, model: str | None = None, max_num_seqs: int = 256):
         self.policy, self._max_num_seqs = policy, max_num_seqs
-        self._stop = stop_token_ids(model_dir, policy.tokenizer)
+        self._stop = stop_token_ids(model, policy.tokenizer, policy.config.revision)
         self._limit = policy.core.max_length
         self._additions: dict[int, Tensor] = {}
 

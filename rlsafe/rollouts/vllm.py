@@ -57,7 +57,7 @@ class VLLMSampler:
         self.model_dir, self._sync, self._eager, self.closed = model_dir, sync, eager, False
         # What vLLM rounds an adapter to as it reads it: to write more would take longer and give the same
         self._dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(dtype)
-        self._stop = stop_token_ids(model_dir, tokenizer)
+        self.stop = stop_token_ids(model_dir, tokenizer)  # of each further policy: `make_sampler`
         self._hooks: list[Any] = []
         self._adapter: Any = None
         self._adapters = 0
@@ -136,7 +136,7 @@ class VLLMSampler:
         settings = [
             vllm.SamplingParams(
                 temperature=params.temperature, top_p=params.top_p, max_tokens=params.max_tokens, seed=r.seed,
-                stop_token_ids=self._stop, logprobs=0, detokenize=False, skip_clone=True,
+                stop_token_ids=self.stop, logprobs=0, detokenize=False, skip_clone=True,
                 output_kind=vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
             )
             for r in requests

@@ -1,12 +1,17 @@
 """Sampling from the policy itself: exact distributions, seeds that belong to requests, no trace left behind."""
 
+import json
 import math
+import shutil
+import sys
 
 import pytest
 import torch
+from tiny import byte_tokenizer, conversation
 from tiny_architectures import ARCHITECTURES, load, nudge, save_architecture
 
 from rlsafe.config import SamplerConfig, UserError
+from rlsafe.data import encode_row
 from rlsafe.rollouts import TransformersSampler, make_sampler, request_seed, score_batch, self_test
 from rlsafe.rollouts.sampling import draw, processed_logprobs, stop_token_ids
 from rlsafe.rollouts.selftest import follows
@@ -119,6 +124,51 @@ def test_greedy_takes_the_most_likely_token(policy, sampler):
             row = policy.core.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
         assert token == int(row.argmax()) and logp == pytest.approx(float(row.max()), abs=1e-5)
         ids.append(token)
+
+
+@pytest.fixture
+def base_model_dir(tiny_model_dir, tmp_path):
+    """Like a published base model: the chat template ends a turn, but tokenizer and generation config name an end of text."""
+    directory = shutil.copytree(tiny_model_dir, tmp_path / "base")
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = "<|pad|>"
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.save_pretrained(str(directory))
+    ends = json.dumps({"eos_token_id": [tokenizer.eos_token_id, 7]})
+    (directory / "generation_config.json").write_text(ends)
+    return directory
+
+
+@pytest.fixture
+def in_hub_cache(base_model_dir, tmp_path, monkeypatch):
+    """The same model as the hub's cache holds it, by its name."""
+    place = tmp_path / "hub" / "models--org--tiny"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("abc")
+    shutil.copytree(base_model_dir, place / "snapshots" / "abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return "org/tiny"
+
+
+@pytest.mark.parametrize("kind", ["transformers", "auto"])
+def test_every_sampler_stops_at_what_training_ends_a_turn_with(kind, base_model_dir, in_hub_cache, monkeypatch):
+    """From a directory and from the hub's cache, where `auto` falls back too; an engine that was kept takes the next policy's."""
+    monkeypatch.setitem(sys.modules, "vllm", None)  # does not import
+    monkeypatch.setattr("rlsafe.rollouts._REFUSED", {})
+    end = byte_tokenizer().convert_tokens_to_ids("<|im_end|>")
+    for name in (str(base_model_dir), in_hub_cache):
+        policy = load(name)
+        ids, mask = encode_row(policy.tokenizer, conversation("hi", "yes")["messages"])
+        assert ids[-1] == end and mask[-1] and policy.tokenizer.eos_token_id != end
+        sampler = make_sampler(SamplerConfig(kind=kind), name, policy, 0)
+        for stop in (end, 7):
+            certain = 50.0 * torch.nn.functional.one_hot(torch.tensor(stop), policy.core.output.weight.shape[0])
+            handle = policy.core.output.register_forward_hook(lambda _, __, out, certain=certain: out + certain)
+            completion = sampler.generate(requests(PROMPTS[:1]), SamplingParams(max_tokens=4))[0]
+            handle.remove()
+            assert completion.ids == [stop] and completion.finish == "stop"
+        stops = stop_token_ids(name, policy.tokenizer)
+        assert sorted(stops) == sorted({policy.tokenizer.eos_token_id, 7, end})
 
 
 def test_completions_end_with_the_end_of_turn_or_at_the_limit(policy, sampler, tiny_model_dir):

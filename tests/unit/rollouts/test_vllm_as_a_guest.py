@@ -37,6 +37,21 @@ def policy(policies):
     return policies["float32"]
 
 
+def test_a_kept_engine_stops_where_the_next_policys_turns_end(policies, vllm, tiny_model_dir, monkeypatch):
+    policy, asked = policies["float32"], []
+    monkeypatch.setattr(
+        sys.modules["vllm"], "SamplingParams", lambda **settings: asked.append(settings["stop_token_ids"])
+    )
+    sampler = make_sampler(CONFIG, tiny_model_dir, policy, 0)
+    monkeypatch.setattr(
+        policy.tokenizer, "chat_template", policy.tokenizer.chat_template.replace("<|im_end|>", "<|pad|>")
+    )
+    assert make_sampler(CONFIG, tiny_model_dir, policy, 0) is sampler
+    sampler.generate([Request([1], 0)], SamplingParams(max_tokens=1))
+    eos, pad = policy.tokenizer.eos_token_id, policy.tokenizer.pad_token_id
+    assert asked[0] == [eos] and asked[-1] == [eos, pad]
+
+
 def generators():
     return random.random(), np.random.rand(), float(torch.rand(())), int(torch.cuda.get_rng_state())
 
