@@ -66,6 +66,32 @@ def test_an_engine_that_starts_after_the_last_step_is_checked_before_the_first(t
         assert len(checked) == times
 
 
+def test_a_run_that_never_samples_is_not_measured_by_an_engine(tiny_tree, monkeypatch, safe_file):
+    """Probes are on by default, and ask nothing without a judge and questions; some defenses ask by themselves."""
+    from rlsafe.engine.run.dry import dry
+
+    name = "Qwen/Qwen2.5-7B-Instruct"
+    model = {
+        "name": name,
+        "dtype": "bfloat16",
+        "quantization": "4bit",
+        "gradient_checkpointing": True,
+        "lora": {"r": 4},
+    }
+    tree = tiny_tree | {"model": model, "track": {}, "sampler": {"kind": "auto"}}
+    gpu = SimpleNamespace(num_processes=1, device=torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=24 * GIB))
+    layout.check_layout(prepare(run_from_tree(tree)), name, gpu, lambda line: None)
+    found = dry(run_from_tree(tree))
+    assert found.need.sampler == found.need.merging == 0 and not any("vLLM" in line for line in found.memory)
+    onpolicy = {"evaluate": {"judge": "static"}, "defenses": [{"interleaving-onpolicy": {"source": safe_file}}]}
+    for asking in (onpolicy, {"schedule": {"steps": 1, "phases": [{"cycle": ["grpo"]}]}}):
+        config = run_from_tree(tree_with(tree, asking))
+        with pytest.raises(UserError, match="sampler.gpu_memory: 0.4 of this GPU"):
+            layout.check_layout(prepare(config), name, gpu, lambda line: None)
+        assert dry(config).need.sampler > 0
+
+
 def test_processes_without_prompts_are_told_with_the_setting_that_mends_it(tiny_tree):
     tree = tiny_tree | {"schedule": {"steps": 1, "phases": [{"cycle": ["grpo"]}]}}
     ranks, said = SimpleNamespace(num_processes=8, device=torch.device("cpu")), []

@@ -57,11 +57,12 @@ def memory(
     cuda: bool,
     references: bool = False,
     longest: Mapping[str, tuple[int, int]] | None = None,
+    samples: bool = True,
 ) -> Memory:
     """The estimate for a run on a GPU (or CPU).
 
     references: some defense measures against a frozen model. longest: stream -> tokens of its longest row and of its longest
-    prompt, where the rows are known; else rows are assumed to be as long as allowed.
+    prompt, where the rows are known; else rows are assumed to be as long as allowed. samples: whether a sampler starts at any time.
     """
     model = config.model
     size = BYTES.get(_dtype(model, shape, cuda), 4)
@@ -87,8 +88,8 @@ def memory(
             copies=_copies(model, size),
         ),
         head=head_chunk(shape, tokens, cuda),
-        sampler=_sampler(config, shape, size, cuda),
-        merging=_merging(config, shape, size, cuda),
+        sampler=_sampler(config, shape, size, cuda) if samples else 0,
+        merging=_merging(config, shape, size, cuda) if samples else 0,
         tokens=tokens,
     )
 

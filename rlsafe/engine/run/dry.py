@@ -16,6 +16,7 @@ from rlsafe.engine.plan.estimate import Memory, describe_memory, memory, unfit, 
 from rlsafe.engine.plan.schedule import describe
 from rlsafe.engine.plan.timing import Load, seconds, speed_of
 from rlsafe.engine.run.build import Prepared, model_path, prepare, training_threads
+from rlsafe.engine.run.layout import will_sample
 from rlsafe.engine.run.lengths import FRAME_OF_A_TURN, Lengths, remote, some
 from rlsafe.engine.run.rows import local_tokenizer, usable
 from rlsafe.engine.run.workload import Work, workload
@@ -163,7 +164,7 @@ def _memory(prepared: Prepared) -> tuple[list[str], Memory | None]:
     cuda = torch.cuda.is_available() or shape.parameters > 1e9  # nobody trains a billion on a CPU: say what a GPU needs
     frozen = any(need.reference for defense in prepared.defenses for need in defense.needs)
     longest = {name: _longest(rows) for name, rows in prepared.rows.items() if rows}
-    need = memory(config, shape, cuda=cuda, references=frozen, longest=longest)
+    need = memory(config, shape, cuda=cuda, references=frozen, longest=longest, samples=will_sample(prepared))
     if torch.cuda.is_available():
         warnings = unfit(config, need, *torch.cuda.mem_get_info())
     else:

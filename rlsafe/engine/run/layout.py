@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import glob
 import os
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from rlsafe.config import RunConfig, UserError
+from rlsafe.defenses.base import Foreseen
 from rlsafe.engine.plan.estimate import gib, memory
 from rlsafe.engine.train.distributed import check_moments
 from rlsafe.policy.shapes import model_shape
@@ -25,10 +27,7 @@ def check_layout(prepared: Prepared, path: str, accelerator: Accelerator, log: C
     """UserError for settings that these processes cannot train or sample with. path: the directory or hub id of the model."""
     config = prepared.config
     check_moments(config.optim, accelerator)
-    samples = any(part.path == "grpo" for step in prepared.plan for part in step.parts)
-    samples = (
-        samples or bool(config.track.every) or config.evaluate.asks
-    )  # an engine that will start after the last step counts
+    samples = will_sample(prepared)
     if samples and config.sampler.kind in ("auto", "vllm"):
         check_split(config.sampler.tensor_parallel, accelerator.num_processes)
     if accelerator.device.type == "cuda" and samples:
@@ -42,6 +41,20 @@ def check_layout(prepared: Prepared, path: str, accelerator: Accelerator, log: C
             f"batch.grpo_prompts: {most} prompts a step leave {ranks - most * shared} of {ranks} processes without rollouts; "
             f"batch.grpo_prompts={most * ranks} gives each as many as one process has"
         )
+
+
+def will_sample(prepared: Prepared) -> bool:
+    """Whether the run starts a sampler at any time: for rollouts, for probes, for what a defense has answered, or for the evaluation
+    after the last step, whose questions are those of the probes."""
+    config, plan = prepared.config, prepared.plan
+    if config.evaluate.asks or any(step.path == "grpo" for step in plan):
+        return True
+    offered = Counter(part.defense for step in plan for part in step.parts for _ in range(part.rows))
+    for defense in prepared.defenses:
+        asked = defense.asks(Foreseen(config, lambda source: [], offered[defense.name], 0, len(plan)))
+        if asked is not None and asked.answers and asked.calls:
+            return True
+    return False
 
 
 def check_sampler_fits(config: RunConfig, path: str, total: int) -> None:
