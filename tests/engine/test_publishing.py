@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from tiny_architectures import random_batch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -55,6 +57,12 @@ def finished(tiny_model_dir, tmp_path_factory):
     evaluation.settings = {"judge": "exact", "questions": {"general": "own.yaml"}, "temperature": 1.0}
     evaluation.save(place / "out")
     return trained
+
+
+@pytest.fixture
+def copied_run(finished, tmp_path):
+    """A copy of the run's directory, to be changed."""
+    return shutil.copytree(finished.out, tmp_path / "copy")
 
 
 def log_probs(model, batch):
@@ -142,6 +150,21 @@ def test_the_merged_model_is_the_policy_and_the_base_is_untouched(dtype, finishe
     assert torch.allclose(log_probs(model, batch), policy_log_probs(finished.policy, batch), atol=close)
     assert AutoTokenizer.from_pretrained(done.merged).chat_template
     assert "library_name: transformers" in (done.merged / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "trained_with",
+    [{"dtype": "float16"}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "attention": "flash_attention_2"}],
+)
+def test_what_a_run_computed_with_changes_nothing_in_the_merged_model(trained_with, finished, copied_run, tmp_path):
+    """A GPU's dtype and kernels: the merge is on a CPU, from the base's float32 files."""
+    settings = yaml.safe_load((copied_run / "config.yaml").read_text())
+    settings["model"] |= trained_with
+    (copied_run / "config.yaml").write_text(yaml.safe_dump(settings))
+    done = publish(copied_run, out=tmp_path / "out", merge=tmp_path / "merged")
+    merged = {k: v for file in done.merged.glob("*.safetensors") for k, v in load_file(file).items()}
+    for name, expected in finished.policy.merged_weights():
+        assert torch.equal(merged[name], expected)
 
 
 @pytest.mark.slow

@@ -112,8 +112,9 @@ def _merge(config: RunConfig, run: Path, directory: Path) -> Path:
     if directory.exists() and any(directory.iterdir()):
         raise UserError(f"--merge {directory}: is not empty; expected a new directory")
     base = Path(local_directory(model_source(config.model), config.model.revision))
-    # The merged model is made of the base's files, so the base is loaded as these hold it, not in 4 or 8 bits.
-    model = config.model.model_copy(update={"adapter": str(run / "adapter"), "quantization": None})
+    # Of the base's files and on this machine's CPU: what the run itself computed with does not matter.
+    as_stored = {"quantization": None, "dtype": _stored(base), "attention": "sdpa", "gradient_checkpointing": False}
+    model = config.model.model_copy(update={"adapter": str(run / "adapter"), **as_stored})
     policy = Policy.load(model, path=str(base), seed=config.seed)
     changed = dict(policy.merged_weights())
     directory.mkdir(parents=True, exist_ok=True)
@@ -133,6 +134,19 @@ def _merge(config: RunConfig, run: Path, directory: Path) -> Path:
             shutil.copy(base / name, directory / name)
     policy.tokenizer.save_pretrained(str(directory))
     return directory
+
+
+def _stored(base: Path) -> str:
+    """The dtype to load the base in, which loses nothing of its files: bfloat16 where all of them hold it, else float32."""
+    from safetensors import safe_open
+
+    from rlsafe.rollouts.engine import weight_files
+
+    found: set[str] = set()
+    for file in weight_files(str(base)):
+        with safe_open(str(file), framework="pt") as tensors:
+            found |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 - not a mapping
+    return "bfloat16" if found == {"BF16"} else "float32"
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
