@@ -33,5 +33,6 @@ class TrackConfig(Settings):
         default_factory=dict, description="tracker: further arguments of its start, such as wandb: {entity: NAME}"
     )
     check_after: NonNegative = Field(
-        10, description="steps after which a defense without any effect stops the run; 0 = never"
+        10,
+        description="steps of each path, with rows that it acts on, after which a defense without any effect stops the run; 0 = never",
     )

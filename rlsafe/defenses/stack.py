@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -13,7 +13,7 @@ from rlsafe.config import UserError, nearest
 from rlsafe.defenses.base import DataContext, Defense, Dose, Gradients, Offer, Rollouts
 from rlsafe.defenses.declared import DeclaredView
 from rlsafe.defenses.vectors import Named, add_with_norm, norm
-from rlsafe.types import Batch, Message, Need, RunError, Sampler, View, Where
+from rlsafe.types import Batch, LossPath, Message, Need, RunError, Sampler, View, Where
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,27 +103,21 @@ class DefenseStack:
         """All references that some defense needs at some step."""
         return {need.reference for defense in self.defenses for need in defense.needs if need.reference}
 
-    def check_references(self, steps: int, paths: Collection[str], from_adapter: bool = False) -> None:
-        """UserError for a reference that never exists in a run of `steps` steps over `paths`: its penalty would never start.
+    def check_references(self, steps: Sequence[tuple[int, LossPath]], from_adapter: bool = False) -> None:
+        """UserError for a reference that does not exist in any step in which the defense acts: its penalty would never start.
 
-        from_adapter: the run goes on from an adapter, such as a comparison's shared warm-up; without GRPO steps that is grpo_start.
+        steps: (phase, path) of all of the run. from_adapter: the run goes on from an adapter, such as a comparison's shared warm-up;
+        without GRPO steps that is grpo_start.
         """
+        grpo = [index for index, (_, path) in enumerate(steps) if path == "grpo"]
+        first = grpo[0] if grpo else 0 if from_adapter else None
         for defense in self.defenses:
+            last = max((index for index, (phase, _) in enumerate(steps) if (index, phase) in defense.when), default=-1)
             for reference in sorted({need.reference for need in defense.needs if need.reference}):
-                kind, _, which = reference.partition(":")
-                if kind not in ("step", "path") and reference not in NAMED:
-                    hint = nearest(reference, [*NAMED, "step:N", "path:DIR"])
-                    raise UserError(f"defense {defense.name!r}: unknown reference {reference!r}{hint}")
-                if reference == "grpo_start" and "grpo" not in paths and not from_adapter:
-                    raise UserError(
-                        f"defense {defense.name!r}: reference grpo_start: the schedule has no GRPO steps; expected base, start "
-                        "or step:N"
-                    )
-                if kind == "step" and which not in map(str, range(steps)):
-                    raise UserError(
-                        f"defense {defense.name!r}: reference {reference}: expected step:N with N from 0 to {steps - 1}, the "
-                        "last step of this run"
-                    )
+                if problem := _never(
+                    reference, first, last, "of this run" if last == len(steps) - 1 else "in which it acts"
+                ):
+                    raise UserError(f"defense {defense.name!r}: {problem}")
 
     def await_references(self, has_reference: Callable[[str], bool]) -> None:
         """Leave out, for now, penalties whose reference does not exist yet (grpo_start before the first GRPO step, step:N before N)."""
@@ -246,6 +240,23 @@ class DefenseStack:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for defense in self.defenses:
             defense.load_state_dict(state.get(defense.name, {}))
+
+
+def _never(reference: str, first_grpo: int | None, last: int, which_last: str) -> str | None:
+    """Why there is no such reference up to the step `last`; None when there is. first_grpo: the step that has grpo_start."""
+    kind, _, which = reference.partition(":")
+    if kind not in ("step", "path") and reference not in NAMED:
+        return f"unknown reference {reference!r}{nearest(reference, [*NAMED, 'step:N', 'path:DIR'])}"
+    if reference == "grpo_start" and first_grpo is None:
+        return "reference grpo_start: the schedule has no GRPO steps; expected base, start or step:N"
+    if reference == "grpo_start" and first_grpo is not None and first_grpo > last:
+        return (
+            f"reference grpo_start: the first GRPO step is {first_grpo}, after {last}, the last step {which_last}; expected base or "
+            "start, or other phases"
+        )
+    if kind == "step" and which not in map(str, range(last + 1)):
+        return f"reference {reference}: expected step:N with N from 0 to {last}, the last step {which_last}"
+    return None
 
 
 @contextmanager

@@ -212,7 +212,7 @@ def build_run(
         probe=probe,
         direction=projection.direction(config, policy) if probe else None,
         tracker=_tracker(config, out, accelerator.is_main_process, **tracking),
-        effects=EffectLog(stack, {step.path for step in prepared.plan}, config.track.check_after, log),
+        effects=EffectLog(stack, prepared.plan, config.track.check_after, log),
         log=log,
         look_ahead=ahead.look_ahead if config.grpo.max_staleness else None,
     )
@@ -292,8 +292,8 @@ def _set_up_defenses(run: Components) -> None:
         with about(f"defense {defense.name!r}"):
             defense.setup(context)
     run.references |= run.stack.references()
-    paths = {step.path for step in run.plan}
-    run.stack.check_references(len(run.plan), paths, from_adapter=run.config.model.adapter is not None)
+    steps = [(step.phase, step.path) for step in run.plan]
+    run.stack.check_references(steps, from_adapter=run.config.model.adapter is not None)
     if run.config.grpo.beta and (reference := run.config.grpo.reference) not in NAMED and reference[:5] != "path:":
         expected = nearest(reference, [*NAMED, "path:DIR"])
         raise UserError(f"grpo.reference: unknown reference {reference!r}{expected}")

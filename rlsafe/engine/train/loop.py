@@ -40,7 +40,7 @@ def train_steps(run: Components, state: RunState) -> Iterator[dict[str, Any]]:
         if last and run.stack.after_step(run.policy, "end"):
             run.sampler.weights_changed()
         if run.defended:
-            metrics |= run.effects.step(step.path, _rows_added(step, metrics))
+            metrics |= run.effects.step(step, _rows_added(step, metrics))
         late = None
         if run.probe and (last or step.index % run.config.track.every == 0):
             late, probed = _probe(run, state, step)

@@ -61,6 +61,8 @@ def _forward_backward_step(
         micros = even_out(micros, run.accelerator, run.policy)
         counts = reduce_sums(counts, run.accelerator)
     loss = StepLoss(run.config.grpo, run.stack, plan, counts, run.accelerator.num_processes)
+    if run.defended:
+        run.effects.counted(counts)
     measure = run.defended and run.effects.due(step.index, run.config.track.every)
     leaves = run.policy.leaves() if measure else []
     shares: dict[str, float] = {}

@@ -10,12 +10,13 @@ from defense_matrix import interrupt
 from tiny_runs import GRPO, SFT, distance, train, tree_with
 
 from rlsafe.config import UserError, run_from_tree
-from rlsafe.defenses import Offer, build
+from rlsafe.defenses import Defense, DefenseStack, Offer, build
 from rlsafe.defenses.base import When
 from rlsafe.defenses.persona import save_vectors
 from rlsafe.engine.plan.schedule import make_plan
 from rlsafe.engine.run.life import run
-from rlsafe.types import Interrupted
+from rlsafe.engine.train.effects import EffectLog
+from rlsafe.types import Interrupted, RunError
 
 WARM = {"schedule": {"steps": 6, "phases": [{"steps": 3, "cycle": ["sft"]}, {"cycle": ["grpo"]}]}}
 TIMING = {"seconds", "rollout_seconds"}
@@ -136,3 +137,96 @@ def test_what_never_acts_is_one_line(tiny_tree, tmp_path, settings, says):
     with pytest.raises(UserError, match=says):
         run(run_from_tree(tree_with(tiny_tree, WARM, {"defenses": [{"kl": settings}]})), tmp_path / "run")
     assert build(["kl"])[1] == [{"kl": build(["kl"])[1][0]["kl"]}] and "phases" not in build(["kl"])[1][0]["kl"]
+
+
+# ------------------------------------------------------------------------------------------------ when they are judged
+
+WAIT = {"steps": 40, "phases": [{"steps": 7, "cycle": ["sft"]}, {"cycle": ["grpo"]}]}
+LONG = {"steps": 60, "phases": [{"steps": 20, "cycle": ["sft"]}, {"cycle": ["grpo"]}]}
+RARE = {"steps": 40, "phases": [{"cycle": ["sft", "sft", "sft", "benign-sft"]}]}
+EVERY = {"interleaving": {"every": 16, "fraction": 0.1}}
+
+
+class Silent(Defense):
+    """Its prompt hook changes nothing."""
+
+    name = "silent"
+
+    def prompt(self, messages, where):
+        return messages
+
+
+def stopped(tree, schedule, entries, waits=lambda step: False):
+    """(index of the step after which a run whose penalties have no gradient stops, why); None for the end."""
+    config = run_from_tree(tree_with(tree, {"schedule": schedule}))
+    made = build([entry for entry in entries if entry != "silent"])[0]
+    stack = DefenseStack([*made, *([Silent()] if "silent" in entries else [])])
+    plan = make_plan(config, stack.offers())
+    effects = EffectLog(stack, plan, 10, lambda note: None)
+    place = None
+    try:
+        for step in plan:
+            stack.begin(step.index, step.phase)
+            stack.waiting = {"kl"} if waits(step) else set()
+            streams = {part.stream for part in step.parts}
+            on = [d.name for d in stack.penalized if not streams.isdisjoint(d.on)]
+            effects.counted({f"defense/{name}": 1.0 for name in on})
+            effects.step(step, {part.defense: part.rows for part in step.parts})
+            place = step.index
+            effects.check()
+            restored = EffectLog(stack, plan, 10, lambda note: None)
+            restored.load_state_dict(json.loads(json.dumps(effects.state_dict())))
+            effects = restored
+        place = None
+        effects.check(at_end=True)
+    except RunError as error:
+        return place, str(error).split(";")[0]
+    pytest.fail("nothing was found")
+
+
+NO_GRADIENT = "defense 'kl' gave a penalty without any gradient after"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "entries", "found"),
+    [
+        pytest.param(WAIT, ["kl"], (16, f"{NO_GRADIENT} 17 steps"), id="a warm-up shorter than the check"),
+        pytest.param(LONG, [{"kl": {"phases": [1]}}], (29, f"{NO_GRADIENT} 10 steps"), id="a phase"),
+        pytest.param(LONG, ["kl"], (29, f"{NO_GRADIENT} 30 steps"), id="both paths"),
+        pytest.param(WAIT, [EVERY, {"kl": {"on": ["safe"]}}], (31, f"{NO_GRADIENT} 2 steps"), id="the last of the rare"),
+        pytest.param(
+            {"steps": 400}, [EVERY, {"kl": {"on": ["safe"]}}], (159, f"{NO_GRADIENT} 10 steps"), id="ten of them"
+        ),
+        pytest.param(RARE, [{"kl": {"on": ["benign"]}}], (39, f"{NO_GRADIENT} 10 steps"), id="a rare stream"),
+        pytest.param(RARE, ["kl"], (9, f"{NO_GRADIENT} 10 steps"), id="a rare stream among others"),
+        pytest.param(
+            LONG, [{"kl": {"on": ["safe"]}}], (29, "defense 'kl' had no rows for its penalty after 30 steps"), id="no rows"
+        ),
+        pytest.param(WAIT, ["silent"], (16, "defense 'silent' had no effect through its prompt hook after 17 steps"), id="a prompt"),
+    ],
+)  # fmt: skip
+def test_a_defense_is_judged_when_it_has_had_its_chances(tiny_tree, schedule, entries, found):
+    """Not before its rows came as often as the check wants, and not only at the end where some path is short."""
+    tree = tree_with(tiny_tree, {"data": {"benign": tiny_tree["data"]["narrow"]}})
+    assert stopped(tree, schedule, entries) == found
+
+
+def test_a_penalty_on_rows_that_come_late_is_left_in_peace(tiny_tree, tmp_path):
+    """Its first rows come after more steps than the check waits for."""
+    entries = [{"interleaving": {"every": 4, "fraction": 0.1}}, {"kl": {"on": ["safe"]}}]
+    train(tree_with(tiny_tree, {"defenses": entries, "track": {"check_after": 2}}), tmp_path / "run")
+    lines = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
+    assert ["defense/kl/full" in one for one in lines] == [False] * 3 + [True]
+
+
+def test_a_penalty_whose_reference_never_comes_is_an_error(tiny_tree, tmp_path):
+    waits = "defense 'kl' waited for its reference in all steps in which it was to act"
+    kl = {"kl": {"reference": "grpo_start", "phases": [0]}}
+    assert stopped(tiny_tree, WAIT, [kl], lambda step: step.phase == 0) == (6, waits)
+    for entry, says in [
+        (kl, "reference grpo_start: the first GRPO step is 3, after 2, the last step in which it acts"),
+        ({"kl": {"reference": "step:4", "phases": [0]}}, "step:N with N from 0 to 2, the last step in which it acts"),
+        ({"kl": {"reference": "step:9"}}, "step:N with N from 0 to 5, the last step of this run"),
+    ]:
+        with pytest.raises(UserError, match=says):
+            run(run_from_tree(tree_with(tiny_tree, WARM, {"defenses": [entry]})), tmp_path / "run")
