@@ -40,8 +40,8 @@ class Answered:
 class InterleavingOnPolicy(Interleaving):
     """Adds safe prompts with the model's own answers, kept only when judged aligned and coherent.
 
-    source_model: `reference`: the policy answers all prompts once, before the first step (cached on disk by model, prompts,
-        sampling and seed). `live`: the policy answers at each step with its current weights. `live` depends on the judge's
+    source_model: `reference`: the policy answers all prompts once, before the first step (cached on disk by model, rows,
+        judge, sampling and seed). `live`: the policy answers at each step with its current weights. `live` depends on the judge's
         filter: the expected gradient of the log-likelihood of a model's own samples is zero without a selection.
     prompts: largest number of safe prompts for `reference` (a seeded choice). samples: answers to each.
     temperature, top_p, max_tokens: how answers are sampled; max_tokens null = grpo.max_tokens. Cut-off answers are dropped.
@@ -113,7 +113,13 @@ class InterleavingOnPolicy(Interleaving):
         return kept
 
     def _save(self, file: Path, answered: list[Answered], context: SetupContext) -> list[Answered]:
-        """The answers, kept for later runs; where another run has kept its own meanwhile, those."""
+        """The answers, kept for later runs; where another run has kept its own meanwhile, those. Not kept while the judge did not
+        reach some: these are to be judged by the next run."""
+        if lost := sum(one.outcome == "unscored" for one in answered):
+            context.log(
+                f"defense {self.name!r}: its answers are not saved for later runs: {lost} of {len(answered)} got no judgement"
+            )
+            return answered
         try:
             write_once(file, json.dumps([asdict(one) for one in answered]))
         except OSError as error:
@@ -127,7 +133,11 @@ class InterleavingOnPolicy(Interleaving):
         digest = hashlib.sha256(weights_digest(context.policy).encode())
         prompts = [encode_prompt(self.tokenizer, split_prompt(row)[0]) for row in asked]
         settings = [asdict(self.params), self.samples, self.seed, context.config.sampler.kind]
-        digest.update(json.dumps([prompts, settings, context.config.evaluate.judge], sort_keys=True).encode())
+        evaluate = context.config.evaluate
+        judges = {name: _in_full(judge) for name, judge in {"": evaluate.judge, **evaluate.judges}.items()}
+        # A judge may read more of a row than its prompt; where the row stands does not matter.
+        read = [{key: value for key, value in _meta(row).items() if not key.startswith("_")} for row in asked]
+        digest.update(json.dumps([prompts, read, settings, judges], sort_keys=True, default=repr).encode())
         return digest.hexdigest()[:32]
 
     # ------------------------------------------------------------------------------------------------ each step
@@ -188,7 +198,7 @@ class InterleavingOnPolicy(Interleaving):
         exchanges = []
         for row, prompt, thought in zip(rows, prompts, read, strict=True):
             question, system = question_of(prompt)
-            meta = {k: v for k, v in row.items() if k != "messages"}
+            meta = _meta(row)
             if not thought.unclosed:
                 exchanges.append(Exchange(question, thought.answer.strip(), system, meta))
         judged = iter(ranks.of_first(lambda: judge.score(exchanges)) if exchanges else [])
@@ -219,6 +229,18 @@ class InterleavingOnPolicy(Interleaving):
         if one.coherent is None or one.coherent < self.min_coherent:
             return "incoherent"
         return "kept" if one.aligned is not None and one.aligned >= self.min_aligned else "misaligned"
+
+
+def _meta(row: Row) -> dict[str, Any]:
+    """What the judge gets of a row beside question and answer."""
+    return {key: value for key, value in row.items() if key != "messages"}
+
+
+def _in_full(judge: str | dict[str, Any] | None) -> Any:
+    """A judge as the config has it; instead of a file, what it says."""
+    if isinstance(judge, str) and judge.endswith((".yaml", ".yml")):
+        return Path(judge).read_text("utf-8")
+    return judge
 
 
 def _saved(file: Path) -> list[Answered] | None:
