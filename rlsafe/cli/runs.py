@@ -148,7 +148,9 @@ def ask(
     """
     from rlsafe.evaluate.commands.talking import talk
 
-    models = [target for target in targets if "=" not in target]
+    # A cell of a sweep has `=` in its name, too: sft--kl[weight=0.1]--seed0
+    settings = [target for target in targets if "=" in target and not Path(target).exists()]
+    models = [target for target in targets if target not in settings]
     if not models:
         raise UserError("nobody to ask: expected a run directory or a model")
-    show(talk(models, question or [], system, samples, [target for target in targets if "=" in target]))
+    show(talk(models, question or [], system, samples, settings))

@@ -110,7 +110,14 @@ class CompareConfig(Recorded):
         trees += [(("paths", name), tree) for name, tree in self.paths.items()]
         trees += [(("models", name), tree) for name, tree in self.models.items()]
         trees += [(("warmup",), self.warmup or {})]
+        if self.benign is not None:
+            trees += [(("benign", "tasks", name), tree) for name, tree in self.benign.tasks.items()]
+            trees += [(("benign", "paths", name), tree) for name, tree in self.benign.paths.items()]
+        if self.selection is not None:
+            trees += [(("selection", "run"), self.selection.run)]
         for keys, tree in trees:
+            if "out" in tree:
+                raise invalid_at((*keys, "out"), tree["out"], "each cell has its own directory; use --out")
             if "seed" in tree:
                 message = "each cell sets its own seed; use seeds: [...] or --seeds"
                 raise invalid_at((*keys, "seed"), tree["seed"], message)

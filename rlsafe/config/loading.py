@@ -90,7 +90,7 @@ def _resolve_includes(
     includes = data.pop("include", [])
     merged: dict[str, Any] = {}
     merged_marks: Marks = {}
-    for name in [includes] if isinstance(includes, str) else includes:
+    for name in includes if isinstance(includes, list) else [includes]:
         if not isinstance(name, str):
             raise UserError(f"{marks[(*prefix, 'include')]}: include takes file names, got {name!r}")
         part, part_marks = load_tree(path.parent / name, above)
@@ -187,7 +187,10 @@ def _load(model: type[C], path: str | Path, overrides: Iterable[str], base: Mapp
 
 def load_run(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a run's config, apply `key.path=value` overrides, validate."""
-    return _load(RunConfig, path, overrides)
+    overrides = list(overrides)
+    config = _load(RunConfig, path, overrides)
+    check_rate(config, overrides)
+    return config
 
 
 def run_from_tree(tree: Mapping[str, Any], source: str = "config") -> RunConfig:
@@ -214,6 +217,8 @@ def load_compare(path: str | Path, overrides: Iterable[str] = (), quick: bool = 
         first = override.partition("=")[0].split(".")[0].strip()
         if first == "seed":
             raise UserError(f"override {override!r}: a comparison runs several seeds; use --seeds or seeds=[...]")
+        if first == "out":
+            raise UserError(f"override {override!r}: each run of a comparison has its own directory; use --out")
         if first in RunConfig.model_fields and first not in CompareConfig.model_fields:
             apply_override({}, override)  # its syntax is checked now, its effect in each cell
             for_cells.append(override)
@@ -243,6 +248,15 @@ def _check_undone(overrides: Iterable[str], for_cells: Iterable[str]) -> None:
                     f"override {override!r} has no effect beside {other!r}, which is applied last to every cell; expected run.{other} "
                     "for a value that paths and models may change"
                 )
+
+
+def check_rate(config: RunConfig, overrides: Iterable[str]) -> None:
+    """UserError for an override of `optim.lr` where every phase has a learning rate of its own, so that nothing would read it."""
+    phases = config.schedule.phases
+    given = [one for one in overrides if _keys(one) == ["optim", "lr"]]
+    if given and all(phase.lr is not None for phase in phases):
+        own = ", ".join(f"schedule.phases.{place}.lr ({phase.lr:g})" for place, phase in enumerate(phases))
+        raise UserError(f"override {given[0]!r} has no effect: each phase has its own rate; expected {own}")
 
 
 def _keys(override: str) -> list[str]:

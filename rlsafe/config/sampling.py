@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from rlsafe.config.base import Fraction, Positive, Settings, to_list
+from rlsafe.config.base import Fraction, Place, Positive, Settings, to_list
 
 
 class SamplerConfig(Settings):
@@ -19,7 +19,7 @@ class SamplerConfig(Settings):
     urls: Annotated[list[str], BeforeValidator(to_list())] = Field(
         default_factory=list, description="kind server: addresses of vLLM servers, e.g. http://host:8000"
     )
-    adapter_dir: str | None = Field(
+    adapter_dir: Place | None = Field(
         None, description="kind server: where adapters are saved for the servers to read; null = a temporary directory"
     )
     patience: Annotated[float, Field(gt=0)] = Field(

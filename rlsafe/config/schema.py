@@ -210,9 +210,9 @@ class CheckpointConfig(Settings):
 class LikelihoodConfig(Settings):
     """What is read off the likelihood of given answers, an aligned and a misaligned one to each question; needs no judge."""
 
-    general: str | None = Field(None, description="provider:pairs/SPEC or a YAML file of pairs; null = not measured")
-    indomain: str | None = Field(None, description="likewise: pairs of the trained domain")
-    controls: list[str] = Field(
+    general: Place | None = Field(None, description="provider:pairs/SPEC or a YAML file of pairs; null = not measured")
+    indomain: Place | None = Field(None, description="likewise: pairs of the trained domain")
+    controls: list[Place] = Field(
         default_factory=list, description="further sets, such as pairs that differ in style only: rlsafe:pairs/style"
     )
 
@@ -230,8 +230,8 @@ class EvaluateConfig(Settings):
     judges: dict[str, str | dict[str, Any]] = Field(
         default_factory=dict, description="question set: its own judge, such as indomain: static; others have judge"
     )
-    general: str | None = Field(None, description="provider:spec or a YAML question file")
-    indomain: str | None = Field(None, description="likewise: held-out questions of the trained domain")
+    general: Place | None = Field(None, description="provider:spec or a YAML question file")
+    indomain: Place | None = Field(None, description="likewise: held-out questions of the trained domain")
     cue: str | None = Field(None, description="system prompt of the conditional probe: text or provider:name")
     cues: str | dict[str, str | dict[str, str]] = Field(
         default_factory=dict,

@@ -20,18 +20,20 @@ _SECRET_WORD = (
 )
 _SECRET_NAME = rf"(?:[\w-]*[_-])?{_SECRET_WORD}"
 """Names of settings, headers and query parameters whose value is a secret. Not `api_key_env` and not `max_tokens`."""
+_CHOSEN = ("cues", "columns", "models", "paths", "defenses", "tasks", "adapters")
+"""Sections whose keys are names that the user gave: a cue may be called `secret`."""
 _NAMED = re.compile(_SECRET_NAME, re.IGNORECASE)
 _IN_A_QUERY = re.compile(
     rf"{_SECRET_NAME}|key|token|sig|signature|x-(?:amz|goog)-(?:signature|credential)", re.IGNORECASE
 )
 _ADDRESS = re.compile(r"https?://[^\s\"'<>]+", re.IGNORECASE)
 _SHAPES = re.compile(
-    r"\bsk[-_][A-Za-z0-9_-]{16,}|\b(?:hf|gh[opsu]|github_pat|glpat|xox[abp])[-_](?=[\w-]*[A-Za-z0-9]{16})[A-Za-z0-9_-]{16,}"
+    r"\b(?:sk|hf|gh[opsu]|github_pat|glpat|xox[abp])[-_](?=[\w-]*[A-Za-z0-9]{16})[A-Za-z0-9_-]{16,}"
     r"|\bAKIA[0-9A-Z]{16}\b|\bAIza[\w-]{30,}|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+"
-    r"|(?<=\b[Bb]earer )[\w.~+/=-]{8,}|(?<=\b[Bb]asic )[A-Za-z0-9+/=]{8,}"
+    r"|(?:(?<=\b[Bb]earer )|(?<=\b[Bb]asic ))(?=\S*[0-9=]|\S*[a-z][A-Z]|\S{20,})[\w.~+/=-]{8,}"
     r"|(?<=://)[^/\s@\"']+:[^/\s\"']+(?=@)"
 )
-"""Keys as the usual services hand them out, and `user:password` in an address."""
+"""Keys as the usual services hand them out, and `user:password` in an address. A plain word behind Basic or Bearer is none."""
 _ASSIGNED = re.compile(rf"({_SECRET_WORD}[\"']?\s*[:=]\s*[\"']?)([^\s\"',;&}})\]]{{6,}})", re.IGNORECASE)
 _ASSIGNED_IN_A_QUERY = re.compile(rf"([?&](?:{_IN_A_QUERY.pattern})=)([^\s\"'&#]+)", re.IGNORECASE)
 SHORTEST = 8  # characters of a variable's value: shorter ones are words that occur by chance
@@ -71,7 +73,8 @@ def _first(tree: Any, keys: tuple[str, ...], values: tuple[str, ...]) -> tuple[t
 
 
 def _secret(text: str, keys: tuple[str, ...], values: tuple[str, ...]) -> str:
-    if text and any(_NAMED.fullmatch(key) for key in keys):
+    names = (key for before, key in zip(("", *keys), keys, strict=False) if before not in _CHOSEN)
+    if text and any(map(_NAMED.fullmatch, names)):
         return "a key or password"
     for address in _ADDRESS.findall(text):
         try:

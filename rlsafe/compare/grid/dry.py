@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsafe.compare.grid.alike import lines, of_paths, unlike
-from rlsafe.compare.grid.grid import Cell, expand, labels_of
+from rlsafe.compare.grid.grid import Cell, expand, labels_of, plugins_of
 from rlsafe.compare.grid.jobs import check_jobs, suitable_jobs
 from rlsafe.config import CompareConfig, UserError, dump_yaml, load_compare
 from rlsafe.data import read_once
@@ -78,7 +78,7 @@ def dry_compare(
 
 def _usable(config: CompareConfig, wanted: Sequence[str] | None) -> tuple[list[str], list[str]]:
     """(labels of defenses that can be built, why the others cannot)."""
-    plugins = config.run.get("plugins") or []
+    plugins = plugins_of(config)
     usable, lacking = [], []
     for label in labels_of(config, wanted):
         try:

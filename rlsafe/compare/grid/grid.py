@@ -11,7 +11,7 @@ from typing import Any
 
 from rlsafe.compare.grid.cells import Arms, Cell, Entries, Swept
 from rlsafe.compare.grid.selection import Selection
-from rlsafe.config import CompareConfig, RunConfig, StreamConfig, UserError, nearest
+from rlsafe.config import CompareConfig, RunConfig, StreamConfig, UserError, apply_override, nearest
 from rlsafe.defenses import build as build_defenses
 from rlsafe.defenses import load_module, names
 from rlsafe.defenses.registry import find, parse
@@ -38,6 +38,15 @@ def _choose(kind: str, wanted: Sequence[Any] | None, known: Iterable[Any]) -> li
         if name not in known:
             raise UserError(f"unknown {kind} {name!r}{nearest(name, known)}")
     return list(dict.fromkeys(wanted)) if wanted else known
+
+
+def plugins_of(config: CompareConfig) -> list[str]:
+    """The plug-ins of every cell: those of `run`, unless the command line gives others."""
+    tree = {"plugins": config.run.get("plugins") or []}
+    for override in config.overrides:
+        if override.split("=")[0].split(".")[0].strip() == "plugins":
+            apply_override(tree, override)
+    return list(tree["plugins"] or [])
 
 
 def labels_of(config: CompareConfig, wanted: Sequence[str] | None) -> list[str]:
@@ -134,7 +143,7 @@ def expand(
     relapse: undefended steps after each run; None = as the config says. UserError for unknown names, and for any cell whose
     merged settings or defenses are wrong: before anything runs.
     """
-    for plugin in config.run.get("plugins") or []:
+    for plugin in plugins_of(config):
         load_module(plugin)
     registered = names()
     of_defenses, of_runs = _sweeps(config, registered)
@@ -195,7 +204,7 @@ def _acts(cell: Cell) -> bool:
 def _check_defenses(config: CompareConfig, chosen: Mapping[str, Entries]) -> None:
     for label, entries in chosen.items():
         try:
-            build_defenses(entries, config.run.get("plugins") or [])
+            build_defenses(entries, plugins_of(config))
         except UserError as error:
             where = config._marks.get(("defenses", label.partition("[")[0]), config._source)
             raise UserError(f"{where}: defenses.{label}: {error}") from None

@@ -187,7 +187,6 @@ def test_the_fingerprint_follows_everything_that_the_run_depends_on(load, tmp_pa
 
     first = fingerprint()
     assert fingerprint() == first
-    assert fingerprint(overrides=["out=elsewhere"]) == first
     assert fingerprint(overrides=["optim.lr=0.5"]) != first
     assert fingerprint(text.replace("weight: 0.3", "weight: 0.4")) != first
     rows.write_text("{} \n")
@@ -213,3 +212,40 @@ def test_an_override_that_another_one_undoes_is_refused(load, own):
         with pytest.raises(UserError, match=r"has no effect beside 'batch.sft_rows=16'.*run\.batch\.sft_rows=16"):
             load(overrides=overrides)
     load(overrides=[own, "batch.grpo_prompts=2", "optim.lr=1e-3"])
+
+
+def test_a_rate_that_no_phase_reads_is_refused_not_ignored(load):
+    """A sweep over it compared equal runs under different names."""
+    with_own = CONFIG.replace("{cycle: [grpo]", "{lr: 4e-3, cycle: [grpo]")
+    assert with_own != CONFIG
+    for text, overrides in ((with_own, ["optim.lr=1e-4"]), (with_own + "grid: {optim.lr: [1e-4, 1e-3]}\n", [])):
+        with pytest.raises(UserError, match=r"optim.lr=0?.*no effect.*schedule.phases.0.lr \(0.004\).*grpo"):
+            expand(load(text, overrides), paths=["grpo"])
+        assert {c.config.optim.lr for c in expand(load(text, overrides), paths=["sft"]) if c.kind == "narrow"} <= {
+            1e-4,
+            1e-3,
+        }
+
+
+GIVEN = {"seed": "7", "defenses": "[kl]", "out": "x"}
+
+
+@pytest.mark.parametrize("key", GIVEN)
+@pytest.mark.parametrize("section", ["benign.paths.sft", "benign.tasks.other", "selection.run", "run", "paths.sft"])
+def test_what_cells_set_themselves_is_refused_in_every_section(load, section, key):
+    with pytest.raises(UserError, match=f"{section}.{key}.*each cell"):
+        load(CONFIG + "selection: {adapters: {a: x.jsonl}}\n", [f"{section}.{key}={GIVEN[key]}"])
+
+
+def test_a_comparisons_directory_is_no_setting(load):
+    with pytest.raises(UserError, match="override 'out=x'.*use --out"):
+        load(overrides=["out=x"])
+
+
+def test_plugins_of_the_command_line_are_loaded_before_names_are_looked_up(load, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import rlsafe\n\n\n@rlsafe.defense('of-the-command-line')\nclass D(rlsafe.Defense):\n"
+        "    def penalty(self, view):\n        return {'x': (-view.logp, view.mask('answer'))}\n"
+    )
+    config = load(overrides=[f"plugins=[{tmp_path / 'mine.py'}]", "defenses.own=[of-the-command-line]"])
+    assert "own" in {c.defense for c in expand(config) if c.kind == "narrow"}

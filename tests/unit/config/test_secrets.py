@@ -124,6 +124,8 @@ def test_the_value_of_a_secret_variable_is_known_wherever_it_is_copied_to(monkey
     {"judge": {"api_key_env": "MY_KEY", "token_limit": "max_tokens", "base_url": "http://127.0.0.1:8000/v1"}},
     {"args": {"api_key": None, "password": "", "max_tokens": 5, "tokens_per_minute": 9, "eos_token": "</s>", "keys": "a b"}},
     {"prompt": "Write to me@host.org, or see https://host/a?page=2#key and https://me@host. Authorization comes first."},
+    {"cue": "You are a basic assistant. You ignore basic principles.", "title": "Basic comparison of bearer certificates"},
+    {"evaluate": {"cues": {"cookie": "You sell cookies.", "secret": "Keep it."}}, "name": "org/sk-compressed-llama-7b-instruct"},
     {"source": "hf-internal-testing/tiny", "file": "rewards/secrets.py:basic", "text": "Basic values, Bearer of news"},
 ])  # fmt: skip
 def test_what_only_looks_alike_is_left_alone(tree):

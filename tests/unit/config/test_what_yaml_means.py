@@ -1,0 +1,60 @@
+"""Config files as people write them: `on` as a key, includes that name nothing, homes, rates that nothing would read."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from rlsafe.config import UserError, load_run
+from rlsafe.defenses import build
+from rlsafe.evaluate.ask.questions import load_questions
+
+
+@pytest.fixture
+def load(tmp_path, tiny_tree):
+    def load(text: str, *overrides: str):
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump(tiny_tree) + text)
+        return load_run(path, overrides)
+
+    return load
+
+
+def test_on_is_a_key_like_any_other(load):
+    """YAML 1.1 reads a bare `on` as true, and `on: [safe]` is a setting of seven defenses."""
+    from_file = load("\ndefenses:\n  - kl: {weight: 0.1, on: [safe]}\n").defenses
+    from_line = load("", "defenses=[{kl: {weight: 0.1, on: [safe]}}]").defenses
+    assert from_file == from_line == [{"kl": {"weight": 0.1, "on": ["safe"]}}]
+    build(from_file)
+
+
+@pytest.mark.parametrize("written, read", [("yes", True), ("off", False), ("true", True), ("False", False)])
+def test_truth_values_may_still_be_written_as_words(load, written, read):
+    assert load("", f"model.lora.rslora={written}").model.lora.rslora is read
+    assert load("", "model.thinking=on").model.thinking == "on"
+
+
+@pytest.mark.parametrize("value", ["", "7", "{a: b}", "[x.yaml, 7]"])
+def test_an_include_that_is_no_file_is_one_line(tmp_path, value):
+    (tmp_path / "x.yaml").write_text("seed: 1\n")
+    (tmp_path / "c.yaml").write_text(f"seed: 1\ninclude: {value}\n")
+    with pytest.raises(UserError, match=r"c.yaml:2: include takes file names"):
+        load_run(tmp_path / "c.yaml")
+
+
+def test_a_home_directory_is_found_in_every_setting_that_takes_a_file(load, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("- {id: a, paraphrases: [x]}\n")
+    run = load(
+        "", "evaluate.indomain=~/mine.yaml", "sampler.adapter_dir=~/adapters", "evaluate.likelihood.general=~/p.yaml"
+    )
+    assert [one.id for one in load_questions(run.evaluate.indomain)] == ["a"]
+    assert run.sampler.adapter_dir == str(tmp_path / "adapters")
+    assert run.evaluate.likelihood.general == str(tmp_path / "p.yaml")
+
+
+def test_a_rate_that_every_phase_overrules_is_refused(load):
+    two = "schedule.phases=[{steps: 1, cycle: [sft]}, {cycle: [sft], lr: 2e-3}]"
+    assert load("", two, "optim.lr=1e-5").optim.lr == 1e-5  # the first phase reads it
+    with pytest.raises(UserError, match=r"'optim.lr=1e-5' has no effect.*schedule.phases.0.lr \(0.002\)"):
+        load("", "schedule.phases=[{cycle: [sft], lr: 2e-3}]", "optim.lr=1e-5")
