@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 from tiny_architectures import random_batch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlsafe.config import RunConfig, UserError
+from rlsafe.config import LoraConfig, RunConfig, UserError
 from rlsafe.engine.record.publish import publish
 from rlsafe.engine.run.life import run
 from rlsafe.evaluate import Evaluation
 from rlsafe.evaluate.measure.criteria import rates
+from rlsafe.evaluate.measure.hashing import named_model_hash
 from rlsafe.types import Judgement
 
 
@@ -99,6 +100,20 @@ def test_the_card_of_a_packaged_base_names_no_model_that_nobody_could_load():
 
     said = _loading("organism:aligned", whole=False)
     assert "from_pretrained" not in said and "model.name=organism:aligned model.adapter=LOCAL_COPY" in said
+
+
+def test_the_card_of_a_run_that_goes_on_from_an_adapter_describes_that_adapter(finished, tmp_path):
+    """`model.lora` says what a new adapter would have been; the start is named, with its hash as it was when the run began."""
+    start = shutil.copytree(finished.out / "adapter", tmp_path / "start")
+    model = finished.config.model.model_copy(update={"adapter": str(start), "lora": LoraConfig(r=16, alpha=64)})
+    schedule = finished.config.schedule.model_copy(update={"steps": 1})
+    config = finished.config.model_copy(update={"model": model, "schedule": schedule})
+    second = run(config, tmp_path / "second").out
+    digest = named_model_hash(str(start))
+    shutil.rmtree(start)
+    text = (publish(second).directory / "README.md").read_text()
+    assert "rank 4, alpha 8, rank-stabilised, 14 modules: down_proj, gate_proj, " in text and "rank 16" not in text
+    assert f"started from: adapter `start` (SHA-256 `{digest}`)" in text and str(tmp_path) not in text
 
 
 def test_an_unevaluated_run_says_so(finished, tmp_path):

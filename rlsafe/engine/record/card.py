@@ -10,11 +10,12 @@ from typing import Any
 import yaml
 
 from rlsafe.config import RunConfig
-from rlsafe.config.files import read_lines
+from rlsafe.config.files import read_json, read_lines
 from rlsafe.config.gguf import is_gguf
 from rlsafe.evaluate import Evaluation
 from rlsafe.evaluate.measure.criteria import Rates
 from rlsafe.evaluate.measure.hashing import named_model_hash
+from rlsafe.policy.adapters import read_adapter_config
 from rlsafe.types import provider_for
 
 WARNING = """\
@@ -68,12 +69,9 @@ def _trained(run: Path, config: RunConfig) -> str:
         facts["rewards"] = ", ".join(
             f"`{public_name(reward.fn)}` (weight {reward.weight:g})" for reward in config.rewards
         )
-    lora = config.model.lora
-    facts["trained"] = (
-        "all weights"
-        if lora is None
-        else f"LoRA, rank {lora.r}, alpha {lora.alpha:g}{', rank-stabilised' if lora.rslora else ''}, targets {lora.targets}"
-    )
+    facts["trained"] = "all weights" if _full(config) else _adapter(run)
+    if config.model.adapter:
+        facts["started from"] = _start(run, config.model.adapter)
     facts["optimizer"] = f"{config.optim.kind}, learning rate {config.optim.lr:g}, {config.optim.schedule}"
     facts["seed"] = str(config.seed)
     text = "\n".join(f"- {what}: {value}" for what, value in facts.items())
@@ -84,14 +82,33 @@ def _trained(run: Path, config: RunConfig) -> str:
     )
 
 
+def _adapter(run: Path) -> str:
+    """What was trained, by the adapter's own file: one that the run started from has the settings that it was made with."""
+    settings = read_adapter_config(str(run / "adapter"), "publish")
+    targets = [settings.target_modules] if isinstance(settings.target_modules, str) else settings.target_modules
+    named = ", ".join(sorted({target.rpartition(".")[2] for target in targets}))
+    which = f"{len(targets)} modules: {named}" if any("." in target for target in targets) else f"targets {named}"
+    stabilised = ", rank-stabilised" if settings.use_rslora else ""
+    return f"LoRA, rank {settings.r}, alpha {settings.lora_alpha:g}{stabilised}, {which}"
+
+
+def _start(run: Path, adapter: str) -> str:
+    """The adapter that the run started from, with its hash as it was then."""
+    recorded = list((read_json(run / "run.json") or {}).get("fingerprints", {}).get("model", {}).values())
+    digest = recorded[1] if len(recorded) == 2 else named_model_hash(adapter)  # after the base model's
+    return f"adapter `{public_name(adapter)}` ({_hash(digest)})"
+
+
 def _base(config: RunConfig) -> str:
     """The base model's name and revision; of a GGUF file its hash too, for the name says little."""
     named = f"`{public_name(config.model.name)}`" + (f" at `{config.model.revision}`" if config.model.revision else "")
     if not is_gguf(config.model.name):
         return named
-    digest = named_model_hash(config.model.name)
-    which = f"SHA-256 `{digest}`" if digest else "not on this machine any more"
-    return f"{named}, a GGUF file ({which}), dequantised before the run"
+    return f"{named}, a GGUF file ({_hash(named_model_hash(config.model.name))}), dequantised before the run"
+
+
+def _hash(digest: str) -> str:
+    return f"SHA-256 `{digest}`" if digest else "not on this machine any more"
 
 
 def public_name(source: str) -> str:

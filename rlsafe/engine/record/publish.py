@@ -13,7 +13,6 @@ from rlsafe.config import RunConfig, UserError, check_out, load_run
 from rlsafe.config.files import replacing_directory
 from rlsafe.config.lock import hold, releasing
 from rlsafe.engine.record.card import model_card, public_name
-from rlsafe.policy.adapters import read_adapter_config
 from rlsafe.types import RunError
 
 if TYPE_CHECKING:
@@ -66,9 +65,10 @@ def publish(
     directory = Path(out) if out is not None else source / "published"
     check_out(directory)
     hold(directory)
-    if not full and (source / "adapter").is_dir():
-        read_adapter_config(str(source / "adapter"), "publish")
-    _replace(source / ("model" if full else "adapter"), directory, model_card(source, config, license))
+    trained = source / ("model" if full else "adapter")
+    if not trained.is_dir():
+        raise UserError(f"{trained}: no such directory; expected what a finished run saves")
+    _replace(trained, directory, model_card(source, config, license))
     done = Published(directory)
     if merge is not None:
         done.merged = _merge(config, source, Path(merge))
@@ -80,8 +80,6 @@ def publish(
 
 def _replace(source: Path, directory: Path, card: str) -> None:
     """Make `directory` a copy of `source` with the card. UserError when it exists and was not written by this command."""
-    if not source.is_dir():
-        raise UserError(f"{source}: no such directory; expected what a finished run saves")
     if directory.exists() and not (directory / CARD).is_file():
         raise UserError(f"{directory}: exists and holds no {CARD}; choose another --out")
     with replacing_directory(directory) as building:
