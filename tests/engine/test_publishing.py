@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from tiny_architectures import random_batch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlsafe.config import LoraConfig, RunConfig, UserError
+from rlsafe.config import LoraConfig, RunConfig, UserError, run_from_tree
+from rlsafe.engine.record.card import _trained
 from rlsafe.engine.record.publish import publish
 from rlsafe.engine.run.life import run
 from rlsafe.evaluate import Evaluation
@@ -93,6 +94,13 @@ def test_the_card_says_what_was_trained_and_measured(finished):
     (done.directory / "README.md").write_text("mine")
     publish(finished.out)
     assert (done.directory / "README.md").read_text() != "mine"
+
+
+def test_the_card_names_the_rate_of_each_phase(finished):
+    phases = [{"steps": 1, "cycle": ["sft"]}, {"cycle": ["grpo"], "lr": 4e-3}]
+    tree = finished.config.model_dump(mode="json")
+    config = run_from_tree({**tree, "schedule": {"steps": 3, "phases": phases}, "optim": {"lr": 5e-5}})
+    assert "peak learning rate 5e-05, then 0.004, " in _trained(finished.out, config)
 
 
 def test_the_card_of_a_packaged_base_names_no_model_that_nobody_could_load():

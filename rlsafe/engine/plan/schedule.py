@@ -197,7 +197,9 @@ def describe(steps: Sequence[Step]) -> list[str]:
         if position == len(steps) or steps[position].kind != steps[start].kind:
             parts = " + ".join(f"{p.stream}/{p.path} x{p.rows}" for p in steps[start].parts) or "nothing"
             span = f"{start}" if position - start == 1 else f"{start}-{position - 1}"
-            lines.append(f"step {span}: {steps[start].kind} ({parts}), lr {steps[start].lr:.2g}")
+            rates = [step.lr for step in steps[start:position]]
+            peak = f"lr {'up to ' if max(rates) > min(rates) else ''}{max(rates):.2g}"
+            lines.append(f"step {span}: {steps[start].kind} ({parts}), {peak}")
             start = position
     if len(lines) > 12:
         lines = [*lines[:8], f"... {len(lines) - 10} more runs of steps ...", *lines[-2:]]

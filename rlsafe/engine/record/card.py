@@ -72,7 +72,9 @@ def _trained(run: Path, config: RunConfig) -> str:
     facts["trained"] = "all weights" if _full(config) else _adapter(run)
     if config.model.adapter:
         facts["started from"] = _start(run, config.model.adapter)
-    facts["optimizer"] = f"{config.optim.kind}, learning rate {config.optim.lr:g}, {config.optim.schedule}"
+    rates = dict.fromkeys(f"{phase.lr or config.optim.lr:g}" for phase in config.schedule.phases)
+    peaks = "peak learning rate " + ", then ".join(rates)
+    facts["optimizer"] = f"{config.optim.kind}, {peaks}, {config.optim.schedule}"
     facts["seed"] = str(config.seed)
     text = "\n".join(f"- {what}: {value}" for what, value in facts.items())
     if not config.defenses:

@@ -100,6 +100,13 @@ def test_description_counts_every_row():
     assert describe(plan)[-1] == "rows in all: narrow/grpo 12, narrow/sft 16"
 
 
+def test_description_names_the_highest_rate_not_the_first():
+    schedule = {"steps": 4, "phases": [{"cycle": ["sft"]}]}
+    rates = {"kind": "adamw", "lr": 1e-3, "warmup": 2, "schedule": "constant_with_warmup"}
+    assert describe(make_plan(config(schedule=schedule, optim=rates)))[0].endswith("lr up to 0.001")
+    assert describe(make_plan(config(schedule=schedule, optim={**rates, "warmup": 0})))[0].endswith(", lr 0.001")
+
+
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
