@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from tiny_runs import tree_with
 
 from rlsafe.cli import _at_home
 from rlsafe.compare.run import deciding, scoring
@@ -16,6 +17,7 @@ from rlsafe.config import UserError, dump_yaml, run_from_tree
 from rlsafe.config.files import read_lines
 from rlsafe.config.lock import hold, lock_file, releasing
 from rlsafe.engine.record.publish import publish
+from rlsafe.engine.record.tracking import Tracker
 from rlsafe.engine.run.life import _existing, train
 from rlsafe.engine.run.records import _resolved, allowed, differs, goes_on, read_record
 from rlsafe.evaluate import evaluate
@@ -292,6 +294,41 @@ def test_interrupted_before_it_begins_a_run_names_a_command_that_works(tmp_path,
     command = f"rlsafe train {tmp_path / 'c.yaml'} schedule.steps=6 --out {used}{flag}"
     assert str(stopped.value).endswith(f"begin again with: {command}")
     assert files(out) == before and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("when", ["step", "record"])
+def test_a_stop_in_the_last_step_is_one_before_the_evaluation(tmp_path, tiny_tree, monkeypatch, when):
+    """Also while the judge's last replies are waited for. The run is finished and saved; --resume evaluates it."""
+    tree = tree_with(
+        tiny_tree, {"schedule": {"steps": 2}, "evaluate": {"likelihood": {"general": "organism:pairs/general"}}}
+    )
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree))
+    evaluated, late = [], [when == "record"]
+    monkeypatch.setattr("rlsafe.engine.run.life._evaluated", lambda *_: evaluated.append("by the same process"))
+    collect = Tracker.collect
+
+    def stop(done, total, record):
+        if (when, done) == ("step", total):
+            signal.raise_signal(signal.SIGTERM)
+
+    def stop_late(self, wait=False):
+        if wait and late[0]:
+            late[0] = False
+            signal.raise_signal(signal.SIGTERM)
+        return collect(self, wait=wait)
+
+    monkeypatch.setattr(Tracker, "collect", stop_late)
+    out = tmp_path / "run"
+    with pytest.raises(Interrupted, match=rf"in the last step, .*Go on with: rlsafe train .*--out {out} --resume$"):
+        train(tmp_path / "c.yaml", out=out, progress=stop)
+    assert read_record(out)["status"] == "finished" and not evaluated
+    monkeypatch.setattr("rlsafe.evaluate.evaluate", lambda run: evaluated.append(run))
+    train(tmp_path / "c.yaml", out=out, resume=True)
+    assert evaluated == [out]
+    tree["evaluate"] = {}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree))
+    late[:] = [when == "record"]
+    assert train(tmp_path / "c.yaml", out=tmp_path / "plain", progress=stop).stopped, "nothing is left to go on with"
 
 
 def test_a_finished_run_that_is_interrupted_while_it_is_evaluated_says_how_to_go_on(

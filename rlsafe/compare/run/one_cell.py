@@ -48,6 +48,8 @@ def run_cell(cell: Cell, directory: Directory, resources: Resources, progress: P
                 located(fill(cell.config, directory.out / SELECTIONS), directory.out), where, resources=resources,
                 progress=progress.step if progress else None, resume=resume,
             )  # fmt: skip
+            if run.stopped:
+                raise Interrupted("in the cell's last step; it is still to be evaluated")
             evaluate_run(
                 run.sampler if run.config.evaluate.asks else None,
                 run.policy.tokenizer,

@@ -177,7 +177,8 @@ def train_once(
     if not resume:
         shutil.rmtree(where, ignore_errors=True)
     write_json(where / "helper.json", {"hash": hash})
-    run(config, where, resources=resources, progress=progress, resume=resume)
+    if run(config, where, resources=resources, progress=progress, resume=resume).stopped:
+        raise Interrupted(f"in the last step of {where}")
     return where / saved
 
 

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 @dataclass
 class Run:
     """A finished (or dry) run. `records` are the lines of metrics.jsonl; `metrics`, `samples`, `answers` and `plot` show the run in a
-    notebook. before: it was finished before this call."""
+    notebook. before: it was finished before this call. stopped: it was asked to stop while its last step or its record was made: it is
+    finished, and nothing is to begin after it."""
 
     out: Path
     config: RunConfig
@@ -37,6 +38,7 @@ class Run:
     evaluation: Evaluation | None = None
     components: Components | None = None
     before: bool = False
+    stopped: bool = False
 
     @property
     def policy(self) -> Policy:

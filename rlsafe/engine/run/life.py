@@ -51,10 +51,11 @@ def run(
         in `out`, deleted once this one can begin.
 
     UserError for what is wrong with the config, its data or its model, before the first step; RunError when the run cannot go on;
-    Interrupted when it was asked to stop, its state saved.
+    Interrupted when it was asked to stop before its last step, its state saved; in the last one it is finished and `Run.stopped`.
     """
     from rlsafe.engine.run.build import Resources, prepare
     from rlsafe.engine.run.contact import contact
+    from rlsafe.engine.train.distributed import anywhere
 
     started = time.perf_counter()
     out, resources = Path(out), resources or Resources()
@@ -74,13 +75,14 @@ def run(
                 ended = _ended(components, state, out, notes, resumed, time.perf_counter() - started)
                 write_record(out, "finished", origin, **ended)
             components.tracker.close()
+            stopped = anywhere(asked.is_set(), components.accelerator) if components.several else asked.is_set()
     except BaseException as error:
         early = ended_early(error, components, state, out, command)
         with suppress(Exception):  # a full disk stops the last lines, too: told is what came first
             components.tracker.close()
         raise early from error
     seconds = time.perf_counter() - started
-    return Run(out, prepared.config, components.tracker.metrics, seconds, notes, components=components)
+    return Run(out, prepared.config, components.tracker.metrics, seconds, notes, components=components, stopped=stopped)
 
 
 def _begin(
@@ -196,7 +198,8 @@ def train(
     done, replaces = _existing(directory, settings, resume, overwrite)
     words = ["rlsafe", "train", str(config), *overrides, "--out", str(directory)]
     command = shlex.join([*words, "--resume"])
-    evaluating = f"interrupted while evaluating; the run is saved. Go on with: {command}"
+    go_on = f"the run is saved. Go on with: {command}"
+    evaluating = f"interrupted while evaluating; {go_on}"
     if done is not None:
         with stops_at_once(evaluating):
             return _evaluated_now(done)
@@ -212,6 +215,8 @@ def train(
             sources=config_files(config), first=True, replaces=replaces,
         )  # fmt: skip
     if finished.config.evaluate.wanted:
+        if finished.stopped:
+            raise Interrupted(f"interrupted in the last step, nothing is evaluated yet; {go_on}")
         with stops_at_once(evaluating):
             finished.evaluation = _evaluated(finished, resources)
     return finished

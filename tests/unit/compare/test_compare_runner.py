@@ -33,6 +33,7 @@ def lab(tmp_path, monkeypatch):
     path = tmp_path / "compare.yaml"
     path.write_text(SMALL)
     lab = SimpleNamespace(path=path, out=tmp_path / "out", ran=[], evaluated=[], trouble={}, resumed=[], draws=False)
+    lab.stopped = set()  # cells that are asked to stop in their last step
 
     @functools.cache
     def cells_of(text):
@@ -55,7 +56,8 @@ def lab(tmp_path, monkeypatch):
         lines = [json.dumps(record) for record in metrics(cell_of(where), ZERO, random.Random(0))]
         (where / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
         (where / "run.json").write_text('{"status": "finished"}')
-        return SimpleNamespace(sampler=None, policy=SimpleNamespace(tokenizer=None), config=config, seconds=0.0)
+        policy, stopped = SimpleNamespace(tokenizer=None), where.name in lab.stopped
+        return SimpleNamespace(sampler=None, policy=policy, config=config, seconds=0.0, stopped=stopped)
 
     def evaluate_run(sampler, tokenizer, config, where, judge, progress, reader=None):
         import random
@@ -166,6 +168,15 @@ def test_an_interrupt_keeps_what_is_finished_and_says_how_to_go_on(lab):
     lab.compare()
     assert lab.ran == ["sft--none--seed1", "sft--kl--seed1"]
     assert lab.resumed == ["sft--none--seed1"]  # it had a checkpoint
+
+
+def test_a_stop_in_a_cells_last_step_ends_the_comparison_and_the_cell_is_then_only_evaluated(lab):
+    lab.stopped = {"sft--none--seed0"}
+    with pytest.raises(Interrupted, match="go on with"):
+        lab.compare()
+    assert lab.ran == ["untrained", "sft--none--seed0"] and lab.evaluated == ["untrained"]
+    lab.compare()
+    assert lab.ran.count("sft--none--seed0") == 1 and "sft--none--seed0" in lab.evaluated
 
 
 def test_an_interrupted_look_goes_on_with_all_that_was_asked_for(lab):
