@@ -7,7 +7,13 @@ from types import SimpleNamespace
 import pytest
 
 from rlsafe.config import GrpoConfig
-from rlsafe.engine.train.sampled import dealt, share_of
+from rlsafe.data import Thought
+from rlsafe.engine.train import micro
+from rlsafe.engine.train.rollout_records import step_metrics
+from rlsafe.engine.train.sampled import Asked, Sampled, dealt, share_of
+from rlsafe.losses import AdvantageStats
+from rlsafe.rewards import RewardBatch
+from rlsafe.types import Completion
 
 
 @pytest.mark.parametrize(
@@ -29,3 +35,23 @@ def test_every_completion_is_sampled_once_and_every_rank_has_some(prompts, gener
 def test_groups_that_may_be_replaced_stay_whole():
     assert share_of(GrpoConfig(generations=8, resample=4), 1, 8) == 8
     assert share_of(GrpoConfig(generations=2), 1, 8) == 1, "as small as they can be"
+
+
+def test_single_rewards_are_means_over_all_ranks(monkeypatch):
+    """As the combined reward is; on one rank a function may have given nothing, or not have been asked."""
+
+    def of_rank(**rewards):
+        n = len(rewards["style"])
+        answers = [Completion([1], [0.0], "stop")] * n, [Thought(None, "x", False)] * n
+        return Sampled(Asked([], [], [], [], 1), *answers, RewardBatch([0.0] * n, rewards))
+
+    run = SimpleNamespace(several=True, accelerator=SimpleNamespace(num_processes=2))
+    ranks = [of_rank(tests=[1.0, None], style=[0.5, 0.5]), of_rank(style=[None, 1.0, 0.0])]
+    shares = []
+    monkeypatch.setattr(micro, "gather_object", lambda mine: shares.append(mine[0]) or mine)
+    for sampled in ranks:
+        step_metrics(run, sampled, AdvantageStats(0.0, 0.0, 0, 0, 3))
+    monkeypatch.setattr(micro, "gather_object", lambda mine: shares)
+    for sampled in ranks:
+        found = step_metrics(run, sampled, AdvantageStats(0.0, 0.0, 0, 0, 3))
+        assert found["reward/tests"] == 1.0 and found["reward/style"] == 0.5

@@ -33,6 +33,8 @@ def test_two_processes_share_the_completions_of_one_prompt(tiny_tree, tmp_path):
     run(run_from_tree(tree), tmp_path / "one")
     train("cpu_ddp", tree, tmp_path / "two")
     assert_trained_alike(tmp_path / "one", tmp_path / "two")
+    one, two = ([record["reward/vowels"] for record in metrics(tmp_path / name)] for name in ("one", "two"))
+    assert one == pytest.approx(two), "of all completions, as the combined reward"
     sampled = [len((tmp_path / name / "samples.jsonl").read_text().splitlines()) for name in ("one", "two")]
     assert sampled == [3 * 4, 3 * 2], "the first process keeps what it sampled itself: half of each group"
 

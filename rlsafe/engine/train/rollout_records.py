@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlsafe.data.encode import read_text
@@ -43,11 +43,14 @@ def records(
 
 
 def step_metrics(run: Components, sampled: Sampled, stats: AdvantageStats) -> dict[str, Any]:
-    """Rewards, lengths and truncation over all ranks; single rewards and what they log are this rank's."""
+    """Rewards, lengths and truncation over all ranks; what rewards log (`log_metric`) is this rank's."""
     completions, read, scored = sampled.completions, sampled.thoughts, sampled.scored
     total: dict[str, float] = {"n": len(completions), "tokens": sum(len(completion.ids) for completion in completions)}
     total |= {"cut": sum(completion.finish == "length" for completion in completions)}
     total |= {"thought": sum(r.think is not None for r in read), "unclosed": sum(r.unclosed for r in read)}
+    for name, column in scored.by_name.items():
+        known = [value for value in column if value is not None]
+        total |= {f"sum of {name}": sum(known), f"known of {name}": len(known)}
     if run.several:
         total = reduce_sums(total, run.accelerator)
     thinking = {name: total[name] / total["n"] for name in ("thought", "unclosed")} if total["thought"] else {}
@@ -60,11 +63,12 @@ def step_metrics(run: Components, sampled: Sampled, stats: AdvantageStats) -> di
         "groups": stats.groups,
         "completion_length": total["tokens"] / total["n"],
         "truncated": total["cut"] / total["n"],
-        **{f"reward/{name}": _mean(column) for name, column in scored.by_name.items()},
+        **_single_rewards(total),
         **scored.metrics,
     }
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+def _single_rewards(total: Mapping[str, float]) -> dict[str, float | None]:
+    """The mean of each reward function, None where it gave nothing."""
+    counts = {name.removeprefix("known of "): n for name, n in total.items() if name.startswith("known of ")}
+    return {f"reward/{name}": total[f"sum of {name}"] / n if n else None for name, n in counts.items()}
