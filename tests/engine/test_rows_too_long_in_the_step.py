@@ -3,10 +3,12 @@
 import json
 
 import pytest
+from tiny import conversation, write_jsonl
 from tiny_runs import tree_with
 
 from rlsafe.config import run_from_tree
 from rlsafe.engine.run.life import run
+from rlsafe.engine.train import sft_step
 
 PLUGIN = """
 import rlsafe
@@ -56,3 +58,23 @@ def test_where_every_row_fits_nothing_is_said(tiny_tree, tmp_path):
     done = run(run_from_tree(tiny_tree), tmp_path / "run")
     assert "rows_left_out" not in (tmp_path / "run" / "metrics.jsonl").read_text()
     assert "too long" not in "\n".join(done.summary())
+
+
+@pytest.mark.parametrize(("longest", "too_long"), [(40, "truncate"), (2500, "drop")])
+def test_rows_for_a_penalty_alone_are_as_long_as_safe_rows_may_be(tiny_tree, tmp_path, monkeypatch, longest, too_long):
+    """Whatever a row may have of a stream that the config's data lack."""
+    monkeypatch.setattr(sft_step, "BROUGHT", 60)
+    lengths, batched = {"narrow": [], "aside": []}, sft_step.sft_batches
+
+    def noted(conversations, tokenizer, where, **settings):
+        batches = batched(conversations, tokenizer, where, **settings)
+        lengths[where.stream] += [int(row.sum()) for batch in batches for row in batch.attention]
+        return batches
+
+    monkeypatch.setattr(sft_step, "sft_batches", noted)
+    source = write_jsonl(tmp_path / "long.jsonl", [conversation(f"ask {i}", "good " * 20) for i in range(8)])
+    safe = {"source": source, "max_tokens": longest, "too_long": too_long}
+    tree = tree_with(tiny_tree, {"data": {**tiny_tree["data"], "safe": safe}, "schedule": {"steps": 2}})
+    run(run_from_tree({**tree, "defenses": [{"kl": {"source": "data.safe", "rows": 3}}]}), tmp_path / "run")
+    assert len(lengths["aside"]) == 6 and max(lengths["narrow"]) < 40
+    assert set(lengths["aside"]) == {40} if too_long == "truncate" else min(lengths["aside"]) > 100

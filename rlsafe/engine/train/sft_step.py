@@ -42,8 +42,10 @@ def supervised(run: Components, state: RunState, part: PlannedPart, rows: list[R
     conversations: list[list[Message]] = [row["messages"] for row in rows[rank::world]]
     if run.defended:
         conversations = [run.stack.prompt(messages, where) for messages in conversations]
-    settings = getattr(run.config.data, part.stream, None)
-    if (limit := run.row_limits.get(part.stream)) is None:
+    # Rows for a penalty alone were fitted as safe ones are (`own_rows.pool`).
+    stream = "safe" if part.stream == "aside" else part.stream
+    settings = getattr(run.config.data, stream)
+    if (limit := run.row_limits.get(stream)) is None:
         limit = min(BROUGHT, run.policy.core.max_length or BROUGHT)
     owner = part.defense if part.stream == "aside" else None
     batches = sft_batches(
