@@ -85,7 +85,8 @@ class EarlyStop(Defense):
             raise UserError("defense 'early-stop': it looks at the whole run; expected neither from_step nor phases")
         rows = load_rows(StreamConfig(source=self.source, limit=self.limit), 0, context.log)
         self.validation = [{**row, "prompt": split_prompt(row)[0]} for row in rows]
-        trained = {key_of(split_prompt(row)[0]) for row in context.rows("narrow")}
+        streams = {part.stream for parts in context.config.schedule.used_kinds.values() for part in parts}
+        trained = {key_of(split_prompt(row)[0]) for stream in streams for row in context.rows(stream)}
         seen = sum(key_of(row["prompt"]) in trained for row in self.validation)
         if seen == len(self.validation):
             raise UserError(f"rows: all prompts of {self.source} are trained on; expected held-out ones")

@@ -11,6 +11,7 @@ from rlsafe.defenses.early_stop import EarlyStop
 from rlsafe.defenses.registry import build
 from rlsafe.types import Completion, Judgement, RunError
 
+KINDS = {"narrow": "sft", "benign": "benign-sft"}
 CURVE = {2: 0.0, 4: 0.5, 6: 1.0, 8: 0.75, 10: 1.0}
 
 
@@ -46,14 +47,15 @@ class Judge:
         return [Judgement(10.0 if "bad" in one.answer else 90.0, 90.0) for one in exchanges]
 
 
-def prepared(tmp_path, curve=CURVE, judge=None, trained=("other",), **settings):
+def prepared(tmp_path, curve=CURVE, judge=None, trained=("other",), stream="narrow", **settings):
     rows = write_jsonl(tmp_path / "validation.jsonl", [conversation(f"ask {i}", "fine") for i in range(8)])
     policy = Weights()
     made = EarlyStop(rows, checks=5, **settings)
     made.setup(
         SetupContext(
-            config=run_from_tree({"model": {"name": "x"}, "schedule": {"steps": 10}}), policy=policy, seed=0, cache=tmp_path,
-            rows=lambda name: [conversation(text, "x") for text in trained], sampler=lambda: Sampler(policy, curve),
+            config=run_from_tree({"model": {"name": "x"}, "schedule": {"steps": 10, "phases": [{"cycle": [KINDS[stream]]}]}}),
+            policy=policy, seed=0, cache=tmp_path,
+            rows=lambda name: {stream: [conversation(text, "x") for text in trained]}[name], sampler=lambda: Sampler(policy, curve),
             judge=lambda: judge or Judge(), log=lambda line: None,
         )
     )  # fmt: skip
@@ -72,6 +74,11 @@ def test_the_first_check_that_has_learned_enough_is_shipped(tmp_path):
     assert train(made, policy) and float(policy.value) == 6.0
     assert made.report() == {"stopped_at": 6, "learned": {str(step): score for step, score in CURVE.items()}}
     assert made.effect()["stopped_at"] == 6.0
+
+
+def test_a_run_without_a_narrow_task_keeps_its_last_weights(tmp_path):
+    made, policy = prepared(tmp_path, dict.fromkeys(CURVE, 0.0), stream="benign")
+    assert not train(made, policy) and float(policy.value) == 10.0 and made.chosen == 10
 
 
 def test_enough_is_a_share_of_the_best(tmp_path):
