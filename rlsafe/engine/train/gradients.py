@@ -9,6 +9,7 @@ parts in the same order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 
 import torch
@@ -16,10 +17,10 @@ from torch import Tensor
 
 from rlsafe.config import UserError
 from rlsafe.defenses import DefenseStack
-from rlsafe.defenses.vectors import norm
+from rlsafe.defenses.vectors import Named, norm
 from rlsafe.engine.plan.schedule import Step
 from rlsafe.engine.train.distributed import offloads, union
-from rlsafe.engine.train.loss import Micro
+from rlsafe.engine.train.loss import Micro, NotFinite
 from rlsafe.engine.train.state import Components
 from rlsafe.policy import Policy
 from rlsafe.policy.sharding import shard_like, whole
@@ -27,6 +28,7 @@ from rlsafe.policy.zero3 import engine_of
 
 REST = "rest"  # all that no defense asked to see apart
 ADDED = "added/"  # safe rows whose share is measured
+SAFE = "safe"
 
 
 def check(stack: DefenseStack, policy: Policy) -> None:
@@ -60,7 +62,7 @@ class PartGradients:
         """None when no defense asks for parts and none is to be measured: one backward of the whole loss will do."""
         apart = any(defense.apart for defense in run.stack.reshaping)
         measured = set()
-        if step.index in run.measured and not apart and _whole_here(run.policy):
+        if step.index in run.measured and _whole_here(run.policy):
             measured = {part.defense for part in step.parts if part.defense and part.stream != "aside"} - run.stack.own
         return cls(run, measured) if run.stack.own or apart or measured else None
 
@@ -91,6 +93,10 @@ class PartGradients:
         if owner := next((name for name in self._own if term.startswith(f"defense/{name}/")), None):
             return f"own/{owner}"
         return "penalty" if "penalty" in self._wanted else REST
+
+    def shows(self, part: str) -> bool:
+        """Whether a defense wants to see this part."""
+        return part in self._wanted
 
     def finish(self) -> dict[str, dict[str, Tensor]]:
         """{part: {parameter: gradient in its own shape}} over all ranks; the parameters' `.grad` is then their sum without `own`."""
@@ -131,17 +137,30 @@ def _zeros(parameter: Tensor) -> Tensor:
     return torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
 
 
+def _check_finite(step: Named, parts: Mapping[str, Named]) -> None:
+    """NotFinite before a defense decomposes, or remembers, what is NaN or infinite."""
+    for of, gradient in {"": step, **{f" of {name}": part for name, part in parts.items()}}.items():
+        if not math.isfinite(length := norm(gradient)):
+            raise NotFinite(f"the gradient norm{of} is {length}")
+
+
 @torch.no_grad()
 def edit(run: Components, parts: PartGradients | None) -> dict[str, float]:
-    """Let the defenses change the step's gradient; the parameters' `.grad` is then what they made of it. Gives metrics."""
+    """Let the defenses change the step's gradient; the parameters' `.grad` is then what they made of it. Gives metrics.
+
+    NotFinite, the same on all ranks, when it or a part of it is not; no defense has seen it then."""
     seen = parts.finish() if parts else {}
     given = {key: p for key, p in run.policy.trainable().items() if p.grad is not None}
     step = {key: whole(p.grad) for key, p in given.items()}  # type: ignore[arg-type]
+    _check_finite(step, seen)
     metrics = {}
     for name in [name for name in seen if name.startswith(ADDED)]:
-        own, rest = norm(seen[name]), norm({key: value - seen[name][key] for key, value in step.items()})
+        added = seen.pop(name)
+        own, rest = norm(added), norm({key: value - added[key] for key, value in step.items()})
         metrics[f"defense/{name.removeprefix(ADDED)}/grad_share"] = own / (own + rest) if own else 0.0
-        del seen[name]
+        if parts and parts.shows(SAFE):  # kept apart to be measured, these rows are safe rows all the same
+            others = seen.get(SAFE)
+            seen[SAFE] = {key: value + others[key] for key, value in added.items()} if others else added
     metrics |= run.stack.gradients(run.policy, step, seen)
     for key, parameter in given.items():
         parameter.grad = shard_like(step[key], parameter) if run.policy.is_sharded else step[key]

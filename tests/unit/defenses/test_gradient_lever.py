@@ -14,12 +14,15 @@ from tiny_runs import GRPO, SFT, distance, train, tree_with
 
 from rlsafe.config import GrpoConfig, UserError, run_from_tree
 from rlsafe.defenses import Defense, DefenseStack
+from rlsafe.defenses.gradient_projection import GradientProjection
+from rlsafe.defenses.interleaving import Interleaving
 from rlsafe.defenses.kl import KL
 from rlsafe.defenses.vectors import norm
+from rlsafe.engine.plan.schedule import PlannedPart
 from rlsafe.engine.run.life import run
 from rlsafe.engine.train import gradients, update
 from rlsafe.engine.train.gradients import PartGradients, edit
-from rlsafe.engine.train.loss import Micro, StepLoss, count
+from rlsafe.engine.train.loss import Micro, NotFinite, StepLoss, count
 from rlsafe.policy import ForwardPlan
 from rlsafe.types import Where
 
@@ -58,8 +61,9 @@ def batches():
     return [Micro(narrow), Micro(more), Micro(safe, weight=0.5)]
 
 
-def backward(policy, defenses, micros):
-    """One step's backwards as `update` does them; gives the gradients that the optimizer would get."""
+def backward(policy, defenses, micros, added=()):
+    """One step's backwards as `update` does them; gives the gradients that the optimizer would get. added: parts whose share is
+    measured."""
     stack = DefenseStack(defenses)
     for defense in defenses:
         defense.needs = defense.needs or set()
@@ -69,11 +73,11 @@ def backward(policy, defenses, micros):
         accelerator=Accelerator(cpu=True),
         several=False,
         backward=lambda loss: loss.backward(),
-        measured=frozenset(),
+        measured=frozenset({0}),
     )
     plan = ForwardPlan.from_needs(stack.needs)
     loss = StepLoss(GrpoConfig(), stack, plan, count(micros, stack, GrpoConfig()))
-    parts = PartGradients.of(world, SimpleNamespace(index=0, parts=()))
+    parts = PartGradients.of(world, SimpleNamespace(index=0, parts=added))
     for micro in micros:
         total, terms = loss.forward(policy, micro, policy.frozen(micro.batch, plan))
         parts.backward(micro, total, terms) if parts else total.backward()
@@ -129,6 +133,36 @@ def test_an_own_penalty_is_shown_and_left_out_of_the_step(tiny_model_dir):
     expected = by_hand(policy, micros, kl_weight=0.5)
     assert close(own.parts["own"], expected["penalty"])
     assert close(given, {key: expected["narrow"][key] + expected["safe"][key] for key in given})
+
+
+def test_safe_rows_whose_share_is_measured_are_a_part_as_ever(tiny_model_dir):
+    policy, micros = nudge(load(tiny_model_dir)), batches()
+    micros[2].source = "interleaving"
+    seen = []
+    for added in ((), (PlannedPart("safe", "sft", 3, defense="interleaving"),)):
+        for parameter in policy.trainable().values():
+            parameter.grad = None
+        watching = Watching()
+        given = backward(policy, [watching], micros, added)
+        seen.append({**watching.parts, "step": {key: value.clone() for key, value in given.items()}})
+    assert seen[0].keys() == seen[1].keys() == {"narrow", "safe", "step"}
+    assert all(close(seen[1][name], seen[0][name]) for name in seen[0])
+
+
+@pytest.mark.parametrize("part", ["step", "own/gradient-projection"])
+def test_a_gradient_that_is_not_finite_reaches_no_defense(tiny_model_dir, part):
+    """They would fail on it, or remember it in the steps to come."""
+    policy = load(tiny_model_dir)
+    trusted, dosed = GradientProjection(method="trusted"), Interleaving(dose="gradient", target_share=0.3)
+    dosed.owed = 0.25
+    for parameter in policy.trainable().values():
+        parameter.grad = torch.full_like(parameter, float("nan") if part == "step" else 1.0)
+    guide = {key: torch.full_like(p, float("inf" if part != "step" else 1.0)) for key, p in policy.trainable().items()}
+    parts = SimpleNamespace(finish=lambda: {"own/gradient-projection": guide}, shows=lambda name: False)
+    run = SimpleNamespace(policy=policy, stack=DefenseStack([trusted, dosed]))
+    with pytest.raises(NotFinite, match="the gradient norm is nan" if part == "step" else f"norm of {part} is inf"):
+        edit(run, parts)
+    assert trusted.recent == [] and dosed.owed == 0.25
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
