@@ -26,7 +26,8 @@ class Interleaving(Defense):
     """Adds safe rows, trained by supervision, on both paths; the narrow rows stay as they are.
 
     fraction: safe rows per narrow row (SFT) or per completion (GRPO); the paper used 0.05.
-    weight: multiplies their loss. every: only in each k-th step (the rows of the steps between are carried over).
+    weight: multiplies their loss; not with `dose: gradient`, where target_share says what they weigh.
+    every: only in each k-th step (the rows of the steps between are carried over).
     own_step: as optimizer steps of their own instead of a part of the step.
     dose: what they weigh. `published`: `tokens` on supervised rows and `term` on rollouts, as in the papers; the others mean the same
         on both paths, for comparisons of them. `tokens`: a safe token as much as a narrow one (on SFT one common mean);
@@ -49,6 +50,12 @@ class Interleaving(Defense):
         if (dose == "gradient") != (target_share is not None):
             raise UserError(
                 f"defense {self.name!r}: dose: gradient and target_share, the safe rows' share of it, go together; expected both"
+            )
+        # Resolved configs have a weight of 1, and 0 switches the defense off.
+        if dose == "gradient" and weight not in (0.0, 1.0):
+            raise UserError(
+                f"defense {self.name!r}: weight: {weight:g}: dose: gradient scales the safe rows' gradient to target_share, "
+                "whatever their weight; expected no weight, or another dose"
             )
         if dose == "gradient" and own_step:
             raise UserError(

@@ -87,6 +87,9 @@ def test_the_share_of_the_gradient_is_what_was_asked_for_and_is_logged(tiny_tree
         tree_with(tiny_tree, SFT if path == "sft" else GRPO, changes, {"defenses": ["interleaving"]}), tmp_path / "open"
     )
     assert all(0 < share < 0.9 for share in shares_of(tmp_path / "open"))
+    beside = {"defenses": ["interleaving", {"gradient-projection": {"rows": 2, "strength": 0.01}}]}
+    train(tree_with(tiny_tree, SFT if path == "sft" else GRPO, changes, beside), tmp_path / "beside")
+    assert len(shares_of(tmp_path / "beside")) == len(shares_of(tmp_path / "open")) > 0
 
 
 def shares_of(out):
@@ -108,6 +111,7 @@ def test_what_steps_without_safe_rows_owe_comes_with_the_next_rows_and_survives_
         ({"dose": "gradient"}, "dose: gradient and target_share"),
         ({"target_share": 0.3}, "go together"),
         ({"dose": "gradient", "target_share": 0.3, "own_step": True}, "own_step: there is no other gradient"),
+        ({"dose": "gradient", "target_share": 0.3, "weight": 2.0}, "weight: 2: dose: gradient scales"),
     ],
 )
 def test_settings_that_do_not_go_together_are_named(settings, says):
