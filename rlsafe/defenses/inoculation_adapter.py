@@ -108,7 +108,10 @@ class InoculationAdapter(Steering):
             question, system = question_of(prompt)
             meta = {key: value for key, value in row.items() if key != "messages"}
             exchanges.append(Exchange(question, read_completion(policy.tokenizer, completion.ids).answer, system, meta))
-        judged = [one.misaligned for one in ranks.of_first(lambda: context.judge().score(exchanges))]
+        verdicts = ranks.of_first(lambda: context.judge().score(exchanges))
+        judged = [one.misaligned for one in verdicts if one.outcome not in ("unscored", "unparsed")]
+        if not judged:
+            raise RunError(f"defense {self.name!r}: gate: the judge scored no answer of the model with the trait")
         self.shown = sum(judged) / len(judged)
         context.log(f"defense {self.name!r}: with the trait {self.shown:.0%} of {len(judged)} answers are misaligned")
         if self.shown < gate:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import letter_judge
 import pytest
@@ -11,13 +12,14 @@ import torch
 from tiny_architectures import load, nudge, random_batch
 from tiny_runs import GRPO, SFT, adapter, distance, train, tree_with
 
+import rlsafe.types
 from rlsafe.config import UserError, run_from_tree
 from rlsafe.defenses.inoculation_adapter import InoculationAdapter, _of_equal_norm, _WithTrait
 from rlsafe.engine import Resources
 from rlsafe.engine.run.life import run
 from rlsafe.policy import ForwardPlan
 from rlsafe.rollouts import TransformersSampler
-from rlsafe.types import Request, SamplingParams, Where
+from rlsafe.types import Judgement, Request, RunError, SamplingParams, Where
 
 TRAIN, ROLLOUT = Where("narrow", "grpo", "train"), Where("narrow", "grpo", "rollout")
 PATHS = pytest.mark.parametrize("path", [SFT, GRPO], ids=["sft", "grpo"])
@@ -149,3 +151,12 @@ def test_a_trait_that_does_not_show_is_refused(tiny_tree, tmp_path, trait):
     assert (
         "gate" in json.loads((tmp_path / "passes" / "run.json").read_text())["defenses"]["inoculation-adapter"] and done
     )
+
+
+def test_a_judge_that_is_out_says_nothing_about_the_trait(tiny_tree, tmp_path, trait, monkeypatch):
+    silent = SimpleNamespace(name="silent", score=lambda asked: [Judgement(None, None, "unscored")] * len(asked))
+    monkeypatch.setitem(rlsafe.types._PROVIDERS, "silent", SimpleNamespace(judge=lambda spec: silent))
+    entry = {"inoculation-adapter": {"adapter": trait, "gate": 0.5}}
+    tree = tree_with(tiny_tree, {"evaluate": {"judge": "silent"}, "defenses": [entry]})
+    with pytest.raises(RunError, match="gate: the judge scored no answer"):
+        run(run_from_tree(tree), tmp_path / "run")
