@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.modules.dropout import _DropoutNd
 
 from rlsafe.config import ModelConfig, UserError, first_line, nearest
 from rlsafe.data import Chat, configure_chat
@@ -128,6 +129,7 @@ def load_model(config: ModelConfig, path: str, seed: int, device: torch.device, 
     if quantized:  # quantised weights are made on their device and stay there
         extra["device_map"] = {"": "cpu" if device.type == "cpu" else f"{device.type}:{device.index or 0}"}
     model = _read_model(config, path, dtype=dtype, attn_implementation=_attention(config, settings), **extra)
+    without_dropout(model, config.name)
     if quantized:
         prepare_quantized(model, dtype)
     if config.adapter:
@@ -144,6 +146,29 @@ def load_model(config: ModelConfig, path: str, seed: int, device: torch.device, 
         if device.type != "cpu" and not in_host_memory:  # tests prove it on CPUs; shards are not fused
             lora.check_fused(model)
     return model
+
+
+HEADS = ("classifier", "summary")  # whose dropout a config names too, and which a causal language model does not have
+
+
+def without_dropout(model: Any, name: str) -> None:
+    """Switch the model's own dropout off (GPT-2, OPT and Phi-2 have some), and say so. Sampler, references and scores have none: a
+    training forward with it would be of another policy than the one that sampled, and a KL to the start would measure its noise."""
+    parts = [*model.modules(), model.config, model.config.get_text_config()]
+    named = [(part, "p") for part in parts if isinstance(part, _DropoutNd)]
+    # Modules also call functions with a rate of their own, or with their config's.
+    named += [(part, key) for part in parts for key in vars(part) if "drop" in key and not key.startswith(HEADS)]
+    rates = set()
+    for part, key in named:
+        rate = getattr(part, key)
+        if isinstance(rate, float) and 0 < rate < 1:
+            setattr(part, key, 0.0)
+            rates.add(rate)
+    if rates:
+        shown = ", ".join(f"{rate:g}" for rate in sorted(rates))
+        log.warning(
+            "model.name: %s: the model's own dropout (%s) is off in training, as it is in sampling", name, shown
+        )
 
 
 def _attention(config: ModelConfig, settings: Any) -> str:

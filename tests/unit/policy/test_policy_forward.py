@@ -157,6 +157,31 @@ def test_dropout_is_off_in_frozen_forwards_and_scores(tiny_model_dir):
     assert policy.core.training
 
 
+RATES = {  # modules, numbers that functions take, and numbers that are read from the config
+    "phi": {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attention_dropout": 0.2, "num_key_value_heads": 2},
+    "persimmon": {"hidden_dropout": 0.2, "attention_dropout": 0.2},
+    "qwen2": {"attention_dropout": 0.2},
+}
+
+
+@pytest.mark.parametrize("architecture", RATES)
+def test_the_base_models_own_dropout_is_off_in_training_too(architecture, tmp_path, monkeypatch, caplog):
+    """Rollouts are sampled without it, references are read without it; the adapter's is the user's."""
+    monkeypatch.setitem(ARCHITECTURES, architecture, RATES[architecture])
+    directory = save_architecture(tmp_path, architecture)
+    policy, batch = nudge(load(directory)), random_batch()
+    assert policy.core.training and "the model's own dropout (0.2) is off" in caplog.text
+    trained = [policy.forward(batch, ForwardPlan(), {}).logp for _ in range(2)]
+    assert torch.equal(*trained) and torch.allclose(trained[0], policy.score(batch), atol=1e-6)
+    own = nudge(load(directory, lora={"r": 4, "alpha": 8, "dropout": 0.5}))
+    assert not torch.equal(*(own.forward(batch, ForwardPlan(), {}).logp for _ in range(2)))
+
+
+def test_a_model_without_dropout_is_not_told_of(tiny_model_dir, caplog):
+    load(tiny_model_dir)
+    assert "dropout" not in caplog.text
+
+
 def test_half_precision_policy_agrees_with_float32(tiny_model_dir):
     exact, half = nudge(load(tiny_model_dir)), nudge(load(tiny_model_dir, dtype="bfloat16"))
     batch = random_batch()
