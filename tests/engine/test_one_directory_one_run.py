@@ -19,7 +19,7 @@ from rlsafe.config.lock import hold, lock_file, releasing
 from rlsafe.engine.record.publish import publish
 from rlsafe.engine.record.tracking import Tracker
 from rlsafe.engine.run.life import _existing, train
-from rlsafe.engine.run.records import _resolved, allowed, differs, goes_on, read_record
+from rlsafe.engine.run.records import _resolved, allowed, differs, goes_on, over, read_record
 from rlsafe.evaluate import evaluate
 from rlsafe.evaluate.commands import rejudging
 from rlsafe.types import Interrupted
@@ -150,6 +150,15 @@ def test_what_a_longer_run_may_change(tiny_tree):
     assert differs(config(4, **constant), config(6, **constant)) is None
     assert "another learning rate" in differs(config(4), config(6))
     assert "only grow" in differs(config(6, **constant), config(4, **constant))
+    tiny_tree["grpo"]["max_staleness"] = 1  # step 4 would begin with older weights in the longer run
+    tiny_tree["schedule"]["phases"] = [{"steps": 4, "cycle": ["sft"]}, {"cycle": ["grpo"]}]
+    four, six = config(4, **constant), config(6, **constant)
+    ended, earlier = ({"config": four.model_dump(mode="json"), "done": done} for done in (4, 3))
+    what = ["schedule.steps: was 4, now 6"]
+    assert "rollouts of step 4 are begun while step 3 updates" in allowed(ended, six, what)[0]
+    assert allowed(earlier, six, what) == []
+    tiny_tree["schedule"]["phases"] = [{"cycle": ["sft"]}]
+    assert over(config(4, **constant), config(6, **constant)) is None, "nothing is sampled"
     assert "only schedule.steps" in differs(config(4, **constant), config(6, lr=1e-3, **constant))
 
 

@@ -90,7 +90,7 @@ def goes_on(directory: Path, config: RunConfig) -> bool:
     reason = differs(before, resolved)
     if reason is None and not checkpoint.saved(directory / "checkpoints"):
         reason = "it has no checkpoint to go on from (checkpoint.every was 0)"
-    reason = reason or edited_at_end(before)
+    reason = reason or over(before, resolved)
     if reason is None:
         return True
     raise UserError(
@@ -128,8 +128,19 @@ def allowed(state: Mapping[str, Any], now: RunConfig, changed: list[str]) -> lis
     if differs(before, now):
         return changed
     # Taken after the last step of the shorter run it has the weights of that run's end.
-    ended = edited_at_end(before) if state["done"] >= len(_plan(before)) else None
+    ended = over(before, now) if state["done"] >= len(_plan(before)) else None
     return [f"{'; '.join(changed)} ({ended})"] if ended else []
+
+
+def over(before: RunConfig, now: RunConfig) -> str | None:
+    """Why more steps than `before` has, which its end was not made for, would not be those of `now`; None when they would."""
+    old, new = _plan(before), _plan(now)
+    if before.grpo.max_staleness and new[len(old)].path == "grpo":  # a run's last step begins no rollouts
+        return (
+            f"grpo.max_staleness: the rollouts of step {len(old)} are begun while step {len(old) - 1} updates, which the shorter run "
+            "did not"
+        )
+    return edited_at_end(before)
 
 
 def edited_at_end(config: RunConfig) -> str | None:
