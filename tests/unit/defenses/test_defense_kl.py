@@ -95,7 +95,7 @@ def test_it_can_act_on_the_safe_rows_only(tiny_tree, tmp_path, path):
     both = train(tree_with(tree, {"defenses": [added, kl]}), tmp_path / "both")
     alone = train(tree_with(tree, {"defenses": [added]}), tmp_path / "alone")
     assert max(float((both[n] - alone[n]).abs().max()) for n in both) > 1e-4
-    with pytest.raises(RunError, match="'kl' gave a penalty without any gradient"):
+    with pytest.raises(RunError, match="'kl' had no rows for its penalty"):
         run(run_from_tree(tree_with(tree, {"defenses": [kl]})), tmp_path / "dead")
 
 
