@@ -201,10 +201,8 @@ def check_grader(fn: Callable[..., Any]) -> None:
     for part in parts if isinstance(parts, list) else []:
         if isinstance(part, LoadedReward):
             check_grader(part.fn)
-    if (
-        graded not in getattr(plain, "__globals__", {}).values()
-        or "endpoint" not in inspect.signature(plain).parameters
-    ):
+    named = getattr(plain, "__globals__", {}).values()  # arrays among them compare with `==` element by element
+    if not any(value is graded for value in named) or "endpoint" not in inspect.signature(plain).parameters:
         return
     grader = open_grader(bound.get("endpoint"))
     result = grader.contact(ChatRequest([{"role": "user", "content": "Reply with OK."}], max_tokens=MAX_TOKENS))
