@@ -11,7 +11,7 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,10 +33,11 @@ def suffix_of(name: str | Path) -> str:
     return inner if inner in SUFFIXES and inner != ".parquet" else path.suffix
 
 
-def read_file(path: Path) -> Iterator[Found]:
-    """The rows of a file of one of `SUFFIXES`, in order."""
-    readers = {".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
-    return readers[suffix_of(path)](path)
+def read_file(path: Path, talks: Collection[str] = ()) -> Iterator[Found]:
+    """The rows of a file of one of `SUFFIXES`, in order. talks: columns that hold conversations under names of their own."""
+    if (suffix := suffix_of(path)) == ".parquet":
+        return _parquet(path, talks)
+    return {".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv}[suffix](path)
 
 
 @contextmanager
@@ -138,7 +139,7 @@ def _delimiter(text: str) -> str:
     return next((mark for mark in "\t;" if mark in header and "," not in header), ",")
 
 
-def _parquet(path: Path) -> Iterator[Found]:
+def _parquet(path: Path, talks: Collection[str]) -> Iterator[Found]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -148,6 +149,6 @@ def _parquet(path: Path) -> Iterator[Found]:
             for batch in file.iter_batches(batch_size=4096):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path} row {number}", without_nulls(row)
+                    yield f"{path} row {number}", without_nulls(row, talks)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a readable parquet file: {first_line(error)}") from None

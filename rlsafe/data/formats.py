@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from rlsafe.config import UserError, nearest
@@ -29,6 +29,8 @@ NO_INPUT = ("nan", "none", "null", "<noinput>", "n/a")
 """How Alpaca files write that there is no `input` (pandas' missing values, the paper's own mark)."""
 TALKS = ("messages", "conversations", "conversation", "prompt", "completion")
 """Columns that may hold a conversation."""
+NESTED = (*TALKS, "tools", "functions")
+"""Columns whose objects a table of Arrow fills with nulls of other rows."""
 QUESTIONS = ("system", "system_prompt", "instruction", "input", "context", "history", "question", "query")
 """Columns that are probably part of the prompt when a row has a `prompt` or `messages` beside them."""
 PICTURES = ("image", "images", "video", "videos", "audio", "audios")
@@ -136,11 +138,14 @@ def unread(raw: Mapping[str, Any]) -> list[str]:
     return list(found)
 
 
-def without_nulls(row: Any) -> Any:
-    """A row of an Arrow table without the Nones that its conversations and tools only hold because other rows have such keys."""
+def without_nulls(row: Any, talks: Collection[str] = ()) -> Any:
+    """A row of an Arrow table without the Nones that its conversations and tools only hold because other rows have such keys.
+
+    talks: columns that hold such under names of their own.
+    """
     if not isinstance(row, Mapping):
         return row
-    return {key: _filled(value) if key in (*TALKS, "tools", "functions") else value for key, value in row.items()}
+    return {key: _filled(value) if key in NESTED or key in talks else value for key, value in row.items()}
 
 
 def _filled(value: Any) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,13 @@ def read_dataset(
     revision: str | None = None,
     streaming: bool = False,
     seed: int | None = None,
+    talks: Collection[str] = (),
 ) -> Iterator[Found]:
     """Rows of a hub dataset (`org/name`) or of a directory, in order; a streamed one is shuffled when `seed` is given.
 
-    split: a name or a slice such as `train[:10%]`; None = `train`, or the only one there is. A gated dataset needs a
-    token (`hf auth login`). Raises UserError for whatever `datasets` cannot load.
+    split: a name or a slice such as `train[:10%]`; None = `train`, or the only one there is. talks: columns that hold
+    conversations under names of their own. A gated dataset needs a token (`hf auth login`). Raises UserError for whatever
+    `datasets` cannot load.
     """
     split_name, data = _open(name, config, split, revision, streaming)
     if streaming and seed is not None:
@@ -45,7 +48,7 @@ def read_dataset(
     try:
         for row in data:
             number += 1
-            yield f"{name} [{split_name}] row {number}", without_nulls(row)
+            yield f"{name} [{split_name}] row {number}", without_nulls(row, talks)
     except Exception as error:  # decoding and (when streaming) downloading happen here
         raise _failed(name, error) from None
 
@@ -54,11 +57,17 @@ def _open(name: str, config: str | None, split: str | None, revision: str | None
     import datasets
 
     path = Path(name).expanduser()
+    saved = any((path / file).is_file() for file in SAVED)
+    if saved and config:
+        raise UserError(f"{name}: a directory written by `save_to_disk` has no configurations; leave out 'config'")
+    if path.is_dir() and revision:
+        raise UserError(f"{name}: a directory has no revisions; leave out 'revision'")
     try:
-        if any((path / file).is_file() for file in SAVED):
+        if saved:
             data: Any = datasets.load_from_disk(str(path))
-            if split is not None and isinstance(data, Mapping):
-                data = data[_known(name, split, data)]
+            data = data if split is None else _part(name, split, data)
+            if streaming:
+                data = _streamed(data)
         else:
             place = str(path) if path.is_dir() else name
             with _quiet():
@@ -88,10 +97,26 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _known(name: str, split: str, options: Mapping[str, Any]) -> str:
-    if split not in options:
-        raise UserError(f"{name}: unknown split {split!r}{nearest(split, options)}")
-    return split
+def _part(name: str, split: str, data: Any) -> Any:
+    """A split, or a slice of one, of what `save_to_disk` wrote. A set without splits has the one that it was taken from, or `train`."""
+    from datasets import ReadInstruction, concatenate_datasets
+
+    parts = data if isinstance(data, Mapping) else {re.split(r"[\[+]", str(data.split or "train"))[0]: data}
+    if split in parts:
+        return parts[split]
+    try:
+        pieces = ReadInstruction.from_spec(split).to_absolute({part: len(rows) for part, rows in parts.items()})
+    except Exception:  # it asserts as well as raises
+        asked = re.split(r"[\[+]", split)[0]
+        what = "no slice of a split" if asked in parts else "unknown split"
+        raise UserError(f"{name}: {what} {split!r}{nearest(asked, parts)}") from None
+    return concatenate_datasets([parts[piece.splitname].select(range(piece.from_, piece.to)) for piece in pieces])
+
+
+def _streamed(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {part: rows.to_iterable_dataset() for part, rows in data.items()}
+    return data.to_iterable_dataset()
 
 
 def _failed(name: str, error: Exception) -> UserError:
@@ -115,7 +140,7 @@ def download(url: str) -> Path:
         raise _failed(url, error) from None
 
 
-def read_url(url: str) -> Iterator[Found]:
+def read_url(url: str, talks: Collection[str] = ()) -> Iterator[Found]:
     """Rows of a file behind a URL; places read as `url:line`. UserError when it cannot be read."""
     suffix = suffix_of(url.partition("?")[0])
     if suffix not in SUFFIXES:
@@ -124,7 +149,7 @@ def read_url(url: str) -> Iterator[Found]:
         )
     local = download(url)
     named = local if suffix_of(local) == suffix else _with_suffix(local, suffix)
-    for where, row in read_file(named):
+    for where, row in read_file(named, talks):
         if isinstance(row, UserError):
             row = UserError(str(row).replace(str(named), url))
         yield where.replace(str(named), url), row

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlsafe.config import StreamConfig, UserError, nearest
+from rlsafe.data.formats import NESTED
 from rlsafe.data.rows import kind_of
 from rlsafe.types import pick
 
@@ -129,6 +130,12 @@ class Recipe:
     columns: Mapping[str, str]
     where: Mapping[str, Any]
     asked: frozenset[str]
+
+    @property
+    def talks(self) -> frozenset[str]:
+        """The columns that become a conversation or tools under another name."""
+        renamed = [*self.columns.items(), *(self.preset.columns.items() if self.preset else ())]
+        return frozenset(column for target, column in renamed if target in NESTED)
 
     def apply(self, row: Mapping[str, Any], where: str) -> Mapping[str, Any] | None:
         """The row with its columns renamed; None when it fails a condition. The user's own columns and conditions must

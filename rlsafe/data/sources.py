@@ -99,7 +99,7 @@ def load_rows(config: StreamConfig, seed: int = 0, note: Note | None = None) -> 
 def _load(config: StreamConfig, seed: int) -> tuple[list[Row], Count]:
     count = Count(config.source)
     if config.streaming:
-        rows = list(_checked(config, count, seed))
+        rows = list(_checked(config, count, seed if config.shuffle else None))
     else:
         rows = list(_checked(config.model_copy(update={"limit": None}), count))
         if config.limit is not None:
@@ -171,11 +171,11 @@ def _read(recipe: Recipe, seed: int | None) -> Iterator[Found]:
         provider, spec = found
         rows: Iterator[Found] = ((f"{source} row {i}", row) for i, row in enumerate(provider.rows(spec), 1))
     elif re.match(r"https?://", source):
-        rows = read_url(source)
+        rows = read_url(source, recipe.talks)
     elif path.is_file() and suffix_of(path) in SUFFIXES:
-        rows = read_file(path)
+        rows = read_file(path, recipe.talks)
     elif _is_dataset(source, path):
-        return read_dataset(source, seed=seed, **hub)
+        return read_dataset(source, seed=seed, talks=recipe.talks, **hub)
     else:
         raise UnknownName(_missing(source, path))
     for key, value in hub.items():

@@ -60,6 +60,31 @@ def test_a_directory_written_by_save_to_disk(saved):
         load(saved / "saved", split="tets")
 
 
+def test_splits_and_slices_of_a_saved_directory(saved):
+    assert texts(load(saved / "saved", columns=COLUMNS, split="train[:50%]")) == ["q0", "q1", "q2"]
+    assert texts(load(saved / "saved", columns=COLUMNS, split="test+train[-1:]")) == ["q6", "q7", "q5"]
+    assert texts(load(saved / "one", columns=COLUMNS, split="train[1:]")) == ["q7"]
+    for where, split, says in (
+        ("one", "test", "unknown split 'test'; expected one of: train"),
+        ("saved", "tset[:3]", r"unknown split 'tset\[:3\]'; did you mean 'test'"),
+        ("saved", "test[:300%]", r"no slice of a split 'test\[:300%\]'"),
+    ):
+        with pytest.raises(UserError, match=says):
+            load(saved / where, columns=COLUMNS, split=split)
+
+
+def test_a_saved_directory_refuses_what_only_the_hub_has_and_can_be_streamed(saved):
+    for name in ("config", "revision"):
+        with pytest.raises(UserError, match=f"has no {name}\\w*; leave out '{name}'"):
+            load(saved / "saved", columns=COLUMNS, **{name: "nope"})
+    for name, rows in (("saved", 6), ("one", 2)):
+        streamed = texts(load(saved / name, columns=COLUMNS, streaming=True, limit=9))
+        assert len(streamed) == rows
+    assert texts(load(saved / "saved", columns=COLUMNS, split="train[2:]", streaming=True, limit=1, shuffle=False)) == [
+        "q2"
+    ]
+
+
 def test_a_directory_of_data_files_with_configurations_and_splits(tmp_path):
     for name, rows in (("first", ROWS[:3]), ("second", ROWS[3:])):
         (tmp_path / name).mkdir()
@@ -301,6 +326,14 @@ def test_limit_shuffles_by_seed_or_takes_the_first_rows(tmp_path):
     drawn = texts(load(path, columns=COLUMNS, limit=4))
     assert drawn == texts(load(path, columns=COLUMNS, limit=4)) != texts(load(path, seed=1, columns=COLUMNS, limit=4))
     assert texts(load(path, columns=COLUMNS, limit=4, shuffle=False)) == ["q0", "q1", "q2", "q3"]
+
+
+def test_a_streamed_source_is_shuffled_unless_its_order_is_asked_for(tmp_path):
+    (tmp_path / "rows").mkdir()
+    write_jsonl(tmp_path / "rows" / "data.jsonl", ROWS)
+    more = {"columns": COLUMNS, "streaming": True, "limit": 8}
+    drawn = texts(load(tmp_path / "rows", **more))
+    assert texts(load(tmp_path / "rows", shuffle=False, **more)) == sorted(drawn) != drawn
 
 
 @pytest.mark.parametrize(

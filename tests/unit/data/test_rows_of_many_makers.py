@@ -165,6 +165,24 @@ def test_arrow_tables_do_not_lend_one_rows_arguments_to_another(tmp_path):
     assert rows[0]["meta"] == {"x": None}, "other columns reach rewards as they are"
 
 
+def test_a_conversation_under_another_name_lends_no_arguments_either(tmp_path):
+    from datasets import Dataset
+
+    def row(**arguments):
+        call = {"function": {"name": "f", "arguments": arguments}}
+        return {
+            "talk": [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+        }
+
+    rows = Dataset.from_list([row(city="Oslo"), row(day="mon")])
+    rows.to_parquet(str(tmp_path / "a.parquet"))
+    rows.save_to_disk(str(tmp_path / "saved"))
+    for name in ("a.parquet", "saved"):
+        found = load(tmp_path / name, columns={"messages": "talk"})
+        calls = [one["messages"][1]["tool_calls"][0]["function"]["arguments"] for one in found]
+        assert calls == [{"city": "Oslo"}, {"day": "mon"}]
+
+
 def test_missing_numbers_are_none_and_sft_names_the_column_with_the_answer(tmp_path):
     row = only(tmp_path, {"prompt": "why?", "response": "because.", "gold": float("nan"), "big": 10**30})
     assert row["gold"] is None and row["big"] == 10**30
