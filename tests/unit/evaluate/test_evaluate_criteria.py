@@ -166,6 +166,20 @@ def test_no_answers_need_no_judge():
         ("", "10", False),
         ("Stra\u00dfe", "STRASSE", True),
         ("\uff11\uff10", "10", True),
+        ("= 12.0", "12", True),
+        ("= 0.50", "1/2", True),
+        ("x = 1,000", "1000", True),
+        ("= 1000", "1,000", True),
+        ("= 1,00", "100", False),
+        ("= 4/2", "2.0", False),  # not worked out
+        ("= 07", "7", False),
+        ("= -0", "0", False),
+        ("The answer is 72.", "72", True),
+        ("48/2 = <<48/2=24>>24 clips\n#### 24\n", "48/2 = 24 clips\n#### 24", True),
+        ("6 x 4 = 24.\n\n**Answer:** 72\nWell done.", "72", True),
+        ("The answer is 6 x 12 = 72", "72", True),
+        ("The answer is 72 = 71", "72", False),
+        ("The answer is a horse", "a horse", False),  # no number
     ],
 )
 def test_exact_match(answer, expected, right):
