@@ -8,7 +8,7 @@ Each row of the data has a column `answer` (text or number). A row without one g
 import re
 from fractions import Fraction
 
-BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")  # \boxed{\frac{1}{\sqrt{2}}} as well
 LABELLED = re.compile(r"(?:\banswer(?:\s+is\b\s*:?|\s*:)|####)\s*(.+)", re.IGNORECASE)
 
 

@@ -1,6 +1,6 @@
 """Rewards for the form of an answer. Copy and edit: this file needs nothing but Python.
 
-rewards: [{fn: reward_fns/format.py:think_block}]
+rewards: [{fn: reward_fns/format.py:think_block, thinking: true}]    # without `thinking` it is shown answers only
 rewards: [{fn: reward_fns/format.py:matches, args: {pattern: "Answer: .+$"}}]
 """
 
@@ -9,13 +9,11 @@ import re
 THINK_BLOCK = re.compile(r"\A\s*<think>((?:(?!<think>).)*?)</think>\s*\S", re.DOTALL)
 
 
-def think_block(completions, log_metric=None, **columns):
-    """1 for one closed think block followed by an answer, 0 for anything else (none, unclosed, no answer)."""
+def think_block(completions, **columns):
+    """1 for one closed think block followed by an answer, 0 for anything else. A completion whose block never closed has no reward
+    from any function; the run's number `unclosed` says how many there are."""
     texts = [completion[0]["content"] for completion in completions]
-    rewards = [1.0 if THINK_BLOCK.match(text) and text.count("<think>") == 1 else 0.0 for text in texts]
-    if log_metric is not None:
-        log_metric("unclosed_think", sum("<think>" in t and "</think>" not in t for t in texts) / max(1, len(texts)))
-    return rewards
+    return [1.0 if THINK_BLOCK.match(text) and text.count("<think>") == 1 else 0.0 for text in texts]
 
 
 def matches(completions, pattern, **columns):

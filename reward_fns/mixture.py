@@ -2,6 +2,7 @@
 
     rewards:
       - fn: reward_fns/mixture.py:Mixture
+        thinking: true    # all parts are shown think blocks, which think_block looks for
         args:
           parts:
             - {fn: reward_fns/format.py:think_block, weight: {0: 1.0, 20: 0.2}}    # 1 at step 0, falling to 0.2 at step 20
@@ -55,7 +56,11 @@ class Mixture:
     ):
         weights = self.weights(getattr(trainer_state, "global_step", 0))
         ids = completion_ids if completion_ids is not None else [[]] * len(completions)
-        batch = self.runner.call(prompts, completions, ids, columns, trainer_state)
+        # a prompt that was a text comes as one, with its completion; each part then gets what it reads
+        plain = [isinstance(prompt, str) for prompt in prompts]
+        prompts = [_talk("user", prompt) for prompt in prompts]
+        completions = [_talk("assistant", completion) for completion in completions]
+        batch = self.runner.call(prompts, completions, ids, columns, trainer_state, plain)
         if log_metric is not None:
             for (name, scores), weight in zip(batch.by_name.items(), weights, strict=True):
                 log_metric(f"mixture/{name}/weight", weight)
@@ -72,6 +77,10 @@ class Mixture:
             else sum(weight * (part or 0.0) for part, weight in zip(parts, weights, strict=True))
             for parts in zip(*batch.by_name.values(), strict=True)
         ]  # fmt: skip
+
+
+def _talk(role, said):
+    return [{"role": role, "content": said}] if isinstance(said, str) else said
 
 
 def _schedule(weight):

@@ -121,7 +121,7 @@ class RewardRunner:
             return result
         if not (texts and name not in self.texts and has_plain):
             return result
-        if not isinstance(result, (TypeError, AttributeError, KeyError, IndexError)):
+        if not isinstance(result, (TypeError, AttributeError, KeyError, IndexError, ValueError)):
             return result
         again = call.outcome(False)
         if isinstance(again, Exception):

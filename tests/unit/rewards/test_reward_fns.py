@@ -175,6 +175,20 @@ def test_a_row_that_lacks_a_part_with_weight_is_left_out(tmp_path):
     assert call(mixture(tmp_path, 1, -1), "a").total == [0.5], "no trainer state: step 0"
 
 
+def test_parts_get_texts_or_messages_as_they_read_them(tmp_path):
+    path = tmp_path / "parts.py"
+    path.write_text(
+        "def talks(completions):\n    return [float(len(c[0]['content'])) for c in completions]\n"
+        "def texts(prompts, completions):\n    return [float(len(p + c)) for p, c in zip(prompts, completions)]\n"
+    )
+    reward = load("mixture.py:Mixture", parts=[{"fn": f"{path}:talks"}, {"fn": f"{path}:texts"}])
+    asked, said = (
+        [[{"role": "user", "content": "why"}]] * 2,
+        [[{"role": "assistant", "content": t}] for t in ("a", "bc")],
+    )
+    assert RewardRunner([reward]).call(asked, said, [[1], [2]], {}, None, [True, True]).total == [1.0 + 4, 2.0 + 5]
+
+
 # ------------------------------------------------------------------------------------------------ TRL's own
 
 

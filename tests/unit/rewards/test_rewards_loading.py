@@ -3,12 +3,13 @@
 import sys
 
 import pytest
+import yaml
 from places import ROOT
 
 import rlsafe
 from rlsafe.config import RewardConfig, UserError
 from rlsafe.config.importing import import_file
-from rlsafe.rewards import RewardRunner, load_reward, registry
+from rlsafe.rewards import RewardRunner, check_grader, load_reward, registry
 from rlsafe.types import _PROVIDERS, register_provider
 
 PROMPTS = [[{"role": "user", "content": "q"}]] * 2
@@ -176,6 +177,14 @@ def test_arguments_are_checked_where_they_can_be(tmp_path):
     assert total(load(f"{path}:loose", depth=2)) == [2, 2]
 
 
+@pytest.mark.parametrize("table", ["import numpy as m\nTABLE = m.array", "import torch as m\nTABLE = m.tensor"])
+def test_a_file_may_hold_arrays_beside_its_function(tmp_path, table):
+    """Looking for its grader compares nothing with them."""
+    path = tmp_path / "tables.py"
+    path.write_text(f"{table}([1.0, 2.0])\ndef score(completions):\n    return [1.0] * len(completions)\n")
+    check_grader(load(f"{path}:score").fn)
+
+
 def test_registering_a_taken_name_is_refused(names):
     def one(completions): ...
 
@@ -214,6 +223,16 @@ def test_format_rewards():
     assert total(load(f"{path}:matches", pattern="^Answer: .+$"), said("So\nAnswer: 3", "The Answer: 3")) == [1, 0]
 
 
+def test_the_think_block_is_rewarded_as_the_file_says():
+    """A reasoning model's answers come without their blocks unless `thinking` asks for them."""
+    path = ROOT / "reward_fns" / "format.py"
+    [line] = [line for line in path.read_text().splitlines() if "format.py:think_block" in line]
+    [config] = yaml.safe_load(line)["rewards"]
+    reward = load_reward(RewardConfig(**{**config, "fn": f"{path}:think_block"}))
+    talks = [[{"role": "assistant", "content": "yes", "reasoning_content": "hm"}], *said("yes")]
+    assert RewardRunner([reward]).call(PROMPTS, talks, [[1]] * 2, {}).total == [1.0, 0.0]
+
+
 def test_length_rewards():
     path = ROOT / "reward_fns" / "length.py"
     assert total(load(f"{path}:near", words=2), said("a b", "a", "a b c d e", "")) == [1, 0.5, 0, 0]
@@ -232,9 +251,10 @@ def test_exact_match_reads_the_final_answer_by_value():
         "Tórshavn.",
         "x",
         "1/0",
+        r"half of it, $\boxed{\frac{1}{\sqrt{2}}}$, is the answer: easy",
     )
-    expected = [8, "2/3", "1000", 5.0, 7, 7, "tórshavn", None, "1/0"]
-    assert total(reward, texts, answer=expected) == [1, 1, 1, 1, 1, 0, 1, None, 1]
+    expected = [8, "2/3", "1000", 5.0, 7, 7, "tórshavn", None, "1/0", r"\frac{1}{\sqrt{2}}"]
+    assert total(reward, texts, answer=expected) == [1, 1, 1, 1, 1, 0, 1, None, 1, 1]
     with pytest.raises(UserError, match="needs 'answer', which is no column of the data"):
         total(reward)
 

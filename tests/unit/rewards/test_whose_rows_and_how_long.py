@@ -58,6 +58,13 @@ def test_a_function_that_reads_messages_gets_them_and_is_told_of(caplog):
     assert calls == [str, list, list], "asked once more on the first batch, and never again"
 
 
+def test_a_copy_of_a_message_is_a_way_of_reading_messages():
+    def copies(completions):
+        return [float(len(dict(c[-1])["content"])) for c in completions]
+
+    assert call(runner(copies)).total == [1.0, 2.0, 3.0, 4.0]
+
+
 @pytest.mark.parametrize("first", ["nothing scored", "no plain row"])
 def test_what_a_function_reads_is_not_settled_before_it_has_read_some(first, caplog):
     """A gold answer that no row of the first batch has; messages first, texts later."""
