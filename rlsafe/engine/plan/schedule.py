@@ -48,10 +48,6 @@ class Step:
     def path(self) -> LossPath:
         return "grpo" if any(part.path == "grpo" for part in self.parts) else "sft"
 
-    def place(self, part: PlannedPart) -> str:
-        """What a rewarded part is called in every step of this kind: rollouts that teach several steps are kept under it."""
-        return f"{self.kind}/part {part.number}"
-
 
 def make_plan(config: RunConfig, offers: Mapping[str, Offer] | None = None) -> list[Step]:
     """Every step of the run in order. Steps that a defense adds as its own come on top of schedule.steps."""

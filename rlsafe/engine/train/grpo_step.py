@@ -50,7 +50,7 @@ def grpo_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
         if part.path == "sft":
             micros += supervised(run, state, part, run.draw(step, part))
             continue
-        place = step.place(part)
+        place = f"{step.kind}/part {part.number}"  # the same in every step of this kind
         reused, uses_left = state.pending.get(place, ([], 0))
         if uses_left:  # grpo.iterations > 1: the same rollouts teach several steps
             micros += reused
