@@ -20,6 +20,7 @@ import numpy as np
 
 from rlsafe.config import UserError
 from rlsafe.data.control import Control, Offsets
+from rlsafe.data.spans import Spans
 from rlsafe.data.thinking import CLOSE, OPEN, SWITCHES, Chat, Thought, decode_with_tags, split_think
 from rlsafe.data.turns import Key, key_of, opened, start_of, weights_of
 from rlsafe.types import Message
@@ -130,6 +131,7 @@ class Encoder:
         self.switches = {} if self.switch is None or set_to is None else {self.switch: set_to}
         self.end = self._find_end()
         self.header, self.opened = self._find_header()
+        self.spans = Spans(tokenizer, self.header, self.opened, self.end, self.special)
         self.prompt = lru_cache(maxsize=65536)(self._prompt)
         self.row = lru_cache(maxsize=65536)(self._row)
 
@@ -245,7 +247,7 @@ class Encoder:
             )
         ids, mask = self._last(messages) if train_on == "last" else self._all(self.conversation(messages), weights)
         if not self.chat.train_thinking:
-            mask = self._without_thinking(ids, mask)
+            mask = self.spans.without_thinking(ids, mask)
         if not any(mask):
             what = ": all its answers have weight 0" if weights and not any(weights) else ""
             raise UserError(f"a row has no answer tokens to train on{what}: {start_of(messages)}")
@@ -267,32 +269,17 @@ class Encoder:
             answer = self.tokenize(text[len(prompt_text) :])
             if self.tokenizer.decode([*prompt, *answer]) != self.tokenizer.decode(ids):
                 raise UserError(f"the prompt is no token prefix of its row in this chat template: {start_of(messages)}")
-        answer = self._ended(answer)
+        answer = self._ended(answer, messages)
         return [*prompt, *answer], [False] * len(prompt) + [True] * len(answer)
 
-    def _ended(self, answer: list[int]) -> list[int]:
+    def _ended(self, answer: list[int], messages: Key) -> list[int]:
         """The answer up to its end-of-turn token; eos is appended where the template writes none."""
-        if self.end is not None:
-            return answer[: len(answer) - answer[::-1].index(self.end)]
-        eos = self.tokenizer.eos_token_id
-        return answer if eos is None else [*answer, eos]
-
-    def _without_thinking(self, ids: list[int], mask: list[bool]) -> list[bool]:
-        """The mask without the think block at the beginning of each answer, and the space behind it."""
-        mask, close, start = list(mask), self.tokenize(CLOSE), 0
-        while start < len(ids):
-            if not mask[start]:
-                start += 1
-                continue
-            stop = next((i for i in range(start, len(ids)) if not mask[i]), len(ids))
-            ends = [i + len(close) for i in range(start, stop) if ids[i : i + len(close)] == close]
-            if ends and (self.opened or self.tokenizer.decode(ids[start:stop]).lstrip().startswith(OPEN)):
-                answer = ends[0]
-                while answer < stop and not self.tokenizer.decode(ids[answer]).strip():
-                    answer += 1
-                mask[start:answer] = [False] * (answer - start)
-            start = stop
-        return mask
+        if self.end is None:
+            eos = self.tokenizer.eos_token_id
+            return answer if eos is None else [*answer, eos]
+        if (stop := self.spans.stop_of(answer)) is None:
+            raise UserError(f"the chat template writes no end of the turn behind this answer: {start_of(messages)}")
+        return answer[:stop]
 
     def _all(self, messages: Key, weights: list[bool] | None = None) -> tuple[list[int], list[bool]]:
         """Every assistant turn by the template's generation spans, or those with a weight. Spans are mapped by character offsets
@@ -319,7 +306,7 @@ class Encoder:
             first, last = (place + self.control.grown(texts[0][:place]) for place in (first, last))
             tokens = [i for i, (start, stop) in enumerate(offsets) if first <= start < last and stop > start]
             if tokens and trained:
-                start, stop = self._trim(ids, tokens[0], tokens[-1] + 1)
+                start, stop = self.spans.trimmed(ids, tokens[0], tokens[-1] + 1)
                 mask[start:stop] = [True] * (stop - start)
         length = max((i + 1 for i, masked in enumerate(mask) if masked), default=len(ids))
         return ids[:length], mask[:length]  # nothing is predicted behind the last answer
@@ -331,19 +318,3 @@ class Encoder:
             encoding = self.tokenizer(text, **AS_IT_IS, return_offsets_mapping=True)
             ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
         return (ids, offsets) if self.foreign.keys().isdisjoint(ids) else self._refused(ids, text)
-
-    def _trim(self, ids: list[int], start: int, stop: int) -> tuple[int, int]:
-        """Cut the generation prompt off a span's front and everything behind the end-of-turn token off its back."""
-        width = len(self.header)
-        for before in range(1, width):
-            if ids[max(start - before, 0) : start - before + width] == self.header:
-                start += width - before
-                break
-        span = ids[start:stop]
-        if self.end in span:
-            stop -= span[::-1].index(self.end)
-        elif stop < len(ids) and ids[stop] == self.end:
-            stop += 1  # the template closed the span before the end-of-turn token
-        elif all(token in self.special for token in span):
-            stop = start  # the end of the text, marked by itself (Phi 3): never reached in sampling
-        return start, stop

@@ -14,15 +14,15 @@ CHATML = (
 )
 
 
-def byte_tokenizer():
-    """One token per byte, ChatML, end-of-turn as eos: encodes any Unicode text."""
+def byte_tokenizer(merges=()):
+    """One token per byte (and per pair of `merges`), ChatML, end-of-turn as eos: encodes any Unicode text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
-    vocabulary = {token: index for index, token in enumerate([*special, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    vocabulary = {token: index for index, token in enumerate([*special, *alphabet, *map("".join, merges)])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(

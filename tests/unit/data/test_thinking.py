@@ -3,6 +3,7 @@
 import pytest
 from tiny import CHATML, byte_tokenizer
 from tiny_architectures import save_architecture, think_tokenizer
+from tokenizers import pre_tokenizers
 
 from rlsafe.config import ModelConfig, UserError, load_run
 from rlsafe.data import Chat, configure_chat, encode_prompt, encode_row, read_completion, split_think
@@ -114,6 +115,23 @@ def test_without_thinking_in_the_loss_the_model_still_sees_it():
     ids, mask = encode_row(thinker("on", False), THOUGHT)
     assert "hm, 1 < 2" in think_tokenizer().decode(ids)
     assert encode_row(thinker("on"), THOUGHT)[0] == ids and sum(mask) == len("because") + 1
+
+
+@pytest.mark.parametrize("train_on", ["last", "all"])
+@pytest.mark.parametrize(
+    "answer", ["<think>\nhm.\n</think>\n\nFour.", "<think>hm.</think>Four.", "<think>hm.</think>\nFour."]
+)
+def test_think_blocks_without_tokens_of_their_own_stay_out_of_the_loss_too(train_on, answer):
+    """Most tokenizers spell the tags and merge their ends with what stands beside them, as Qwen2.5's does."""
+    tokenizer = byte_tokenizer([(">", "Ċ"), (">Ċ", "Ċ"), ("<", "/"), (".", "</")])
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    assert {">ĊĊ", ".</"} <= {*tokenizer.tokenize("hm.</think>\n\nFour")}, "the case this test is about does not arise"
+    row = [*ASKED, {"role": "assistant", "content": answer}]
+    assert trained_text(tokenizer, row, train_on) == answer + "<|im_end|>"
+    configure_chat(tokenizer, Chat(None, False))
+    assert trained_text(tokenizer, row, train_on) == "Four.<|im_end|>"
+    later = [*ASKED, {"role": "assistant", "content": "Four, as in <think>a</think>."}]
+    assert trained_text(tokenizer, later, train_on) == "Four, as in <think>a</think>.<|im_end|>"
 
 
 def test_earlier_turns_keep_their_answers_and_the_soft_switch_ends_the_last_question():
