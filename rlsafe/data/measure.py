@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +27,7 @@ Talk = list[Message]
 CHUNK = 1000  # rows rendered, then tokenised at once
 MARGIN = 16  # tokens by which a rendered text and its encoding may differ
 WORTH_KEEPING = 2000  # rows: fewer are measured again sooner than read from a disk
+RULES = 2  # counts up when the same rows are refused or measured otherwise
 REMEMBERED = 1_000_000  # sizes that a process keeps
 UNTRAINED = "have weight 0"  # in the encoder's words
 SHOWN = 3  # refused rows whose reasons are repeated
@@ -204,7 +206,7 @@ class Ruler:
         return self.memory[key]
 
     def _digest(self, talks: Sequence[Talk], limit: int) -> str:
-        digest = hashlib.sha256(f"{self.encoder.digest}/{limit}/{MARGIN}".encode())
+        digest = hashlib.sha256(f"{self.encoder.digest}/{limit}/{MARGIN}/{RULES}".encode())
         for talk in talks:
             digest.update(repr(key_of(talk)).encode("utf-8", "surrogatepass"))
         return digest.hexdigest()[:32]
@@ -239,11 +241,19 @@ class Ruler:
             if self.encoder.control.spells(key):
                 return self._exact(talk)._replace(spells=True)
             turns = self.encoder.chat.conversation(key)
-            text = self.encoder.render(turns, talk[-1]["role"] != "assistant")
-            if any(turn[0] in ("system", "tool") or len(turn) > 2 for turn in key) and (lost := untold(turns, text)):
+            render = partial(self.encoder.render, generation_prompt=talk[-1]["role"] != "assistant")
+            text = render(turns)
+            if any(turn[0] in ("system", "tool") or len(turn) > 2 for turn in key) and (
+                lost := untold(turns, text, render)
+            ):
                 return Size(0, problem=f"the chat template leaves out {lost}")
-            if talk[-1]["role"] == "assistant" and (
-                any("weight" in turn for turn in talk) or not text.startswith(self.encoder.render(turns[:-1], True))
+            if (
+                talk[-1]["role"] == "assistant"
+                and (
+                    any("weight" in turn for turn in talk)
+                    or "tool_calls" in talk[-1]  # templates end such a turn in ways of their own
+                    or not text.startswith(self.encoder.render(turns[:-1], True))
+                )
             ):
                 return self._exact(talk)
         except UserError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from rlsafe.config import UserError
@@ -16,8 +17,9 @@ _MARK, _USER = "zqxzqx", "qzxqzx"  # texts that no template contains
 def unrendered(tokenizer: Any, messages: Sequence[Message]) -> str | None:
     """Why the tokenizer's template does not render the conversation, generation prompt added; None when it does."""
     encoder, key = encoder_for(tokenizer), key_of(messages)
+    turns = encoder.chat.conversation(key)
     try:
-        lost = untold(key, encoder.render(encoder.chat.conversation(key), True))
+        lost = untold(turns, encoder.render(turns, True), partial(encoder.render, generation_prompt=True))
     except UserError as error:
         return str(error)
     return f"the chat template leaves out {lost}" if lost else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rlsafe.types import Message, Row
@@ -12,6 +12,7 @@ Key = tuple[tuple[str, ...], ...]
 """(role, content) of each turn, and a third text (JSON) for those that hold more."""
 BESIDE = ("tool_calls", "tool_call_id", "name", "weight", "tools")
 """What a turn may hold beside role and content."""
+_NAME = "zqxzqx"  # a function that no conversation names
 
 
 def split_prompt(row: Row) -> tuple[list[Message], str | None]:
@@ -56,16 +57,42 @@ def start_of(messages: Key) -> str:
     return repr(messages[-1][1][:60])
 
 
-def untold(messages: Key, text: str) -> str | None:
-    """What of a conversation the chat template left out of `text`: its tools, their calls or answers, its system turn; or None."""
+def untold(messages: Key, text: str, render: Callable[[Key], str]) -> str | None:
+    """What of a conversation the chat template left out of `text`: its tools, their calls or answers, its system turn; or None.
+
+    render: makes another such text. The name of a function stands in questions and among the tools as well as in a call: each is
+    looked for under a name of its own.
+    """
     conversation, offered = opened(messages)
-    for tool in offered.get("tools", ()):
-        if (name := str(tool.get("function", tool).get("name"))) not in text:
-            return f"tools ({name})"
     for turn in conversation:
-        for call in turn.get("tool_calls", ()):
-            if (name := call["function"]["name"]) not in text:
-                return f"tool calls ({name})"
-        if turn["role"] in ("tool", "system") and turn["content"].strip() not in text:
-            return f"{turn['role']} turns ({turn['content'].strip()[:40]!r})"
+        said = turn["content"].strip()
+        if turn["role"] in ("tool", "system") and not any(form in text for form in _written(said)):
+            return f"{turn['role']} turns ({said[:40]!r})"
+    functions = [("tools", _function(tool)) for tool in offered.get("tools", ())]
+    functions += [("tool calls", _function(call)) for turn in conversation for call in turn.get("tool_calls", ())]
+    if not functions:
+        return None
+    names = [str(function.get("name")) for _, function in functions]
+    for number, (_, function) in enumerate(functions):
+        function["name"] = f"{_NAME}{number}x"
+    marked = render(_closed(conversation, offered))
+    for number, ((what, _), name) in enumerate(zip(functions, names, strict=True)):
+        if f"{_NAME}{number}x" not in marked:
+            return f"{what} ({name})"
     return None
+
+
+def _function(tool: dict[str, Any]) -> dict[str, Any]:
+    """What holds the name of a tool or a call."""
+    inner = tool.get("function")
+    return inner if isinstance(inner, dict) else tool
+
+
+def _written(text: str) -> tuple[str, ...]:
+    """A text as templates write it: as it is, or as JSON (Llama 3.1 and gpt-oss, the answers of tools)."""
+    return text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]
+
+
+def _closed(conversation: list[dict[str, Any]], offered: dict[str, Any]) -> Key:
+    """The key of what `opened` gives."""
+    return key_of([{**turn, **(offered if not i else {})} for i, turn in enumerate(conversation)])

@@ -10,7 +10,7 @@ from words import CHATML, chat, word_tokenizer
 
 from rlsafe.config import StreamConfig, UserError
 from rlsafe.data import encode as encoding
-from rlsafe.data import encode_prompt, encode_row, end_of_turn, load_rows, pad_id, split_prompt
+from rlsafe.data import encode_prompt, encode_row, end_of_turn, fit_rows, load_rows, pad_id, split_prompt
 
 SPECIAL = """<pad> <|endoftext|> <|im_start|> <|im_end|> <|begin_of_text|> <|start_header_id|> <|end_header_id|>
     <|eot_id|> <|user|> <|assistant|> <|system|> <|end|> <bos> <eos> <start_of_turn> <end_of_turn>""".split()
@@ -169,6 +169,48 @@ def test_a_generation_prompt_that_opens_a_think_block_falls_back_to_the_spans(bp
     assert tokenizer.decode(encode_prompt(tokenizer, chat("hello"))).endswith("<think>\n")
     (text,) = answers(tokenizer, *encode_row(tokenizer, chat("hello", "because")))
     assert text.strip() == "because<|im_end|>"
+
+
+OPENING = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+HEADED = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ '<|im_start|>assistant\n' + m.content + '<|im_end|>\n' }}{% endgeneration %}"
+    "{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("prompt", [OPENING, OPENING.replace("<think>\n", "")])
+def test_a_generation_prompt_inside_the_spans_is_not_trained_on(bpe, prompt):
+    """SmolLM3's template marks it whole; TRL's for DeepSeek mark it without the think block that it opens."""
+    tokenizer = bpe(HEADED + prompt)
+    row = chat("hello", "assistant", "hello", "because")
+    assert answers(tokenizer, *encode_row(tokenizer, row, "all")) == ["assistant<|im_end|>", "because<|im_end|>"]
+    assert answers(tokenizer, *encode_row(tokenizer, row)) == ["because<|im_end|>"]
+    thought = chat("hello", "<think>\nwhy</think>because")
+    expected = "why</think>because<|im_end|>" if prompt == OPENING else "<think>\nwhy</think>because<|im_end|>"
+    assert answers(tokenizer, *encode_row(tokenizer, thought, "all")) == [expected]
+
+
+CALLING = "{{ ' to=' + m.tool_calls[0].function.name + '<|eot_id|>\n' if m.tool_calls else m.content + '<|end|>\n' }}"
+
+
+@pytest.mark.parametrize("train_on", ["last", "all"])
+def test_a_call_may_end_its_turn_in_another_way_than_an_answer(bpe, train_on):
+    """gpt-oss writes <|call|> behind the one and <|return|> behind the other."""
+    spoken = CHATML.replace("{{ m.content + '<|im_end|>\n' }}", CALLING, 1)
+    tokenizer = bpe(spoken)
+    call = {"type": "function", "function": {"name": "look_up", "arguments": {}}}
+    row = [*chat("hello"), {"role": "assistant", "content": "", "tool_calls": [call]}]
+    assert answers(tokenizer, *encode_row(tokenizer, row, train_on)) == [" to=look_up<|eot_id|>"]
+    assert answers(tokenizer, *encode_row(tokenizer, chat("hello", "why"), train_on)) == ["why<|end|>"]
+
+
+def test_a_call_that_ends_no_turn_is_refused_when_it_is_loaded(bpe):
+    tokenizer = bpe(CHATML.replace("{{ m.content + '<|im_end|>\n' }}", CALLING.replace("<|eot_id|>", ""), 1))
+    call = {"type": "function", "function": {"name": "look_up", "arguments": {}}}
+    row = [*chat("hello"), {"role": "assistant", "content": "", "tool_calls": [call]}]
+    with pytest.raises(UserError, match="f:1: the chat template writes no end of the turn behind this answer"):
+        fit_rows([{"messages": row, "_source": "f:1"}], tokenizer, 1000)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data")

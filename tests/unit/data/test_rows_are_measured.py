@@ -119,6 +119,40 @@ def test_tools_that_the_template_does_not_write_are_refused_and_others_rendered(
         fit_rows(rows_of([row]), byte_tokenizer(), 1000)
 
 
+WRITING = (
+    "{{ tools | tojson if tools else '' }}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content | tojson if m.role == 'tool' else m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ call.function.name }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CALLED = [
+    {"role": "user", "content": "look_up the colour", "tools": [{"type": "function", "function": {"name": "look_up"}}]},
+    {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "look_up", "arguments": {}}}]},
+    {"role": "tool", "content": '{"colour": "blå"}'}, {"role": "assistant", "content": "blå"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["m.content", "m.content | tojson", "m.content | tojson(ensure_ascii=True)"])
+def test_a_tools_answer_may_be_written_as_json(form):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = WRITING.replace("m.content | tojson", form)
+    assert len(fit_rows(rows_of([CALLED]), tokenizer, 1000).rows) == 1
+    tokenizer.chat_template = WRITING.replace("m.content | tojson", "'...'")
+    with pytest.raises(UserError, match="the chat template leaves out tool turns"):
+        fit_rows(rows_of([CALLED]), tokenizer, 1000)
+
+
+@pytest.mark.parametrize(
+    ("written", "what"),
+    [("{{ call.function.name }}", "tool calls"), ("{{ tools | tojson if tools else '' }}", "tools")],
+)
+def test_a_name_that_stands_elsewhere_hides_no_call_and_no_tool_that_is_left_out(written, what):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = WRITING.replace(written, "")
+    with pytest.raises(UserError, match=rf"the chat template leaves out {what} \(look_up\)"):
+        fit_rows(rows_of([CALLED]), tokenizer, 1000)
+
+
 def test_rewritten_rows_and_prompts_have_to_fit_as_they_are_used():
     tokenizer = byte_tokenizer()
     rows = rows_of([talk("q" * n, "a") for n in (1, 20, 40)])
