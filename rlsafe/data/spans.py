@@ -9,6 +9,8 @@ from typing import Any
 
 from rlsafe.data.thinking import CLOSE, OPEN
 
+REACH = 16  # tokens that a think tag and the space behind it have at most
+
 
 @dataclass(frozen=True)
 class Spans:
@@ -70,16 +72,22 @@ class Spans:
                 start += 1
                 continue
             stop = next((i for i in range(start, len(ids)) if not mask[i]), len(ids))
-            answer = start + self._thinking(ids[start:stop])
+            answer = start + self._thinking(ids, start, stop)
             mask[start:answer] = [False] * (answer - start)
             start = stop
         return mask
 
-    def _thinking(self, answer: list[int]) -> int:
+    def _thinking(self, ids: list[int], start: int, stop: int) -> int:
         """How many tokens of an answer reach into its think block or are the space behind it. The block is looked for in the text:
         most tokenizers merge the tags' first and last characters with what stands beside them."""
+        answer = ids[start:stop]
         text = self.tokenizer.decode(answer)
-        if CLOSE not in text or not (self.opened or text.lstrip().startswith(OPEN)):
+        if CLOSE not in text:
+            return 0
+        prompt = self.tokenizer.decode(
+            ids[max(start - REACH, 0) : start]
+        )  # the row's own, which may have opened the block
+        if not (self.opened or prompt.rstrip().endswith(OPEN) or text.lstrip().startswith(OPEN)):
             return 0
         count = bisect_left(range(len(answer)), True, key=lambda n: CLOSE in self.tokenizer.decode(answer[:n]))
         while count < len(answer) and not self.tokenizer.decode(answer[count]).strip():

@@ -134,6 +134,18 @@ def test_think_blocks_without_tokens_of_their_own_stay_out_of_the_loss_too(train
     assert trained_text(tokenizer, later, train_on) == "Four, as in <think>a</think>.<|im_end|>"
 
 
+@pytest.mark.parametrize("train_on", ["last", "all"])
+def test_a_block_is_known_where_the_generation_prompt_writes_its_first_tag_and_an_empty_one(train_on):
+    """Qwen3.5 without thinking: what a row shares with the generation prompt is not trained on, and its thoughts are if they may be."""
+    tokenizer = think_tokenizer()
+    prompt = "assistant\\n" + EMPTY.replace("\n", "\\n")
+    tokenizer.chat_template = CHATML.replace("assistant\\n' }}{% endif %}", prompt + "' }}{% endif %}")
+    assert tokenizer.decode(encode_prompt(tokenizer, ASKED)).endswith(EMPTY)
+    assert trained_text(tokenizer, THOUGHT, train_on) == "hm, 1 < 2\n</think>\n\nbecause<|im_end|>"
+    configure_chat(tokenizer, Chat(None, False))
+    assert trained_text(tokenizer, THOUGHT, train_on) == "because<|im_end|>"
+
+
 def test_earlier_turns_keep_their_answers_and_the_soft_switch_ends_the_last_question():
     talk = [*PLAIN, {"role": "user", "content": "really"}]
     text = think_tokenizer().decode(encode_prompt(thinker("no_think"), talk))
