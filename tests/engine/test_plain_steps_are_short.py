@@ -44,7 +44,7 @@ def visited(tree, out) -> set[tuple[str, str]]:
     return seen
 
 
-@pytest.mark.parametrize(("path", "files", "functions"), [({}, 15, 68), (GRPO, 21, 101)], ids=["sft", "grpo"])
+@pytest.mark.parametrize(("path", "files", "functions"), [({}, 16, 68), (GRPO, 21, 101)], ids=["sft", "grpo"])
 def test_a_plain_step_passes_few_files_and_functions(tiny_tree, tmp_path, path, files, functions):
     seen = visited(tree_with(tiny_tree, path), tmp_path / "run")
     opened = {file for file, _ in seen}
