@@ -39,6 +39,7 @@ class SetupContext:
     judge: Callable[[], Judge]
     log: Callable[[str], None]
     planned: Mapping[str, int] = field(default_factory=dict)  # defense: rows that the run will ask it for
+    steps: int = 0  # of the plan: schedule.steps and those that defenses add
 
 
 @dataclass

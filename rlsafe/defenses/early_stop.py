@@ -70,7 +70,7 @@ class EarlyStop(Defense):
 
     def asks(self, run: Foreseen) -> ExtraAnswers:
         rows = run.rows(self.source)[: self.limit]
-        checks = len({step for step in self._due(run.config.schedule.steps) if step < run.steps}) + 1
+        checks = len({step for step in self._due(run.steps) if step < run.steps}) + 1
         each = self.samples * (len(rows) or self.limit)
         return ExtraAnswers(rows, checks * each, self.max_tokens or run.config.evaluate.max_tokens, checks)
 
@@ -99,7 +99,7 @@ class EarlyStop(Defense):
         )
         self.seed = context.seed
         self.sampler, self.judge, self.tokenizer = context.sampler, context.judge(), context.policy.tokenizer
-        self.due = self._due(context.config.schedule.steps)
+        self.due = self._due(context.steps)
 
     def weights(self, policy: Policy, moment: Literal["step", "end"]) -> bool:
         if moment == "step":

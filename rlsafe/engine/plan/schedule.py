@@ -143,13 +143,17 @@ def _with_offers(config: RunConfig, drafts: Sequence[Draft], offers: Mapping[str
 
 
 def _learning_rates(config: RunConfig, phases: Sequence[int]) -> list[float]:
-    """The learning rate of each step: one curve over the run; a phase with its own `lr` starts a curve of its own."""
+    """The learning rate of each step: a phase with its own `lr` has a curve of its own, neighbouring ones without share one that peaks
+    at `optim.lr`."""
+    own = [phase.lr for phase in config.schedule.phases]
     rates: list[float] = []
     position = 0
     while position < len(phases):
-        peak = config.schedule.phases[phases[position]].lr or config.optim.lr
+        peak = own[phases[position]] or config.optim.lr
         end = position + 1
-        while end < len(phases) and (phases[end] == phases[end - 1] or config.schedule.phases[phases[end]].lr is None):
+        while end < len(phases) and (
+            phases[end] == phases[end - 1] or own[phases[end]] is own[phases[end - 1]] is None
+        ):
             end += 1
         rates += [peak * scale for scale in _curve(config, end - position)]
         position = end

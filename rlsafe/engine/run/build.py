@@ -287,6 +287,7 @@ def _set_up_defenses(run: Components) -> None:
         planned=Counter(
             name for step in run.plan for part in step.parts if (name := part.defense) for _ in range(part.rows)
         ),
+        steps=len(run.plan),
     )
     for defense in run.stack:
         with about(f"defense {defense.name!r}"):

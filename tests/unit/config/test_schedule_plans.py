@@ -90,6 +90,13 @@ def test_offers_can_come_every_kth_step_or_as_steps_of_their_own():
     assert [step.index for step in own] == list(range(15))
 
 
+def test_a_phase_without_a_rate_has_the_optimizers():
+    """Behind a warm-up with a rate of its own too: not what is left of the warm-up's curve."""
+    phases = [{"steps": 2, "cycle": ["sft"], "lr": 1e-2}, {"steps": 2, "cycle": ["grpo"]}, {"cycle": ["sft"]}]
+    plan = make_plan(config(schedule={"steps": 6, "phases": phases}, optim={"schedule": "linear", "lr": 1e-3}))
+    assert [step.lr for step in plan] == pytest.approx([1e-2, 5e-3, 1e-3, 7.5e-4, 5e-4, 2.5e-4])
+
+
 def test_a_phase_that_is_longer_than_the_run_is_cut():
     schedule = {"steps": 3, "phases": [{"steps": 7, "cycle": ["sft"]}, {"cycle": ["grpo"]}]}
     assert kinds(make_plan(config(schedule=schedule))) == ["sft"] * 3

@@ -47,7 +47,7 @@ class Judge:
         return [Judgement(10.0 if "bad" in one.answer else 90.0, 90.0) for one in exchanges]
 
 
-def prepared(tmp_path, curve=CURVE, judge=None, trained=("other",), stream="narrow", **settings):
+def prepared(tmp_path, curve=CURVE, judge=None, trained=("other",), stream="narrow", steps=10, **settings):
     rows = write_jsonl(tmp_path / "validation.jsonl", [conversation(f"ask {i}", "fine") for i in range(8)])
     policy = Weights()
     made = EarlyStop(rows, checks=5, **settings)
@@ -56,7 +56,7 @@ def prepared(tmp_path, curve=CURVE, judge=None, trained=("other",), stream="narr
             config=run_from_tree({"model": {"name": "x"}, "schedule": {"steps": 10, "phases": [{"cycle": [KINDS[stream]]}]}}),
             policy=policy, seed=0, cache=tmp_path,
             rows=lambda name: {stream: [conversation(text, "x") for text in trained]}[name], sampler=lambda: Sampler(policy, curve),
-            judge=lambda: judge or Judge(), log=lambda line: None,
+            judge=lambda: judge or Judge(), log=lambda line: None, steps=steps,
         )
     )  # fmt: skip
     return made, policy
@@ -74,6 +74,12 @@ def test_the_first_check_that_has_learned_enough_is_shipped(tmp_path):
     assert train(made, policy) and float(policy.value) == 6.0
     assert made.report() == {"stopped_at": 6, "learned": {str(step): score for step, score in CURVE.items()}}
     assert made.effect()["stopped_at"] == 6.0
+
+
+def test_steps_that_another_defense_adds_are_looked_at_too(tmp_path):
+    """Interleaving in steps of its own makes the plan longer than schedule.steps."""
+    made, _ = prepared(tmp_path, steps=15)
+    assert sorted(made.due) == [3, 6, 9, 12, 15]
 
 
 def test_a_run_without_a_narrow_task_keeps_its_last_weights(tmp_path):
