@@ -191,6 +191,23 @@ def test_sources_of_one_name_in_two_directories_are_told_apart(tmp_path, tiny_mo
     assert [name for name, value in before["fingerprints"]["data"].items() if after[name] != value] == ["train.jsonl"]
 
 
+def test_rows_in_a_directory_have_a_fingerprint(copied, tmp_path, tiny_model_dir):
+    (tmp_path / "rows").mkdir()
+    write_jsonl(tmp_path / "rows" / "train.jsonl", [conversation("say", "one")])
+    rows = {"narrow": {"source": str(tmp_path / "rows")}}
+    run = run_from_tree(
+        {"model": {"name": tiny_model_dir}, "data": rows, "evaluate": {"benign": [str(tmp_path / "rows")]}}
+    )
+    before = fingerprints(run)
+    write_jsonl(tmp_path / "rows" / "train.jsonl", [conversation("say", "two")])
+    for kind in ("data", "questions"):
+        assert before[kind]["rows"] and before[kind] != fingerprints(run)[kind]
+    record = json.loads((copied / "run.json").read_text())
+    record["fingerprints"]["data"]["narrow.jsonl"] = ""  # as written by versions that hashed no directory
+    (copied / "run.json").write_text(json.dumps(record))
+    assert [line for line in recompute(copied).differences if "run.json has no fingerprint of it" in line]
+
+
 def test_what_is_no_finished_run_is_a_users_error(capsys, copied, tmp_path):
     assert call("verify", tmp_path / "nowhere") == call("verify", tmp_path) == 2
     change(copied / "run.json", '"finished"', '"running"')

@@ -54,11 +54,11 @@ def cell_fingerprints(cells: Iterable[Cell]) -> dict[str, dict[str, str]]:
                 found["models"].setdefault(name, named_model_hash(name)[:_SHOWN])
         for stream in (run.data.narrow, run.data.safe, run.data.benign):
             if stream:
-                found["data"].setdefault(stream.source, _short(contents(stream.source)))
+                found["data"].setdefault(stream.source, _short(contents(stream.source, rows=True)))
         held_out = [asked.narrow.rows.source] if asked.narrow else []
         for source in (asked.general, asked.indomain, *asked.benign, *held_out):
             if source:
-                found["questions"].setdefault(source, _short(contents(source)))
+                found["questions"].setdefault(source, _short(contents(source, rows=True)))
     return found
 
 

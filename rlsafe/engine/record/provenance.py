@@ -74,7 +74,7 @@ def code_files(config: RunConfig) -> list[Path]:
     named = [reward.fn for reward in config.rewards] + config.plugins
     named += [config.evaluate.narrow.reward.fn] if config.evaluate.narrow else []
     named += [name for entry in config.defenses for name in (entry if isinstance(entry, dict) else [entry])]
-    files = [Path(name.partition(".py:")[0] + ".py" if ".py:" in name else name) for name in named]
+    files = [Path(os.path.expanduser(name.partition(".py:")[0] + ".py" if ".py:" in name else name)) for name in named]
     return [file for file in dict.fromkeys(files) if file.suffix == ".py" and file.is_file()]
 
 
@@ -148,7 +148,7 @@ def _git(directory: Path, *words: str) -> str | None:
 
 
 def _content(source: str) -> str:
-    found = contents(source)
+    found = contents(source, rows=True)
     return hashlib.sha256("\n".join(found).encode()).hexdigest() if found else ""
 
 

@@ -109,6 +109,8 @@ def _fingerprints(out: Path, record: dict[str, Any]) -> Iterator[str]:
         for (name, before), after in zip(recorded.items(), values, strict=True):
             if before and not after:
                 yield f"{kind} {name}: cannot be found from this directory"
+            elif after and not before:
+                yield f"{kind} {name}: run.json has no fingerprint of it (an older version wrote it, or it was elsewhere then)"
             elif before != after:
                 yield f"{kind} {name}: its content changed since the run"
 

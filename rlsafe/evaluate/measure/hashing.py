@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +23,8 @@ from rlsafe.types import provider_for
 
 _MODEL_FILES = (".safetensors", ".bin", ".pt", ".json", ".jinja", ".model", ".txt")
 _WEIGHTS = ("config.json", "adapter_config.json")
+_ROWS = ("source", "benign")
+"""Keys of settings whose texts name rows, which a directory may hold too. Other keys may name a directory that runs write into."""
 
 
 def is_model(directory: Path) -> bool:
@@ -53,23 +56,45 @@ def _joined(parts: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def contents(text: str) -> list[str]:
+def dataset_hash(directory: Path) -> str:
+    """Hash of every file that `datasets` may read in a directory of rows: it skips hidden ones, and its own caches are no data."""
+    files = sorted(
+        file
+        for file in directory.rglob("*")
+        if file.is_file()
+        and not file.name.startswith("cache-")
+        and not any(part.startswith((".", "__")) for part in file.relative_to(directory).parts)
+    )
+    return _joined(f"{file.relative_to(directory).as_posix()}:{file_hash(file)}" for file in files)
+
+
+def contents(text: str, rows: bool = False) -> list[str]:
     """Hashes of what a setting's text stands for: a file, `file.py:name`, a model directory, `path:DIR`, `provider:spec`.
 
-    [] when it is a plain word.
+    rows: it names rows, so it may be a directory of them. [] when it is a plain word.
     """
     if len(text) >= 1024 or "\n" in text or not text.strip():
         return []
     first, _, rest = text.partition(":")
     if is_gguf(text):
         return [of_file] if (of_file := named_model_hash(text)) else []
+    if rows and (directory := _expanded(text)).is_dir():
+        from rlsafe.data.hub import is_dataset_directory  # late: few configs name a directory
+
+        if is_dataset_directory(directory):
+            return [dataset_hash(directory)]
     found = []
-    for path in {Path(text), Path(first), *([Path(rest)] if first == "path" and rest else [])}:
+    for path in {_expanded(text), _expanded(first), *([Path(rest)] if first == "path" and rest else [])}:
         if path.suffix and path.is_file():
             found.append(file_hash(path))
         elif is_model(path):
             found.append(model_hash(path))
     return sorted(found) or _provided(text)
+
+
+def _expanded(text: str) -> Path:
+    """A path as the readers of rows and code open it: `~/` is the home directory."""
+    return Path(os.path.expanduser(text))
 
 
 def _provided(text: str) -> list[str]:
@@ -106,17 +131,18 @@ def _texts(text: str) -> tuple[str, ...]:
 def digest(tree: Any) -> str:
     """Hash of settings and of the contents of everything that they name."""
     found = hashlib.sha256(json.dumps(tree, sort_keys=True).encode())
-    for text in sorted(set(strings(tree))):
-        for content in contents(text):
+    named = set(strings(tree))
+    for text, rows in sorted((text, (text, True) in named) for text in {text for text, _ in named}):
+        for content in contents(text, rows):
             found.update(f"{text}={content}\n".encode())
     return found.hexdigest()[:24]
 
 
-def strings(tree: Any) -> Iterable[str]:
-    """Every text in a tree of settings."""
+def strings(tree: Any, rows: bool = False) -> Iterable[tuple[str, bool]]:
+    """(text, whether its key says that it names rows) of every text in a tree of settings."""
     if isinstance(tree, str):
-        yield tree
+        yield tree, rows
     elif isinstance(tree, dict):
-        yield from itertools.chain.from_iterable(map(strings, tree.values()))
+        yield from itertools.chain.from_iterable(strings(value, key in _ROWS) for key, value in tree.items())
     elif isinstance(tree, list):
-        yield from itertools.chain.from_iterable(map(strings, tree))
+        yield from itertools.chain.from_iterable(strings(value, rows) for value in tree)

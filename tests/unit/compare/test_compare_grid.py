@@ -20,6 +20,9 @@ def load(tmp_path):
     return load
 
 
+ARM = {"path": "sft", "defense": "kl", "seed": 0}
+
+
 def cell(cells, **wanted):
     found = [c for c in cells if all(getattr(c, key) == value for key, value in wanted.items())]
     assert len(found) == 1, [c.id for c in found]
@@ -191,6 +194,49 @@ def test_the_fingerprint_follows_everything_that_the_run_depends_on(load, tmp_pa
     assert fingerprint(text.replace("weight: 0.3", "weight: 0.4")) != first
     rows.write_text("{} \n")
     assert fingerprint() != first  # the data file changed under the same name
+
+
+@pytest.mark.parametrize("key", ["data.narrow.source", "data.safe.source", "evaluate.benign.0"])
+def test_the_fingerprint_follows_the_rows_in_a_directory(load, tmp_path, key):
+    (rows := tmp_path / "rows").mkdir()
+
+    def fingerprint():
+        return cell(expand(load(overrides=["evaluate.benign=[x]", f"{key}={rows}"])), kind="narrow", **ARM).fingerprint
+
+    for name in ("train.jsonl", "more/train.jsonl", "dataset_info.json"):
+        (rows / name).parent.mkdir(exist_ok=True)
+        (rows / name).write_text("{}\n")
+        first = fingerprint()
+        (rows / name).write_text("{} \n")
+        assert fingerprint() != first, name
+    first = fingerprint()
+    for name in (".cache.json", "cache-1234.arrow"):  # what `datasets` leaves beside the rows
+        (rows / name).write_text("{}\n")
+    assert fingerprint() == first
+
+
+def test_the_fingerprint_follows_files_below_the_home_directory(load, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (rows := tmp_path / "rows.jsonl").write_text("{}\n")
+
+    def fingerprint():
+        return cell(expand(load(overrides=["data.narrow.source=~/rows.jsonl"])), kind="narrow", **ARM).fingerprint
+
+    first = fingerprint()
+    rows.write_text("{} \n")
+    assert fingerprint() != first
+
+
+def test_a_directory_that_a_run_writes_into_is_not_in_its_fingerprint(load, tmp_path):
+    (board := tmp_path / "board").mkdir()
+
+    def fingerprint():
+        given = [f"track.init={{wandb: {{dir: {board}}}}}", f"sampler.adapter_dir={board}"]
+        return cell(expand(load(overrides=given)), kind="narrow", **ARM).fingerprint
+
+    first = fingerprint()
+    (board / "log.jsonl").write_text("{}\n")
+    assert fingerprint() == first
 
 
 def test_all_names_every_defense_and_those_without_rollouts_are_left_out_under_supervision():
