@@ -22,6 +22,7 @@ from rlsafe.evaluate import task_name
 
 _PLAN = "comparison.json"
 _RECORD = "cell.json"
+_ENDED = ("done", "failed")
 _RESULTS = ("run.json", "evaluation.json")
 log = logging.getLogger("rlsafe")
 
@@ -141,13 +142,13 @@ class Directory:
         return found
 
     def _others(self, config: CompareConfig, cells: Sequence[Cell]) -> list[Cell]:
-        """Finished cells of earlier selections (other defenses, paths or seeds of the same config), still valid
-        today."""
+        """Finished and failed cells of earlier selections (other defenses, paths or seeds of the same config), still valid today. A
+        failed one stays until it has run, so that the report says what is missing."""
         selected = {cell.id for cell in cells}
         records = [self.record(path.parent.name) for path in sorted(self.out.glob(f"cells/*/{_RECORD}"))]
         others: dict[str, Cell] = {}
         for record in (
-            r for r in records if r.get("status") == "done" and r["id"] not in selected and r["id"] not in others
+            r for r in records if r.get("status") in _ENDED and r["id"] not in selected and r["id"] not in others
         ):
             reference = record["defense"] in ("aligned", "untrained")
             label = None if reference else [record["defense"].partition("[")[0]]
@@ -156,8 +157,14 @@ class Directory:
                 again = expand(config, label, [record["path"]] if record["path"] else None, [record["seed"]], relapse)
             except UserError:
                 continue
-            others |= {cell.id: cell for cell in again if cell.id not in selected and self.finished(cell)}
+            others |= {cell.id: cell for cell in again if cell.id not in selected and self._ended(cell)}
         return list(others.values())
+
+    def _ended(self, cell: Cell) -> bool:
+        """Whether the cell's run, with the same settings, is complete or failed."""
+        record = self.record(cell.id)
+        failed = record.get("status") == "failed" and record["hash"] == cell.fingerprint
+        return failed or self.finished(cell)
 
 
 @cache  # records are read often

@@ -10,12 +10,10 @@ from typing import Any
 
 from rlsafe.compare.grid.grid import expand, labels_of
 from rlsafe.compare.grid.records import Directory
-from rlsafe.compare.report.reporting import draw
 from rlsafe.compare.run.backends_ray import RayCluster, check_ray
 from rlsafe.compare.run.runner import Comparison, command_line, compare, where
 from rlsafe.compare.verdicts.looks import COUNTS, Looks
 from rlsafe.compare.verdicts.results import write_tables
-from rlsafe.compare.verdicts.tasks import judge_and_write
 from rlsafe.compare.verdicts.verdicts import PathTable, judge_defenses
 from rlsafe.config import CompareConfig, UserError, check_out, load_compare
 from rlsafe.config.lock import hold, releasing
@@ -34,8 +32,9 @@ def compare_decided(
 ) -> Comparison:
     """`compare` on more and more seeds, until every defense is decided or all seeds are used (`rlsafe.compare.verdicts.looks`).
 
-    more: further arguments of `compare`. The same call goes on where an earlier one stopped. UserError for too few seeds, and for
-    others than the directory's looks were fixed for.
+    more: further arguments of `compare`. The same call goes on where an earlier one stopped: what failed at the looks taken, and a
+    defense that came after them, first gets the seeds that it is owed. UserError for too few seeds, and for others than the
+    directory's looks were fixed for.
     """
     config = load_compare(config_path, overrides, quick)
     order = list(seeds or config.seeds)
@@ -50,24 +49,37 @@ def compare_decided(
     run = partial(
         compare, config_path, paths=paths, out=directory, overrides=overrides, quick=quick, **more, command=command
     )
-    failed: dict[str, str] = {}
-    comparison = None
+    if looks.taken:
+        for count, owed in sorted(_owed(looks, labels).items()):
+            run(defenses=owed, seeds=order[:count])
+        _take(looks, directory)
     while not looks.over:
         chosen = [label for label in labels if label == "none" or not _stopped(looks, label)]
         if looks.taken and chosen in ([], ["none"]):
             break
-        comparison = run(defenses=chosen, seeds=order[: looks.planned[looks.taken]])
-        failed |= comparison.failed
+        run(defenses=chosen, seeds=order[: looks.planned[looks.taken]])
         looks.taken += 1
-        looks.save(directory)
-        results = write_tables(Directory(directory))
-        looks.take({table.key: _verdicts(table) for table in judge_defenses(results)})
-        looks.save(directory)
-    if comparison is None:  # all was decided before
-        comparison = run(defenses=defenses, seeds=order[: looks.planned[0]])
-    results = write_tables(Directory(directory))
-    tables = judge_and_write(results)
-    return replace(comparison, tables=tables, report=draw(results, tables), failed=failed)
+        _take(looks, directory)
+    found = Comparison.read(directory)
+    asked = {cell.id for cell in expand(config, labels, paths, order, more.get("relapse"))}
+    return replace(found, failed={id: why for id, why in found.failed.items() if id in asked})
+
+
+def _take(looks: Looks, directory: Path) -> None:
+    """Note what the last look decides, with the runs that there are now."""
+    looks.save(directory)  # the verdicts are those of its level
+    looks.take({table.key: _verdicts(table) for table in judge_defenses(write_tables(Directory(directory)))})
+    looks.save(directory)
+
+
+def _owed(looks: Looks, labels: Sequence[str]) -> dict[int, list[str]]:
+    """Number of seeds -> the labels that have so many, or would if no run had failed: what stopped those of its look, the others all
+    so far."""
+    found: dict[int, list[str]] = {}
+    for label in labels:
+        last = max(looks.stopped[name] for name in _judged(looks, label)) if _stopped(looks, label) else looks.taken - 1
+        found.setdefault(looks.planned[last], []).append(label)
+    return found
 
 
 def _begun(directory: Path, seeds: list[int]) -> Looks:
@@ -124,6 +136,11 @@ def _verdicts(table: PathTable) -> dict[str, Any]:
 
 def _stopped(looks: Looks, label: str) -> bool:
     """Whether a defense, or each of its variants in a sweep, is decided in every table in which it was judged."""
-    judged = {name: name.partition(" ")[2] for name in looks.judged}
-    mine = [name for name, its in judged.items() if its == label or its.startswith(f"{label}[")]
+    mine = _judged(looks, label)
     return bool(mine) and all(name in looks.stopped for name in mine)
+
+
+def _judged(looks: Looks, label: str) -> list[str]:
+    """The names under which a defense, or its variants in a sweep, was judged at the looks."""
+    judged = {name: name.partition(" ")[2] for name in looks.judged}
+    return [name for name, its in judged.items() if its == label or its.startswith(f"{label}[")]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
-from synthetic_comparison import CONFIG, make
+from synthetic_comparison import CONFIG, ZERO, make, write_cell
 
 from rlsafe.arguments import numbers
 from rlsafe.compare import compare_decided
-from rlsafe.compare.run.deciding import _stopped
+from rlsafe.compare.run import runner
+from rlsafe.compare.run.deciding import _owed, _stopped
 from rlsafe.compare.verdicts.grades import Verdict
 from rlsafe.compare.verdicts.looks import Looks, counts, holm, levels, p_value
 from rlsafe.compare.verdicts.results import load
@@ -152,6 +154,69 @@ def test_seeds_are_added_until_all_is_decided(tmp_path, monkeypatch):
     again = partial(compare_decided, tmp_path / "out.yaml", paths=["sft"], seeds=list(range(10)), out=tmp_path / "out")
     with pytest.raises(UserError, match=r"taken with other settings \(untrained: batch.sft_rows\)"):
         again(overrides=["batch.sft_rows=3"])
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    """`--decide` on five seeds, whose runs are made up: `lab.ran` lists them, those in `lab.broken` fail."""
+    (tmp_path / "c.yaml").write_text(CONFIG.split("aligned:")[0])
+    lab = SimpleNamespace(ran=[], broken=set(), out=tmp_path / "out")
+
+    def run_cell(cell, directory, resources, progress):
+        lab.ran.append(cell.id)
+        if cell.id in lab.broken:
+            directory.write_record(cell, "failed", 1.0, "CUDA out of memory")
+            return
+        rate = 0.4 if cell.defense == "none" else 0.2 + 0.1 * (cell.seed % 3)  # never decided
+        shown = {"general": rate, "indomain": 0.8} if cell.path else {}
+        write_cell(directory, cell, {**ZERO, **shown}, 6, 2, "An answer.")
+
+    def again(*labels):
+        lab.ran.clear()
+        return compare_decided(tmp_path / "c.yaml", ["none", *labels], ["sft"], list(range(5)), lab.out, jobs=1)
+
+    monkeypatch.setattr(runner, "run_cell", run_cell)
+    monkeypatch.setattr(runner, "check", lambda cells: None)
+    lab.again = again
+    return lab
+
+
+def test_what_failed_runs_again_after_all_looks_and_is_missed_until_it_has(lab):
+    lab.broken = {"sft--kl--seed4"}
+    for _ in range(2):
+        done = lab.again("kl")
+        assert done.failed == {"sft--kl--seed4": "CUDA out of memory"} and "sft--kl--seed4" in lab.ran
+        assert "1 of 11 runs are missing" in done.report.read_text()
+    lab.broken = set()
+    done = lab.again("kl")
+    assert lab.ran == ["sft--kl--seed4"] and done.failed == {} and "are missing" not in done.report.read_text()
+
+
+def test_a_failure_that_a_later_look_made_good_is_none(lab, monkeypatch):
+    lab.broken = {"sft--kl--seed1"}
+    plain = runner.compare
+    monkeypatch.setattr("rlsafe.compare.run.deciding.compare", lambda *a, **k: (plain(*a, **k), lab.broken.clear())[0])
+    assert lab.again("kl").failed == {} and lab.ran.count("sft--kl--seed1") == 2
+
+
+def test_a_defense_that_comes_after_the_last_look_gets_all_seeds(lab):
+    lab.again("kl")
+    lab.again("kl", "ldifs")
+    assert lab.ran == [f"sft--ldifs--seed{seed}" for seed in range(5)]
+    assert "sft ldifs" in Looks.load(lab.out).judged
+
+
+def test_what_failed_stays_in_the_plan_of_another_selection(lab):
+    lab.broken = {"sft--ldifs--seed0"}
+    lab.again("kl", "ldifs")
+    assert lab.again("kl").failed == {}  # it is no part of this call
+    assert "sft--ldifs--seed0" in json.loads((lab.out / "comparison.json").read_text())["cells"]
+
+
+def test_each_defense_is_owed_the_seeds_of_its_look():
+    looks = Looks(list(range(10)), taken=2, judged=["sft none", "sft kl", "grpo kl", "sft ldifs"])
+    looks.stopped = {"sft kl": 0, "grpo kl": 1, "sft ldifs": 0}
+    assert _owed(looks, ["none", "kl", "ldifs", "new"]) == {5: ["none", "kl", "new"], 3: ["ldifs"]}
 
 
 @pytest.mark.parametrize(("wanted", "chosen"), [(None, ["none"]), (["all"], ["none", "kl"])])
