@@ -31,7 +31,7 @@ SECRET = "secret"
 
 
 def on_off(value: Any) -> Any:
-    """True -> "on", False -> "off": other readers of YAML take a bare `on` or `off` for a boolean."""
+    """True -> "on", False -> "off": YAML reads a bare `on` or `off` as a boolean."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 

@@ -169,11 +169,21 @@ def _explain(error: ValidationError, model: type[BaseModel], marks: Marks, sourc
 
 
 def build(model: type[C], tree: Mapping[str, Any], marks: Marks | None = None, source: str = "config") -> C:
-    """Validate a tree into settings; UserError names the key and the line."""
+    """Validate a tree into settings; UserError names the key and the line. `~/` at the beginning of a text is the home directory."""
     try:
-        return model.model_validate(tree)
+        return model.model_validate(_at_home(tree))
     except ValidationError as error:
         raise _explain(error, model, marks or {}, source) from None
+
+
+def _at_home(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {key: _at_home(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_at_home(value) for value in tree]
+    if isinstance(tree, str) and tree.startswith(("~/", "path:~/")):
+        return tree.replace("~", str(Path.home()), 1)
+    return tree
 
 
 def _load(model: type[C], path: str | Path, overrides: Iterable[str], base: Mapping[str, Any] | None = None) -> C:
@@ -231,6 +241,7 @@ def load_compare(path: str | Path, overrides: Iterable[str] = (), quick: bool = 
     return config
 
 
+RATE = ["optim", "lr"]
 _PARTS = {"run": 1, "aligned": 1, "paths": 2, "models": 2}
 """Sections of a comparison that change runs -> how many keys stand before a setting of a run."""
 
@@ -252,11 +263,17 @@ def _check_undone(overrides: Iterable[str], for_cells: Iterable[str]) -> None:
 
 def check_rate(config: RunConfig, overrides: Iterable[str]) -> None:
     """UserError for an override of `optim.lr` where every phase has a learning rate of its own, so that nothing would read it."""
+    given = [one for one in overrides if _keys(one) == RATE]
+    if given and (own := own_rates(config)):
+        raise UserError(f"override {given[0]!r} has no effect: each phase has its own rate; expected {', '.join(own)}")
+
+
+def own_rates(config: RunConfig) -> list[str]:
+    """The settings that hold the learning rates of a run that does not read `optim.lr`, with their values; none of one that does."""
     phases = config.schedule.phases
-    given = [one for one in overrides if _keys(one) == ["optim", "lr"]]
-    if given and all(phase.lr is not None for phase in phases):
-        own = ", ".join(f"schedule.phases.{place}.lr ({phase.lr:g})" for place, phase in enumerate(phases))
-        raise UserError(f"override {given[0]!r} has no effect: each phase has its own rate; expected {own}")
+    if any(phase.lr is None for phase in phases):
+        return []
+    return [f"schedule.phases.{place}.lr ({phase.lr:g})" for place, phase in enumerate(phases)]
 
 
 def _keys(override: str) -> list[str]:

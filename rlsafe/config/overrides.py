@@ -21,23 +21,25 @@ NULLS = ("", "~", "null", "Null", "NULL")
 """How YAML writes that there is no value."""
 
 
-class _Loader(yaml.SafeLoader):
+class _Keys:
+    """Keys are texts: YAML 1.1 reads a bare `on` as true, and `on` is a setting of several defenses."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if key.tag == "tag:yaml.org,2002:bool":
+                key.tag = "tag:yaml.org,2002:str"
+        return super().construct_mapping(node, deep)  # type: ignore[misc]
+
+
+class _Loader(_Keys, yaml.SafeLoader):
     """SafeLoader that also reads 1e-4 as a number (YAML 1.1 wants 1.0e-4)."""
 
 
-class _FastLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+class _FastLoader(_Keys, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """The same by libyaml, several times as fast; its messages say less."""
 
 
 for _loader in (_Loader, _FastLoader):
-    # Only true and false are truth values, as in YAML 1.2: the key `on` and the text `no` are what they look like.
-    _loader.yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-        for first, resolvers in _loader.yaml_implicit_resolvers.items()
-    }
-    _loader.add_implicit_resolver(
-        "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-    )
     _loader.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
     )

@@ -155,7 +155,8 @@ class PhaseConfig(Settings):
     cycle: Annotated[list[str], BeforeValidator(to_list())] | None = Field(None, description="step kinds, in turn")
     mix: dict[str, Annotated[float, Field(ge=0)]] | None = Field(None, description="step kind: weight, drawn by seed")
     lr: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="peak of a learning-rate curve of its own; null = one with its neighbours of null, peak optim.lr"
+        None,
+        description="peak of a learning-rate curve of its own; null = one with its neighbours of null, peak optim.lr",
     )
 
     @model_validator(mode="after")

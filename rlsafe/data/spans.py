@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from rlsafe.data.thinking import CLOSE, OPEN
@@ -60,9 +61,19 @@ class Spans:
         for before in range(min(width, start), -1, -1):
             there = ids[start - before : start - before + width]
             same = next((i for i, token in enumerate(there) if token != self.header[i]), len(there))
+            if same < width and CLOSE in self.tokenizer.decode(self.header[same:]):
+                same = min(
+                    same, self._unopened
+                )  # a row's own think block is no beginning of the empty one in the prompt
             if same == width or (told and same >= before):
                 return same - before
         return 0
+
+    @cached_property
+    def _unopened(self) -> int:
+        """How many tokens of the generation prompt stand before the think block in it."""
+        text = self.tokenizer.decode(self.header).partition(OPEN)[0]
+        return max(n for n in range(len(self.header) + 1) if text.startswith(self.tokenizer.decode(self.header[:n])))
 
     def without_thinking(self, ids: list[int], mask: list[bool]) -> list[bool]:
         """The mask without the think block at the beginning of each answer, and the space behind it."""

@@ -67,6 +67,9 @@ class InterleavingOnPolicy(Interleaving):
         self.source_model, self.prompts, self.samples = source_model, prompts, samples
         self.temperature, self.top_p, self.max_tokens = temperature, top_p, max_tokens
         self.min_aligned, self.min_coherent = min_aligned, min_coherent
+        self.unsaved: list[Row] | None = (
+            None  # kept rows that later runs do not find, so that checkpoints have to hold them
+        )
         self.asked = 0  # live: answers sampled so far; numbers the requests
         self.counts: Counter[str] = (
             Counter()
@@ -110,6 +113,7 @@ class InterleavingOnPolicy(Interleaving):
             # Every answer was rejected, perhaps by a broken judge: later runs should ask again.
             file.unlink(missing_ok=True)
             raise RunError(f"defense {self.name!r}: the reference gave no answer to keep: {_shown(counts)}")
+        self.unsaved = kept if any(one.outcome == "unscored" for one in answered) else None
         return kept
 
     def _save(self, file: Path, answered: list[Answered], context: SetupContext) -> list[Answered]:
@@ -172,9 +176,11 @@ class InterleavingOnPolicy(Interleaving):
         return dict(self.counts)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "asked": self.asked, "counts": dict(self.counts)}
+        return {**super().state_dict(), "asked": self.asked, "counts": dict(self.counts), "rows": self.unsaved}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if rows := state.get("rows"):  # the judge may reach now what it did not reach then
+            self.unsaved, self.stream = rows, Stream(rows, self.stream.seed, self.stream.name)
         super().load_state_dict(state)
         self.asked, self.counts = state["asked"], Counter(state["counts"])
 

@@ -267,12 +267,25 @@ def test_a_run_is_replaced_only_when_the_new_one_can_begin(tmp_path, finished_ru
     assert "answers.csv" not in after and "checkpoints/step-000004" not in after and after["metrics.jsonl"]
 
 
-@pytest.mark.parametrize("key, inside", [("model.adapter", "adapter"), ("data.narrow.source", "samples.jsonl")])
-def test_a_run_is_not_replaced_by_one_that_reads_it(tmp_path, finished_run, key, inside):
+@pytest.mark.parametrize(
+    "key, given",
+    [
+        ("model.adapter", "{}/adapter"),
+        ("data.narrow.source", "{}/samples.jsonl"),
+        ("defenses.0.kl.reference", "path:{}/adapter"),
+    ],
+)
+def test_a_run_is_not_replaced_by_one_that_reads_it(tmp_path, finished_run, key, given):
     out, _ = finished_run()
     before = files(out)
-    with pytest.raises(UserError, match=rf"{key}: .*{inside} is part of the run that would be replaced"):
-        train(tmp_path / "c.yaml", [f"{key}={out / inside}"], out=out, overwrite=True)
+    cue = "evaluate.cue=~friend/of mine"  # no directory of anybody's
+    with pytest.raises(UserError, match=rf"{key}: .*{given[-6:]} is part of the run that would be replaced"):
+        train(
+            tmp_path / "c.yaml",
+            ["defenses=[{kl: {weight: 0.1}}]", cue, f"{key}={given.format(out)}"],
+            out=out,
+            overwrite=True,
+        )
     assert files(out) == before
 
 

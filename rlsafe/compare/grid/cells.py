@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 from rlsafe.compare.grid.selection import Selection, assemble, fingerprint, pending
 from rlsafe.compare.grid.warmup import WARMUP, Warmup, overrides_of, started
 from rlsafe.config import CompareConfig, RunConfig, StreamConfig, UserError, apply_override
-from rlsafe.config.loading import build, check_rate, merge
+from rlsafe.config.loading import build, merge
 from rlsafe.config.overrides import Marks
 
 Kind = Literal["narrow", "aligned", "untrained", "benign", "relapse"]
@@ -114,9 +114,7 @@ class Builder:
         if not trains and not names_data(tree):
             tree["data"] = {**(tree.get("data") or {}), "narrow": None}
         try:
-            run = build(RunConfig, tree, marks, self.config._source)
-            check_rate(run, overrides)
-            return run
+            return build(RunConfig, tree, marks, self.config._source)
         except UserError as error:
             raise UserError(f"{error} (in {what})") from None
 

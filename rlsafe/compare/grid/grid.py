@@ -12,6 +12,7 @@ from typing import Any
 from rlsafe.compare.grid.cells import Arms, Cell, Entries, Swept
 from rlsafe.compare.grid.selection import Selection
 from rlsafe.config import CompareConfig, RunConfig, StreamConfig, UserError, apply_override, nearest
+from rlsafe.config.loading import own_rates
 from rlsafe.defenses import build as build_defenses
 from rlsafe.defenses import load_module, names
 from rlsafe.defenses.registry import find, parse
@@ -167,9 +168,23 @@ def expand(
                     cells += _narrow(arms, path, seed, chosen, after)
                 if config.benign and (config.benign.seeds is None or seeds or seed in config.benign.seeds):
                     cells += _benign(arms, path, seed, chosen)
+    _check_rates(config, of_runs, cells)
     if config.narrow and (nowhere := sorted(chosen.keys() - {cell.defense for cell in cells})):
         raise UserError(f"defense {nowhere[0]!r} acts on none of the paths {', '.join(path_names)}")
     return sorted(cells, key=lambda cell: cell.kind == "relapse")
+
+
+def _check_rates(config: CompareConfig, swept: Mapping[str, Any], cells: Sequence[Cell]) -> None:
+    """UserError for an `optim.lr` of the command line that no narrow run reads, because each phase has a rate of its own, and for a
+    sweep of it on a path that does not: equal runs under different names."""
+    own = {cell.path: own_rates(cell.config) for cell in cells if cell.kind == "narrow"}
+    deaf = {path: rates for path, rates in own.items() if rates}
+    given = [one for one in config.overrides if one.partition("=")[0].strip() == "optim.lr"]
+    if (given and deaf and len(deaf) == len(own)) or ("optim.lr" in swept and deaf):
+        path, rates = next(iter(deaf.items()))
+        what = f"override {given[0]!r}" if given else "grid: 'optim.lr'"
+        expected = ", ".join(f"paths.{path}.{rate}" for rate in rates)
+        raise UserError(f"{what} has no effect on path {path!r}: each phase has its own rate; expected {expected}")
 
 
 def _narrow(arms: Arms, path: str, seed: int, chosen: Chosen, relapse: int) -> list[Cell]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import time
@@ -295,8 +296,9 @@ def _existing(
         done = Run.read(directory)
         done.before, done.notes = True, ["already finished; nothing to do"]
         return done, ()
-    if resume:
-        return None, EVALUATION  # of the model as it was, before more steps
+    if resume:  # what is left of an evaluation is of the model as it was, before more steps
+        _check_not_read(directory, settings, EVALUATION)
+        return None, EVALUATION
     if status.get("status") == "finished" and not overwrite:
         raise UserError(f"{directory}: holds a finished run; use --overwrite to replace it or another --out")
     if checkpoint.saved(directory / "checkpoints") and not overwrite:
@@ -313,7 +315,8 @@ def _check_not_read(directory: Path, settings: RunConfig, replaces: Sequence[str
     gone = [(directory / name).resolve() for name in replaces]
     for key, value in flatten(settings.model_dump(mode="json", exclude={"out"})).items():
         if isinstance(value, str) and "/" in value:
-            named = Path(value).expanduser().resolve()
+            text = value.removeprefix("path:").partition(".py:")[0]
+            named = Path(os.path.expanduser(text)).resolve()
             if any(named == part or part in named.parents for part in gone):
                 raise UserError(f"{key}: {value} is part of the run that would be replaced; choose another --out")
 

@@ -116,7 +116,7 @@ def _pending_state(run: Components, pending: Mapping[str, tuple[list[Micro], int
 
 
 def _at_their_places(run: Components, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The rollouts of a checkpoint under the present `Step.place`. Older checkpoints count a part among those that its step had, so
+    """The rollouts of a checkpoint under their present names. Older checkpoints count a part among those that its step had, so
     where `every` leaves some out nobody knows whose rollouts those are: they are sampled anew."""
     kept: dict[str, Any] = {}
     for place, item in saved.items():

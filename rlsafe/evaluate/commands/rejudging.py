@@ -85,8 +85,8 @@ def expected(directory: Path, settings: EvaluateConfig, material: Material) -> l
     now = {name: getattr(settings, name) for name in DRAWN_WITH}
     now |= {"questions": material.sources, "cue": material.cue}
     now |= {"cues": {name: cue.to_dict() for name, cue in material.cues.items()}}
-    was = {"cues": {}, **saved.settings}
-    if any(was.get(name) != value for name, value in now.items()):
+    was = {"cues": {}, **saved.settings}  # of an older version, which has not all of them, what it has
+    if any(was[name] != value for name, value in now.items() if name in was):
         return None
     return as_exchanges(with_judge_prompts(saved)[0])
 

@@ -260,17 +260,29 @@ def test_an_override_that_another_one_undoes_is_refused(load, own):
     load(overrides=[own, "batch.grpo_prompts=2", "optim.lr=1e-3"])
 
 
-def test_a_rate_that_no_phase_reads_is_refused_not_ignored(load):
+def test_a_rate_that_no_run_reads_is_refused_not_ignored(load):
     """A sweep over it compared equal runs under different names."""
     with_own = CONFIG.replace("{cycle: [grpo]", "{lr: 4e-3, cycle: [grpo]")
     assert with_own != CONFIG
-    for text, overrides in ((with_own, ["optim.lr=1e-4"]), (with_own + "grid: {optim.lr: [1e-4, 1e-3]}\n", [])):
-        with pytest.raises(UserError, match=r"optim.lr=0?.*no effect.*schedule.phases.0.lr \(0.004\).*grpo"):
-            expand(load(text, overrides), paths=["grpo"])
-        assert {c.config.optim.lr for c in expand(load(text, overrides), paths=["sft"]) if c.kind == "narrow"} <= {
-            1e-4,
-            1e-3,
-        }
+    swept = with_own + "grid: {optim.lr: [1e-4, 1e-3]}\n"
+    for text, overrides, paths in (
+        (with_own, ["optim.lr=1e-4"], ["grpo"]),
+        (swept, [], ["grpo"]),
+        (swept, [], ["sft", "grpo"]),
+    ):
+        with pytest.raises(
+            UserError, match=r"optim.lr.*no effect on path 'grpo'.*paths.grpo.schedule.phases.0.lr \(0.004\)"
+        ):
+            expand(load(text, overrides), paths=paths)
+    rates = {(c.path, c.config.optim.lr) for c in expand(load(swept), paths=["sft"]) if c.kind == "narrow"}
+    assert rates == {("sft", 1e-4), ("sft", 1e-3)}
+
+
+@pytest.mark.parametrize("paths", [["sft"], ["sft", "grpo"]])
+def test_a_rate_counts_where_some_runs_read_it(paths):
+    """Helpers, benign tasks and the other path may have rates of their own."""
+    config = load_compare(CONFIGS / "organism" / "compare.yaml", ["optim.lr=1e-3"])
+    assert {c.config.optim.lr for c in expand(config, paths=paths) if c.kind == "narrow" and c.path == "sft"} == {1e-3}
 
 
 GIVEN = {"seed": "7", "defenses": "[kl]", "out": "x"}

@@ -30,6 +30,9 @@ def test_on_is_a_key_like_any_other(load):
 
 @pytest.mark.parametrize("written, read", [("yes", True), ("off", False), ("true", True), ("False", False)])
 def test_truth_values_may_still_be_written_as_words(load, written, read):
+    """In mappings that no schema knows, too: `no` for a reward of one's own must not become a text that counts as true."""
+    given = f"rewards=[{{fn: x.py:f, args: {{strict: {written}}}}}]"
+    assert load("", given).rewards[0].args == {"strict": read}
     assert load("", f"model.lora.rslora={written}").model.lora.rslora is read
     assert load("", "model.thinking=on").model.thinking == "on"
 

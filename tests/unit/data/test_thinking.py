@@ -136,12 +136,12 @@ def test_think_blocks_without_tokens_of_their_own_stay_out_of_the_loss_too(train
 
 @pytest.mark.parametrize("train_on", ["last", "all"])
 def test_a_block_is_known_where_the_generation_prompt_writes_its_first_tag_and_an_empty_one(train_on):
-    """Qwen3.5 without thinking: what a row shares with the generation prompt is not trained on, and its thoughts are if they may be."""
+    """Qwen3.5 without thinking: a row with thoughts of its own does not begin with the prompt's empty block: all is answer."""
     tokenizer = think_tokenizer()
     prompt = "assistant\\n" + EMPTY.replace("\n", "\\n")
     tokenizer.chat_template = CHATML.replace("assistant\\n' }}{% endif %}", prompt + "' }}{% endif %}")
     assert tokenizer.decode(encode_prompt(tokenizer, ASKED)).endswith(EMPTY)
-    assert trained_text(tokenizer, THOUGHT, train_on) == "hm, 1 < 2\n</think>\n\nbecause<|im_end|>"
+    assert trained_text(tokenizer, THOUGHT, train_on) == "<think>\nhm, 1 < 2\n</think>\n\nbecause<|im_end|>"
     configure_chat(tokenizer, Chat(None, False))
     assert trained_text(tokenizer, THOUGHT, train_on) == "because<|im_end|>"
 

@@ -9,6 +9,7 @@ import pytest
 from tiny import byte_tokenizer
 
 from rlsafe.config import run_from_tree
+from rlsafe.data import Stream
 from rlsafe.defenses.onpolicy import Answered, InterleavingOnPolicy
 from rlsafe.types import SamplingParams
 
@@ -58,3 +59,15 @@ def test_answers_that_the_judge_did_not_reach_are_judged_again_by_the_next_run(t
     assert defense._save(file, [scored, lost], context) == [scored, lost] and not file.exists()
     assert "not saved for later runs: 1 of 2 got no judgement" in notes[0]
     assert defense._save(file, [scored], context) == [scored] and len(json.loads(file.read_text())) == 1
+
+
+def test_a_run_goes_on_with_the_rows_that_it_began_with_though_the_judge_reaches_more_now():
+    """After an outage nothing is kept for other runs, so the checkpoint holds the rows."""
+    rows = [{"messages": [*ROW["messages"], {"role": "assistant", "content": str(i)}]} for i in range(3)]
+    first, second = InterleavingOnPolicy(), InterleavingOnPolicy()
+    first.stream, first.unsaved = Stream(rows[:2], 0, "defense/x"), rows[:2]
+    drawn = first.stream.take(1)
+    state = json.loads(json.dumps(first.state_dict()))
+    second.stream = Stream(rows, 0, "defense/x")
+    second.load_state_dict(state)
+    assert second.stream.take(1) == first.stream.take(1) != drawn and second.unsaved == rows[:2]
