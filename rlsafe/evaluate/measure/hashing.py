@@ -98,7 +98,8 @@ def _expanded(text: str) -> Path:
 
 
 def _provided(text: str) -> list[str]:
-    """Hashes of the weights, vectors, rows, questions, prompts, cues and pairs that a provider has under a spec."""
+    """Hashes of the weights, vectors, rows, questions, prompts and cues that a provider has under a spec. Not of its pairs: they were
+    left out when the first comparisons were made, whose finished runs would all be trained again."""
     found = provider_for(text) if ":" in text else None
     if found is None:
         return []
@@ -116,11 +117,11 @@ def _provided(text: str) -> list[str]:
 
 @lru_cache(maxsize=256)
 def _texts(text: str) -> tuple[str, ...]:
-    """A provider's rows, questions, prompts, cues and pairs as texts. Cached: code makes them, and it stays within a process."""
+    """A provider's rows, questions, prompts and cues as texts. Cached: code makes them, so they do not change within a process."""
     found = provider_for(text)
     assert found is not None
     hashes = []
-    for kind in ("rows", "questions", "prompt", "cues", "pairs"):
+    for kind in ("rows", "questions", "prompt", "cues"):
         try:
             hashes.append(f"{kind}:{_joined([repr(getattr(found[0], kind)(found[1]))])}")
         except (UserError, AttributeError):

@@ -113,11 +113,6 @@ def test_plain_words_and_other_directories_are_no_content(tmp_path, monkeypatch)
     ] * 6
 
 
-def test_what_a_provider_has_under_a_name_is_its_content():
-    for spec in ("organism:pairs/general", "rlsafe:pairs/medical", "rlsafe:general", "rlsafe:cues/medical"):
-        assert hashing.contents(spec), spec
-
-
 def test_eps_changes_the_scores_and_keeps_the_helpers(tmp_path):
     text = CONFIG.replace("  kl: [{kl: {weight: 0.3}}]", "  plus: [interleaving+: {scores: auto}]")
     text = (
