@@ -62,7 +62,6 @@ def make(
     source.write_text(config)
     settings: CompareConfig = load_compare(source)
     directory = Directory(out)
-    directory.open(settings)
     cells = expand(settings, **selection)
     for cell in cells:
         if (chosen := arms.get((cell.path, cell.defense))) is not None:

@@ -98,15 +98,15 @@ class Directory:
 
     # ------------------------------------------------------------------------------------------------ the plan
 
-    def open(self, config: CompareConfig) -> None:
-        """Make the directory ready. UserError when it holds other files than a comparison's, or cannot be written."""
+    def check(self) -> None:
+        """UserError when it holds other files than a comparison's, or none can be made there."""
         check_out(self.out)
         if self.out.is_dir() and any(self.out.iterdir()) and not (self.out / _PLAN).is_file():
             raise UserError(f"--out {self.out}: holds files that are no comparison; choose an empty or new directory")
-        write_text(self.out / "compare.yaml", dump_yaml(config))
 
     def write_plan(self, config: CompareConfig, cells: Sequence[Cell], command: str) -> None:
-        """Write comparison.json: what the report needs besides the cells."""
+        """Write comparison.json: what the report needs besides the cells; and compare.yaml. A call that is refused writes neither:
+        the results that are there keep theirs."""
         kept = self._others(config, cells)
         benign = config.benign
         plan = {
@@ -125,7 +125,8 @@ class Directory:
             "fingerprints": cell_fingerprints(cells),
             **files_record(config_files(config._source)),
         }
-        write_json(self.out / _PLAN, plan)
+        write_json(self.out / _PLAN, plan)  # first: a directory with other files and no plan is refused
+        write_text(self.out / "compare.yaml", dump_yaml(config))
 
     def plan(self) -> dict[str, Any]:
         """The content of comparison.json. UserError when there is none."""

@@ -127,7 +127,7 @@ def compare(
     cells = expand(config, defenses, paths, seeds, relapse)
     directory = Directory(where(config, config_path, out, quick))
     hold(directory.out)
-    directory.open(config)
+    directory.check()
     command = command or command_line(
         config_path, defenses, paths, seeds, directory.out, overrides, quick, jobs, relapse, ray
     )
@@ -142,6 +142,7 @@ def compare(
     for selection in selections.values():
         check_selection(selection)
     directory.write_plan(config, cells, command)
+    _forget_looks(todo, directory, progress)
     try:
         with progress:
             todo = _scored(selections.values(), todo, directory, progress)
@@ -182,21 +183,24 @@ def _drawn(directory: Directory, results: Results, tables: list[PathTable], fail
 
 def _unfinished(cells: Sequence[Cell], directory: Directory, progress: Progress) -> list[Cell]:
     """The cells that have to run: without a finished run, or with changed settings. The others are counted as done."""
-    todo, again = [], False
+    todo = []
     for cell in cells:
         if directory.finished(cell):
             progress.keep(cell, directory.record(cell.id).get("seconds"))
             continue
         if changed := directory.changed_keys(cell):
             progress.say(f"{cell.label}: runs again, its settings changed ({_some(changed)})")
-            again = True
         todo.append(cell)
-    if again and (directory.out / LOOKS).is_file():
-        progress.say("the looks of --decide were taken with other settings and are forgotten")
-        (directory.out / LOOKS).unlink()
     if len(todo) < len(cells):
         progress.say(f"kept {len(cells) - len(todo)} finished of {len(cells)} cells in {directory.out}")
     return todo
+
+
+def _forget_looks(todo: Sequence[Cell], directory: Directory, progress: Progress) -> None:
+    """Remove looks that were taken at runs with other settings than those that now run again."""
+    if (directory.out / LOOKS).is_file() and any(directory.changed_keys(cell) for cell in todo):
+        progress.say("the looks of --decide were taken with other settings and are forgotten")
+        (directory.out / LOOKS).unlink()
 
 
 def _scored(

@@ -20,6 +20,7 @@ from rlsafe.compare import draw_report as report
 from rlsafe.compare.grid.grid import expand
 from rlsafe.compare.report import reporting
 from rlsafe.compare.run import runner
+from rlsafe.compare.verdicts.looks import Looks
 from rlsafe.config import UserError, load_compare
 from rlsafe.types import Interrupted, RunError
 
@@ -295,6 +296,25 @@ def test_user_errors_are_found_before_anything_runs(lab, monkeypatch):
     with pytest.raises(UserError, match="sft / kl / seed 0: data.safe is missing"):
         lab.compare()
     assert lab.ran == []
+
+
+def test_a_call_that_is_refused_changes_nothing(lab, monkeypatch):
+    """Neither a finished comparison, which keeps its configuration and its looks, nor a new one: the call is corrected and repeated."""
+
+    def check(cells):
+        if cells and "typo" in cells[0].config.data.narrow.source:
+            raise UserError("no such file")
+
+    monkeypatch.setattr(runner, "check", check)
+    typo = ["data.narrow.source=typo.jsonl"]
+    with pytest.raises(UserError, match="no such file"):
+        lab.compare(overrides=typo)
+    lab.compare()
+    Looks([0, 1, 2, 3], taken=1).save(lab.out)
+    before = {path: path.read_bytes() for path in lab.out.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="no such file"):
+        lab.compare(overrides=typo)
+    assert {path: path.read_bytes() for path in lab.out.rglob("*") if path.is_file()} == before
 
 
 def test_a_directory_that_holds_something_else_is_refused(lab):
