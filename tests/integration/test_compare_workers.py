@@ -77,6 +77,18 @@ def test_workers_save_and_end_when_the_comparison_is_ended(tmp_path, number):
     assert not (tmp_path / "c.pid").exists()
 
 
+def test_a_script_without_a_guard_ends_with_the_reason_and_blames_no_cell(tmp_path):
+    """Its workers read it again and die; b was running when an earlier call was ended."""
+    place = tmp_path / "out" / "cells" / "b" / "cell.json"
+    place.parent.mkdir(parents=True)
+    place.write_text('{"status": "running"}')
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.replace('if __name__ == "__main__":', "if True:"))
+    ended = subprocess.run([sys.executable, script, tmp_path / "out"], capture_output=True, text=True, timeout=200)
+    assert "RunError: worker processes died before any cell began" in ended.stderr and "__main__" in ended.stderr
+    assert place.read_text() == '{"status": "running"}'
+
+
 @pytest.mark.slow  # minutes: a whole comparison, twice
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks processes up in /proc")
 def test_a_worker_killed_in_every_cell_changes_no_result(tmp_path):

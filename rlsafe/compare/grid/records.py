@@ -52,6 +52,11 @@ class Directory:
                     return {**found, "status": "running"}
         return found
 
+    def written(self, id: str) -> int | None:
+        """When the record of a cell was written, in nanoseconds; None without one."""
+        file = self.cell(id) / _RECORD
+        return file.stat().st_mtime_ns if file.is_file() else None
+
     def write_record(self, cell: Cell, status: str, seconds: float | None = None, error: str = "", **more: Any) -> None:
         record = {
             "id": cell.id,
@@ -115,10 +120,7 @@ class Directory:
             "hashes": {cell.id: cell.fingerprint for cell in (*cells, *kept)},
             "labels": {cell.id: cell.label for cell in cells},
             "benign_task": benign.task if benign else None,
-            "benign_tests": {
-                task: [task_name(source) for source in tree.get("evaluate", {}).get("benign", [])]
-                for task, tree in (benign.tasks if benign else {}).items()
-            },
+            "benign_tests": _benign_tests(config, [*cells, *kept]),
             "command": command,
             "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
             "versions": versions(),
@@ -166,6 +168,15 @@ class Directory:
         record = self.record(cell.id)
         failed = record.get("status") == "failed" and record["hash"] == cell.fingerprint
         return failed or self.finished(cell)
+
+
+def _benign_tests(config: CompareConfig, cells: Sequence[Cell]) -> dict[str, list[str]]:
+    """Task -> how evaluation.json calls the test sets that its cells are scored on; where there are no cells, as the task says."""
+    found = {}
+    for task, tree in (config.benign.tasks if config.benign else {}).items():
+        scored = [source for cell in cells if cell.task == task for source in cell.config.evaluate.benign]
+        found[task] = [task_name(source) for source in scored or tree.get("evaluate", {}).get("benign", [])]
+    return {task: list(dict.fromkeys(names)) for task, names in found.items()}
 
 
 @cache  # records are read often

@@ -121,7 +121,8 @@ def compare(
     ray: run the cells as tasks of a Ray cluster instead; jobs then limits how many run at a time, 0 = what there is room for.
     command: the command line that this call is a part of, for the record and for whoever goes on; None = this call's own.
     A cell that fails is in `Comparison.failed`, and the others go on. Raises UserError for wrong input (before anything runs,
-    where that can be known, else when it kept every cell from training), Interrupted on Ctrl-C.
+    where that can be known, else when it kept every cell from training), RunError when no worker can start (in a script the call
+    belongs below `if __name__ == "__main__":`), Interrupted on Ctrl-C.
     """
     config = load_compare(config_path, overrides, quick)
     cells = expand(config, defenses, paths, seeds, relapse)

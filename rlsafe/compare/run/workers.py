@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rlsafe.compare.grid.cells import Cell
 from rlsafe.compare.grid.jobs import cards as cards_here
 from rlsafe.compare.grid.records import Directory
-from rlsafe.types import Interrupted
+from rlsafe.types import Interrupted, RunError
 
 if TYPE_CHECKING:
     from rlsafe.engine import Resources
@@ -28,8 +28,10 @@ GRACE = 60.0
 DIED = "its process died (killed for lack of memory?)"
 RETRIES = 2
 """How often a cell whose process died is run again, by itself, from its newest checkpoint."""
-
-
+NONE_BEGAN = (
+    "worker processes died before any cell began: their own errors are above, or they were killed for lack of memory. A script that "
+    "compares needs `if __name__ == '__main__':` before its calls, since each worker reads the script again; jobs=1 needs no workers"
+)
 LOOK = 2.0
 """Seconds between two looks at what the running cells have written."""
 
@@ -46,13 +48,20 @@ def run_in_workers(
     failures itself.
 
     When a process dies, the whole pool is lost, and it is unknown which cell was the cause. So all cells that were running are
-    run again, each in a process of its own; one whose process dies `RETRIES` times there is recorded as failed.
+    run again, each in a process of its own; one whose process dies `RETRIES` times there is recorded as failed. RunError when
+    processes died although no cell was running: the next ones would as well.
     """
     left = list(cells)
     with _threads(max(1, (os.cpu_count() or 1) // jobs)) as threads:
         while left:
+            before = {cell.id: directory.written(cell.id) for cell in left}
             left = _pool(work, left, directory, jobs, threads, ended, look)
-            suspects = [cell for cell in left if directory.record(cell.id).get("status") == "running"]
+            now = [
+                cell for cell in left if directory.written(cell.id) != before[cell.id]
+            ]  # not what an earlier call left so
+            suspects = [cell for cell in now if directory.record(cell.id).get("status") == "running"]
+            if len(left) == len(before) and not suspects:
+                raise RunError(NONE_BEGAN)
             left = [cell for cell in left if cell.id not in {suspect.id for suspect in suspects}]
             for cell in suspects:
                 if all(_pool(work, [cell], directory, 1, threads, ended, look) for _ in range(RETRIES)):

@@ -15,6 +15,7 @@ from rlsafe.compare.grid.records import Directory
 from rlsafe.compare.run.workers import DIED, run_in_workers
 from rlsafe.config import load_compare
 from rlsafe.evaluate.measure import hashing
+from rlsafe.types import RunError
 
 
 @pytest.fixture(autouse=True)
@@ -155,3 +156,15 @@ def test_a_process_that_dies_costs_the_cell_that_killed_it_only(tmp_path, label,
     assert [id for id, record in records.items() if record["status"] == "failed"] == lost
     assert all(records[id]["error"] == DIED for id in lost)
     assert all(record["status"] == "done" for id, record in records.items() if id not in lost)
+
+
+def dies(cell, out: Path) -> None:
+    os._exit(9)
+
+
+@pytest.mark.integration  # its cells train in processes of their own
+def test_processes_that_die_before_a_cell_began_end_the_comparison(tmp_path):
+    (tmp_path / "c.yaml").write_text(CONFIG.split("aligned:")[0])
+    cells = expand(load_compare(tmp_path / "c.yaml"), paths=["sft"], seeds=[0])
+    with pytest.raises(RunError, match="died before any cell began"):
+        run_in_workers(dies, cells, Directory(tmp_path / "out"), 2, lambda cell: None)
