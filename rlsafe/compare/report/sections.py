@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from markupsafe import Markup
@@ -221,21 +222,21 @@ def dose(
 
 def relapse(
     results: Results, table: PathTable, style: Style, name: str, top: Mapping[str, float]
-) -> dict[str, Any] | None:
-    """Before and after undefended steps."""
-    rows = why.relapses(results, table)
-    if not rows:
-        return None
-    drawn = []
-    for key in ("general", "indomain"):
-        pairs = {one.label: one.rates[key] for one in rows if key in one.rates}
-        highest = max([top[key], *(after.high for _, after in pairs.values())])
-        described = f"{name}, {RATES[key]} before and after: " + "; ".join(
-            f"{label} {in_percent(before)} then {in_percent(after)}" for label, (before, after) in pairs.items()
-        )
-        svg = charts.dumbbell(pairs, style, highest, f"{table.key}-relapse-{key}", described)
-        drawn.append({"title": RATES[key], "svg": svg})
-    return {"rows": rows, "charts": drawn, "steps": rows[0].steps}
+) -> list[dict[str, Any]]:
+    """Before and after undefended steps, one part for each number of them."""
+    parts = []
+    for steps, of_steps in groupby(why.relapses(results, table), key=lambda one: one.steps):
+        rows, drawn = list(of_steps), []
+        for key in ("general", "indomain"):
+            pairs = {one.label: one.rates[key] for one in rows if key in one.rates}
+            highest = max([top[key], *(after.high for _, after in pairs.values())])
+            described = f"{name}, {RATES[key]} before and after: " + "; ".join(
+                f"{label} {in_percent(before)} then {in_percent(after)}" for label, (before, after) in pairs.items()
+            )
+            svg = charts.dumbbell(pairs, style, highest, f"{table.key}-relapse-{steps}-{key}", described)
+            drawn.append({"title": RATES[key], "svg": svg})
+        parts.append({"rows": rows, "charts": drawn, "steps": steps})
+    return parts
 
 
 def swept(sweep: sweeps.Sweep, number: int) -> dict[str, Any]:

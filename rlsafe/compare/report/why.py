@@ -153,18 +153,21 @@ class Relapse:
 
 
 def relapses(results: Results, table: PathTable) -> list[Relapse]:
-    """The relapse of every label whose runs were trained further without the defense."""
+    """The relapse of every label whose runs were trained further without the defense, for each number of steps apart, the fewest
+    first."""
+    cells = results.of("relapse", table.model, table.path)
     found = []
-    for label in ("untrained", *table.defenses):
-        after = results.of("relapse", table.model, table.path, label)
-        started = {run.id: run for cell in after if (run := results.before(cell))}  # not of seeds without a relapse
-        rates = {}
-        for name in ("general", "indomain", "general_incoherent"):
-            before, later = _rate(label, list(started.values()), name), _rate("relapse", after, name)
-            if before and later:
-                rates[name] = (before, later)
-        if rates:
-            found.append(Relapse(label, after[0].config.schedule.steps, rates))
+    for steps in sorted({cell.config.schedule.steps for cell in cells}):
+        for label in ("untrained", *table.defenses):
+            after = [cell for cell in cells if (cell.defense, cell.config.schedule.steps) == (label, steps)]
+            started = {run.id: run for cell in after if (run := results.before(cell))}  # not of seeds without a relapse
+            rates = {}
+            for name in ("general", "indomain", "general_incoherent"):
+                before, later = _rate(label, list(started.values()), name), _rate("relapse", after, name)
+                if before and later:
+                    rates[name] = (before, later)
+            if rates:
+                found.append(Relapse(label, steps, rates))
     return found
 
 

@@ -316,10 +316,14 @@ def write_tables(directory: Directory) -> Results:
     """Write results.csv and, when there are such runs, benign.csv and relapse.csv; gives what they were made of."""
     results = Results.load(directory)
     write_text(directory.out / "results.csv", results_text(results))
-    if results.plan["benign_tests"]:
-        write_text(directory.out / "benign.csv", table_text(BENIGN_COLUMNS, benign_rows(results)))
-    if relapses := relapse_rows(results):
-        write_text(directory.out / "relapse.csv", table_text(RELAPSE_COLUMNS, relapses))
+    benign = table_text(BENIGN_COLUMNS, benign_rows(results)) if results.plan["benign_tests"] else ""
+    relapses = relapse_rows(results)
+    relapse = table_text(RELAPSE_COLUMNS, relapses) if relapses else ""
+    for name, text in (("benign.csv", benign), ("relapse.csv", relapse)):
+        if text:
+            write_text(directory.out / name, text)
+        else:  # an earlier call's, of runs that are in no table any more
+            (directory.out / name).unlink(missing_ok=True)
     return results
 
 

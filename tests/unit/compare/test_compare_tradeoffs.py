@@ -194,6 +194,29 @@ def test_a_relapse_is_set_beside_the_runs_that_it_went_on_from(tmp_path):
     assert rows["untrained", 0]["general_before"] is None and rows["untrained", 0]["general_after"] > 0.2
 
 
+def test_relapses_of_different_lengths_are_reported_apart(tmp_path):
+    after = {"general_after": 0.4, "indomain_after": 0.9}
+    arms = {("", "untrained"): {}, ("sft", "untrained"): after, ("sft", "none"): {**NONE, **after}}
+    directory = make(tmp_path / "o", arms, SMALL, paths=["sft"], seeds=[0], relapse=20)
+    make(tmp_path / "o", arms, SMALL, paths=["sft"], seeds=[1], relapse=40)
+    results, (table,) = tables_of(directory)
+    found = {(one.steps, one.label): list(one.rates["general"][1].seeds) for one in why.relapses(results, table)}
+    assert found == {(20, "untrained"): [0], (20, "none"): [0], (40, "untrained"): [1], (40, "none"): [1]}
+    html = report(directory.out).read_text()
+    assert "sft: after 20 undefended steps" in html and "sft: after 40 undefended steps" in html
+
+
+def test_a_table_of_runs_that_are_no_longer_there_is_removed(tmp_path):
+    arms = {("", "untrained"): {}, ("sft", "none"): {**NONE, "general_after": 0.4}}
+    directory = make(tmp_path / "o", arms, CONFIG, paths=["sft"], seeds=[0], relapse=20)
+    tables = [directory.out / name for name in ("benign.csv", "relapse.csv")]
+    write_tables(directory)
+    assert all(table.is_file() for table in tables)
+    make(tmp_path / "o", arms, SMALL.replace("sft_rows: 16", "sft_rows: 8"), paths=["sft"], seeds=[0])
+    write_tables(directory)
+    assert not any(table.exists() for table in tables)
+
+
 def test_relapse_cells(tmp_path):
     from rlsafe.compare.grid.cells import located
     from rlsafe.compare.grid.grid import expand
