@@ -98,7 +98,10 @@ class CompareConfig(Recorded):
         default_factory=dict, description="settings to sweep: kl.weight: [0.03, 0.1], or nested: kl: {weight: [...]}"
     )
     quick: Tree = Field(default_factory=dict, description="overrides of this file for `--quick`")
-    overrides: list[str] = Field(default_factory=list, description="key.path=value, applied last to every cell")
+    overrides: list[str] = Field(
+        default_factory=list,
+        description="key.path=value, applied last to every cell, but for data and rewards that its arm or task sets itself",
+    )
     _marks: dict[tuple[str, ...], str] = PrivateAttr(default_factory=dict)
     """Where each key was written, so that an error in a cell can name the line."""
     _source: str = PrivateAttr(default="config")

@@ -6,11 +6,13 @@ import copy
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from rlsafe.compare.grid.own_data import reaching
 from rlsafe.compare.grid.selection import Selection, assemble, fingerprint, pending
 from rlsafe.compare.grid.warmup import WARMUP, Warmup, overrides_of, started
 from rlsafe.config import CompareConfig, RunConfig, StreamConfig, UserError, apply_override
@@ -19,6 +21,8 @@ from rlsafe.config.overrides import Marks
 
 Kind = Literal["narrow", "aligned", "untrained", "benign", "relapse"]
 Entries = list[str | dict[str, Any]]
+Layers = Sequence[tuple[tuple[str, ...], Mapping[str, Any]]]
+"""(where in the config, the settings there) of all that a run is merged from, in order."""
 SOURCE = "cell"  # a relapse starts from `cell:ID:FINGERPRINT`, which is a directory when it runs
 
 
@@ -84,16 +88,8 @@ class Builder:
     def __init__(self, config: CompareConfig):
         self.config = config
 
-    def build(
-        self,
-        layers: Sequence[tuple[tuple[str, ...], Mapping[str, Any]]],
-        overrides: Sequence[str],
-        forced: dict[str, Any],
-        what: str,
-        trains: bool = True,
-    ) -> RunConfig:
-        """The merged and checked RunConfig of a cell (`what`). UserError names the line of a wrong key. trains: whether narrow data are
-        needed; otherwise a `data.narrow` that names none, for benign tasks to complete, is none."""
+    def merged(self, layers: Layers, overrides: Sequence[str]) -> tuple[dict[str, Any], Marks]:
+        """The unchecked settings, and where each was written. UserError for an override that fits nowhere."""
         tree: dict[str, Any] = {}
         marks: Marks = {}
         for prefix, layer in layers:
@@ -106,6 +102,19 @@ class Builder:
         tree = copy.deepcopy(tree)
         for override in overrides:
             apply_override(tree, override, marks)
+        return tree, marks
+
+    def build(
+        self,
+        layers: Layers,
+        overrides: Sequence[str],
+        forced: dict[str, Any],
+        what: str,
+        trains: bool = True,
+    ) -> RunConfig:
+        """The merged and checked RunConfig of a cell (`what`). UserError names the line of a wrong key. trains: whether narrow data are
+        needed; otherwise a `data.narrow` that names none, for benign tasks to complete, is none."""
+        tree, marks = self.merged(layers, overrides)
         # Lists and null must replace here, so forced keys are set one level deep at most.
         for key, value in forced.items():
             tree[key] = (
@@ -161,21 +170,21 @@ class Arms:
             (("models", key), tree),
         ]
 
-    def _overrides(self, own_data: bool) -> list[str]:
-        """The overrides of the command line, without those that would replace the data that define the aligned arm or a
-        benign task."""
+    def _overrides(self, own: Layers = (), who: str = "") -> list[str]:
+        """The overrides of the command line that reach a run; `own` is what it sets itself of data and rewards. who: for messages."""
         given = [*self.sweep, *self.config.overrides]
-        return [o for o in given if not (own_data and o.split(".")[0].split("=")[0].strip() in ("data", "rewards"))]
+        return reaching(given, reduce(merge, (layer for _, layer in own), {}), who) if own else given
 
     def narrow(self, path: str, label: str, entries: Entries, seed: int, swept: Swept) -> Cell:
         what = f"{path} / {label}"
-        run = self.builder.build(self.layers(path), self._overrides(False), {"seed": seed, "defenses": entries}, what)
+        run = self.builder.build(self.layers(path), self._overrides(), {"seed": seed, "defenses": entries}, what)
         return self._cell("narrow", path, label, seed, run, swept=swept, warmup=self._warmup())
 
     def aligned(self, path: str, seed: int) -> Cell:
-        layers = [*self.layers(path), (("aligned",), self.config.aligned or {})]
-        run = self.builder.build(layers, self._overrides(True), {"seed": seed, "defenses": []}, f"{path} / aligned")
-        warmup = self._warmup("aligned", [(("aligned",), self.config.aligned or {})])
+        own: Layers = [(("aligned",), self.config.aligned or {})]
+        layers, overrides = [*self.layers(path), *own], self._overrides(own, "the aligned runs")
+        run = self.builder.build(layers, overrides, {"seed": seed, "defenses": []}, f"{path} / aligned")
+        warmup = self._warmup("aligned", own, "the aligned runs")
         return self._cell("aligned", path, "aligned", seed, run, warmup=warmup)
 
     def relapse(self, path: str, seed: int, steps: int, source: Cell | None) -> Cell:
@@ -186,7 +195,7 @@ class Arms:
         """
         forced = {"seed": seed, "defenses": [], "evaluate": {"benign": [], "cue": None, "cues": {}, "narrow": None}}
         label = source.defense if source else "untrained"
-        run = self.builder.build(self.layers(path), self._overrides(False), forced, f"{path} / {label} / relapse")
+        run = self.builder.build(self.layers(path), self._overrides(), forced, f"{path} / {label} / relapse")
         last = run.schedule.phases[-1].model_copy(update={"steps": None})
         schedule = run.schedule.model_copy(update={"steps": steps, "phases": [last]})
         key = "adapter" if run.model.lora else "name"
@@ -200,35 +209,52 @@ class Arms:
 
     def benign(self, path: str, label: str, entries: Entries, seed: int, task: str, swept: Swept) -> Cell:
         """The cell of a defense trained on a benign task. UserError when the task has no test set."""
-        benign = self.config.benign
-        assert benign is not None
-        layers = [
-            *self.layers(path),
-            (("benign", "paths", path), benign.paths.get(path, {})),
-            (("benign", "tasks", task), benign.tasks[task]),
-        ]
+        assert self.config.benign is not None
         forced = {"seed": seed, "defenses": entries, "evaluate": NOTHING_ASKED}
-        run = self.builder.build(layers, self._overrides(True), forced, f"benign {task} / {path} / {label}")
+        run = self.builder.build(*self._of_task(path, task), forced, f"benign {task} / {path} / {label}")
         if not run.evaluate.benign:
             where = self.config._marks.get(("benign", "tasks", task), self.config._source)
             raise UserError(f"{where}: benign task {task!r}: evaluate.benign names no test set to score it")
-        warmup = self._warmup(f"the benign task {task}", [(("benign", "tasks", task), benign.tasks[task])])
+        own: Layers = [(("benign", "tasks", task), self.config.benign.tasks[task])]
+        warmup = self._warmup(f"the benign task {task}", own, "the benign runs")
         return self._cell("benign", path, label, seed, run, task, first="benign", swept=swept, warmup=warmup)
+
+    def _of_task(self, path: str, task: str) -> tuple[Layers, list[str]]:
+        """The layers and overrides of the runs that train on a benign task."""
+        benign = self.config.benign
+        assert benign is not None
+        own: Layers = [
+            (("benign", "paths", path), benign.paths.get(path, {})),
+            (("benign", "tasks", task), benign.tasks[task]),
+        ]
+        return [*self.layers(path), *own], self._overrides(own, "the benign runs")
+
+    def _tests(self) -> list[str]:
+        """The benign test sets of all runs, of those too that are not selected: what the untrained model is asked is one for all."""
+        tasks = self.config.benign.tasks if self.config.benign else {}
+        found: dict[str, None] = {}
+        for layers, overrides in [
+            (self.layers(""), self._overrides()),
+            *(self._of_task(path, task) for task in tasks for path in self.config.paths),
+        ]:
+            with suppress(UserError):  # said when the run itself is built
+                evaluate = self.builder.merged(layers, overrides)[0].get("evaluate")
+                tests = evaluate.get("benign") if isinstance(evaluate, Mapping) else None
+                found |= dict.fromkeys(tests if isinstance(tests, list) else [])
+        return list(found)
 
     def untrained(self, seed: int) -> Cell:
         """The model without training, evaluated on everything that any other cell is evaluated on: without narrow runs on benign tests
         alone."""
-        tasks = self.config.benign.tasks.values() if self.config.benign else []
-        tests = [test for task in tasks for test in task.get("evaluate", {}).get("benign", [])]
-        own, trains = self.config.run.get("evaluate", {}).get("benign", []), self.config.narrow
+        trains = self.config.narrow
         forced = {
             "seed": seed,
             "defenses": [],
             "rewards": [],
             "schedule": {"steps": 0, "phases": [{"cycle": ["sft"]}]},
-            "evaluate": {**({} if trains else NOTHING_ASKED), "benign": list(dict.fromkeys([*own, *tests]))},
+            "evaluate": {**({} if trains else NOTHING_ASKED), "benign": self._tests()},
         }
-        run = self.builder.build(self.layers(""), self._overrides(False), forced, "the untrained model", trains)
+        run = self.builder.build(self.layers(""), self._overrides(), forced, "the untrained model", trains)
         return self._cell("untrained", "", "untrained", seed, run)
 
     def _cell(
@@ -252,14 +278,14 @@ class Arms:
         by = (swept or Swept(label), self.swept)
         return Cell(name, kind, self.model, path, label, seed, data, task, run, selections, source, *by, warmup)
 
-    def _warmup(self, what: str = "", extra: Sequence[tuple[tuple[str, ...], Mapping[str, Any]]] = ()) -> Warmup | None:
-        """The warm-up of the narrow arms, or that of others on their own data (`extra`); None without a `warmup` section. All paths
-        share it, so it is built without the settings of any."""
+    def _warmup(self, what: str = "", own: Layers = (), who: str = "") -> Warmup | None:
+        """The warm-up of the narrow arms, or that of others on their `own` data; None without a `warmup` section. All paths share it,
+        so it is built without the settings of any."""
         if self.config.warmup is None:
             return None
         if what not in self.warmups:
-            layers = [*self.layers(""), *extra, (("warmup",), self.config.warmup)]
-            overrides = overrides_of(self._overrides(bool(extra)))
+            layers = [*self.layers(""), *own, (("warmup",), self.config.warmup)]
+            overrides = overrides_of(self._overrides(own, who))
             label = f"the warm-up for {what}" if what else "the warm-up"
             run = self.builder.build(layers, overrides, {"seed": 0, "defenses": []}, label)
             self.warmups[what] = Warmup.of(run, self.config._marks.get(("warmup",), self.config._source))
@@ -285,11 +311,16 @@ class Arms:
             some: dict[str, Any] = {"data": {"narrow": {"source": next(iter(settings.adapters.values()))}}}
             layers = [*self.layers(""), (("selection", "run"), settings.run)]
             named = any(names_data(layer) for _, layer in layers)  # each helper's own source takes its place
-            base = self.builder.build(
-                layers if named else [(("selection", "adapters"), some), *layers], self._overrides(True), forced, what
-            )
+            own: Layers = [*layers[-1:], (("selection", "adapters"), some)]
+            layers = layers if named else [(("selection", "adapters"), some), *layers]
+            given = self._overrides(own, "the helpers")
+            base = self.builder.build(layers, [one for one in given if not one.startswith("rewards")], forced, what)
+            if any(part.path == "grpo" for parts in base.schedule.used_kinds.values() for part in parts):
+                base = self.builder.build(
+                    layers, given, forced, what
+                )  # others would be trained anew for what they do not use
             narrow = [
-                self.builder.build(self.layers(path), self._overrides(False), forced, what, self.config.narrow)
+                self.builder.build(self.layers(path), self._overrides(), forced, what, self.config.narrow)
                 for path in self.config.paths
             ]
             targets = {run.data.narrow.source for run in narrow if run.data.narrow}

@@ -230,5 +230,5 @@ def selection_of(config: CompareConfig, pool: StreamConfig | None = None) -> Sel
     model, one = next(iter(_models(config, _sweeps(config, names())[1]).items()))
     arms = Arms(config, model, one.key, one.tree, one.sweep, one.swept, alone=True)
     forced: dict[str, Any] = {"seed": 0, "defenses": []}
-    run = arms.builder.build(arms.layers(""), arms._overrides(False), forced, "selection", trains=False)
+    run = arms.builder.build(arms.layers(""), arms._overrides(), forced, "selection", trains=False)
     return arms.selection(pool or run.data.safe)

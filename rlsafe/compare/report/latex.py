@@ -228,7 +228,7 @@ def benign_table(results: Results, table: PathTable) -> str | None:
     groups += [Group("published", theirs, higher=theirs)] if theirs else []
     ours = [label for label in table.rows if any(label in of for of in measured.values())]
     labels = published.labels(ours, list(dict.fromkeys(label for of in theirs.values() for label in of)))
-    tests = "; ".join(dict.fromkeys(test for task in scores for test in results.tests(task)))
+    tests = "; ".join(dict.fromkeys(test for task in scores for test in results.tests(task, table.path)))
     caption = rf"Benign tasks, exact match (\%), {escape(table.model)}, {escape(table.path)}. Test sets: {escape(tests)}; no judge."
     return tabular(caption, "", labels, groups, {})
 

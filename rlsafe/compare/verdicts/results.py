@@ -17,7 +17,7 @@ from rlsafe.compare.grid.records import Directory
 from rlsafe.config import RunConfig, UserError
 from rlsafe.config.files import read_json, read_lines, write_text
 from rlsafe.config.loading import build
-from rlsafe.evaluate import Evaluation
+from rlsafe.evaluate import Evaluation, task_name
 from rlsafe.evaluate.ask.cues import PREFIX, SCALED
 from rlsafe.types import Judgement
 
@@ -218,13 +218,15 @@ class Results:
             return None if warmed else next(iter(self.of("untrained", relapse.model)), None)
         return next((cell for cell in self.cells if cell.id == relapse.source), None)
 
-    def tests(self, task: str) -> list[str]:
-        """How evaluation.json calls the test sets that score a benign task."""
-        return self.plan["benign_tests"].get(task, [])
+    def tests(self, task: str, path: str) -> list[str]:
+        """How evaluation.json calls the test sets that score a benign task on a path; on one without such runs, those of all paths."""
+        cells = [cell for cell in self.cells if cell.kind == "benign" and (cell.task, cell.path) == (task, path)]
+        asked = {task_name(test) for cell in cells for test in cell.record["config"]["evaluate"]["benign"]}
+        return [test for test in self.plan["benign_tests"].get(task, []) if not asked or test in asked]
 
-    def benign_score(self, cell: Result, task: str) -> float | None:
-        """Exact match of a cell on a benign task: the mean over the rows of all its test sets, as in the verdicts."""
-        known = [rate for test in self.tests(task) for rate in cell.evaluation.benign_rates(test).values()]
+    def benign_score(self, cell: Result, task: str, path: str) -> float | None:
+        """Exact match of a cell on a benign task: the mean over the rows of all its test sets on the path, as in the verdicts."""
+        known = [rate for test in self.tests(task, path) for rate in cell.evaluation.benign_rates(test).values()]
         return mean(known) if known else None
 
 
@@ -251,7 +253,7 @@ def result_rows(results: Results) -> list[dict[str, Any]]:
             key = (cell.model, path, cell.defense, cell.seed)
             row = rows.setdefault(key, dict.fromkeys(COLUMNS) | dict(zip(COLUMNS, key, strict=False)))
             if cell.kind == "untrained" or cell.task == task:
-                row["benign"] = results.benign_score(cell, task) if task else None
+                row["benign"] = results.benign_score(cell, task, path) if task else None
             if cell.kind == "benign":
                 continue
             first, last = cell.rewards()
@@ -275,7 +277,7 @@ def benign_rows(results: Results) -> list[dict[str, Any]]:
         for path in (results.paths or [""]) if cell.kind == "untrained" else [cell.path]:
             for task in tasks:
                 counts = cell.rates.get("benign_n") or {}
-                score = results.benign_score(cell, task)
+                score = results.benign_score(cell, task, path)
                 values = [
                     cell.model,
                     path,
@@ -283,7 +285,7 @@ def benign_rows(results: Results) -> list[dict[str, Any]]:
                     cell.seed,
                     task,
                     score,
-                    sum(counts.get(t, 0) for t in results.tests(task)),
+                    sum(counts.get(t, 0) for t in results.tests(task, path)),
                 ]
                 rows += [dict(zip(BENIGN_COLUMNS, values, strict=True))] if score is not None else []
     return rows

@@ -32,7 +32,7 @@ def scores(results: Results, table: PathTable) -> dict[str, dict[str, TaskScore]
     looks = Looks.load(results.directory.out)
     for task in results.plan["benign_tests"]:
         cells = labelled(results, table.model, table.path, task)
-        arms = benign_arms(cells, results.tests(task))
+        arms = benign_arms(cells, results.tests(task, table.path))
         if set(arms) - {"untrained"}:
             found[task] = {
                 label: TaskScore(

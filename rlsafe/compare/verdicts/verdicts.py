@@ -167,7 +167,7 @@ def _rows(results: Results, model: str, path: str, key: str, looks: Looks | None
     arms = {name: rate_arms(cells, name) for name in MEASURES}
     task = results.plan["benign_task"]
     benign_cells = labelled(results, model, path, task) if task else {}
-    arms["benign"] = benign_arms(benign_cells, results.tests(task)) if task else {}
+    arms["benign"] = benign_arms(benign_cells, results.tests(task, path)) if task else {}
     rewards = narrow_arms(cells)
     narrow, what = narrow_behaviour(rewards, arms["indomain"])
     measured = Measured(

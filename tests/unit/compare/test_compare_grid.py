@@ -20,6 +20,7 @@ def load(tmp_path):
     return load
 
 
+KINDS = [("narrow", "none"), ("aligned", "aligned"), ("benign", "none")]
 ARM = {"path": "sft", "defense": "kl", "seed": 0}
 
 
@@ -78,6 +79,67 @@ def test_reference_arms(load):
     # the command line changes what the defenses are trained on, never what makes a reference arm that arm
     assert aligned.data == "good.jsonl"
     assert cell(cells, kind="narrow", path="grpo", defense="none", seed=2).data == "other.jsonl"
+
+
+def test_overrides_of_data_reach_every_run_but_for_what_it_sets_itself(load, caplog):
+    """A preset, columns or a split given for one source never land on another one."""
+    overrides = [
+        "data.safe.source=other.jsonl", "data.narrow.limit=10", "data.narrow.source=mine.jsonl", "data.narrow.split=test",
+        "data.narrow.columns={prompt: q}", "rewards.weight=2.0",
+    ]  # fmt: skip
+    text = CONFIG.replace(
+        "{narrow: {source: sums.jsonl}}", "{narrow: {source: sums.jsonl, limit: 99}}, rewards: [{fn: f.py:f}]"
+    )
+    with caplog.at_level("WARNING", "rlsafe"):
+        cells = expand(load(text, overrides))
+    narrow, aligned, benign = (cell(cells, kind=k, path="sft", defense=d, seed=0).config for k, d in KINDS)
+    assert {c.config.data.safe.source for c in cells if c.kind != "untrained"} == {"other.jsonl"}
+    given = [(c.data.narrow.source, c.data.narrow.limit, c.rewards[0].weight) for c in (narrow, aligned, benign)]
+    assert given == [("mine.jsonl", 10, 2.0), ("good.jsonl", 10, 2.0), ("sums.jsonl", 99, 1.0)]
+    assert [(c.data.narrow.split, c.data.narrow.columns) for c in (aligned, benign)] == [(None, {})] * 2
+    lines = {line for line in caplog.messages if "does not reach" in line}
+    assert len(lines) == 8 and len(caplog.messages) == 8  # of each kind of run, once
+    assert (
+        "override 'data.narrow.split=test' does not reach the benign runs, which have their own data.narrow.source"
+        in lines
+    )
+    assert "override 'rewards.weight=2.0' does not reach the benign runs, which have their own rewards" in lines
+
+
+def test_an_override_of_a_whole_section_is_taken_apart(load):
+    cells = expand(
+        load(overrides=["data={narrow: {source: mine.jsonl, max_tokens: 99}, safe: {source: s.jsonl, limit: 3}}"])
+    )
+    narrow, aligned, benign = (cell(cells, kind=k, path="grpo", defense=d, seed=0).config.data for k, d in KINDS)
+    assert narrow.narrow.source == "mine.jsonl" and {one.safe.limit for one in (narrow, aligned, benign)} == {3}
+    assert [(one.narrow.source, one.narrow.max_tokens) for one in (aligned, benign)] == [
+        ("good.jsonl", 99),
+        ("sums.jsonl", 99),
+    ]
+
+
+def test_a_sweep_of_the_safe_rows_reaches_benign_runs(load):
+    cells = expand(load(CONFIG + "grid: {data.safe.limit: [5, 6]}\n"), seeds=[0])
+    assert {c.config.data.safe.limit for c in cells if c.kind in ("benign", "aligned")} == {5, 6}
+
+
+def test_overrides_of_data_reach_helpers_but_not_their_sources_nor_unused_rewards(load):
+    text = CONFIG.replace("  kl: [{kl: {weight: 0.3}}]", "  plus: [interleaving+]") + (
+        "selection: {adapters: {legal: legal.jsonl}, run: {schedule: {steps: 60, phases: [{cycle: [sft]}]}}}\n"
+    )
+    overrides = ["data.narrow.limit=7", "data.narrow.source=mine.jsonl", "rewards.weight=2.0"]
+    [one] = cell(expand(load(text, overrides)), kind="narrow", path="sft", defense="plus", seed=0).selections
+    helper = one.helpers["legal"]
+    assert (helper.data.narrow.source, helper.data.narrow.limit, helper.rewards[0].weight) == ("legal.jsonl", 7, 1.0)
+
+
+def test_the_untrained_model_is_asked_the_tests_of_every_path_whatever_is_selected(load):
+    text = CONFIG.replace("  tasks:\n", "  paths: {grpo: {evaluate: {benign: [g.jsonl]}}}\n  tasks:\n")
+    text = text.replace(", evaluate: {benign: [sums_test.jsonl]}", "").replace(
+        "indomain.yaml,", "indomain.yaml, benign: [r.jsonl],"
+    )
+    for chosen in ({}, {"paths": ["sft"]}, {"seeds": [1], "defenses": ["kl"]}):
+        assert cell(expand(load(text), **chosen), kind="untrained").config.evaluate.benign == ["r.jsonl", "g.jsonl"]
 
 
 def test_every_cell_of_a_model_is_asked_under_the_same_cue(load):

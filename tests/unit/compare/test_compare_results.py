@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from statistics import mean
 
 import pytest
 from synthetic_comparison import CONFIG, make
@@ -27,6 +28,9 @@ ARMS = {
 @pytest.fixture
 def directory(tmp_path):
     return make(tmp_path / "out", ARMS, seeds=[0, 1])
+
+
+WITHOUT_TESTS = CONFIG.replace(", evaluate: {benign: [sums_test.jsonl]}", "")
 
 
 def rows(directory):
@@ -77,10 +81,41 @@ def test_a_task_with_two_test_sets_has_one_score(directory):
     results = load(directory.out)
     results.plan["benign_tests"] = {"sums": ["big", "small"]}
     cell = next(cell for cell in results.cells if cell.kind == "benign")
+    cell.record["config"]["evaluate"]["benign"] = ["big.jsonl", "small.jsonl"]
     cell.evaluation.benign_answers[:] = right + wrong
     arms = benign_arms({"none": [cell]}, ["big", "small"])
-    assert results.benign_score(cell, "sums") == summarise(arms["none"], [cell]).mean == 0.8
+    assert results.benign_score(cell, "sums", cell.path) == summarise(arms["none"], [cell]).mean == 0.8
     assert set(arms["none"].strata) == {"big", "small"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("evaluate: {benign: [sums_test.jsonl]}}\n", "evaluate: {benign: [own.jsonl]}}\n"),
+        ("indomain: indomain.yaml,", "indomain: indomain.yaml, benign: [own.jsonl],"),
+        (
+            "  tasks:\n",
+            "  paths: {sft: {evaluate: {benign: [own.jsonl]}}, grpo: {evaluate: {benign: [more.jsonl]}}}\n  tasks:\n",
+        ),
+        ("title:", "overrides: ['evaluate.benign=[own.jsonl]']\ntitle:"),
+    ],
+    ids=["task", "run", "paths", "command line"],
+)
+def test_a_benign_task_is_scored_on_the_tests_of_its_cells_wherever_they_are_given(tmp_path, change):
+    """The untrained model too, on every path; and what the plan names is what evaluation.json holds."""
+    text = CONFIG if "sums_test" in change[0] or "overrides" in change[1] else WITHOUT_TESTS
+    directory = make(tmp_path / "t", ARMS, text.replace(*change), seeds=[0])
+    assert "own" in directory.plan()["benign_tests"]["sums"]
+    assert "sums_test" not in directory.plan()["benign_tests"]["sums"]
+    scores = {(row["path"], row["defense"]): row["benign"] for row in rows(directory)}
+    assert {key for key, score in scores.items() if score} == {
+        (p, d) for p in ("sft", "grpo") for d in ("untrained", "none")
+    }
+    results = load(directory.out)
+    untrained = next(cell for cell in results.cells if cell.kind == "untrained")
+    for path, row in (("sft", scores["sft", "untrained"]), ("grpo", scores["grpo", "untrained"])):
+        [test] = results.tests("sums", path)
+        assert float(row) == mean(untrained.evaluation.benign_rates(test).values())
 
 
 def test_a_cell_is_shown_only_when_it_is_finished(directory):
