@@ -39,8 +39,8 @@ class Directory:
 
     def record(self, id: str) -> dict[str, Any]:
         """The record of a cell ({} when there is none): kind, model, path, defense, seed, data, task, source, warmup, swept,
-        hash, status, seconds, error, peak_memory. A damaged file must not block the whole comparison: without its record, or with
-        damaged results, a cell is an unfinished one."""
+        hash, status, seconds (of all attempts; None where nobody knows), error, peak_memory. A damaged file must not block the whole
+        comparison: without its record, or with damaged results, a cell is an unfinished one."""
         found = read_whole(self.cell(id) / _RECORD)
         if found is None:
             _warn_of(self.cell(id) / _RECORD)

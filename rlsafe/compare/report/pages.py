@@ -331,8 +331,9 @@ def costs(results: Results, table: PathTable) -> list[dict[str, Any]]:
         ]
         seconds = [cell.seconds for cell in cells if cell.seconds]
         peaks = [peak for cell in cells if (peak := cell.record.get("peak_memory"))]
-        if seconds:
-            measured[label] = (mean(seconds), median(steps) if steps else None, mean(peaks) if peaks else None)
+        if seconds or steps:
+            whole = mean(seconds) if seconds else None
+            measured[label] = (whole, median(steps) if steps else None, mean(peaks) if peaks else None)
     none = measured.get("none", (None, None, None))
     return [
         {

@@ -157,11 +157,11 @@ def _finish(done: Any, cell: Cell, directory: Directory, cluster: RayCluster) ->
     except (ray.exceptions.RaySystemError, ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError,
             ray.exceptions.OutOfMemoryError, ray.exceptions.TaskUnschedulableError) as error:  # fmt: skip
         reason = DIED if isinstance(error, ray.exceptions.WorkerCrashedError) else type(error).__name__
-        return directory.write_record(cell, "failed", 0.0, f"{reason}, {cluster.retries + 1} times")
+        return directory.write_record(cell, "failed", None, f"{reason}, {cluster.retries + 1} times")
     if directory.record(cell.id).get("status") not in ("done", "failed"):
         directory.write_record(
             cell,
             "failed",
-            0.0,
+            None,
             f"its node wrote no result to {directory.out}: all nodes must see it under the same path",
         )

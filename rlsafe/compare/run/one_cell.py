@@ -27,19 +27,25 @@ def run_cell(cell: Cell, directory: Directory, resources: Resources, progress: P
     """Train and evaluate one cell and record how it ended. An error is recorded, not raised, except Interrupted.
 
     Training that was interrupted goes on from its checkpoint; a run that was trained but not evaluated is only
-    evaluated.
+    evaluated. Its recorded seconds are those of all attempts, None where one was killed: nobody knows how long it ran.
     """
     from rlsafe.engine.run.life import run as train_cell
     from rlsafe.evaluate import evaluate, evaluate_run, reader_of
 
     where = directory.cell(cell.id)
-    same = directory.record(cell.id).get("hash") == cell.fingerprint
+    record = directory.record(cell.id)
+    same = record.get("hash") == cell.fingerprint
     trained = same and (read_whole(where / "run.json") or {}).get("status") == "finished"
     resume = same and any((where / "checkpoints").glob("*"))
     if not trained and not resume:
         directory.clear(cell)
+    before = record.get("seconds") if trained or resume else 0.0
     directory.write_record(cell, "running")
     started, peak = time.monotonic(), Peak()
+
+    def took() -> float | None:
+        return None if before is None else before + time.monotonic() - started
+
     try:
         if trained:
             evaluate(str(where), out=where, first=False)
@@ -59,13 +65,12 @@ def run_cell(cell: Cell, directory: Directory, resources: Resources, progress: P
                 progress=progress.doing if progress else None,
                 reader=reader_of(run.config, run.policy),
             )
-        directory.write_record(cell, "done", time.monotonic() - started, **({} if trained else peak.read()))
+        directory.write_record(cell, "done", took(), **({} if trained else peak.read()))
     except (KeyboardInterrupt, Interrupted):
+        directory.write_record(cell, "running", took())
         raise
     except Exception as error:
-        directory.write_record(
-            cell, "failed", time.monotonic() - started, reason(error), users=isinstance(error, UserError)
-        )
+        directory.write_record(cell, "failed", took(), reason(error), users=isinstance(error, UserError))
 
 
 def reason(error: Exception) -> str:

@@ -96,18 +96,17 @@ class Progress:
         label = f"{self.current.label}: " if self.current else ""
         self.bar.update(self.task, description=label + what, left=self._left_text())
 
-    def finish(self, cell: Cell, seconds: float, error: str) -> None:
-        self.seconds[cell.id] = seconds
+    def finish(self, cell: Cell, seconds: float | None, error: str) -> None:
+        """seconds: None where nobody knows how long the cell took."""
+        self.seconds[cell.id] = float(seconds or 0)
         self.bar.update(self.task, advance=1, left=self._left_text())
         if (own := self.bars.pop(cell.id, None)) is not None:
             self.bar.remove_task(own)
         if error:
             self.say(f"{cell.label}: failed: {error}")
         elif not self.console.is_terminal:
-            left = self._left_text()
-            self.say(
-                f"{len(self.seconds)}/{len(self.cells)} {cell.label}: {seconds:.0f} s{', ' + left if left else ''}"
-            )
+            left, took = self._left_text(), "done" if seconds is None else f"{seconds:.0f} s"
+            self.say(f"{len(self.seconds)}/{len(self.cells)} {cell.label}: {took}{', ' + left if left else ''}")
 
     def left(self) -> float | None:
         """Expected seconds until the last cell ends; None before the first one ended."""

@@ -261,8 +261,8 @@ def _startable(wave: Sequence[Cell], directory: Directory, progress: Progress) -
 
 
 def _fail(cell: Cell, reason: str, directory: Directory, progress: Progress) -> None:
-    directory.write_record(cell, "failed", 0.0, reason, users=False)
-    progress.finish(cell, 0.0, reason)
+    directory.write_record(cell, "failed", None, reason, users=False)
+    progress.finish(cell, None, reason)
 
 
 def check(cells: Sequence[Cell]) -> None:
@@ -304,7 +304,7 @@ def _run(
 
 def _ended(cell: Cell, directory: Directory, progress: Progress) -> None:
     record = directory.record(cell.id)
-    progress.finish(cell, float(record["seconds"]), record["error"])
+    progress.finish(cell, record["seconds"], record["error"])
     write_tables(directory)
 
 

@@ -65,7 +65,7 @@ def run_in_workers(
             left = [cell for cell in left if cell.id not in {suspect.id for suspect in suspects}]
             for cell in suspects:
                 if all(_pool(work, [cell], directory, 1, threads, ended, look) for _ in range(RETRIES)):
-                    directory.write_record(cell, "failed", 0.0, DIED)
+                    directory.write_record(cell, "failed", None, DIED)
                     ended(cell)
 
 

@@ -244,8 +244,6 @@ def test_a_user_error_that_keeps_every_cell_from_training_is_the_users(lab):
 
 
 def test_a_helper_that_fails_costs_the_cells_that_need_it_only(lab, monkeypatch):
-    import rlsafe.compare.run.runner as runner
-
     def broken(selection, out, **more):
         raise RuntimeError("out of memory")
 
