@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsafe.compare.grid.records import Directory
+from rlsafe.compare.verdicts.levels import edited
 from rlsafe.compare.verdicts.results import STEPS, table_text
 from rlsafe.config import RunConfig, UserError
 from rlsafe.config.files import read_json, write_json, write_text
@@ -36,20 +37,27 @@ Say = Callable[[str], None]
 
 @dataclass
 class Steps:
-    """One run's evaluations by step; the last one is the finished run's own, where it has one. out: its directory."""
+    """One run's evaluations by step; the last one is the finished run's own, where it has one. out: its directory. edits: why
+    earlier steps are not what the run would have ended with there, if so."""
 
     out: Path
     evaluations: dict[int, Evaluation]
+    edits: str | None = None
 
     @property
     def rows(self) -> list[dict[str, Any]]:
         return [_row(step, one) for step, one in sorted(self.evaluations.items())]
 
+    @property
+    def caption(self) -> str | None:
+        return f"{self.edits}: before its last step this one has weights without that" if self.edits else None
+
     def table(self) -> Table:
         """For the terminal, in percent."""
         from rich.table import Table
 
-        shown = Table("step", *(f"{name.replace('_', ' ')} %" for name in COLUMNS[1:5]), "answers", title=str(self.out))
+        heads = [f"{name.replace('_', ' ')} %" for name in COLUMNS[1:5]]
+        shown = Table("step", *heads, "answers", title=str(self.out), caption=self.caption)
         for row in self.rows:
             rates = ["-" if row[name] is None else f"{100 * row[name]:.1f}" for name in COLUMNS[1:5]]
             shown.add_row(str(row["step"]), *rates, f"{row['general_n'] or 0} + {row['indomain_n'] or 0}")
@@ -113,7 +121,7 @@ def _one(
     done = (read_json(run / "run.json") or {}).get("steps")
     if done and done not in found and (run / "evaluation.json").is_file():
         found[int(done)] = Evaluation.load(run)
-    measured = Steps(run, found)
+    measured = Steps(run, found, edited(config))
     write_text(run / TABLE, table_text(COLUMNS, measured.rows))
     return measured
 

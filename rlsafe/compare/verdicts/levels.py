@@ -20,6 +20,8 @@ from rlsafe.compare.verdicts.differences import Difference, arms_of, share_apart
 from rlsafe.compare.verdicts.narrow import narrow_arms
 from rlsafe.compare.verdicts.results import Result, Results
 from rlsafe.compare.verdicts.verdicts import PathTable
+from rlsafe.config import RunConfig, UserError
+from rlsafe.engine.run.records import edits_at_end
 from rlsafe.evaluate.contrasts import Sample
 
 COMMAND = "rlsafe evaluate DIR --steps all"
@@ -80,6 +82,14 @@ class Curve:
         return next(step for step, value in self.levels.items() if value >= level)
 
 
+def edited(config: RunConfig) -> str | None:
+    """`edits_at_end`; None too where a plug-in of the run is not on this machine."""
+    try:
+        return edits_at_end(config)
+    except UserError:
+        return None
+
+
 def _asked(one: Result) -> tuple[Any, ...]:
     """What an evaluation's rates depend on besides the model."""
     settings = one.rates.get("settings") or {}
@@ -99,16 +109,26 @@ class Levels:
         self.one, self.other = one.path, other.path
         self.untrained = results.of("untrained", one.model)
         self.curves: dict[str, Curve] = {}
+        self.edited: dict[
+            str, str
+        ] = {}  # arms whose checkpoints are other weights than a run that ended there would have
         for table in (one, other):
             for label, cells in labelled(results, table.model, table.path).items():
                 if label in table.defenses:
-                    self.curves[f"{table.path}/{label}"] = Curve.of(cells)
+                    arm = f"{table.path}/{label}"
+                    self.curves[arm] = Curve.of(cells)
+                    if self.curves[arm].steps and (edits := edited(cells[0].config)):
+                        self.edited[arm] = edits
 
     def compare(self, label: str) -> AtLevel:
         """The defense on path `one` minus on path `other`."""
         wanted = [f"{path}/{name}" for path in (self.one, self.other) for name in (label, "none")]
         if missing := [arm for arm in wanted if arm not in self.curves or not self.curves[arm].levels]:
             return AtLevel(f"no checkpoints of {missing[0]} were measured as its finished runs were ({COMMAND})")
+        if others := [arm for arm in wanted if arm in self.edited]:
+            return AtLevel(
+                f"{self.edited[others[0]]}: the checkpoints of {others[0]} are not what it would have ended with there"
+            )
         level = min(max(self.curves[arm].levels.values()) for arm in wanted)
         steps = {arm: self.curves[arm].first(level) for arm in wanted}
         cells = {arm: self.curves[arm].steps[step] for arm, step in steps.items()}

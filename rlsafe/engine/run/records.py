@@ -144,8 +144,14 @@ def over(before: RunConfig, now: RunConfig) -> str | None:
 
 
 def edited_at_end(config: RunConfig) -> str | None:
-    """Why training cannot go on from the weights that a run of these settings ends with: a defense, packaged or a user's own, that acts
-    in the last step and has the hook `weights`, which also runs at the end. None without one.
+    """Why training cannot go on from the weights that a run of these settings ends with; None when it can."""
+    edits = edits_at_end(config)
+    return f"{edits}, and more steps would train the edited ones" if edits else None
+
+
+def edits_at_end(config: RunConfig) -> str | None:
+    """Why a run of these settings may end with other weights than a checkpoint at the same step has when the run goes on: a defense,
+    packaged or a user's own, that acts in the last step and has the hook `weights`, which also runs at the end. None without one.
 
     The class decides, not what the hook did: it may have changed nothing this time, but it may also plan by the run's length.
     """
@@ -157,7 +163,7 @@ def edited_at_end(config: RunConfig) -> str | None:
     stack.begin(plan[-1].index, plan[-1].phase)
     for defense in stack.acting:
         if type(defense).weights is not Defense.weights:
-            return f"defense {defense.name!r} may edit the weights when a run ends, and more steps would train the edited ones"
+            return f"defense {defense.name!r} may edit the weights when a run ends"
     return None
 
 

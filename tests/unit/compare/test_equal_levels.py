@@ -32,8 +32,8 @@ MIDDLE = {  # half-way, where all arms are near .6 in-domain (sft's kl only at t
 }
 
 
-def comparison(where, middle=MIDDLE, seeds=(0, 1)):
-    directory = make(where / "out", {("", "untrained"): ZERO, **END}, NO_BENIGN, seeds=list(seeds), **MANY)
+def comparison(where, middle=MIDDLE, seeds=(0, 1), text=NO_BENIGN):
+    directory = make(where / "out", {("", "untrained"): ZERO, **END}, text, seeds=list(seeds), **MANY)
     for cell in expand(load_compare(where / "out.yaml"), seeds=list(seeds)):
         if cell.kind == "narrow" and (rates := middle.get((cell.path, cell.defense))):
             place = directory.cell(cell.id) / "steps" / "step-000010"
@@ -67,6 +67,19 @@ def test_without_checkpoints_it_is_untested_and_says_how_to_have_them(tmp_path):
     found = compared(comparison(tmp_path, middle={}))
     assert found.difference is None and "rlsafe evaluate DIR --steps all" in found.to_dict()["reason"]
     assert found.to_dict()["grade"] == "untested"
+
+
+@pytest.mark.parametrize("defense", ["safelora: {base: tiny}", "early-stop: {rows: good.jsonl}"])
+def test_checkpoints_without_what_a_defense_does_at_the_end_are_not_compared(tmp_path, defense):
+    """They are the weights of `none`: that they learn and misbehave alike says nothing about the defense."""
+    found = compared(comparison(tmp_path, text=NO_BENIGN.replace("kl: {weight: 0.3}", defense)))
+    name = defense.partition(":")[0]
+    assert found.difference is None and found.reason.startswith(
+        f"defense {name!r} may edit the weights when a run ends"
+    )
+    assert "the checkpoints of sft/kl are not what it would have ended with" in found.to_dict()["reason"]
+    html = draw_report(tmp_path / "out").read_text()
+    assert "untested: defense &#39;" in html
 
 
 def test_the_report_has_the_column(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import rlsafe
 from rlsafe.compare.run import steps as steps_room
 from rlsafe.compare.run.steps import evaluate_steps
-from rlsafe.config import UserError
+from rlsafe.config import UserError, load_run
 
 FEW = [
     "schedule.steps=4", "checkpoint.every=2", "checkpoint.keep=9", "track.every=0", "sampler.kind=transformers",
@@ -41,6 +41,18 @@ def test_every_checkpoint_is_measured_and_the_last_is_the_finished_run(run):
     assert {line for line in answers(run / "steps/step-000004").splitlines()[1:]} <= plain | {""}
     odds = {place: json.loads((run / place / "evaluation.json").read_text())["likelihood"] for place in PLACES}
     assert odds["."] == odds[PLACES[2]] != odds[PLACES[1]]  # the weights are those of the step
+
+
+def test_the_table_says_where_checkpoints_lack_what_a_defense_does_at_the_end(run):
+    [found] = evaluate_steps(run)
+    assert found.caption is None and found.table().caption is None
+    config = load_run(run / "config.yaml").model_copy(
+        update={"defenses": [{"early-stop": {"rows": "organism:medical/validation"}}]}
+    )
+    stopped = steps_room.Steps(run, found.evaluations, steps_room.edited(config))
+    assert stopped.table().caption.startswith(
+        "defense 'early-stop' may edit the weights when a run ends: before its last step"
+    )
 
 
 def test_what_is_measured_is_not_measured_again(run, monkeypatch):
