@@ -46,7 +46,7 @@ class Cell:
     """One run of the grid. `path` is "" for the untrained model, `task` is set for benign cells, `data` says what it
     is trained on, `selections` are the scores of safe rows that its defenses need, `source` is the cell whose adapter a
     relapse starts from ("" = the untrained model), `warmup` the run without defenses that a cell starts from. `swept`,
-    `swept_model`: the parts of label and model from a sweep."""
+    `swept_model`: the parts of label and model from a sweep. among: the comparison has several models."""
 
     id: str
     kind: Kind
@@ -62,11 +62,13 @@ class Cell:
     swept: Swept = Swept("")
     swept_model: Swept = Swept("")
     warmup: Warmup | None = None
+    among: bool = False
 
     @property
     def label(self) -> str:
-        """The cell in text: `sft / kl / seed 0`."""
-        parts = [self.path, self.task, self.defense, "" if self.kind == "untrained" else f"seed {self.seed}"]
+        """The cell in text: `sft / kl / seed 0`, and the model before it where there are several."""
+        parts = [self.model if self.among else "", self.path, self.task, self.defense]
+        parts += ["" if self.kind == "untrained" else f"seed {self.seed}"]
         parts += ["relapse"] if self.kind == "relapse" else []
         return " / ".join(part for part in parts if part)
 
@@ -276,7 +278,8 @@ class Arms:
         data = task or (run.data.narrow.source if run.data.narrow and kind != "untrained" else "")
         run, selections = pending(run, self.selection)
         by = (swept or Swept(label), self.swept)
-        return Cell(name, kind, self.model, path, label, seed, data, task, run, selections, source, *by, warmup)
+        about = (kind, self.model, path, label, seed, data, task)
+        return Cell(name, *about, run, selections, source, *by, warmup, among=bool(self.prefix))
 
     def _warmup(self, what: str = "", own: Layers = (), who: str = "") -> Warmup | None:
         """The warm-up of the narrow arms, or that of others on their `own` data; None without a `warmup` section. All paths share it,

@@ -118,7 +118,7 @@ class Directory:
             "title": config.title,
             "cells": [cell.id for cell in (*cells, *kept)],
             "hashes": {cell.id: cell.fingerprint for cell in (*cells, *kept)},
-            "labels": {cell.id: cell.label for cell in cells},
+            "labels": {cell.id: cell.label for cell in (*cells, *kept)},
             "benign_task": benign.task if benign else None,
             "benign_tests": _benign_tests(config, [*cells, *kept]),
             "command": command,

@@ -56,7 +56,7 @@ def _known(cell: Any, settings: dict[str, Any]) -> dict[str, Any]:
 
 def unscored_cells(results: Results) -> dict[str, str]:
     """Label of a run -> one line, where half or more of the answers to some set have no score."""
-    labels = results.plan["labels"]
+    labels, found = results.plan["labels"], {}
     mostly = [
         cell
         for cell in results.cells
@@ -65,7 +65,12 @@ def unscored_cells(results: Results) -> dict[str, str]:
             for one in cell.rates.values()
         )
     ]
-    return {labels.get(cell.id, cell.id): cell.evaluation.mostly_unscored or "" for cell in mostly}
+    for cell in mostly:
+        label = labels.get(cell.id, cell.id)
+        found[label if label not in found else cell.id] = (
+            cell.evaluation.mostly_unscored or ""
+        )  # older labels may be alike
+    return found
 
 
 def _unknown(rates: dict[str, Any]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,11 +40,12 @@ class Group:
 
 def groups(results: Results) -> list[Group]:
     """Every recorded fact once, with the runs that it holds for. A fingerprint or git state is compared among the runs that name it."""
-    labels = {cell.id: results.plan["labels"].get(cell.id, cell.id) for cell in results.cells}
-    runs = {labels[cell.id]: dict(_facts(cell.run)) for cell in results.cells if cell.run}
+    runs = [
+        (results.plan["labels"].get(cell.id, cell.id), dict(_facts(cell.run))) for cell in results.cells if cell.run
+    ]
     of_plan = dict(_files(results.plan))
     found: dict[str, list[Fact]] = {}
-    for group, name in dict.fromkeys([*of_plan, *(key for facts in runs.values() for key in facts)]):
+    for group, name in dict.fromkeys([*of_plan, *(key for _, facts in runs for key in facts)]):
         fact = (
             _fact(group, name, runs)
             if (group, name) not in of_plan
@@ -54,10 +55,11 @@ def groups(results: Results) -> list[Group]:
     return [Group(title, facts) for title, facts in found.items()]
 
 
-def _fact(group: str, name: str, runs: dict[str, Found]) -> Fact:
+def _fact(group: str, name: str, runs: Sequence[tuple[str, Found]]) -> Fact:
+    """runs: (label, facts) of each; labels of older versions may be alike."""
     everywhere = group in (MACHINE, VERSIONS)
     of: dict[str, list[str]] = {}
-    for label, facts in runs.items():
+    for label, facts in runs:
         if (group, name) in facts or everywhere:
             of.setdefault(facts.get((group, name), ABSENT), []).append(label)
     differs = len(of) > 1 and group not in (SEEDS, COMMANDS)

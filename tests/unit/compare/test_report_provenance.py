@@ -9,9 +9,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from synthetic_comparison import make
+from synthetic_comparison import CONFIG, make
 
 from rlsafe.compare import draw_report as report
+from rlsafe.compare.grid.grid import expand
+from rlsafe.compare.report.origins import groups
+from rlsafe.compare.verdicts.results import load
+from rlsafe.config import load_compare
 from rlsafe.engine.record.provenance import files_record
 
 ARMS = {("", "untrained"): {}, ("sft", "none"): {"general": 0.5, "indomain": 0.9}, ("sft", "kl"): {"indomain": 0.9}}
@@ -100,6 +104,37 @@ def test_runs_that_differ_are_named_beside_their_values(directory):
     assert ("good.jsonl", "0077", "sft / none / seed 0") in data, "other data of another arm are no disagreement"
     assert ("run", "6", "sft / none / seed 0") in rows["Seeds"], "seeds differ by design"
     assert "Fingerprints: models" in rows
+
+
+@pytest.mark.parametrize(
+    ("more", "names"),
+    [
+        ("models:\n  A: {model: {name: tiny}}\n  B: {model: {name: small}}\n", ["A", "B"]),
+        ("grid: {batch.sft_rows: [8, 16]}\n", ["tiny[batch.sft_rows=8]", "tiny[batch.sft_rows=16]"]),
+    ],
+)
+def test_runs_of_several_models_are_told_apart(tmp_path, more, names):
+    text = CONFIG.split("aligned:")[0]
+    directory = make(tmp_path / "out", ARMS, text + more, paths=["sft"], defenses=["none"], seeds=[0])
+    config = load_compare(tmp_path / "out.yaml")
+    # later another defense is selected; the first one's runs stay in the plan, with labels too
+    directory.write_plan(config, expand(config, ["kl"], ["sft"], [0]), "again")
+    for cell in directory.plan()["cells"]:
+        if (file := directory.cell(cell) / "cell.json").is_file():
+            of = names.index(json.loads(file.read_text())["model"])
+            (directory.cell(cell) / "run.json").write_text(json.dumps(RUN | {"device": f"GPU-{of}"}))
+    for old in (False, True):  # a plan of an older version has labels without models
+        if old:
+            plan = json.loads((directory.out / "comparison.json").read_text())
+            plan["labels"] = {id: label.partition(" / ")[2] for id, label in plan["labels"].items()}
+            (directory.out / "comparison.json").write_text(json.dumps(plan))
+        [device] = [fact for group in groups(load(directory.out)) for fact in group.facts if fact.name == "device"]
+        assert device.differs and [value for value, _ in device.values] == ["GPU-0", "GPU-1"]
+        if not old:
+            wanted = [f"{name} / untrained, {name} / sft / none / seed 0" for name in names]
+            assert [sorted(runs.split(", ")) for _, runs in device.values] == [
+                sorted(one.split(", ")) for one in wanted
+            ]
 
 
 def test_the_configs_of_the_comparison_and_their_state_in_git_are_recorded(directory, tmp_path):

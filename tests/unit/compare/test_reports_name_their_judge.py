@@ -87,3 +87,7 @@ def test_runs_without_scores_are_named_and_the_others_are_not():
     mostly = cell(general={"unscored": 3, "n": 1}, settings=settings())
     fine = cell("b", general={"unscored": 1, "n": 3}, benign={"task": 1.0}, indomain=None)
     assert unscored_cells(results(mostly, fine)) == {"sft: none": "3 of 4 answers ..."}
+    older = SimpleNamespace(
+        cells=[mostly, SimpleNamespace(**{**vars(mostly), "id": "b"})], plan={"labels": dict.fromkeys("ab", "x")}
+    )
+    assert set(unscored_cells(older)) == {"x", "b"}  # of two models, which labels once did not name
