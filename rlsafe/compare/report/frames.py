@@ -24,9 +24,9 @@ def evaluation(out: Path) -> DataFrame:
     """OUT/results.csv."""
     from pandas import read_csv
 
-    return read_csv(
-        out / "results.csv", dtype={name: str for name in WHICH[:3]}, keep_default_na=False, na_values={"": [""]}
-    )
+    texts = [*WHICH[:3], "data"]  # of which an empty one is none, and words such as NA are words
+    table = read_csv(out / "results.csv", dtype=dict.fromkeys(texts, str), keep_default_na=False, na_values=[""])
+    return table.fillna(dict.fromkeys(texts, ""))
 
 
 def verdicts(tables: Sequence[PathTable]) -> DataFrame:

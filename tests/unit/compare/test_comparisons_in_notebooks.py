@@ -38,6 +38,22 @@ def test_results_and_verdicts_are_tables(comparison):
     assert ("grpo", "kl") not in verdicts.index
 
 
+def test_columns_with_gaps_hold_numbers(comparison, tmp_path):
+    """What was not measured is NaN, as in a run's tables; a path or data that are none stay texts, and so does a model called NA."""
+    from pandas.api.types import is_numeric_dtype, is_string_dtype
+
+    shutil.copytree(comparison.out, tmp_path / "out")
+    for file in (tmp_path / "out" / "cells").glob("*/cell.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"model": "NA"}))
+    table = Comparison.read(tmp_path / "out").evaluation
+    texts = ["model", "path", "defense", "data"]
+    gaps = [name for name in table if name not in texts and table[name].isna().any()]
+    assert {"reward_first", "reward_last"} <= set(gaps) and all(is_numeric_dtype(table[name]) for name in gaps)
+    assert table["reward_last"].mean() > 0
+    assert all(is_string_dtype(table[name]) and not table[name].isna().any() for name in texts)
+    assert set(table["model"]) == {"NA"} and "" in set(table["data"])
+
+
 def test_curves_and_answers_of_all_runs_are_tables(comparison):
     assert {"model", "path", "defense", "seed", "step", "loss"} <= set(comparison.metrics)
     assert set(comparison.metrics["path"]) == {"sft", "grpo"}  # the run's, not the step's
