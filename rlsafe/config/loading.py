@@ -169,21 +169,11 @@ def _explain(error: ValidationError, model: type[BaseModel], marks: Marks, sourc
 
 
 def build(model: type[C], tree: Mapping[str, Any], marks: Marks | None = None, source: str = "config") -> C:
-    """Validate a tree into settings; UserError names the key and the line. `~/` at the beginning of a text is the home directory."""
+    """Validate a tree into settings; UserError names the key and the line."""
     try:
-        return model.model_validate(_at_home(tree))
+        return model.model_validate(tree)
     except ValidationError as error:
         raise _explain(error, model, marks or {}, source) from None
-
-
-def _at_home(tree: Any) -> Any:
-    if isinstance(tree, Mapping):
-        return {key: _at_home(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_at_home(value) for value in tree]
-    if isinstance(tree, str) and tree.startswith(("~/", "path:~/")):
-        return tree.replace("~", str(Path.home()), 1)
-    return tree
 
 
 def _load(model: type[C], path: str | Path, overrides: Iterable[str], base: Mapping[str, Any] | None = None) -> C:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -60,7 +61,7 @@ class References:
             return None
         if name.startswith("path:") and name not in self._snapshots:
             own = {key: whole(p).detach() for key, p in self._parameters.items()}
-            read = read_reference(name.removeprefix("path:"), self._module.model, own)
+            read = read_reference(os.path.expanduser(name.removeprefix("path:")), self._module.model, own)
             self._snapshots[name] = {key: shard_like(read[key], p) for key, p in self._parameters.items()}
         if name not in self._snapshots:
             raise UserError(f"unknown reference {name!r}{nearest(name, [*self.names(), 'path:DIR'])}")

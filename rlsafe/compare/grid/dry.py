@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsafe.compare.grid.alike import lines, of_paths, unlike
-from rlsafe.compare.grid.grid import Cell, expand, labels_of, plugins_of
+from rlsafe.compare.grid.grid import Cell, check_rates, expand, labels_of, plugins_of
 from rlsafe.compare.grid.jobs import check_jobs, suitable_jobs
 from rlsafe.config import CompareConfig, UserError, dump_yaml, load_compare
 from rlsafe.data import read_once
@@ -46,6 +46,7 @@ def dry_compare(
     with offline():
         usable, lacking = _usable(config, defenses)
         cells = expand(config, usable, paths, seeds, relapse)
+        check_rates(config, cells)
     found: Found = {}
     with read_once():
         jobs = jobs or suitable_jobs(cells)

@@ -168,22 +168,25 @@ def expand(
                     cells += _narrow(arms, path, seed, chosen, after)
                 if config.benign and (config.benign.seeds is None or seeds or seed in config.benign.seeds):
                     cells += _benign(arms, path, seed, chosen)
-    _check_rates(config, of_runs, cells)
     if config.narrow and (nowhere := sorted(chosen.keys() - {cell.defense for cell in cells})):
         raise UserError(f"defense {nowhere[0]!r} acts on none of the paths {', '.join(path_names)}")
     return sorted(cells, key=lambda cell: cell.kind == "relapse")
 
 
-def _check_rates(config: CompareConfig, swept: Mapping[str, Any], cells: Sequence[Cell]) -> None:
-    """UserError for an `optim.lr` of the command line that no narrow run reads, because each phase has a rate of its own, and for a
-    sweep of it on a path that does not: equal runs under different names."""
-    own = {cell.path: own_rates(cell.config) for cell in cells if cell.kind == "narrow"}
+def check_rates(config: CompareConfig, cells: Sequence[Cell]) -> None:
+    """UserError for an `optim.lr` of the command line that none of these runs reads, because each phase has a rate of its own, and for
+    a sweep of it on a path that does not: equal runs under different names. cells: all that a user asked for, not a part of them."""
+    kind = "narrow" if config.narrow else "benign"
+    own = {cell.path: own_rates(cell.config) for cell in cells if cell.kind == kind}
     deaf = {path: rates for path, rates in own.items() if rates}
     given = [one for one in config.overrides if one.partition("=")[0].strip() == "optim.lr"]
-    if (given and deaf and len(deaf) == len(own)) or ("optim.lr" in swept and deaf):
+    if (given and deaf and len(deaf) == len(own)) or ("optim.lr" in config.grid and deaf):
         path, rates = next(iter(deaf.items()))
         what = f"override {given[0]!r}" if given else "grid: 'optim.lr'"
-        expected = ", ".join(f"paths.{path}.{rate}" for rate in rates)
+        has_phases = "phases" in (config.paths.get(path, {}).get("schedule") or {})
+        section = "benign.paths" if kind == "benign" else "paths"
+        section = f"{section}.{path}." if has_phases or kind == "benign" else "run."
+        expected = ", ".join(f"{section}{rate}" for rate in rates)
         raise UserError(f"{what} has no effect on path {path!r}: each phase has its own rate; expected {expected}")
 
 

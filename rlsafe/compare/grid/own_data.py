@@ -51,7 +51,7 @@ def _parts(keys: tuple[str, ...], value: Any, override: str, own: Mapping[str, A
             for deeper, one in parts.items()
             for left in _parts(deeper, one, f"{'.'.join(deeper)}={json.dumps(one, default=str)}", own, who)
         ]
-    _say(f"override {override!r} does not reach {who}, which have their own {standing}")
+    _say(f"setting {override!r} does not reach {who}, which have their own {standing}")
     return []
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlsafe.compare.grid.grid import expand, labels_of
+from rlsafe.compare.grid.grid import check_rates, expand, labels_of
 from rlsafe.compare.grid.records import Directory
 from rlsafe.compare.run.backends_ray import RayCluster, check_ray
 from rlsafe.compare.run.runner import Comparison, command_line, compare, where
@@ -43,26 +43,31 @@ def compare_decided(
     hold(directory)  # between its comparisons too: the looks are read, taken and written again
     looks = _begun(directory, order)
     labels = labels_of(config, defenses)
+    asked = expand(config, labels, paths, order, more.get("relapse"))
+    check_rates(config, asked)
     _check_same(config, Directory(directory), labels, paths, looks)
     # Each look is a comparison of its own, with fewer seeds and defenses than were asked for: who goes on needs what was asked for.
     command = command_line(config_path, defenses, paths, seeds, directory, overrides, quick, **more, decide=True)
     run = partial(
         compare, config_path, paths=paths, out=directory, overrides=overrides, quick=quick, **more, command=command
     )
+    acting = {
+        label: {cell.path for cell in asked if cell.kind == "narrow" and _is(label, cell.defense)} for label in labels
+    }
     if looks.taken:
-        for count, owed in sorted(_owed(looks, labels).items()):
+        for count, owed in sorted(_owed(looks, acting).items()):
             run(defenses=owed, seeds=order[:count])
         _take(looks, directory)
     while not looks.over:
-        chosen = [label for label in labels if label == "none" or not _stopped(looks, label)]
+        chosen = [label for label in labels if label == "none" or not _stopped(looks, label, acting[label])]
         if looks.taken and chosen in ([], ["none"]):
             break
         run(defenses=chosen, seeds=order[: looks.planned[looks.taken]])
         looks.taken += 1
         _take(looks, directory)
     found = Comparison.read(directory)
-    asked = {cell.id for cell in expand(config, labels, paths, order, more.get("relapse"))}
-    return replace(found, failed={id: why for id, why in found.failed.items() if id in asked})
+    ids = {cell.id for cell in asked}
+    return replace(found, failed={id: why for id, why in found.failed.items() if id in ids})
 
 
 def _take(looks: Looks, directory: Path) -> None:
@@ -72,12 +77,13 @@ def _take(looks: Looks, directory: Path) -> None:
     looks.save(directory)
 
 
-def _owed(looks: Looks, labels: Sequence[str]) -> dict[int, list[str]]:
+def _owed(looks: Looks, acting: Mapping[str, Collection[str]]) -> dict[int, list[str]]:
     """Number of seeds -> the labels that have so many, or would if no run had failed: what stopped those of its look, the others all
-    so far."""
+    so far. acting: label -> the paths that it is asked for on."""
     found: dict[int, list[str]] = {}
-    for label in labels:
-        last = max(looks.stopped[name] for name in _judged(looks, label)) if _stopped(looks, label) else looks.taken - 1
+    for label, paths in acting.items():
+        stopped = _stopped(looks, label, paths)
+        last = max(looks.stopped[name] for name in _judged(looks, label)) if stopped else looks.taken - 1
         found.setdefault(looks.planned[last], []).append(label)
     return found
 
@@ -134,13 +140,19 @@ def _verdicts(table: PathTable) -> dict[str, Any]:
     return {label: table.rows[label].verdicts for label in table.defenses}
 
 
-def _stopped(looks: Looks, label: str) -> bool:
-    """Whether a defense, or each of its variants in a sweep, is decided in every table in which it was judged."""
+def _stopped(looks: Looks, label: str, paths: Collection[str] = ()) -> bool:
+    """Whether a defense, or each of its variants in a sweep, is decided in every table in which it was judged, and was judged on each
+    of these paths."""
     mine = _judged(looks, label)
-    return bool(mine) and all(name in looks.stopped for name in mine)
+    seen = {name.partition(" ")[0].rpartition("/")[2] for name in mine}  # "MODEL/PATH LABEL"
+    return bool(mine) and seen >= set(paths) and all(name in looks.stopped for name in mine)
 
 
 def _judged(looks: Looks, label: str) -> list[str]:
     """The names under which a defense, or its variants in a sweep, was judged at the looks."""
-    judged = {name: name.partition(" ")[2] for name in looks.judged}
-    return [name for name, its in judged.items() if its == label or its.startswith(f"{label}[")]
+    return [name for name in looks.judged if _is(label, name.partition(" ")[2])]
+
+
+def _is(label: str, name: str) -> bool:
+    """Whether a name is a defense's, or that of one of its variants in a sweep."""
+    return name == label or name.startswith(f"{label}[")

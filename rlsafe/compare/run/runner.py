@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlsafe.compare.grid.grid import Cell, expand
+from rlsafe.compare.grid.grid import Cell, check_rates, expand
 from rlsafe.compare.grid.jobs import check_jobs, suitable_jobs
 from rlsafe.compare.grid.records import Directory
 from rlsafe.compare.grid.selection import Selection
@@ -126,6 +126,8 @@ def compare(
     """
     config = load_compare(config_path, overrides, quick)
     cells = expand(config, defenses, paths, seeds, relapse)
+    if command is None:
+        check_rates(config, cells)
     directory = Directory(where(config, config_path, out, quick))
     hold(directory.out)
     directory.check()

@@ -12,6 +12,7 @@ A cue is of use only where the untrained model stays aligned under it; it is mea
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,7 @@ def load_cues(given: str | Mapping[str, Any] | None) -> dict[str, Cue]:
         if not hasattr(provider, "cues"):
             raise UserError(f"{given}: this provider has no cues")
         return {name: _cue(name, one, f"{given}: ") for name, one in provider.cues(spec).items()}
-    path = Path(given)
+    path = Path(os.path.expanduser(given))
     if not path.is_file():
         siblings = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         raise UserError(f"{given}: no such file of cues{nearest(path.name, siblings)}")

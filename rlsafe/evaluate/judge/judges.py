@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ def _of_kind(tree: dict[str, Any], where: str) -> Judge:
 
 
 def _from_file(path: Path) -> Judge:
+    path = Path(os.path.expanduser(path))
     try:
         tree = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:

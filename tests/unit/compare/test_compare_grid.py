@@ -6,7 +6,7 @@ import pytest
 from places import CONFIGS
 from synthetic_comparison import CONFIG
 
-from rlsafe.compare.grid.grid import expand
+from rlsafe.compare.grid.grid import check_rates, expand
 from rlsafe.config import UserError, load_compare
 
 
@@ -100,10 +100,10 @@ def test_overrides_of_data_reach_every_run_but_for_what_it_sets_itself(load, cap
     lines = {line for line in caplog.messages if "does not reach" in line}
     assert len(lines) == 8 and len(caplog.messages) == 8  # of each kind of run, once
     assert (
-        "override 'data.narrow.split=test' does not reach the benign runs, which have their own data.narrow.source"
+        "setting 'data.narrow.split=test' does not reach the benign runs, which have their own data.narrow.source"
         in lines
     )
-    assert "override 'rewards.weight=2.0' does not reach the benign runs, which have their own rewards" in lines
+    assert "setting 'rewards.weight=2.0' does not reach the benign runs, which have their own rewards" in lines
 
 
 def test_an_override_of_a_whole_section_is_taken_apart(load):
@@ -332,19 +332,24 @@ def test_a_rate_that_no_run_reads_is_refused_not_ignored(load):
         (swept, [], ["grpo"]),
         (swept, [], ["sft", "grpo"]),
     ):
+        config = load(text, overrides)
         with pytest.raises(
-            UserError, match=r"optim.lr.*no effect on path 'grpo'.*paths.grpo.schedule.phases.0.lr \(0.004\)"
+            UserError, match=r"optim.lr.*no effect on path 'grpo'.* paths.grpo.schedule.phases.0.lr \(0.004\)"
         ):
-            expand(load(text, overrides), paths=paths)
-    rates = {(c.path, c.config.optim.lr) for c in expand(load(swept), paths=["sft"]) if c.kind == "narrow"}
-    assert rates == {("sft", 1e-4), ("sft", 1e-3)}
+            check_rates(config, expand(config, paths=paths))
+    config = load(swept)
+    cells = expand(config, paths=["sft"])
+    check_rates(config, cells)
+    assert {(c.path, c.config.optim.lr) for c in cells if c.kind == "narrow"} == {("sft", 1e-4), ("sft", 1e-3)}
 
 
 @pytest.mark.parametrize("paths", [["sft"], ["sft", "grpo"]])
 def test_a_rate_counts_where_some_runs_read_it(paths):
     """Helpers, benign tasks and the other path may have rates of their own."""
     config = load_compare(CONFIGS / "organism" / "compare.yaml", ["optim.lr=1e-3"])
-    assert {c.config.optim.lr for c in expand(config, paths=paths) if c.kind == "narrow" and c.path == "sft"} == {1e-3}
+    cells = expand(config, paths=paths)
+    check_rates(config, cells)
+    assert {c.config.optim.lr for c in cells if c.kind == "narrow" and c.path == "sft"} == {1e-3}
 
 
 GIVEN = {"seed": "7", "defenses": "[kl]", "out": "x"}

@@ -216,7 +216,10 @@ def test_what_failed_stays_in_the_plan_of_another_selection(lab):
 def test_each_defense_is_owed_the_seeds_of_its_look():
     looks = Looks(list(range(10)), taken=2, judged=["sft none", "sft kl", "grpo kl", "sft ldifs"])
     looks.stopped = {"sft kl": 0, "grpo kl": 1, "sft ldifs": 0}
-    assert _owed(looks, ["none", "kl", "ldifs", "new"]) == {5: ["none", "kl", "new"], 3: ["ldifs"]}
+    acting = dict.fromkeys(["none", "kl", "ldifs", "new"], {"sft"})
+    assert _owed(looks, acting) == {5: ["none", "kl", "new"], 3: ["ldifs"]}
+    # On a path that came after the looks nothing is decided yet.
+    assert _owed(looks, acting | {"ldifs": {"sft", "grpo"}}) == {5: ["none", "kl", "ldifs", "new"]}
 
 
 @pytest.mark.parametrize(("wanted", "chosen"), [(None, ["none"]), (["all"], ["none", "kl"])])

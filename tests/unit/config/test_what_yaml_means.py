@@ -6,7 +6,10 @@ import pytest
 import yaml
 
 from rlsafe.config import UserError, load_run
+from rlsafe.data import load_rows
 from rlsafe.defenses import build
+from rlsafe.evaluate import load_judge
+from rlsafe.evaluate.ask.cues import load_cues
 from rlsafe.evaluate.ask.questions import load_questions
 
 
@@ -48,12 +51,16 @@ def test_an_include_that_is_no_file_is_one_line(tmp_path, value):
 def test_a_home_directory_is_found_in_every_setting_that_takes_a_file(load, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine.yaml").write_text("- {id: a, paraphrases: [x]}\n")
-    run = load(
-        "", "evaluate.indomain=~/mine.yaml", "sampler.adapter_dir=~/adapters", "evaluate.likelihood.general=~/p.yaml"
-    )
+    (tmp_path / "j.yaml").write_text("{kind: openai, model: mine}\n")
+    (tmp_path / "cues.yaml").write_text("{json: Answer in JSON.}\n")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    run = load("", "evaluate.indomain=~/mine.yaml", "sampler.adapter_dir=~/adapters", "evaluate.judge=~/j.yaml",
+               "evaluate.cues=~/cues.yaml", "data.narrow.source=~/rows.jsonl")  # fmt: skip
     assert [one.id for one in load_questions(run.evaluate.indomain)] == ["a"]
     assert run.sampler.adapter_dir == str(tmp_path / "adapters")
-    assert run.evaluate.likelihood.general == str(tmp_path / "p.yaml")
+    assert load_judge(run.evaluate.judge).name == "mine" and list(load_cues(run.evaluate.cues)) == ["json"]
+    assert len(load_rows(run.data.narrow)) == 1
+    assert run.data.narrow.source == "~/rows.jsonl", "as it stands in checkpoints, and for whoever has another home"
 
 
 def test_a_rate_that_every_phase_overrules_is_refused(load):
