@@ -318,10 +318,9 @@ class Arms:
             layers = layers if named else [(("selection", "adapters"), some), *layers]
             given = self._overrides(own, "the helpers")
             base = self.builder.build(layers, [one for one in given if not one.startswith("rewards")], forced, what)
+            # Rewards reach helpers that use some: others would be trained anew for what they do not read.
             if any(part.path == "grpo" for parts in base.schedule.used_kinds.values() for part in parts):
-                base = self.builder.build(
-                    layers, given, forced, what
-                )  # others would be trained anew for what they do not use
+                base = self.builder.build(layers, given, forced, what)
             narrow = [
                 self.builder.build(self.layers(path), self._overrides(), forced, what, self.config.narrow)
                 for path in self.config.paths

@@ -22,8 +22,8 @@ from rlsafe.types import LossPath, Origin
 class PlannedPart:
     """Rows of one stream on one path in one step. `rows`: SFT rows or GRPO prompts over all ranks.
 
-    defense: the name of the defense that supplies the rows; None = the run's data stream. number: which part of its kind it is, as the
-    config counts them: the same in every step, whatever `every` leaves out of one.
+    defense: the name of the defense that supplies the rows; None = the run's data stream. place: "KIND/part N", as the config
+    counts the parts of a kind: the same in every step, whatever `every` leaves out. Rollouts that teach several steps are kept by it.
     """
 
     stream: Origin
@@ -31,7 +31,7 @@ class PlannedPart:
     rows: int
     weight: float = 1.0
     defense: str | None = None
-    number: int = 0
+    place: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ def _drafts(config: RunConfig):
         for position in range(length):
             kind = _kind(phase, position, rng)
             seen[kind] += 1
-            parts = [(place, part) for place, part in enumerate(kinds[kind]) if seen[kind] % part.every == 0]
-            yield number, kind, tuple(_planned(config, part, place) for place, part in parts)
+            parts = [(n, part) for n, part in enumerate(kinds[kind]) if seen[kind] % part.every == 0]
+            yield number, kind, tuple(_planned(config, part, f"{kind}/part {n}") for n, part in parts)
 
 
 def _kind(phase: PhaseConfig, position: int, rng: random.Random) -> str:
@@ -106,9 +106,9 @@ def _kind(phase: PhaseConfig, position: int, rng: random.Random) -> str:
     return rng.choices(list(phase.mix), weights=list(phase.mix.values()))[0]
 
 
-def _planned(config: RunConfig, part: Part, number: int) -> PlannedPart:
+def _planned(config: RunConfig, part: Part, place: str) -> PlannedPart:
     default = config.batch.sft_rows if part.path == "sft" else config.batch.grpo_prompts
-    return PlannedPart(part.stream, part.path, part.rows or default, part.weight, number=number)
+    return PlannedPart(part.stream, part.path, part.rows or default, part.weight, place=place)
 
 
 def _with_offers(config: RunConfig, drafts: Sequence[Draft], offers: Mapping[str, Offer]):

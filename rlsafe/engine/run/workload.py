@@ -168,7 +168,7 @@ class _Counting:
 
     def _rewarded(self, step: Step, part: PlannedPart, left: dict[str, int]) -> tuple[float, float]:
         """A part's rollouts, unless an earlier step of its kind has made them; gives what it trains on."""
-        grpo, place = self.config.grpo, f"{step.kind}/part {part.number}"
+        grpo, place = self.config.grpo, part.place
         completions = part.rows * grpo.generations
         length = self.lengths.answer(part.stream, grpo.max_tokens)
         prompt, trained_prompt = (self.lengths.prompt(part.stream, phase) for phase in ("rollout", "train"))

@@ -50,11 +50,10 @@ def grpo_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
         if part.path == "sft":
             micros += supervised(run, state, part, run.draw(step, part))
             continue
-        place = f"{step.kind}/part {part.number}"  # the same in every step of this kind
-        reused, uses_left = state.pending.get(place, ([], 0))
+        reused, uses_left = state.pending.get(part.place, ([], 0))
         if uses_left:  # grpo.iterations > 1: the same rollouts teach several steps
             micros += reused
-            state.pending[place] = (reused, uses_left - 1)
+            state.pending[part.place] = (reused, uses_left - 1)
             metrics["rollout_reused"] = 1
             continue
         of_part: dict[str, Any] = {}  # metrics
@@ -88,7 +87,7 @@ def grpo_step(run: Components, state: RunState, step: Step) -> dict[str, Any]:
         if run.config.grpo.max_staleness:  # optimizer steps since the weights that sampled
             of_part["staleness"] = int(ahead is not None)
         if run.config.grpo.iterations > 1:
-            state.pending[place] = (fresh, run.config.grpo.iterations - 1)
+            state.pending[part.place] = (fresh, run.config.grpo.iterations - 1)
         micros += fresh
         # A step may reward several streams: the first has the plain names.
         metrics |= {f"{part.stream}/{name}" if "reward" in metrics else name: value for name, value in of_part.items()}

@@ -99,7 +99,7 @@ class RunState:
     """Where a run stands, apart from weights, streams and files. Checkpoints hold it (`rlsafe.engine.run.resume`).
 
     done: optimizer steps finished. micro_tokens: the present budget of a micro-batch, halved when memory ran out.
-    pending: rollouts that further steps use again: {"KIND/part N": (micro-batches, uses left)}.
+    pending: rollouts that further steps use again: {`PlannedPart.place`: (micro-batches, uses left)}.
     ahead: rollouts begun for the next step (by `update`, before it changes the weights), by the number of its part.
     began: the `position` before the present step; None as soon as that step has changed weights, so that it cannot be begun again.
     left_out: supervised rows of the present step, on this rank, that were too long with what defenses added, by the defense that
