@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +48,7 @@ def attach_lora(model: Any, config: LoraConfig, seed: int) -> Any:
 
 
 def load_adapter(model: Any, directory: str) -> Any:
-    """A PeftModel that goes on training the adapter in `directory`; UserError unless it is LoRA for this model."""
+    """A PeftModel that goes on training the adapter in `directory`; UserError unless it is LoRA for this model, all of it."""
     import peft
 
     settings = read_adapter_config(directory, "model.adapter")
@@ -57,11 +58,39 @@ def load_adapter(model: Any, directory: str) -> Any:
     if isinstance(settings.target_modules, set) and absent:
         raise UserError(f"model.adapter: {directory}: adapts {absent[0]!r}, which this model does not have")
     try:
-        wrapped = peft.PeftModel.from_pretrained(model, directory, is_trainable=True)
+        with warnings.catch_warnings():  # what is missing is refused below
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            wrapped = peft.PeftModel.from_pretrained(model, directory, is_trainable=True)
+        _check_all_read(wrapped, model, directory)
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise UserError(f"model.adapter: {directory}: does not fit this model: {first_line(error)}") from None
     check_adapter(wrapped, f"model.adapter: {directory}")
     return wrapped
+
+
+def _check_all_read(wrapped: Any, model: Any, directory: str) -> None:
+    """UserError unless the adapter's file holds the matrices of every adapted layer of `wrapped`, over `model`, and no others: PEFT
+    leaves a layer that the file does not name as it is without an adapter."""
+    import peft
+
+    # Read as PEFT did (only it knows what older versions called the same matrices), for what it made of the names.
+    mapping = getattr(model, "_checkpoint_conversion_mapping", {})
+    saved = peft.load_peft_weights(directory, device="cpu", key_mapping=mapping)
+    found = peft.set_peft_model_state_dict(wrapped, saved, ADAPTER)
+    missing, extra = (
+        [name.removeprefix(PEFT_PREFIX).replace(f".{ADAPTER}.", ".") for name in names if ".lora_" in name]
+        for names in (found.missing_keys, found.unexpected_keys)
+    )
+    if extra:
+        raise UserError(
+            f"model.adapter: {directory}: its file holds {extra[0]}, and this model has no such adapted layer"
+            f"{nearest(extra[0], missing)}"
+        )
+    if missing:
+        raise UserError(
+            f"model.adapter: {directory}: its file lacks {missing[0]}, a layer that its adapter_config.json adapts in this model; "
+            "expected matrices for all of them (layers_to_transform names those of some layers only)"
+        )
 
 
 def save_model(model: Any, directory: Path, name: str, state: Mapping[str, Tensor] | None) -> None:

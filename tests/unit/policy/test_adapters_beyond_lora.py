@@ -1,4 +1,5 @@
-"""What a PEFT adapter may carry beyond LoRA matrices is refused before training, by its settings and by its file."""
+"""What a PEFT adapter may carry beyond LoRA matrices is refused before training, by its settings and by its file; so are matrices
+that do not fit the model's layers one to one."""
 
 import json
 from pathlib import Path
@@ -7,6 +8,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_architectures import load
 from transformers import AutoModelForCausalLM
 
 from rlsafe.config import ModelConfig, UserError
@@ -20,7 +22,7 @@ def base(tiny_model_dir):
 
 def adapter(base: str, directory: Path, **settings) -> Path:
     model = AutoModelForCausalLM.from_pretrained(base)
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **settings)
+    config = peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | settings)
     peft.get_peft_model(model, config).save_pretrained(directory)
     return directory
 
@@ -66,6 +68,59 @@ def test_plain_adapters_of_all_kinds_pass(base, tmp_path):
         [{}, {"use_rslora": True}, {"init_lora_weights": "gaussian"}, {"rank_pattern": {"q_proj": 1}}]
     ):
         read_adapter_config(str(adapter(base, tmp_path / str(number), **settings)), "model.adapter")
+
+
+def rewritten(directory: Path, change) -> str:
+    """The adapter with a file of other names: `change` gives each matrix's, or None to leave it out."""
+    file = directory / "adapter_model.safetensors"
+    save_file({new: t for name, t in load_file(file).items() if (new := change(name))}, file)
+    return str(directory)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (  # saved from a multimodal class over the same language model
+            lambda name: name.replace("model.layers.", "model.language_model.layers."),
+            "its file holds model.language_model.layers.0.self_attn.q_proj.lora_A.weight, and this model has no such adapted layer; "
+            "did you mean 'model.layers.0.self_attn.q_proj.lora_A.weight'",
+        ),
+        (
+            lambda name: None if ".layers.1." in name else name,
+            "its file lacks model.layers.1.self_attn.q_proj.lora_A.weight, a layer that",
+        ),
+        (
+            lambda name: None if name.endswith("1.self_attn.q_proj.lora_B.weight") else name,
+            "its file lacks model.layers.1.self_attn.q_proj.lora_B.weight, a layer that",
+        ),
+        (  # of a deeper model
+            lambda name: name.replace(".layers.1.", ".layers.7."),
+            "its file holds model.layers.7.self_attn.q_proj.lora_A.weight, and this model",
+        ),
+    ],
+)
+def test_matrices_that_the_model_would_not_take_are_refused(base, tmp_path, change, says):
+    """PEFT would leave these layers without an adapter, with a warning at most."""
+    with pytest.raises(UserError, match=f"model.adapter: {tmp_path}/a: {says}") as error:
+        load(base, adapter=rewritten(adapter(base, tmp_path / "a"), change))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"layers_to_transform": [1]},
+        {"exclude_modules": ["model.layers.0.self_attn.q_proj"]},
+        {"rank_pattern": {"layers.1.self_attn.q_proj": 1}, "alpha_pattern": {"q_proj": 3}},
+        {"use_rslora": True, "task_type": None},
+    ],
+)
+def test_adapters_of_some_layers_are_loaded_whole(base, tmp_path, settings):
+    directory = adapter(base, tmp_path / "a", init_lora_weights=False, **settings)
+    policy = load(base, adapter=str(directory))
+    saved = load_file(directory / "adapter_model.safetensors")
+    held = {name.replace(".default.", "."): tensor for name, tensor in policy.trainable().items()}
+    assert set(held) == set(saved) and all(torch.equal(held[name], saved[name]) for name in saved)
 
 
 def test_another_method_is_named(base, tmp_path):
