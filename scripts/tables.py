@@ -28,6 +28,7 @@ from rlsafe.compare.report.why import relapses
 from rlsafe.compare.verdicts.grades import ONE_SEED, Verdict, empty_without_narrow
 from rlsafe.compare.verdicts.power import with_seeds
 from rlsafe.compare.verdicts.results import load
+from rlsafe.compare.verdicts.shares import DIFFERENCE
 from rlsafe.compare.verdicts.verdicts import judge_defenses
 from rlsafe.config import load_compare
 from rlsafe.defenses import Defense, build
@@ -43,6 +44,8 @@ LEVERS = ("prompt", "activations", "advantages", "penalty", "gradients", "weight
 LEVER_OF = {"advantages": "rollouts", "penalty": "loss"}
 SINGLE = ("yes", "partly", "no", "untested")
 MORE_SEEDS = (10, 20, 40)
+KEPT = ("grade", "value", "low", "high", "bounds", "level", "method")
+"""Of a verdict; files of before lack the last three."""
 RATES = {"general": "general", "indomain": "in-domain", "general_incoherent": "incoherent"}
 
 
@@ -61,8 +64,7 @@ def kept(run: Path) -> dict[str, Any]:
                 "nothing_learned": row.get("nothing_learned", False),
                 "rates": {name: _numbers(rate) for name, rate in row["rates"].items() if rate},
                 "verdicts": {
-                    name: {key: _rounded(verdict[key]) for key in ("grade", "value", "low", "high")}
-                    for name, verdict in row["verdicts"].items()
+                    name: {key: _rounded(verdict[key]) for key in KEPT} for name, verdict in row["verdicts"].items()
                 },
             }
             for label, row in table["rows"].items()
@@ -93,6 +95,8 @@ def _numbers(rate: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rounded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_rounded(one) for one in value]
     return round(value, 4) if isinstance(value, float) else value
 
 
@@ -182,7 +186,9 @@ def decided(paths: dict[str, Any], both: str, labels: list[str]) -> list[str]:
         rows = {label: row for label, row in paths[path].items() if row["verdicts"] and (not labels or label in labels)}
         for name, title in TITLES.items():
             found = [
-                (Verdict(**row["verdicts"][name]), _seeds(row)) for row in rows.values() if name in row["verdicts"]
+                (_verdict(label, row["verdicts"][name]), _seeds(row))
+                for label, row in rows.items()
+                if name in row["verdicts"]
             ]
             grades = [verdict.grade for verdict, _ in found]
             if not grades or set(grades) == {"untested"}:
@@ -194,6 +200,11 @@ def decided(paths: dict[str, Any], both: str, labels: list[str]) -> list[str]:
                 line.append(f"{sum(grade in SINGLE for grade in then) / len(then):.0%}")
             lines.append(line)
     return _markdown(heads, lines)
+
+
+def _verdict(label: str, about: dict[str, Any]) -> Verdict:
+    """As it was kept; of the undefended run its rise is graded, also where the file does not say so."""
+    return Verdict(**({"method": DIFFERENCE} if label == "none" else {}) | about)
 
 
 def _seeds(row: dict[str, Any]) -> int:

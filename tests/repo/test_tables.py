@@ -10,6 +10,7 @@ from places import ROOT
 from synthetic_comparison import make
 
 from rlsafe.compare.verdicts.results import load, write_tables
+from rlsafe.compare.verdicts.shares import DIFFERENCE
 from rlsafe.compare.verdicts.tasks import judge_and_write
 
 
@@ -31,7 +32,10 @@ def test_a_comparison_is_kept_and_shown(tables, tmp_path, monkeypatch):
     arms = {("", "untrained"): {}, ("sft", "none"): {"general": 0.5, "indomain": 0.9}, ("sft", "kl"): {"indomain": 0.9}}
     judge_and_write(write_tables(make(tmp_path / "run", arms, questions=20, samples=1, seeds=[0, 1])))
     monkeypatch.setattr(tables, "MEASURED", tmp_path)
-    (tmp_path / "mine.json").write_text(json.dumps(tables.kept(tmp_path / "run")))
+    kept = tables.kept(tmp_path / "run")
+    assert kept["paths"]["sft"]["none"]["verdicts"]["prevents_em"]["method"] == DIFFERENCE
+    assert "bounds" in kept["paths"]["sft"]["kl"]["verdicts"]["keeps_narrow"]
+    (tmp_path / "mine.json").write_text(json.dumps(kept))
     text = tables.written("a\n<!-- table mine sft long -->\nold numbers\n<!-- /table -->\nb\n")
     assert "old numbers" not in text and text.startswith("a\n") and text.endswith("\nb\n")
     row = next(line for line in text.splitlines() if line.startswith("| none |"))
@@ -107,14 +111,15 @@ def test_curves_are_those_of_the_narrow_runs_and_drawn_for_each_quantity(tmp_pat
 
 
 def test_how_many_grades_are_decided_and_would_be_with_more_seeds(tables, monkeypatch):
-    """By hand: kl leaves .1 of .5 with a spread of .1 of the effect, so .8 is prevented +- t(.975) .1 / sqrt(n): .248 with 3 seeds,
-    .124 with 5, which reaches past .9, and .072 with 10, which does not."""
+    """By hand: `none` shows a rise, and a rise that is clear of 0 is its grade with however many seeds. kl leaves .1 of .5 with a spread
+    of .1 of the effect, so .8 is prevented +- t(.975) .1 / sqrt(n): .248 with 3 seeds, .124 with 5, which reaches past .9, and .072
+    with 10, which does not."""
 
     def row(general, verdict=None):
         rates = {"general": {"mean": sum(general) / 3, "seeds": dict(enumerate(general))}}
         return {"rates": rates, "verdicts": {"prevents_em": verdict} if verdict else {}}
 
-    none = {"grade": "no", "value": 0.0, "low": 0.0, "high": 0.0}
+    none = {"grade": "no", "value": 0.58, "low": 0.39, "high": 0.78}
     kl = {"grade": "unclear", "value": 0.8, "low": 0.8 - 0.2484, "high": 0.8 + 0.2484}
     rows = {"untrained": row([0.0] * 3), "none": row([0.5] * 3, none), "kl": row([0.05, 0.1, 0.15], kl)}
     monkeypatch.setattr(tables, "MORE_SEEDS", (5, 10))
