@@ -14,6 +14,7 @@ from rlsafe.config.comparison import CompareConfig
 from rlsafe.config.errors import UserError, nearest
 from rlsafe.config.overrides import Marks, apply_override, read_yaml, types_within
 from rlsafe.config.schema import RunConfig
+from rlsafe.config.undone import check_grid, check_models, check_twice, keys_of
 
 C = TypeVar("C", bound=BaseModel)
 
@@ -201,7 +202,7 @@ def run_from_tree(tree: Mapping[str, Any], source: str = "config") -> RunConfig:
 def load_compare(path: str | Path, overrides: Iterable[str] = (), quick: bool = False) -> CompareConfig:
     """Read a comparison's config. `quick` applies its preset; an override whose first key is a setting of a run is kept in
     `overrides`, to be applied last to every cell; any other one changes the comparison itself.
-    UserError names the file and the line.
+    UserError names the file and the line, or an override that would make runs of different names the same.
     """
     tree, marks = load_tree(path)
     if "model" in tree and "run" not in tree:
@@ -224,36 +225,21 @@ def load_compare(path: str | Path, overrides: Iterable[str] = (), quick: bool = 
             for_cells.append(override)
         else:
             apply_override(tree, override, marks)
-    _check_undone(overrides, for_cells)
+    check_twice(overrides, for_cells)
     config = build(CompareConfig, tree, marks, str(path))
     config.overrides = [*config.overrides, *for_cells]
+    check_models(config.overrides, {label: merge(config.run, one) for label, one in config.models.items()})
+    check_grid(config.overrides, config.grid)
     config._marks, config._source = marks, str(path)
     return config
 
 
 RATE = ["optim", "lr"]
-_PARTS = {"run": 1, "aligned": 1, "paths": 2, "models": 2}
-"""Sections of a comparison that change runs -> how many keys stand before a setting of a run."""
-
-
-def _check_undone(overrides: Iterable[str], for_cells: Iterable[str]) -> None:
-    """UserError for an override that another one undoes: `batch.sft_rows=16` is applied to every cell, after
-    `paths.sft.batch.sft_rows=8`, in whichever order they were given."""
-    last = {tuple(_keys(override)): override for override in for_cells}
-    for override in overrides:
-        keys = _keys(override)
-        setting = keys[_PARTS[keys[0]] :] if keys[0] in _PARTS else []
-        for length in range(1, len(setting) + 1):
-            if (other := last.get(tuple(setting[:length]))) is not None:
-                raise UserError(
-                    f"override {override!r} has no effect beside {other!r}, which is applied last to every cell; expected run.{other} "
-                    "for a value that paths and models may change"
-                )
 
 
 def check_rate(config: RunConfig, overrides: Iterable[str]) -> None:
     """UserError for an override of `optim.lr` where every phase has a learning rate of its own, so that nothing would read it."""
-    given = [one for one in overrides if _keys(one) == RATE]
+    given = [one for one in overrides if keys_of(one) == RATE]
     if given and (own := own_rates(config)):
         raise UserError(f"override {given[0]!r} has no effect: each phase has its own rate; expected {', '.join(own)}")
 
@@ -264,10 +250,6 @@ def own_rates(config: RunConfig) -> list[str]:
     if any(phase.lr is None for phase in phases):
         return []
     return [f"schedule.phases.{place}.lr ({phase.lr:g})" for place, phase in enumerate(phases)]
-
-
-def _keys(override: str) -> list[str]:
-    return [key.strip() for key in override.partition("=")[0].split(".")]
 
 
 def dump_yaml(config: BaseModel) -> str:

@@ -170,7 +170,29 @@ def expand(
                     cells += _benign(arms, path, seed, chosen)
     if config.narrow and (nowhere := sorted(chosen.keys() - {cell.defense for cell in cells})):
         raise UserError(f"defense {nowhere[0]!r} acts on none of the paths {', '.join(path_names)}")
+    _check_paths(config, cells)
     return sorted(cells, key=lambda cell: cell.kind == "relapse")
+
+
+def _check_paths(config: CompareConfig, cells: Sequence[Cell]) -> None:
+    """UserError for an override that makes two paths the same: `schedule.phases.0.cycle=[sft]` would compare sft with sft, as grpo."""
+    seen: dict[tuple[str, ...], Cell] = {}
+    for cell in cells if config.overrides else []:
+        alike = (
+            cell.kind,
+            cell.model,
+            cell.defense,
+            str(cell.seed),
+            cell.task,
+            cell.source,
+            cell.config.model_dump_json(),
+        )
+        other = seen.setdefault(alike, cell)
+        if other.path != cell.path and config.paths[other.path] != config.paths[cell.path]:
+            raise UserError(
+                f"{', '.join(map(repr, config.overrides))} leave{'s' * (len(config.overrides) == 1)} no difference between the paths "
+                f"{other.path!r} and {cell.path!r}; expected paths.{cell.path}.KEY=VALUE, or --paths {cell.path}"
+            )
 
 
 def check_rates(config: CompareConfig, cells: Sequence[Cell]) -> None:

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 
 from rlsafe.compare.grid.selection import fingerprint
 from rlsafe.config import EvaluateConfig, RunConfig, UserError
+from rlsafe.config.undone import OF_THE_ARMS
 
 WARMUP = "warmup"
 """OUT/warmup/KEY/ is the run directory of a warm-up; `warmup:KEY` names its adapter."""
-OF_THE_ARMS = ("schedule", "evaluate", "track", "checkpoint", "defenses", "rewards")
-"""Settings whose overrides on the command line are meant for the arms."""
 
 
 @dataclass(frozen=True)

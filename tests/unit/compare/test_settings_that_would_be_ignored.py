@@ -71,3 +71,61 @@ def test_plugins_of_the_command_line_are_loaded_before_names_are_looked_up(load,
     )
     config = load(overrides=[f"plugins=[{tmp_path / 'mine.py'}]", "defenses.own=[of-the-command-line]"])
     assert "own" in {c.defense for c in expand(config) if c.kind == "narrow"}
+
+
+def test_an_override_that_a_section_wins_over_is_not_refused(load):
+    """Data of the aligned arm, and the schedule of a warm-up, are their own whatever the cells get."""
+    load(overrides=["aligned.data.narrow.source=good2.jsonl", "data.narrow.source=bad2.jsonl"])
+    load(CONFIG + "warmup: {}\n", ["warmup.schedule.steps=8", "schedule.steps=20"])
+
+
+@pytest.mark.parametrize("section", ["warmup", "selection.run", "benign.tasks.sums", "benign.paths.sft"])
+def test_words_of_one_command_line_contradict_each_other_in_every_section(load, section):
+    text = CONFIG + "warmup: {}\nselection: {adapters: {a: x.jsonl}}\n"
+    with pytest.raises(UserError, match=rf"'{section}.optim.lr=1e-3' has no effect beside 'optim.lr=1e-4'"):
+        load(text, [f"{section}.optim.lr=1e-3", "optim.lr=1e-4"])
+
+
+MODELS = CONFIG + "models: {one: {model: {name: a, lora: null}}, other: {model: {name: b}}, third: {}}\n"
+
+
+@pytest.mark.parametrize("override", ["model.name=organism:base", "model={name: c}"])
+def test_models_told_apart_by_what_the_command_line_gives_to_all_are_refused(load, override):
+    """Three names, one model: differences between them would be seeds."""
+    with pytest.raises(
+        UserError, match=rf"'{override}': one, other, third of 'models'.*expected models.one.{override}"
+    ):
+        load(MODELS, [override])
+    assert len({c.config.model.name for c in expand(load(MODELS, ["model.dtype=float32"])) if c.kind == "narrow"}) == 3
+
+
+def test_a_section_below_null_tells_models_apart_too(load):
+    text = MODELS.replace("other: {model: {name: b}}", "other: {model: {name: b, lora: {r: 8}}}")
+    with pytest.raises(UserError, match="one, other of 'models' differ in model.lora.r"):
+        load(text, ["model.lora.r=4"])
+
+
+@pytest.mark.parametrize("override", ["batch.sft_rows=8", "batch={sft_rows: 8}"])
+@pytest.mark.parametrize("values", ["[8, 16]", "[16]"])
+def test_what_the_grid_sweeps_is_not_undone(load, override, values):
+    with pytest.raises(UserError, match=rf"override '{override}': 'grid' sweeps batch.sft_rows"):
+        load(overrides=[f"grid.batch.sft_rows={values}", override])
+    swept = load(overrides=[f"grid.batch.sft_rows={values}", "batch.grpo_prompts=2"])
+    assert {c.config.batch.sft_rows for c in expand(swept) if c.kind == "narrow"} == set(
+        map(int, values[1:-1].split(","))
+    )
+
+
+def test_a_value_of_the_grid_is_not_changed_from_within(load):
+    with pytest.raises(UserError, match="'grid' sweeps model.lora"):
+        load(overrides=["grid={model.lora: [null, {r: 8}]}", "model.lora.r=4"])
+    load(overrides=["grid={rewards: [[{fn: a}], [{fn: b}]]}", "rewards.0.weight=2"])
+
+
+def test_paths_that_an_override_makes_the_same_are_refused(load):
+    overrides = ["schedule={steps: 4, phases: [{cycle: [sft]}]}"]
+    with pytest.raises(
+        UserError, match=r"'schedule=.*' leaves no difference between the paths 'sft' and 'grpo'; .*--paths grpo"
+    ):
+        expand(load(overrides=overrides))
+    assert {c.path for c in expand(load(overrides=overrides), paths=["sft"]) if c.kind == "narrow"} == {"sft"}
