@@ -220,8 +220,21 @@ class LikelihoodConfig(Settings):
     @property
     def sources(self) -> dict[str, str]:
         """Name of a set -> its source: `general`, `indomain`, and the last part of each control's source."""
-        named = {name: source for name in ("general", "indomain") if (source := getattr(self, name))}
-        return named | {re.split("[/:]", source.removesuffix(".yaml"))[-1]: source for source in self.controls}
+        return dict(self._named())
+
+    def _named(self) -> list[tuple[str, str]]:
+        named = [(name, source) for name in ("general", "indomain") if (source := getattr(self, name))]
+        return named + [(re.split("[/:]", source.removesuffix(".yaml"))[-1], source) for source in self.controls]
+
+    @model_validator(mode="after")
+    def _one_source_a_name(self) -> LikelihoodConfig:
+        """Refuse a control that would take the place of another set, which would not be read."""
+        seen: dict[str, str] = {}
+        for name, source in self._named():
+            if (other := seen.setdefault(name, source)) != source:
+                both = f"{other} and {source} would both be named {name!r}; rename one of the files"
+                raise invalid_at(("controls",), self.controls, both)
+        return self
 
 
 class EvaluateConfig(Settings):

@@ -11,7 +11,7 @@ from scipy import stats
 from tiny import conversation, write_jsonl
 from transformers import AutoModelForCausalLM
 
-from rlsafe.config import EvaluateConfig, ModelConfig, run_from_tree
+from rlsafe.config import EvaluateConfig, ModelConfig, UserError, run_from_tree
 from rlsafe.data import encoded_row
 from rlsafe.engine.run.build import Resources
 from rlsafe.engine.run.life import run
@@ -202,6 +202,17 @@ def test_a_control_is_measured_under_the_last_part_of_its_name():
     )
     assert list(config.likelihood.sources) == ["general", "style", "topic"] and config.wanted and not config.asks
     assert EvaluateConfig(likelihood=None).likelihood.sources == {} and not EvaluateConfig(likelihood=None).wanted
+
+
+@pytest.mark.parametrize("controls", [["rlsafe:pairs/general"], ["a/style.yaml", "b/style.yaml"], ["my/indomain.yaml"]])
+def test_two_sets_of_pairs_of_one_name_are_refused(controls):
+    """One of them would be read under the name, the other never."""
+    given = {"general": "mine/pairs.yaml", "indomain": "mine/law.yaml", "controls": controls}
+    with pytest.raises(
+        UserError, match=rf"likelihood.controls: .*{controls[-1]} would both be named '(general|style|indomain)'"
+    ):
+        run_from_tree({"model": {"name": "x"}, "evaluate": {"likelihood": given}})
+    EvaluateConfig(likelihood={**given, "controls": ["a/style.yaml", "a/style.yaml", "mine/law.yaml"]})
 
 
 def test_rows_of_a_provider_and_data_of_a_run_share_the_encoding(policy, tmp_path):
