@@ -55,7 +55,7 @@ def _sft(result: Result, model: str, dtype: str, peak: float, rounds: int, count
         Contender("TRL", "contenders:trl_sft", trl, ALONE),
     ]
     lanes = [lane for lane in race(contenders, rounds, warm=1) if result.took_part(what, lane)]
-    _lines(result, what, lanes, _parameters(directory), peak)
+    _lines(result, what, lanes, multiplied(directory), peak)
     for lane in lanes:
         if lane.name == "rlsafe" and count == ROWS:
             seconds, wanted = lane.median("wall"), {"bfloat16": 6, "float32": 12}[dtype]
@@ -75,8 +75,8 @@ def _grpo(result: Result, model: str, dtype: str, peak: float, rounds: int, most
     lanes = race([Contender("rlsafe", "contenders:rlsafe_run", settings, ALONE)], rounds, warm=1)
     if not result.took_part(what, lanes[0]):
         return
-    parameters, lane = _parameters(directory), lanes[0]
-    _lines(result, what, lanes, parameters, peak)
+    weights, lane = multiplied(directory), lanes[0]
+    _lines(result, what, lanes, weights, peak)
     of_wall = {
         part: statistics.median(unit[part] / unit["wall"] for unit in lane.units) for part in ("generate", "sync")
     }
@@ -85,23 +85,23 @@ def _grpo(result: Result, model: str, dtype: str, peak: float, rounds: int, most
         f"{what}, {Path(model).name}: of a step rollouts {of_wall['generate']:.0%}, weight sync {of_wall['sync']:.0%}, update and all "
         f"else {rest:.0%}"
     )
-    # Each decoding step reads every weight once, and there are as many as the longest completion has tokens, at least their mean.
+    # Each decoding step reads these weights once, and there are as many as the longest completion has tokens, at least their mean.
     # Each token costs 2 N operations. Prefill is left out.
     tokens = lane.median("tokens")
-    reading = parameters * BYTES[dtype] / _bandwidth() * tokens / (PROMPTS * GROUP)
-    floor = max(reading, 2 * parameters * tokens / peak)
+    reading = weights * BYTES[dtype] / _bandwidth() * tokens / (PROMPTS * GROUP)
+    floor = max(reading, 2 * weights * tokens / peak)
     spent = lane.median("generate")
     share, by = floor / spent, "bandwidth" if floor == reading else "compute"
     result.goal(f"{what}: rollouts, {spent:.1f} s, share of the floor ({by})", share, ">= 0.6", share >= 0.6)
 
 
-def _lines(result: Result, what: str, lanes: list[Lane], parameters: int, peak: float) -> None:
+def _lines(result: Result, what: str, lanes: list[Lane], weights: int, peak: float) -> None:
     """A row for each lane. Training under LoRA needs 4 N operations a token; its share of the peak counts those alone."""
     ours = next((lane for lane in lanes if lane.name == "rlsafe"), None)
     for lane in lanes:
         cells = [what, lane.name, f"{lane.median('wall'):.2f}", f"{lane.median('tokens'):.0f}"]
         cells += [f"{lane.median('cpu'):.2f}", shown(ratios(lane, ours)) if ours else ""]
-        cells.append(f"{4 * parameters / statistics.median(lane.per_token('wall')) / peak:.1%}")
+        cells.append(f"{4 * weights / statistics.median(lane.per_token('wall')) / peak:.1%}")
         result.row(cells, lane)
 
 
@@ -171,13 +171,16 @@ def _directory(name: str, dtype: str) -> str:
     return snapshot_download(name, local_files_only=True)
 
 
-def _parameters(directory: str) -> int:
-    """Of the model; a tied head counts once."""
+def multiplied(directory: str) -> int:
+    """The weights that a token is multiplied with: without input embeddings, which are looked up, unless they are the head as well."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory)).num_parameters()
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+    embeddings = model.get_input_embeddings().weight
+    tied = model.get_output_embeddings().weight is embeddings
+    return model.num_parameters() - (0 if tied else embeddings.numel())
 
 
 def _fastest(run: Any, seconds: float = 2.0) -> float:

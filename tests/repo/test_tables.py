@@ -111,9 +111,9 @@ def test_curves_are_those_of_the_narrow_runs_and_drawn_for_each_quantity(tmp_pat
 
 
 def test_how_many_grades_are_decided_and_would_be_with_more_seeds(tables, monkeypatch):
-    """By hand: `none` shows a rise, and a rise that is clear of 0 is its grade with however many seeds. kl leaves .1 of .5 with a spread
-    of .1 of the effect, so .8 is prevented +- t(.975) .1 / sqrt(n): .248 with 3 seeds, .124 with 5, which reaches past .9, and .072
-    with 10, which does not."""
+    """By hand: `none` shows a rise, and a rise that is clear of 0 is its grade with however many seeds. kl leaves .1 of .5 with a
+    spread of .1 of the effect, so .8 is prevented +- t(.975) .1 / sqrt(n): .248 with 3 seeds, .124 with 5, which reaches past .9, and
+    .072 with 10, which does not."""
 
     def row(general, verdict=None):
         rates = {"general": {"mean": sum(general) / 3, "seeds": dict(enumerate(general))}}
