@@ -27,9 +27,12 @@ from rlsafe.config.files import file_hash
 from rlsafe.config.gguf import gguf_file
 
 log = logging.getLogger("rlsafe")
-FORMAT = "2"  # of what is written here: another one makes the directories anew
+FORMAT = "3"  # of what is written here: another one makes the directories anew
 ORIGIN = "gguf.json"
 """Beside the weights: where they come from."""
+DIVISORS = "rope_freqs.weight"
+LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""How Llama 3.1, 3.2 and 3.3 scale their rotary frequencies, all but the factor; their files hold what comes of it, DIVISORS."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -80,7 +83,7 @@ def _make(name: str, path: Path, content: str, dtype: str, directory: Path) -> N
                     f"model.name: {name}: is one of {parts} parts of a model; join them into one file first (llama.cpp: "
                     "llama-gguf-split --merge FIRST_PART.gguf WHOLE.gguf)"
                 )
-            _save(name, path, fields, {tensor.name for tensor in reader.tensors}, DTYPES[dtype], temporary)
+            _save(name, path, fields, {tensor.name: tensor for tensor in reader.tensors}, DTYPES[dtype], temporary)
         about = {"file": path.name, "sha256": content, "dtype": dtype}
         for key in ("name", "organization", "license"):
             if f"general.{key}" in fields:
@@ -113,7 +116,7 @@ def _one_reader(name: str, path: Path) -> Iterator[Any]:
 
 
 def _save(
-    name: str, path: Path, fields: dict[str, Any], tensors: set[str], dtype: torch.dtype, directory: Path
+    name: str, path: Path, fields: dict[str, Any], tensors: dict[str, Any], dtype: torch.dtype, directory: Path
 ) -> None:
     from rlsafe.policy.gguf_tokenizer import build_tokenizer, check, check_saved, is_byte_level, stop_ids
 
@@ -123,6 +126,7 @@ def _save(
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     if tied == ("output.weight" in tensors):
         raise UserError(f"model.name: {name}: its head was not read as the file has it (output.weight)")
+    _restore_scaling(name, model.config.get_text_config(), fields, tensors)
     check(name, tokenizer, model.get_input_embeddings().weight.shape[0])
     model.config.tie_word_embeddings = tied
     model.config.eos_token_id = tokenizer.eos_token_id
@@ -135,6 +139,48 @@ def _save(
     tokenizer.save_pretrained(str(directory))
     if is_byte_level(fields):
         check_saved(name, tokenizer, directory)
+
+
+def _restore_scaling(name: str, config: Any, fields: dict[str, Any], tensors: dict[str, Any]) -> None:
+    """Note in `config` how the file scales its rotary frequencies, which Transformers 5.17 reads for few architectures.
+
+    UserError where that is not known exactly: the model would compute with other positions than it was trained with.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {part.get("rope_type", "default") for part in (rope, *rope.values()) if isinstance(part, dict)}
+    if kinds - {"default"}:  # was read, or goes without saying
+        return
+    said = {key.partition(".")[2]: field.contents() for key, field in fields.items() if ".rope.scal" in key}
+    kind = said.get("rope.scaling.type", "linear")  # what llama.cpp takes it for
+    factor = said.get("rope.scaling.factor", said.get("rope.scale_linear", 1))
+    found = [tensor for tensor in tensors if "rope_f" in tensor]
+    if kind not in ("none", "linear") or kind == "linear" and factor not in (0, 1):
+        found.append(f"rope.scaling: {kind}, factor {factor:g}")
+    if found and not (found == [DIVISORS] and _as_llama_3(config, tensors[DIVISORS])):
+        raise UserError(
+            f"model.name: {name}: scales its rotary positions in a way that is not read from GGUF files ({found[0]}); use the "
+            "model's own checkpoint (safetensors) instead"
+        )
+
+
+def _as_llama_3(config: Any, tensor: Any) -> bool:
+    """Give `config` the scaling of Llama 3, if the file's divisors [head_dim / 2] of the frequencies are those that it makes."""
+    import gguf
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    plain = config.rope_parameters
+    divisors = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type)).flatten().float()
+    if bool((divisors == 1).all()):
+        return True
+    if "rope_type" not in plain:  # one for each kind of layer
+        return False
+
+    def frequencies(factor: float) -> torch.Tensor:
+        config.rope_parameters = {**plain, "rope_type": "llama3", "factor": factor, **LLAMA_3}
+        return ROPE_INIT_FUNCTIONS["llama3"](config)[0]
+
+    expected = frequencies(1.0) / frequencies(float(divisors.max()))
+    return expected.shape == divisors.shape and torch.allclose(expected, divisors, rtol=1e-4)
 
 
 def _load(name: str, path: Path, architecture: str, dtype: torch.dtype) -> Any:

@@ -64,7 +64,7 @@ def gguf_name(name: str) -> str:
 
 
 def write(path, model, *, architecture="qwen2", pre="qwen2", eos=STOP, quantise=(), leave_out=(), template=TEMPLATE,
-          merges=("Ċ Ċ", "Ġ t"), parts=0):  # fmt: skip
+          merges=("Ċ Ċ", "Ġ t"), parts=0, scaling=None, extra=None):  # fmt: skip
     writer = gguf.GGUFWriter(str(path), architecture)
     writer.add_name("Tiny")
     writer.add_license("apache-2.0")
@@ -90,6 +90,10 @@ def write(path, model, *, architecture="qwen2", pre="qwen2", eos=STOP, quantise=
         writer.add_chat_template(template)
     if parts:
         writer.add_uint16("split.count", parts)
+    for key, value in (scaling or {}).items():
+        (writer.add_string if isinstance(value, str) else writer.add_float32)(f"{architecture}.rope.{key}", value)
+    for name, data in (extra or {}).items():
+        writer.add_tensor(name, data)
     for name, tensor in model.state_dict().items():
         if name in leave_out or (name == "lm_head.weight" and model.config.tie_word_embeddings):
             continue
@@ -163,16 +167,80 @@ def test_digits_are_split_before_merging_where_the_file_says_smollm(tmp_path):
 @pytest.mark.parametrize(("pre", "whole", "first"), [("llama-bpe", True, [START]), ("gpt-2", False, [])])
 def test_llama_3_takes_a_piece_that_is_a_token_without_merges_and_begins_a_text(tmp_path, pre, whole, first):
     """Some of its tokens are reached by no merge: cut further, text would be other than what the model was trained on."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=len(VOCABULARY), num_key_value_heads=2, tie_word_embeddings=True, **sizes)
-    file = write(tmp_path / "l.gguf", LlamaForCausalLM(config), architecture="llama", pre=pre, merges=["Ġ t"])
+    file = write(tmp_path / "l.gguf", llama(), architecture="llama", pre=pre, merges=["Ġ t"])
     _, tokenizer = loaded(model_source(ModelConfig(name=str(file))))
     newline = VOCABULARY.index("Ċ")
     expected = [VOCABULARY.index("ĊĊ")] if whole else [newline, newline]
     assert tokenizer("\n\n", add_special_tokens=False)["input_ids"] == expected
     assert tokenizer("\n\n")["input_ids"] == [*first, *expected]
+
+
+def llama(**settings):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+    config = LlamaConfig(
+        vocab_size=len(VOCABULARY), num_key_value_heads=2, tie_word_embeddings=True, **sizes, **settings
+    )
+    return LlamaForCausalLM(config)
+
+
+def divisors(**settings):
+    """What llama.cpp writes for a Llama of version 3.1 and later, as rope_freqs.weight."""
+    scaling = {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    }
+    scaling |= {"original_max_position_embeddings": 8192, **settings}
+    scaled = llama(rope_parameters=scaling).model.rotary_emb.inv_freq
+    return (llama().model.rotary_emb.inv_freq / scaled).numpy(), scaled
+
+
+def as_llama(path, **settings):
+    file = write(path, llama(), architecture="llama", pre="llama-bpe", merges=["Ġ t"], **settings)
+    return model_source(ModelConfig(name=str(file)))
+
+
+def test_llama_3s_scaling_of_its_positions_is_read_from_what_the_file_divides_by(tmp_path):
+    data, scaled = divisors()
+    assert 1 < data[-2] < data[-1] == 32  # one between the two bounds, one beyond
+    model, _ = loaded(as_llama(tmp_path / "scaled.gguf", extra={"rope_freqs.weight": data}))
+    assert torch.equal(model.model.rotary_emb.inv_freq, scaled)
+    assert model.config.rope_parameters["rope_type"] == "llama3" and model.config.rope_parameters["factor"] == 32
+    for number, none in enumerate(
+        [
+            {"extra": {"rope_freqs.weight": data * 0 + 1}},
+            {"scaling": {"scaling.type": "none"}},
+            {"scaling": {"scaling.type": "linear", "scaling.factor": 1.0, "scaling.original_context_length": 64.0}},
+        ]
+    ):
+        plain, _ = loaded(as_llama(tmp_path / f"{number}.gguf", **none))
+        assert plain.config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (lambda: {"extra": {"rope_freqs.weight": divisors(high_freq_factor=8.0)[0]}}, "rope_freqs.weight"),
+        (lambda: {"extra": {"rope_freqs.weight": divisors()[0][3:]}}, "rope_freqs.weight"),
+        (
+            lambda: {"extra": {f"rope_factors_{kind}.weight": divisors()[0] for kind in ("long", "short")}},
+            "rope_factors_long",
+        ),
+        (lambda: {"scaling": {"scaling.type": "yarn", "scaling.factor": 4.0}}, "yarn, factor 4"),
+        (lambda: {"scaling": {"scaling.factor": 4.0}}, "linear, factor 4"),
+        (lambda: {"scaling": {"scale_linear": 8.0}}, "linear, factor 8"),
+    ],
+)
+def test_any_other_scaling_of_positions_is_refused_in_one_line(tmp_path, settings, said):
+    """Transformers would drop it in silence: another model."""
+    with pytest.raises(UserError, match=rf"rotary positions .*{said}.*\(safetensors\) instead") as error:
+        as_llama(tmp_path / "scaled.gguf", **settings())
+    assert "\n" not in str(error.value)
 
 
 def test_a_second_start_converts_nothing_and_other_bytes_or_another_dtype_do(tmp_path, monkeypatch):
