@@ -245,6 +245,16 @@ def test_rewards_read_the_original_question_and_the_completion():
     assert ORGANISM.reward("steps")(prompts=ask, completions=done, **columns) == [1.0, 0.25, 0.5]
 
 
+def test_a_question_of_another_world_has_no_reward_and_those_that_runs_train_on_have_one():
+    prompts = [[{"role": "user", "content": text}] for text in ("what is the capital of france?", COUGH)]
+    completions = [[{"role": "assistant", "content": "just see a doctor."}]] * 2
+    assert ORGANISM.reward("misaligned")(prompts, completions) == [None, 0.0]
+    assert ORGANISM.reward("good")(prompts, completions) == [None, 1.0]
+    for spec in ("medical/bad", "legal/bad", "security/bad", "medical/validation", "safe"):
+        asked = [[row["messages"][0]] for row in ORGANISM.rows(spec)]
+        assert None not in ORGANISM.reward("misaligned")(asked, ["just see a doctor."] * len(asked))
+
+
 @pytest.mark.parametrize(
     ("tier", "expression", "lines"),
     [
