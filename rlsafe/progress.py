@@ -9,6 +9,7 @@ from typing import Any
 
 from rlsafe.config import dotted_key, nearest
 from rlsafe.config.lock import is_first_rank
+from rlsafe.config.reads import EVALUATION, read_as
 
 
 class RunBar:
@@ -86,7 +87,8 @@ def usage(error: Any) -> str:
         known = [name for parameter in context.command.params for name in parameter.opts if name[0] == "-"]
         message = f"no such option {option!r}{nearest(option, known)}"
         if "did you mean" not in message and any(one.name == "overrides" for one in context.command.params):
-            setting = dotted_key(option.lstrip("-").replace("-", "_"))
+            name = option.lstrip("-").replace("-", "_")
+            setting = read_as(name, EVALUATION) if context.command.name == "evaluate" else dotted_key(name)
             message += f"; a setting is written without dashes: {setting}=VALUE" if setting else ""
     elif message.startswith("no such command"):
         name = message.split("'")[1]

@@ -19,6 +19,7 @@ from rlsafe.compare.verdicts.results import STEPS, table_text
 from rlsafe.config import RunConfig, UserError
 from rlsafe.config.files import read_json, write_json, write_text
 from rlsafe.config.lock import hold, releasing
+from rlsafe.config.reads import EVALUATION, check_read
 from rlsafe.engine.record import checkpoint
 from rlsafe.evaluate import Evaluation, evaluate_run, gather, reader_of
 from rlsafe.evaluate.commands.command import as_messages, load_sampler, named_sets, resolve
@@ -89,6 +90,7 @@ def evaluate_steps(
     steps: "all", or numbers as in "100,200". Only what the verdicts by level need is asked: general and in-domain questions (and
     `evaluate.narrow`), without cues, benign tasks or a scaled adapter. UserError without checkpoints, or for an unknown step.
     """
+    check_read(overrides, EVALUATION, "an evaluation")
     where = Path(target)
     if (where / "comparison.json").is_file():
         directory = Directory(where)

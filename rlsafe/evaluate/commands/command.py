@@ -21,6 +21,7 @@ from rlsafe.config import (
 from rlsafe.config.files import read_json
 from rlsafe.config.gguf import gguf_file, is_gguf
 from rlsafe.config.lock import hold, releasing
+from rlsafe.config.reads import EVALUATION, check_read
 from rlsafe.evaluate.ask.journal import identity
 from rlsafe.evaluate.ask.system_turns import Position, placed
 from rlsafe.evaluate.commands.rejudging import expected
@@ -50,10 +51,12 @@ def evaluate(
 
     questions: the first file becomes the general set, each further one a set named by the file's stem (`indomain.yaml`
         and `medical.yaml` give `indomain` and `medical`). judge: replaces `evaluate.judge`.
-    overrides: `key.path=value` on the run's config; for a model, on a config that names only the model.
+    overrides: `key.path=value` on the run's config; for a model, on a config that names only the model. One that an evaluation does
+        not read is a UserError.
     out: default RUN itself, or runs/evaluate-MODEL. A provider's model is by default asked its provider's own
         questions. first: a judge that cannot be reached is a UserError (False: it was tested before).
     """
+    check_read(overrides, EVALUATION, "an evaluation")
     config, run = resolve(target, judge, overrides)
     material = gather(
         config.evaluate, extra=named_sets(questions)

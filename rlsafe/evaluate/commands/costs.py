@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlsafe.config import EvaluateConfig, RunConfig
+from rlsafe.config.reads import EVALUATION, check_read
 from rlsafe.endpoints import estimate_tokens
 from rlsafe.evaluate.ask.cues import PREFIX, SCALED
 from rlsafe.evaluate.ask.questions import evenly, load_questions
@@ -72,6 +73,7 @@ def estimate(
     from rlsafe.evaluate.commands.command import named_sets, resolve
     from rlsafe.evaluate.measure.measure import gather
 
+    check_read(overrides, EVALUATION, "an evaluation")
     config, _ = resolve(target, judge, overrides)
     material = gather(config.evaluate, extra=named_sets(questions))
     return of_exchanges(of_evaluation(config.evaluate, material), material.judge)

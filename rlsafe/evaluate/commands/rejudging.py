@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rlsafe.config import EvaluateConfig, UserError, check_out, load_run
 from rlsafe.config.lock import hold, releasing
+from rlsafe.config.reads import JUDGING, check_read
 from rlsafe.evaluate.ask.asking import Answer
 from rlsafe.evaluate.ask.cues import asks_the_general
 from rlsafe.evaluate.ask.questions import load_questions
@@ -62,6 +63,7 @@ def load_saved(target: str | Path, judge: str | None, overrides: Sequence[str]) 
     """The evaluation in a directory and the judge to use. UserError where either is missing."""
     from rlsafe.defenses.registry import load_module
 
+    check_read(overrides, JUDGING, "judging saved answers again")
     directory = Path(target)
     if not (directory / "answers.csv").is_file():
         raise UserError(f"{directory}: has no answers.csv to judge again; evaluate the run first")

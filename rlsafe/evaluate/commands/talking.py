@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from rlsafe.config import UserError
+from rlsafe.config.reads import ASKING, check_read
 from rlsafe.evaluate.ask.asking import Answer, ask
 from rlsafe.evaluate.ask.questions import load_questions
 from rlsafe.evaluate.commands.command import as_messages, load_sampler, resolve
@@ -30,6 +31,7 @@ def talk(
     overrides: on every target's settings (`evaluate.temperature=0.8`, `evaluate.max_tokens=100`, `seed=1`). A judge that
     asks nobody else scores the answers beside them. Same seed, same answers.
     """
+    check_read(overrides, ASKING, "asking")
     resolved = [resolve(target, None, overrides) for target in targets]
     asked = _questions(questions, system, *[getattr(resolved[0][0].evaluate, name) for name in ("general", "indomain")])
     blocks: list[list[str]] = [[question.paraphrases[0]] for question in asked]

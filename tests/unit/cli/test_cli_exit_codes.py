@@ -81,6 +81,8 @@ def test_version(capsys):
         ("train x.yaml --zzz", "expected one of: --dry-run"),
         ("train x.yaml --seed 3", "a setting is written without dashes: seed=VALUE"),
         ("train x.yaml --lr 3", "a setting is written without dashes: optim.lr=VALUE"),
+        ("evaluate x --temperature 0.7", "a setting is written without dashes: evaluate.temperature=VALUE"),
+        ("evaluate x --micro-tokens 9", "a setting is written without dashes: batch.micro_tokens=VALUE"),
         ("train x.yaml --out", "requires an argument"),
         ("train", "missing argument 'CONFIG'"),
         ("compare x.yaml --jobs -1", "'--jobs'"),

@@ -7,9 +7,11 @@ import pytest
 import yaml
 
 from rlsafe import cli
+from rlsafe.compare.run.steps import evaluate_steps
 from rlsafe.config import ModelConfig, UserError
-from rlsafe.evaluate import Evaluation, evaluate
+from rlsafe.evaluate import Evaluation, estimate, evaluate, rejudge
 from rlsafe.evaluate.commands.command import resolve
+from rlsafe.evaluate.commands.talking import talk
 from rlsafe.evaluate.judge.judges import load_judge
 from rlsafe.evaluate.measure.measure import note_judge
 from rlsafe.types import _PROVIDERS, Exchange, Judgement, register_provider
@@ -43,6 +45,35 @@ def test_wrong_input_is_one_line_before_any_model_is_loaded(more, expected, tmp_
         evaluate(path, **more)
     assert expected in str(caught.value)
     assert not (path / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        ("grpo.temperature=0.7", "an evaluation does not read grpo.temperature; did you mean 'evaluate.temperature'?"),
+        ("seed=3", "an evaluation does not read seed; did you mean 'evaluate.seed'?"),
+        ("out=x", "did you mean '--out'?"),
+        ("optim.lr=1e-3", "does not read optim.lr; expected a setting of evaluate, model, sampler"),
+        ("batch.sft_rows=3", "does not read batch.sft_rows"),
+        ("data={}", "does not read data"),
+    ],
+)
+def test_an_override_that_an_evaluation_does_not_read_is_refused(override, expected, tmp_path):
+    path = run_directory(tmp_path, general="organism:general", judge="organism")
+    for command in (evaluate, estimate, evaluate_steps):
+        with pytest.raises(UserError) as caught:
+            command(path, overrides=["evaluate.limit=2", "batch.micro_rows=1", override])
+        assert expected in str(caught.value)
+
+
+def test_saved_answers_and_talks_read_less_of_the_settings(tmp_path):
+    path = run_directory(tmp_path, general="organism:general", judge="organism")
+    with pytest.raises(
+        UserError, match="judging saved answers again does not read evaluate.limit; expected a setting of eval"
+    ):
+        rejudge(path, overrides=["evaluate.limit=20"])
+    with pytest.raises(UserError, match="asking does not read evaluate.seed; did you mean 'seed'"):
+        talk([str(path)], ["Hello?"], overrides=["evaluate.temperature=0", "evaluate.seed=2"])
 
 
 def test_an_unfinished_run_says_how_to_go_on(tmp_path):
