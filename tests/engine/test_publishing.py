@@ -190,6 +190,24 @@ def test_what_a_run_computed_with_changes_nothing_in_the_merged_model(trained_wi
         assert torch.equal(merged[name], expected)
 
 
+def test_an_adapter_is_not_merged_into_files_of_quantised_weights(tiny_model_dir, copied_run, tmp_path):
+    """Sums cast to packed numbers would be another model."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    packed = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    AutoModelForCausalLM.from_pretrained(
+        tiny_model_dir, quantization_config=packed, device_map={"": "cpu"}
+    ).save_pretrained(tmp_path / "packed")
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "packed")
+    settings = yaml.safe_load((copied_run / "config.yaml").read_text())
+    settings["model"]["name"] = str(tmp_path / "packed")
+    (copied_run / "config.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(UserError, match="--merge: .*/packed hold quantised weights.*without --merge"):
+        publish(copied_run, out=tmp_path / "out", merge=tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("merged", [False, True])
 def test_plain_vllm_loads_the_policy(merged, finished, tmp_path):

@@ -110,6 +110,11 @@ def _merge(config: RunConfig, run: Path, directory: Path) -> Path:
     if directory.exists() and any(directory.iterdir()):
         raise UserError(f"--merge {directory}: is not empty; expected a new directory")
     base = Path(local_directory(model_source(config.model), config.model.revision))
+    if json.loads((base / "config.json").read_text("utf-8")).get("quantization_config"):
+        raise UserError(
+            f"--merge: the files of {config.model.name} hold quantised weights, which an adapter cannot be merged into; publish the "
+            "adapter without --merge, or train on the unquantised model"
+        )
     # Of the base's files and on this machine's CPU: what the run itself computed with does not matter.
     as_stored = {"quantization": None, "dtype": _stored(base), "attention": "sdpa", "gradient_checkpointing": False}
     model = config.model.model_copy(update={"adapter": str(run / "adapter"), **as_stored})
