@@ -93,7 +93,7 @@ def test_the_report_has_the_column(tmp_path):
 def test_a_level_at_which_nothing_has_emerged_is_untested(tmp_path):
     quiet = {arm: {"general": 0.0, "indomain": 0.62} for arm in MIDDLE}
     found = compared(comparison(tmp_path, {**quiet, ("sft", "kl"): {"general": 0.0, "indomain": 0.62}}))
-    assert found.difference is not None or "no clear emergent misalignment" in found.reason
+    assert found.difference is None and "no clear emergent misalignment" in found.reason
 
 
 def test_a_step_that_some_seed_lacks_is_not_used(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -113,19 +114,24 @@ def test_its_own_rows_may_be_the_runs_safe_ones(tiny_tree, tmp_path, safe_file):
 
 
 def test_a_reference_may_be_the_adapter_of_an_earlier_run(tiny_tree, tmp_path):
-    """`path:DIR` of what a run saved is the same reference as the snapshot that the run itself would take."""
+    """`path:DIR` of what a run saved is the same reference as the snapshot that the run itself takes at that step."""
     tree = tree_with(
         tiny_tree, {"schedule": {"steps": 2, "phases": [{"cycle": ["sft"]}]}, "optim": {"schedule": "constant"}}
     )
     train(tree, tmp_path / "warm")
-    longer = tree_with(tree, {"schedule": {"steps": 5}})
-    results = {}
+    results, divergences = {}, {}
     for name, reference in {"path": f"path:{tmp_path / 'warm' / 'adapter'}", "step": "step:2", "base": "base"}.items():
-        kl = {"kl": {"weight": 3.0, "reference": reference, "on": ["narrow"]}}
-        results[name] = train(tree_with(longer, {"defenses": [kl]}), tmp_path / name)
+        kl = {"kl": {"weight": 3.0, "reference": reference, "on": ["narrow"], "from_step": 2}}
+        results[name] = train(tree_with(tree, {"schedule": {"steps": 5}, "defenses": [kl]}), tmp_path / name)
+        records = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        divergences[name] = [record["defense/kl/full"] for record in records[2:]]
+    assert divergences["path"] == pytest.approx(divergences["step"], rel=1e-4, abs=1e-7)
+    assert (
+        divergences["path"][0] < 1e-6 < divergences["path"][-1]
+    )  # the two part from the step on at which it was saved
+    assert divergences["base"][0] > 1e-4
     distances = {
         name: max(float((results["path"][n] - results[name][n]).abs().max()) for n in results["path"])
         for name in ("step", "base")
     }
-    assert distances["step"] > 1e-6  # `path` already pulls in the first two steps, when the snapshot does not exist yet
-    assert distances["base"] > 1e-4
+    assert distances["step"] < 1e-6 and distances["base"] > 1e-4

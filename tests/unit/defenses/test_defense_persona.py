@@ -258,7 +258,7 @@ def test_probes_and_evaluation_see_the_plain_model(tiny_tree, tmp_path, path, ve
 
 
 @pytest.mark.parametrize("rollouts", [True, False])
-@pytest.mark.parametrize("iterations", [1, pytest.param(2, marks=pytest.mark.integration)])
+@pytest.mark.parametrize("iterations", [pytest.param(1, marks=pytest.mark.integration), 2])
 def test_grpo_compares_each_log_prob_with_its_own_context(tiny_tree, tmp_path, vectors, rollouts, iterations):
     """The gap is taken with the hooks that the rollout had; the ratio, old and new, is of steered log-probs."""
     tree = tree_with(
