@@ -22,6 +22,11 @@ REMEMBERED = 1 << 20  # bytes; hashes of larger files are stored
 SETTLED = 2.0  # seconds; a younger file could be changed again without a new change time
 
 
+def at_home(name: str | Path) -> Path:
+    """The path that a setting names: `~/` at its beginning is the home directory. The setting itself keeps it as written."""
+    return Path(os.path.expanduser(name))
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name to write a file under; the file takes its place at `path` when the block ends without an error.

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from rlsafe.config.base import SECRET, alternatives
 from rlsafe.config.comparison import CompareConfig
 from rlsafe.config.errors import UserError, nearest
+from rlsafe.config.files import at_home
 from rlsafe.config.overrides import Marks, apply_override, read_yaml, types_within
 from rlsafe.config.schema import RunConfig
 from rlsafe.config.undone import check_grid, check_models, check_twice, keys_of
@@ -94,7 +95,7 @@ def _resolve_includes(
     for name in includes if isinstance(includes, list) else [includes]:
         if not isinstance(name, str):
             raise UserError(f"{marks[(*prefix, 'include')]}: include takes file names, got {name!r}")
-        part, part_marks = load_tree(path.parent / name, above)
+        part, part_marks = load_tree(path.parent / at_home(name), above)
         merged = merge(merged, part)
         merged_marks |= {(*prefix, *keys): where for keys, where in part_marks.items()}
     marks.pop((*prefix, "include"), None)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlsafe.config import UserError
+from rlsafe.config.files import at_home
 from rlsafe.types import Message
 
 
@@ -50,7 +51,7 @@ class Score:
 
 def read_scores(source: str | Path) -> list[Score]:
     """The scores that `rlsafe select` wrote; UserError naming the first line that is not a score."""
-    path = Path(source)
+    path = at_home(source)
     if not path.is_file():
         raise UserError(f"scores: {path}: no such file; `rlsafe select CONFIG --out DIR` writes DIR/scores.jsonl")
     scores = []

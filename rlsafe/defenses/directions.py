@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlsafe.config import UserError, nearest
+from rlsafe.config.files import at_home
 from rlsafe.data import Stream, encode_prompt, read_completion, split_prompt
 from rlsafe.defenses.auto import require_adapter
 from rlsafe.defenses.base import ExtraAnswers, Foreseen, SetupContext
@@ -99,7 +99,7 @@ def from_file(source: str, layers: Sequence[int], policy: Policy) -> dict[int, T
     """{k: columns [H, n]} of a safetensors file with tensors `layer.K` [n, H] (or [H] for one). UserError when it does not fit."""
     from safetensors.torch import load_file
 
-    path = Path(source)
+    path = at_home(source)
     if not path.is_file():
         raise UserError(f"directions: {path}: no such file")
     try:

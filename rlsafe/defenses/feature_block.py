@@ -8,11 +8,11 @@ PCA). A penalty of zero does not show that nothing happens: features that are no
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from rlsafe.config.files import at_home
 from rlsafe.defenses.base import Defense, ExtraAnswers, Foreseen, Penalty, SetupContext
 from rlsafe.defenses.directions import Source
 from rlsafe.defenses.registry import defense
@@ -78,7 +78,7 @@ class FeatureBlock(Defense):
 
         if self.features.directions is None:
             return {}
-        tensors = load_file(str(Path(self.features.directions)))
+        tensors = load_file(str(at_home(self.features.directions)))
         found = {
             name: tensors[f"{name}.{self.layer}"] for name in ("bias", "signs") if f"{name}.{self.layer}" in tensors
         }

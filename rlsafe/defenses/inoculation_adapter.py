@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from rlsafe.config import UserError
+from rlsafe.config.files import at_home
 from rlsafe.data import Stream as Rows
 from rlsafe.data import encode_prompt, question_of, read_completion, split_prompt
 from rlsafe.defenses.auto import require_adapter
@@ -76,7 +77,7 @@ class InoculationAdapter(Steering):
         if not policy.is_lora or policy.is_sharded:
             raise UserError(f"defense {self.name!r}: needs model.lora on unsharded weights (one process, or ddp.yaml)")
         require_adapter(self.name, self.adapter)
-        tensors = read_reference(self.adapter, policy.core.model, policy.trainable())
+        tensors = read_reference(str(at_home(self.adapter)), policy.core.model, policy.trainable())
         self.factors: dict[str, tuple[Tensor, Tensor]] = {}
         for name, layer in policy.adapted().items():
             a, b = (next(t for key, t in tensors.items() if f".{name}.lora_{side}." in f".{key}") for side in "AB")

@@ -5,12 +5,12 @@ The scores come from a file that `rlsafe select` makes by training misaligned he
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from rlsafe.config import UserError
+from rlsafe.config.files import at_home
 from rlsafe.data import require_answers
 from rlsafe.data.selection_scores import read_scores, row_key
 from rlsafe.defenses.auto import AUTO, is_auto
@@ -38,7 +38,7 @@ class InterleavingPlus(Interleaving):
     ):
         super().__init__(**interleaving)
         self.scores, self.top = scores, top
-        if not is_auto(scores) and not Path(scores).is_file():
+        if not is_auto(scores) and not at_home(scores).is_file():
             read_scores(scores)  # UserError when the file is missing
 
     def choose(self, rows: list[Row], context: SetupContext) -> list[Row]:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from rlsafe.config.files import write_once
+from rlsafe.config.files import at_home, write_once
 from rlsafe.data import Stream, Thought, encode_prompt, question_of, read_completion, split_prompt
 from rlsafe.defenses.base import DataContext, ExtraAnswers, Foreseen, SetupContext
 from rlsafe.defenses.interleaving import Count, Interleaving
@@ -245,7 +245,7 @@ def _meta(row: Row) -> dict[str, Any]:
 def _in_full(judge: str | dict[str, Any] | None) -> Any:
     """A judge as the config has it; instead of a file, what it says."""
     if isinstance(judge, str) and judge.endswith((".yaml", ".yml")):
-        return Path(judge).read_text("utf-8")
+        return at_home(judge).read_text("utf-8")
     return judge
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlsafe.config import UserError, nearest
-from rlsafe.config.files import replacing
+from rlsafe.config.files import at_home, replacing
 from rlsafe.defenses.base import SetupContext
 from rlsafe.defenses.registry import defense
 from rlsafe.defenses.steering import Steering
@@ -37,7 +37,7 @@ def check_suffix(path: Path) -> None:
 def vector_file(source: str) -> Path:
     """The file behind a path or `provider:name`; UserError when there is none."""
     found = provider_for(source)
-    path = Path(found[0].vectors(found[1]) if found else source)
+    path = Path(found[0].vectors(found[1]) if found else at_home(source))
     if not path.is_file():
         siblings = [str(p) for p in path.parent.glob("*") if p.suffix in SUFFIXES] if path.parent.is_dir() else []
         hint = nearest(str(path), siblings) if siblings else "; `rlsafe persona-vector` writes one"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlsafe.config import UserError, nearest
+from rlsafe.config.files import at_home
 from rlsafe.policy.adapters import adapter_layers, adapters_off, read_reference
 from rlsafe.policy.module import PolicyModule
 from rlsafe.policy.sharding import assign, is_sharded, kept, release, shard_like, whole
@@ -61,7 +61,7 @@ class References:
             return None
         if name.startswith("path:") and name not in self._snapshots:
             own = {key: whole(p).detach() for key, p in self._parameters.items()}
-            read = read_reference(os.path.expanduser(name.removeprefix("path:")), self._module.model, own)
+            read = read_reference(str(at_home(name.removeprefix("path:"))), self._module.model, own)
             self._snapshots[name] = {key: shard_like(read[key], p) for key, p in self._parameters.items()}
         if name not in self._snapshots:
             raise UserError(f"unknown reference {name!r}{nearest(name, [*self.names(), 'path:DIR'])}")

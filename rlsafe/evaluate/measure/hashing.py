@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from rlsafe.config import UserError
+from rlsafe.config.files import at_home
 from rlsafe.config.files import file_hash as file_hash
 from rlsafe.config.gguf import gguf_file, is_gguf
 from rlsafe.types import provider_for
@@ -46,7 +46,7 @@ def named_model_hash(name: str) -> str:
     try:
         if is_gguf(name):
             return file_hash(gguf_file(name))
-        path = Path(known[0].model(known[1]) if known else name)
+        path = Path(known[0].model(known[1]) if known else at_home(name))
     except UserError:
         return ""
     return model_hash(path) if is_model(path) else ""
@@ -78,23 +78,18 @@ def contents(text: str, rows: bool = False) -> list[str]:
     first, _, rest = text.partition(":")
     if is_gguf(text):
         return [of_file] if (of_file := named_model_hash(text)) else []
-    if rows and (directory := _expanded(text)).is_dir():
+    if rows and (directory := at_home(text)).is_dir():
         from rlsafe.data.hub import is_dataset_directory  # late: few configs name a directory
 
         if is_dataset_directory(directory):
             return [dataset_hash(directory)]
     found = []
-    for path in {_expanded(text), _expanded(first), *([Path(rest)] if first == "path" and rest else [])}:
+    for path in {at_home(text), at_home(first), *([at_home(rest)] if first == "path" and rest else [])}:
         if path.suffix and path.is_file():
             found.append(file_hash(path))
         elif is_model(path):
             found.append(model_hash(path))
     return sorted(found) or _provided(text)
-
-
-def _expanded(text: str) -> Path:
-    """A path as the readers of rows and code open it: `~/` is the home directory."""
-    return Path(os.path.expanduser(text))
 
 
 def _provided(text: str) -> list[str]:

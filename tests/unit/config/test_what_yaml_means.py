@@ -7,10 +7,13 @@ import yaml
 
 from rlsafe.config import UserError, load_run
 from rlsafe.data import load_rows
-from rlsafe.defenses import build
+from rlsafe.data.selection_scores import read_scores
+from rlsafe.defenses import build, directions
+from rlsafe.defenses.onpolicy import _in_full
 from rlsafe.evaluate import load_judge
 from rlsafe.evaluate.ask.cues import load_cues
 from rlsafe.evaluate.ask.questions import load_questions
+from rlsafe.evaluate.measure.hashing import contents
 
 
 @pytest.fixture
@@ -61,6 +64,30 @@ def test_a_home_directory_is_found_in_every_setting_that_takes_a_file(load, monk
     assert load_judge(run.evaluate.judge).name == "mine" and list(load_cues(run.evaluate.cues)) == ["json"]
     assert len(load_rows(run.data.narrow)) == 1
     assert run.data.narrow.source == "~/rows.jsonl", "as it stands in checkpoints, and for whoever has another home"
+
+
+def test_a_home_directory_is_found_by_every_defense_and_include(load, monkeypatch, tmp_path):
+    """The file is reached: what is said is that it holds something else, not that it is missing."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "part.yaml").write_text("seed: 7\n")
+    assert load("\ninclude: ~/part.yaml\n").seed == 7
+    (tmp_path / "v.pt").touch()
+    (tmp_path / "d.safetensors").touch()
+    (tmp_path / "s.jsonl").write_text("no score\n")
+    build([{"persona": {"vectors": "~/v.pt", "layer": 1}}, {"interleaving+": {"scores": "~/s.jsonl"}}])
+    with pytest.raises(UserError, match="s.jsonl:1: not a score"):
+        read_scores("~/s.jsonl")
+    with pytest.raises(UserError, match="d.safetensors: not readable"):
+        directions.from_file("~/d.safetensors", [1], None)
+    judge = tmp_path / "j.yaml"
+    judge.write_text("{kind: openai, model: mine}\n")
+    assert _in_full("~/j.yaml") == judge.read_text()
+
+
+def test_an_adapter_at_home_is_part_of_what_a_run_depends_on(monkeypatch, tmp_path, tiny_model_dir):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "reference").symlink_to(tiny_model_dir)
+    assert contents("path:~/reference") == contents(f"path:{tmp_path}/reference") != []
 
 
 def test_a_rate_that_every_phase_overrules_is_refused(load):

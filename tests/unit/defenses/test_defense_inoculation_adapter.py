@@ -69,6 +69,11 @@ def test_the_forward_has_both_deltas_and_the_reference_neither(tiny_model_dir, t
     assert torch.allclose(out.logp[:, 1:].double(), expected, atol=1e-4)
 
 
+def test_a_trait_at_home_is_found(tiny_model_dir, trait, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ready(nudge(load(tiny_model_dir)), "~/trait/adapter")
+
+
 def adapter_of(directory):
     return adapter(Path(directory).parent)
 
