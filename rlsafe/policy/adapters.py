@@ -238,14 +238,15 @@ def scaled(model: Any, factor: float) -> Iterator[None]:
 
 @torch.no_grad()
 def merged(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, W + scale * B A [out, in]) of every adapted weight, added in float32 and rounded once.
+    """(Hugging Face name, W + scale * B A [out, in]) of every adapted weight, added in float32 and rounded once; W inside
+    `adapters_off`.
 
     The base stays as it is, so that merging again and again adds no rounding error. In the model's order: a sampler loads a
     block's part at once.
     """
     for name, layer in adapter_layers(model).items():
         weight = layer.get_base_layer().weight
-        yield f"{name}.weight", (weight.float() + layer.get_delta_weight(ADAPTER).float()).to(weight.dtype)
+        yield f"{name}.weight", (weight.float() + _delta(layer)).to(weight.dtype)
 
 
 @torch.no_grad()
@@ -261,19 +262,20 @@ def merged_apart(model: Any) -> Iterator[tuple[str, Tensor]]:
         if (layer := layers.get(name)) is not None:
             linear = layer.get_base_layer()
             weight = whole(plain_weight(linear))
-            delta = _delta(layer).float()
-            yield f"{name}.weight", (weight.float() + delta).to(half if is_quantized(linear) else weight.dtype)
+            yield f"{name}.weight", (weight.float() + _delta(layer)).to(half if is_quantized(linear) else weight.dtype)
         elif is_quantized(module) and name.removesuffix(".base_layer") not in layers:
             yield f"{name}.weight", plain_weight(module).to(half)
 
 
-def _delta(layer: Any) -> Tensor:
-    """scale * B A as PEFT computes it; sharded factors are gathered first."""
+def _delta(layer: Any) -> Tensor | float:
+    """scale * B A in float32, as PEFT computes it; sharded factors are gathered first. 0 while the layer's adapter is off."""
+    if layer.disable_adapters:
+        return 0.0
     a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
     if whole(a) is a:
-        return layer.get_delta_weight(ADAPTER)
+        return layer.get_delta_weight(ADAPTER).float()
     product = whole(b) @ whole(a)
-    return (product.T if layer.fan_in_fan_out else product) * layer.scaling[ADAPTER]
+    return ((product.T if layer.fan_in_fan_out else product) * layer.scaling[ADAPTER]).float()
 
 
 def read_reference(directory: str, model: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

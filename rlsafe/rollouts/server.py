@@ -87,6 +87,11 @@ class ServerSampler:
             self._connect(server)
         self.max_model_len = min(server.max_model_len or 0 for server in self._servers)
 
+    @property
+    def merges(self) -> bool:
+        """Whether whole weights are synced, not an adapter."""
+        return self._sync == "merged"
+
     def _connect(self, server: Server) -> None:
         deadline = time.monotonic() + min(self._patience, START_PATIENCE)
         for attempt in itertools.count():

@@ -111,6 +111,11 @@ class VLLMSampler:
             self.close()
             raise said from None
 
+    @property
+    def merges(self) -> bool:
+        """Whether whole weights are synced, not an adapter."""
+        return self._sync == "merged"
+
     @contextmanager
     def _own_threads(self) -> Iterator[None]:
         threads = torch.get_num_threads()

@@ -150,12 +150,13 @@ def plan_rows(
 def untrained(sampler: Sampler, reader: Reader) -> Iterator[None]:
     """Inside, the sampler has the weights from before training; afterwards those of `reader.policy` again."""
     policy, reference = reader.untrained
-    reset = getattr(sampler, "reset", None)
+    engine: Any = sampler
+    swaps = policy.is_lora and not getattr(sampler, "merges", True)
     try:
         with policy.at(reference) if reference else nullcontext():
-            if reference and policy.is_lora and reset is not None:
-                reset()  # an engine holds the checkpoint: nothing needs to be sent
-            else:
+            if reference and swaps:
+                engine.reset()  # the adapter alone was sent
+            else:  # whole weights, whose base may be another than the checkpoint that the engine started with: a dequantised one
                 sampler.sync(policy)
             yield
     finally:

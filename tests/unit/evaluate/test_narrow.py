@@ -4,9 +4,11 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 from scripted_sampler import ScriptedSampler
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import byte_tokenizer, conversation, write_jsonl
+from tiny_architectures import load, nudge
 from tiny_runs import tree_with
 
 from rlsafe.config import EvaluateConfig, UserError, run_from_tree
@@ -16,6 +18,9 @@ from rlsafe.engine.run.life import train
 from rlsafe.evaluate import Evaluation, evaluate, evaluate_run, gather
 from rlsafe.evaluate.commands.command import named_sets
 from rlsafe.evaluate.commands.verify_evaluation import evaluation_differences
+from rlsafe.evaluate.measure.likelihood import Reader
+from rlsafe.evaluate.measure.narrow import untrained
+from rlsafe.policy.quantize import plain_weight
 
 REWARDS = """
 def length(completions, gold, **columns):
@@ -68,6 +73,42 @@ def test_both_models_answer_the_same_requests_and_the_difference_is_paired(confi
     scores = found.narrow_scores()
     assert len(scores) == 6 and scores["3"] != scores["3"], "a prompt without any reward has no score"
     assert not found.answers and "held-out prompts" in str([column.header for column in found.tables()[0].columns])
+
+
+class Engine:
+    """What an engine computes with: the weights that it was sent, or its checkpoint's under an adapter or none."""
+
+    def __init__(self, merges):
+        self.merges, self.has = merges, None
+
+    def sync(self, policy):
+        self.has = dict(policy.merged_weights()) if self.merges else "adapter"
+
+    def reset(self):
+        assert not self.merges, (
+            "the checkpoint need not be the policy's base, and a server that was sent weights has none"
+        )
+        self.has = "no adapter"
+
+
+@pytest.mark.parametrize("quantization", [None, "4bit"])
+def test_the_untrained_model_is_the_base_that_the_policy_computes_with(tiny_model_dir, quantization):
+    if quantization:
+        pytest.importorskip("bitsandbytes")
+    policy = nudge(load(tiny_model_dir, quantization=quantization))
+    trained = dict(policy.merged_weights())
+    engine = Engine(merges=True)
+    with untrained(engine, Reader(policy)):
+        name, layer = next(iter(policy.adapted().items()))
+        assert torch.equal(engine.has[f"{name}.weight"], plain_weight(layer.get_base_layer()).to(policy.dtype))
+        assert set(engine.has) == set(trained) and not torch.equal(
+            engine.has[f"{name}.weight"], trained[f"{name}.weight"]
+        )
+    assert all(torch.equal(engine.has[name], trained[name]) for name in trained)
+    engine = Engine(merges=False)
+    with untrained(engine, Reader(policy)):
+        assert engine.has == "no adapter"
+    assert engine.has == "adapter"
 
 
 def test_it_loads_back_and_is_checked_against_its_answers(config, tmp_path):

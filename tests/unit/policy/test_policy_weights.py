@@ -50,6 +50,19 @@ def test_half_precision_merges_are_rounded_once(tiny_model_dir):
         break
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_at_the_base_the_merged_weights_are_the_bases(tiny_model_dir, dtype):
+    policy = nudge(load(tiny_model_dir, dtype=dtype))
+    trained = dict(policy.merged_weights())
+    with policy.at("base"):
+        base = dict(policy.merged_weights())
+    for name, layer in policy.adapted().items():
+        weight = layer.get_base_layer().weight
+        assert torch.equal(base[f"{name}.weight"], weight) and not torch.equal(trained[f"{name}.weight"], weight)
+        assert base[f"{name}.weight"].data_ptr() != weight.data_ptr()
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in policy.merged_weights())
+
+
 def test_full_fine_tuning_gives_every_tensor_once(tiny_model_dir):
     policy = nudge(load(tiny_model_dir, rank=None))
     merged = dict(policy.merged_weights())
