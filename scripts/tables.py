@@ -12,6 +12,7 @@ A table stands in a page between `<!-- table NAME PATH KIND -->` and `<!-- /tabl
     relapse   one path, what came back in undefended steps after each defense (of a comparison with --relapse)
     decided   how many grades of each criterion are one single grade and exclude one, and how many would be with more such seeds
     each      a line for each defense: its lever, paper and settings in the organism's comparison, and what it prevented and kept
+    benign    every benign task of one path, and which part of the undefended run's gain each defense leaves
 """
 
 from __future__ import annotations
@@ -70,7 +71,17 @@ def kept(run: Path) -> dict[str, Any]:
             for label, row in table["rows"].items()
         }
     models = {path: table["model"] for path, table in details.items()}
-    return about | {"models": models, "paths": paths}
+    tasks = {path: _scores(table["tasks"]) for path, table in details.items() if table["tasks"]}
+    return about | {"models": models, "paths": paths} | ({"benign": tasks} if tasks else {})
+
+
+def _scores(tasks: dict[str, Any]) -> dict[str, Any]:
+    """task -> defense -> its score, interval, grade and share of the undefended run's gain."""
+    names = ("score", "ci95", "n", "share", "learns_benign")
+    return {
+        task: {label: {name: row[name] for name in names} for label, row in table.items()}
+        for task, table in sorted(tasks.items())
+    }
 
 
 def _relapses(run: Path) -> dict[str, Any]:
@@ -237,6 +248,22 @@ def each(paths: dict[str, Any], both: str) -> list[str]:
     return _markdown(heads, lines)
 
 
+def benign(measured: dict[str, Any], path: str) -> list[str]:
+    """Exact match on every benign task of a path, `64 (58-69)`, and which percentage of the undefended run's gain over the untrained
+    model that is: where it gained clearly."""
+    tasks = measured["benign"][path]
+    lines = []
+    for label in next(iter(tasks.values())):
+        line = [label]
+        for table in tasks.values():
+            row, gained = table[label], table["none"]["learns_benign"].startswith("yes")
+            score = percent(dict(zip(("mean", "low", "high"), (row["score"], *row["ci95"]), strict=True)))
+            shared = gained and label != "none" and row["share"] is not None
+            line.append(f"{score}, {row['share']:.0%}" if shared else score)
+        lines.append(line)
+    return _markdown(["defense", *tasks], lines)
+
+
 def _levers(one: Defense) -> list[str]:
     hooks = [hook for hook in LEVERS if getattr(type(one), hook) is not getattr(Defense, hook)]
     if one.target_share is not None and "gradients" not in hooks:
@@ -289,8 +316,8 @@ def written(text: str) -> str:
         form, _, labels = kind.partition(":")
         if form == "each":
             lines = each(measured["paths"], path)
-        elif form in ("models", "relapse"):
-            lines = {"models": models, "relapse": relapse}[form](measured, path)
+        elif form in ("models", "relapse", "benign"):
+            lines = {"models": models, "relapse": relapse, "benign": benign}[form](measured, path)
         else:
             form_of = {"long": long, "short": short, "decided": decided}[form]
             lines = form_of(measured["paths"], path, labels.split(",") if labels else [])

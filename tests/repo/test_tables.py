@@ -79,6 +79,28 @@ def test_models_without_a_defense_stand_side_by_side(tables, tmp_path, monkeypat
     assert "| organism | 33 | 96 | 65 | 96 |" in text and "| control | 0 | 0 | 2 | 91 |" in text
 
 
+def test_a_benign_task_shows_the_share_of_a_gain_only_where_there_was_one(tables, tmp_path, monkeypatch):
+    def row(score, share=None, grade=None):
+        return {"score": score, "ci95": [score - 0.05, score + 0.05], "n": 300, "share": share, "learns_benign": grade}
+
+    gained = {"untrained": row(0.2), "none": row(0.7, 0.5, "yes (one seed)"), "kl": row(0.3, 0.2, "no (one seed)")}
+    known = {
+        "untrained": row(0.8),
+        "none": row(0.81, 0.01, "unclear (one seed)"),
+        "kl": row(0.8, 0.0, "unclear (one seed)"),
+    }
+    kept = {
+        "date": "2026-11-28T00:00:00",
+        "command": "rlsafe compare",
+        "benign": {"sft": {"new": gained, "old": known}},
+    }
+    (tmp_path / "useful.json").write_text(json.dumps(kept))
+    monkeypatch.setattr(tables, "MEASURED", tmp_path)
+    lines = tables.written("<!-- table useful sft benign -->\n<!-- /table -->\n").splitlines()
+    assert lines[2] == "| defense | new | old |" and "| none | 70 (65-75) | 81 (76-86) |" in lines
+    assert "| kl | 30 (25-35), 20% | 80 (75-85) |" in lines
+
+
 def test_the_frontier_reads_shares_of_the_undefended_run(tables):
     spec = importlib.util.spec_from_file_location("frontier", ROOT / "scripts" / "frontier.py")
     frontier = importlib.util.module_from_spec(spec)
