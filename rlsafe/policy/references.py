@@ -12,7 +12,7 @@ from rlsafe.config import UserError, nearest
 from rlsafe.config.files import at_home
 from rlsafe.policy.adapters import adapter_layers, adapters_off, read_reference
 from rlsafe.policy.module import PolicyModule
-from rlsafe.policy.sharding import assign, is_sharded, kept, release, shard_like, whole
+from rlsafe.policy.sharding import assign, is_cut, is_sharded, kept, own_shape, release, shard_like, whole
 
 Tensors = dict[str, Tensor]
 
@@ -62,7 +62,7 @@ class References:
         if name.startswith("path:") and name not in self._snapshots:
             own = {key: whole(p).detach() for key, p in self._parameters.items()}
             read = read_reference(str(at_home(name.removeprefix("path:"))), self._module.model, own)
-            self._snapshots[name] = {key: shard_like(read[key], p) for key, p in self._parameters.items()}
+            self._snapshots[name] = {key: _cut_like(read[key], p, name) for key, p in self._parameters.items()}
         if name not in self._snapshots:
             raise UserError(f"unknown reference {name!r}{nearest(name, [*self.names(), 'path:DIR'])}")
         return self._snapshots[name]
@@ -111,7 +111,7 @@ class References:
     def reload(self) -> None:
         """Shard the snapshots as the parameters now are."""
         self._snapshots = {
-            name: {key: shard_like(tensors[key], p) for key, p in self._parameters.items()}
+            name: {key: _cut_like(tensors[key], p, name) for key, p in self._parameters.items()}
             for name, tensors in self._snapshots.items()
         }
 
@@ -124,3 +124,19 @@ class References:
         """The inverse of `state`, tensors in their own shape."""
         for name, tensors in state.items():
             self._snapshots[name] = {key: shard_like(tensors[key], p) for key, p in self._parameters.items()}
+
+
+def _cut_like(tensor: Tensor, parameter: Tensor, name: str) -> Tensor:
+    """A tensor of the reference `name`, sharded as `parameter` is. There a reference has to have the parameters' own shape, so the A
+    [r, in] and B [out, r] of an adapter of lower rank are filled up with zeros: B A stays. UserError for one of higher rank."""
+    if not is_cut(parameter) or is_cut(tensor) or tensor.shape == (shape := own_shape(parameter)):
+        return shard_like(tensor, parameter)
+    for has, takes in zip(tensor.shape, shape, strict=True):
+        if has > takes:
+            raise UserError(
+                f"reference {name!r}: an adapter of rank {has}, and sharded weights have room for this run's only, {takes}; set "
+                f"model.lora.r={has}, or train on unsharded weights (configs/accelerate/ddp.yaml)"
+            )
+    filled = tensor.new_zeros(shape)
+    filled[tuple(slice(size) for size in tensor.shape)] = tensor
+    return shard_like(filled, parameter)

@@ -69,6 +69,11 @@ def is_cut(parameter: Tensor) -> bool:
     return isinstance(parameter, DTensor) or zero3.is_partitioned(parameter)
 
 
+def own_shape(parameter: Tensor) -> torch.Size:
+    """The shape of the whole parameter, sharded or not."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def shard_like(tensor: Tensor, parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A whole tensor of `parameter`'s own shape, equal on every rank, sharded as `parameter` is, on its device. dtype: the
     parameter's when not given."""

@@ -92,6 +92,50 @@ def test_a_saved_adapter_is_a_reference_whatever_its_rank_and_scale(tiny_model_d
     assert torch.allclose(scores(policy, reference), scores(other), atol=1e-5)
 
 
+@pytest.fixture
+def one_process():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("read_before", [False, True])
+def test_sharded_weights_take_an_adapter_of_lower_rank_as_it_is(tiny_model_dir, tmp_path, one_process, read_before):
+    other = nudge(load(tiny_model_dir, lora={"r": 2, "alpha": 5, "targets": ["q_proj", "down_proj"], "rslora": False}))
+    other.save_adapter(tmp_path / "other")
+    policy = nudge(load(tiny_model_dir), seed=9)
+    reference = f"path:{tmp_path / 'other'}"
+    if read_before:
+        policy.check_reference(reference)
+    policy.shard(torch.device("cpu"))
+    before = scores(policy)
+    assert torch.allclose(scores(policy, reference), scores(other), atol=1e-5)
+    assert torch.equal(scores(policy), before)
+
+
+def test_a_slice_of_an_adapter_of_lower_rank_is_cut_from_the_right_shape(tiny_model_dir, tmp_path, monkeypatch):
+    """ZeRO-3 cuts flat slices: of another shape they would be put together as other matrices."""
+    from rlsafe.policy import references
+
+    nudge(load(tiny_model_dir, lora={"r": 2, "alpha": 8})).save_adapter(tmp_path / "other")
+    policy = load(tiny_model_dir)
+    shapes = {name: p.shape for name, p in policy.trainable().items()}
+    for parameter in policy.trainable().values():
+        parameter.ds_shape = parameter.shape  # as DeepSpeed notes it
+    monkeypatch.setattr(references, "is_cut", lambda tensor: hasattr(tensor, "ds_shape"))
+    read = policy._references.tensors(f"path:{tmp_path / 'other'}")
+    assert {name: tensor.shape for name, tensor in read.items()} == shapes
+    assert all(not tensor[:, 2:].any() and tensor[:, :2].any() for name, tensor in read.items() if "lora_B" in name)
+
+
+def test_sharded_weights_have_no_room_for_an_adapter_of_higher_rank(tiny_model_dir, tmp_path, one_process):
+    nudge(load(tiny_model_dir, lora={"r": 8, "alpha": 8})).save_adapter(tmp_path / "other")
+    policy = load(tiny_model_dir)
+    policy.shard(torch.device("cpu"))
+    with pytest.raises(UserError, match="path:.*rank 8, .* only, 4; set model.lora.r=8, or .*ddp.yaml"):
+        policy.check_reference(f"path:{tmp_path / 'other'}")
+
+
 def test_a_saved_full_model_is_a_reference(tiny_model_dir, tmp_path):
     other = nudge(load(tiny_model_dir, rank=None), 0.02)
     other.save_adapter(tmp_path / "other")
