@@ -48,16 +48,17 @@ class Check:
 
 def doctor(selftest: bool = False) -> list[Check]:
     """Look at this machine. `selftest` also generates one token through vLLM with a tiny model made on the spot."""
+    features_here = optional()  # before vLLM gets its environment, which says that the hub is not to be asked
     checks = [_python(), _packages(), _device(), _vllm(), _organism(), _memory(), _disk()]
-    return [*checks, *([_one_token()] if selftest else []), *optional()]
+    return [*checks, *([_one_token()] if selftest else []), *features_here]
 
 
 def optional() -> list[Check]:
     """The optional features; the main job runs without any of them."""
     try:
         found = features()
-    except ImportError as error:  # the check of the packages says what to do about it
-        return [Check("optional features", "missing", str(error))]
+    except Exception as error:  # a broken package raises anything; the check of the packages says what to do about it
+        return [Check("optional features", "missing", _one_line(error))]
     return [Check(one.name, "missing" if one.lacks else "works", one.found, one.lacks) for one in found]
 
 
@@ -109,8 +110,12 @@ def _import_error(module: str) -> str:
     try:
         importlib.import_module(module)
     except Exception as error:  # a broken binary package raises anything: OSError, RuntimeError, AttributeError ...
-        return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return _one_line(error)
     return ""
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _packages() -> Check:
@@ -122,6 +127,8 @@ def _packages() -> Check:
 
 
 def _device() -> Check:
+    if why := _import_error("torch"):
+        return Check("device", "failed", f"torch does not import: {why}", "run scripts/setup")
     import torch
 
     threads = f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} torch threads"
@@ -170,7 +177,7 @@ def _unused_gpu() -> str | None:
     """What a run would say about a GPU that it cannot use."""
     try:
         from rlsafe.engine.run.layout import unused_gpu
-    except ImportError:  # other checks say what is missing
+    except Exception:  # other checks say what is missing or broken
         return None
     return unused_gpu()
 
@@ -195,6 +202,8 @@ def _organism() -> Check:
 
 
 def _memory() -> Check:
+    if why := _import_error("psutil"):
+        return Check("memory", "note", f"psutil does not import: {why}", "run scripts/setup")
     import psutil
 
     memory = psutil.virtual_memory()
@@ -219,7 +228,7 @@ def _one_token() -> Check:
         return Check("one token", "ok", f"vLLM generated {generate_one_token()!r} with a tiny random model")
     except Exception as error:  # an engine that cannot start here raises many kinds of errors
         traceback.print_exc()
-        found = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        found = _one_line(error)
         if _no_room(error):  # nothing that another set-up would mend
             return Check(
                 "one token", "note", found, "other processes hold the GPU's memory (nvidia-smi): vLLM was not tried"
@@ -229,6 +238,8 @@ def _one_token() -> Check:
 
 def _no_room(error: Exception) -> bool:
     """Whether a GPU that others use is all that kept vLLM from starting."""
+    if _import_error("torch"):
+        return False
     import torch
 
     if not torch.cuda.is_available():

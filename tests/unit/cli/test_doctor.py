@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import types
 
@@ -138,6 +139,44 @@ def test_a_hub_token_is_told_from_none_and_never_shown(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     [check] = [check for check in doctor.optional() if "hub" in check.name]
     assert check.status == "missing" and "HF_HUB_OFFLINE" in check.fix
+
+
+def test_a_hub_that_may_be_asked_is_not_called_offline(monkeypatch):
+    """Looking at vLLM sets its environment, offline among it, for this process only."""
+    monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"})
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_onlyfortestingonlyfortesting")
+    monkeypatch.setattr(doctor, "REQUIRED", ("json",))
+    monkeypatch.setattr(doctor, "_version", lambda name: name)
+    monkeypatch.setattr(doctor, "_import_error", lambda module: "" if module != "vllm" else "not looked for here")
+    [check] = [check for check in doctor.doctor() if "hub" in check.name]
+    assert check.status == "works" and check.fix == ""
+
+
+@pytest.mark.parametrize("error", [ImportError("No module named 'torch'"), OSError("libcudart.so.13: cannot\nopen")])
+def test_a_missing_or_broken_torch_is_said_not_thrown(monkeypatch, error):
+    class Broken:
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] == "torch":
+                raise error
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torch"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    monkeypatch.setattr(doctor, "REQUIRED", ("torch",))
+    monkeypatch.setattr(doctor, "_vllm", lambda: Check("vllm", "failed", ""))
+
+    def engine():
+        raise error
+
+    monkeypatch.setattr(doctor, "generate_one_token", engine)
+    checks = {check.name: check for check in doctor.doctor(selftest=True)}
+    for name, status in (
+        ("packages", "failed"),
+        ("device", "failed"),
+        ("one token", "failed"),
+        ("optional features", "missing"),
+    ):
+        assert checks[name].status == status and " ".join(str(error).split()) in checks[name].found, name
 
 
 def test_programs_read_the_checks_as_json(monkeypatch, capsys):
