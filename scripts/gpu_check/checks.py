@@ -167,8 +167,8 @@ def quantized(place: Place) -> Numbers:
 
         peak = peak_above(made)
         numbers[f"{bits}: gradients"] = (flow, flow)
-        few = math.isnan(peak) or peak < 8 * max(sizes)
-        numbers[f"{bits}: peak of merging, MiB"] = (peak / 2**20, few)
+        if not math.isnan(peak):
+            numbers[f"{bits}: peak of merging, MiB"] = (peak / 2**20, peak < 8 * max(sizes))
         del policy
         gc.collect()
         if torch.cuda.is_available():
@@ -213,13 +213,14 @@ def memory(place: Place) -> Numbers:
     from rlsafe.config import run_from_tree
     from rlsafe.engine.run.life import run
 
+    if not torch.cuda.is_available():
+        raise Missing("it measures the memory of a GPU")
     left = []
     for number in range(3):
         run(run_from_tree(place.tree(schedule={"steps": 1})), place.scratch / f"run{number}")
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        left.append(torch.cuda.memory_allocated() if torch.cuda.is_available() else 0)
+        torch.cuda.empty_cache()
+        left.append(torch.cuda.memory_allocated())
     return {"left after each, MiB": ([round(size / 2**20, 1) for size in left], left[2] <= left[1] + (1 << 20))}
 
 
