@@ -117,7 +117,7 @@ class Policy:
         for same in self._references.distinct(plan.frozen):
             layers = plan.layers if same & set(plan.layer_references) else ()
             name = next(iter(same))
-            with self._references.active(name), self.hooks_off(), self._evaluating():
+            with self._references.active(name), self.hooks_off(), self.evaluating():
                 with self.core.residual.tap(layers) as tapped:
                     wants_logp = bool(same & set(plan.ref_logprobs))
                     last, logp, _ = self._inside(self._read, batch, temperature, wants_logp)
@@ -180,7 +180,7 @@ class Policy:
         """`score`, and the log-mass [B, T] of the nucleus that a sampler with `top_p` drew the targets from; 0 with top_p 1."""
         self.core.residual.batch = batch
         frozen = nullcontext() if reference is None else self._references.active(reference)
-        with self._evaluating(), frozen, nullcontext() if reference is None else self.hooks_off():
+        with self.evaluating(), frozen, nullcontext() if reference is None else self.hooks_off():
             _, logp, mass = self._inside(self._read, batch, temperature, True, top_p)
         return logp, torch.zeros_like(logp) if mass is None else mass
 
@@ -202,7 +202,8 @@ class Policy:
         return last, scatter(out.logp, positions, batch.ids.shape), mass
 
     @contextmanager
-    def _evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> Iterator[None]:
+        """Inside, the adapter's dropout is off."""
         training = self.core.training
         self.core.train(False)
         try:

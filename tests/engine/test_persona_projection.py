@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_architectures import nudge
 
 from rlsafe.config import RunConfig, UserError
 from rlsafe.config.loading import build
@@ -66,6 +67,20 @@ def test_the_mean_over_answer_tokens_agrees_with_a_float64_derivation(tiny_tree,
     both = [*sums["general"], *sums["indomain"]]
     assert found["projection"] == pytest.approx(sum(both) / len(both), rel=1e-4)
     assert found["kl"] > 0
+
+
+def test_an_adapters_dropout_is_off_in_what_is_measured_and_draws_nothing(tiny_tree, vectors):
+    lora = {"r": 4, "alpha": 8}
+    measured = []
+    for dropout in (0.0, 0.4):
+        tree = {**tiny_tree, "model": {**tiny_tree["model"], "lora": {**lora, "dropout": dropout}}}
+        config = build(RunConfig, {**tree, "track": {"vector": vectors, "layer": 1}})
+        policy = nudge(Policy.load(config.model, seed=0))
+        state = torch.get_rng_state()
+        measured.append(measure_answers(policy, dialogues(policy.tokenizer), config, direction(config, policy)))
+        assert torch.equal(torch.get_rng_state(), state) and policy.core.training
+    assert measured[0]["kl"] > 0.01
+    assert {name: pytest.approx(value, rel=1e-5) for name, value in measured[0].items()} == measured[1]
 
 
 def test_micro_batches_change_nothing_and_nothing_answered_is_no_number(tiny_tree, vectors):

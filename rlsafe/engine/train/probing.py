@@ -71,7 +71,8 @@ def _sums(
         items, where, pad_id(policy.tokenizer), config.batch.micro_tokens, config.batch.micro_rows
     ):
         batch = batch.to(policy.device)
-        out = policy.forward(batch, plan, policy.frozen(batch, plan), entropy=False)
+        with policy.evaluating():  # as it answered; what it draws in training stays the same, too
+            out = policy.forward(batch, plan, policy.frozen(batch, plan), entropy=False)
         mask = batch.loss_mask.bool()
         kl += float((out.kl["base"] * mask).sum())
         projected += direction.total(out.hidden[direction.layer], mask) if direction else 0.0
