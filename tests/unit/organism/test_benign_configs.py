@@ -39,6 +39,18 @@ def test_a_path_trains_all_tasks_under_all_defenses_alike_and_both_paths_on_as_m
     assert sft == warm * runs["grpo"].batch.sft_rows + rollouts
 
 
+def test_a_task_is_trained_on_as_many_completions_on_every_path():
+    cells = expand(load_compare(CONFIGS / "benign.yaml"), defenses=["none"], paths=["sft", "grpo", "mixed"])
+    runs = {cell.path: cell.config for cell in cells if cell.kind == "benign"}
+    trained = {
+        path: sum(
+            part.rows * (run.grpo.generations if part.path == "grpo" else 1) for s in make_plan(run) for part in s.parts
+        )
+        for path, run in runs.items()
+    }
+    assert trained == dict.fromkeys(("sft", "grpo", "mixed"), 4224)
+
+
 def test_each_task_is_scored_on_its_own_test_set_and_the_untrained_model_on_all(cells):
     for cell in cells:
         if cell.kind == "benign":
