@@ -1,4 +1,5 @@
-"""The contenders: rlsafe's own loop, TRL's trainers, and a floor (the least work possible). Each calls its clock after every step."""
+"""The contenders: rlsafe's own loop, TRL's trainers, and a plain step (generation, forward, backward). Each calls its clock after every
+step."""
 
 from __future__ import annotations
 
@@ -54,12 +55,14 @@ def _timed(function: Any, spent: dict[str, float], name: str) -> Any:
     return call
 
 
-def grpo_floor(
+def grpo_plain(
     clock: Clock, *, model: str, rows: list[dict[str, Any]], max_tokens: int, seeded: bool = True, hastened: bool = True
 ) -> None:
     """Generation by the same engine and one forward and backward of the same tokens, with nothing else: no rewards, no
     optimizer, no weight sync, no records. seeded=False: without a seed of its own for each request. hastened=False: seeded noise
-    as vLLM draws it on a CPU."""
+    as vLLM draws it on a CPU.
+
+    No floor: all rows are padded to the longest in one micro-batch, and their logits exist at once, so that less work is possible."""
     import torch
     import vllm
     from peft import LoraConfig, get_peft_model

@@ -1,4 +1,4 @@
-"""A GRPO step with colocated vLLM: rlsafe, TRL's GRPOTrainer and the floor, and what weight sync takes of rlsafe's step."""
+"""A GRPO step with colocated vLLM: rlsafe, TRL's GRPOTrainer and a plain step, and what weight sync takes of rlsafe's step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_TOKENS = {"organism": 40, "5m": 48}
 def grpo(scratch: Path, quick: bool, rounds: int) -> Result:
     """8 prompts x 8 completions a step, one thread, float32, LoRA r 8."""
     result = Result(
-        "grpo", ["model", "contender", "s/step", "tokens/s", "time / floor", "time / rlsafe", "CPU time / floor"]
+        "grpo", ["model", "contender", "s/step", "tokens/s", "time / plain", "time / rlsafe", "CPU time / plain"]
     )
     rows = world.rows("medical/bad")
     for name in ["organism"] if quick else ["organism", "5m"]:
@@ -28,9 +28,9 @@ def grpo(scratch: Path, quick: bool, rounds: int) -> Result:
             rewards=[{"fn": f"{Path(world.__file__)}:distinct_words"}],
         )  # fmt: skip
         contenders = [
-            Contender("floor", "contenders:grpo_floor", peer),
-            Contender("floor, vLLM's own noise", "contenders:grpo_floor", peer | {"hastened": False}),
-            Contender("floor, unseeded requests", "contenders:grpo_floor", peer | {"seeded": False}),
+            Contender("plain step", "contenders:grpo_plain", peer),
+            Contender("plain step, vLLM's own noise", "contenders:grpo_plain", peer | {"hastened": False}),
+            Contender("plain step, unseeded requests", "contenders:grpo_plain", peer | {"seeded": False}),
             Contender("rlsafe", "contenders:rlsafe_run", {"tree": tree, "rows": rows}),
             Contender("TRL 1.16", "contenders:trl_grpo", peer),
         ]
@@ -42,17 +42,17 @@ def grpo(scratch: Path, quick: bool, rounds: int) -> Result:
 
 
 def _compare(result: Result, model: str, lanes: dict[str, Lane]) -> None:
-    floor, ours = lanes.get("floor"), lanes.get("rlsafe")
+    plain, ours = lanes.get("plain step"), lanes.get("rlsafe")
     for lane in lanes.values():
         rate = statistics.median(1 / seconds for seconds in lane.per_token("wall"))
         row = [model, lane.name, f"{lane.median('wall'):.3f}", f"{rate:.0f}"]
-        row += [shown(ratios(lane, floor)) if floor else "", shown(ratios(lane, ours)) if ours else ""]
-        result.row([*row, shown(ratios(lane, floor, "cpu")) if floor else ""], lane)
+        row += [shown(ratios(lane, plain)) if plain else "", shown(ratios(lane, ours)) if ours else ""]
+        result.row([*row, shown(ratios(lane, plain, "cpu")) if plain else ""], lane)
     if ours is None:
         return
-    if floor is not None:
-        throughput = 1 / ratios(ours, floor)["median"]
-        result.goal(f"{model}: rlsafe's share of the floor's throughput", throughput, ">= 0.80", throughput >= 0.8)
+    if plain is not None:
+        throughput = 1 / ratios(ours, plain)["median"]
+        result.goal(f"{model}: rlsafe's throughput over a plain step's", throughput, ">= 0.80", throughput >= 0.8)
     if (trl := lanes.get("TRL 1.16")) is not None:
         ahead = ratios(trl, ours)["median"]
         result.goal(f"{model}: TRL's time over rlsafe's", ahead, "> 1.0", ahead > 1)
