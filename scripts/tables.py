@@ -29,7 +29,6 @@ from rlsafe.compare.report.why import relapses
 from rlsafe.compare.verdicts.grades import ONE_SEED, Verdict, empty_without_narrow
 from rlsafe.compare.verdicts.power import with_seeds
 from rlsafe.compare.verdicts.results import load
-from rlsafe.compare.verdicts.shares import DIFFERENCE
 from rlsafe.compare.verdicts.verdicts import judge_defenses
 from rlsafe.config import load_compare
 from rlsafe.defenses import Defense, build
@@ -43,7 +42,7 @@ COMPARISON = ROOT / "configs" / "organism" / "compare.yaml"
 LEVERS = ("prompt", "activations", "advantages", "penalty", "gradients", "weights")
 """Hooks of a defense, in the order of a step, beside rows."""
 LEVER_OF = {"advantages": "rollouts", "penalty": "loss"}
-SINGLE = ("yes", "partly", "no", "untested")
+SINGLE = ("yes", "partly", "no")
 MORE_SEEDS = (10, 20, 40)
 KEPT = ("grade", "value", "low", "high", "bounds", "level", "method")
 """Of a verdict; files of before lack the last three."""
@@ -190,20 +189,22 @@ def relapse(measured: dict[str, Any], path: str) -> list[str]:
 
 def decided(paths: dict[str, Any], both: str, labels: list[str]) -> list[str]:
     """Each path's grades of the defenses: how many are one grade, how many exclude one, and how many would be one grade with more
-    seeds that differ as these do."""
+    seeds that differ as these do. The undefended run is no defense, and what prevents nothing learned is not graded."""
     heads = ["path", "criterion", "one grade", "excludes one", *(f"one grade with {n} seeds" for n in MORE_SEEDS)]
     lines = []
     for path in both.split(","):
-        rows = {label: row for label, row in paths[path].items() if row["verdicts"] and (not labels or label in labels)}
+        rows = {
+            k: row for k, row in paths[path].items() if row["verdicts"] and k != "none" and (not labels or k in labels)
+        }
         for name, title in TITLES.items():
             found = [
-                (_verdict(label, row["verdicts"][name]), _seeds(row))
-                for label, row in rows.items()
-                if name in row["verdicts"]
+                (Verdict(**row["verdicts"][name]), _seeds(row))
+                for row in rows.values()
+                if _grade(row, name) not in ("", NOTHING_LEARNED, "untested")
             ]
-            grades = [verdict.grade for verdict, _ in found]
-            if not grades or set(grades) == {"untested"}:
+            if not found:
                 continue
+            grades = [verdict.grade for verdict, _ in found]
             single, excluded = sum(g in SINGLE for g in grades), sum(g != "unclear" for g in grades)
             line = [path.upper(), title, *(f"{k} of {len(grades)} ({k / len(grades):.0%})" for k in (single, excluded))]
             for more in MORE_SEEDS:
@@ -211,11 +212,6 @@ def decided(paths: dict[str, Any], both: str, labels: list[str]) -> list[str]:
                 line.append(f"{sum(grade in SINGLE for grade in then) / len(then):.0%}")
             lines.append(line)
     return _markdown(heads, lines)
-
-
-def _verdict(label: str, about: dict[str, Any]) -> Verdict:
-    """As it was kept; of the undefended run its rise is graded, also where the file does not say so."""
-    return Verdict(**({"method": DIFFERENCE} if label == "none" else {}) | about)
 
 
 def _seeds(row: dict[str, Any]) -> int:

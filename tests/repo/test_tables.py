@@ -133,17 +133,23 @@ def test_curves_are_those_of_the_narrow_runs_and_drawn_for_each_quantity(tmp_pat
 
 
 def test_how_many_grades_are_decided_and_would_be_with_more_seeds(tables, monkeypatch):
-    """By hand: `none` shows a rise, and a rise that is clear of 0 is its grade with however many seeds. kl leaves .1 of .5 with a
-    spread of .1 of the effect, so .8 is prevented +- t(.975) .1 / sqrt(n): .248 with 3 seeds, .124 with 5, which reaches past .9, and
-    .072 with 10, which does not."""
+    """By hand: kl leaves .1 of .5 with a spread of .1 of the effect, so .8 is prevented +- t(.975) .1 / sqrt(n): .248 with 3 seeds,
+    .124 with 5, which reaches past .9, and .072 with 10, which does not. The undefended run is no defense, and what inoculation
+    prevents, with nothing learned, is not graded."""
 
     def row(general, verdict=None):
         rates = {"general": {"mean": sum(general) / 3, "seeds": dict(enumerate(general))}}
-        return {"rates": rates, "verdicts": {"prevents_em": verdict} if verdict else {}}
+        return {
+            "rates": rates,
+            "verdicts": {"prevents_em": verdict} if verdict else {},
+            "nothing_learned": not sum(general[1:]),
+        }
 
     none = {"grade": "no", "value": 0.58, "low": 0.39, "high": 0.78}
     kl = {"grade": "unclear", "value": 0.8, "low": 0.8 - 0.2484, "high": 0.8 + 0.2484}
+    empty = {"grade": "yes", "value": 1.0, "low": 0.95, "high": 1.0}
     rows = {"untrained": row([0.0] * 3), "none": row([0.5] * 3, none), "kl": row([0.05, 0.1, 0.15], kl)}
+    rows["inoculation"] = row([0.0] * 3, empty)
     monkeypatch.setattr(tables, "MORE_SEEDS", (5, 10))
     *_, line = tables.decided({"sft": rows}, "sft", [])
-    assert line == "| SFT | prevents EM | 1 of 2 (50%) | 1 of 2 (50%) | 50% | 100% |"
+    assert line == "| SFT | prevents EM | 0 of 1 (0%) | 0 of 1 (0%) | 0% | 100% |"
