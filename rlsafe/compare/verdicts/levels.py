@@ -10,6 +10,7 @@ mean over its seeds), and general misalignment is compared there. In-domain ques
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -30,12 +31,14 @@ COMMAND = "rlsafe evaluate DIR --steps all"
 @dataclass(frozen=True)
 class AtLevel:
     """A defense on two paths at one in-domain level. difference: of misalignment prevented, None where it is untested for `reason`.
-    level: a rate, or a mean reward. steps: arm ("sft/kl") -> the step at which it is taken."""
+    level: a rate, or a mean reward. steps: arm ("sft/kl") -> the step at which it is taken. measured: whether checkpoints of any of
+    its arms were measured at all."""
 
     reason: str = ""
     difference: Difference | None = None
     level: float | None = None
     steps: Mapping[str, int] = field(default_factory=dict)
+    measured: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         found = {"grade": "untested", "reason": self.reason} if self.difference is None else self.difference.to_dict()
@@ -52,21 +55,32 @@ class AtLevel:
 
 @dataclass
 class Curve:
-    """The measured steps of one arm: step -> its cells, one for each seed, as if the runs had ended there."""
+    """The measured steps of one arm: step -> its cells, one for each seed, as if the runs had ended there. apart: why measured
+    checkpoints are left out, where some are; measured: whether there are any."""
 
     steps: Mapping[int, Sequence[Result]]
+    apart: str = ""
+    measured: bool = True
 
     @classmethod
     def of(cls, cells: Sequence[Result]) -> Curve:
         """Steps that every seed has, measured as the finished run was, which is the last one."""
         by_step: dict[int, list[Result]] = {}
+        apart = ""
         for cell in cells:
             places = [(step, replace(cell, where=where)) for step, where in cell.measured_steps.items()]
-            places = [(step, one) for step, one in places if _asked(one) == _asked(cell)]
+            alike = [(step, one) for step, one in places if _asked(one) == _asked(cell)]
+            apart = apart or next((_otherwise(one, cell) for _, one in places if _asked(one) != _asked(cell)), "")
             last = int(cell.run.get("steps") or cell.config.schedule.steps)  # with the steps that defenses added
-            for step, one in {**dict(places), last: cell}.items() if places else ():
+            for step, one in {**dict(alike), last: cell}.items() if alike else ():
                 by_step.setdefault(step, []).append(one)
-        return cls({step: found for step, found in sorted(by_step.items()) if len(found) == len(cells)})
+        steps = {step: found for step, found in sorted(by_step.items()) if len(found) == len(cells)}
+        return cls(steps, apart, any(cell.measured_steps for cell in cells))
+
+    @property
+    def lacks(self) -> str:
+        """Why there is no level to compare at, for a reason that goes on from "the checkpoints of sft/kl"."""
+        return "have no answers to in-domain questions" if self.steps else self.apart or "are not there for every seed"
 
     @cached_property
     def levels(self) -> dict[int, float]:
@@ -90,12 +104,19 @@ def edited(config: RunConfig) -> str | None:
         return None
 
 
-def _asked(one: Result) -> tuple[Any, ...]:
+def _asked(one: Result) -> dict[str, Any]:
     """What an evaluation's rates depend on besides the model."""
     settings = one.rates.get("settings") or {}
     questions = settings.get("questions") or {}
     same = ("judge", "limit", "temperature", "max_tokens", "narrow")
-    return questions.get("general"), questions.get("indomain"), *(settings.get(name) for name in same)
+    return {name: questions.get(name) for name in ("general", "indomain")} | {name: settings.get(name) for name in same}
+
+
+def _otherwise(one: Result, cell: Result) -> str:
+    """How a checkpoint was measured otherwise than the finished run: the first setting that differs, with its two values."""
+    of_one, of_cell = _asked(one), _asked(cell)
+    name = next(name for name in of_cell if of_one[name] != of_cell[name])
+    return f"were measured with {name} {json.dumps(of_one[name])}, its finished runs with {json.dumps(of_cell[name])}"
 
 
 def _shown(level: float) -> str:
@@ -123,8 +144,12 @@ class Levels:
     def compare(self, label: str) -> AtLevel:
         """The defense on path `one` minus on path `other`."""
         wanted = [f"{path}/{name}" for path in (self.one, self.other) for name in (label, "none")]
-        if missing := [arm for arm in wanted if arm not in self.curves or not self.curves[arm].levels]:
-            return AtLevel(f"no checkpoints of {missing[0]} were measured as its finished runs were ({COMMAND})")
+        curves = {arm: curve for arm in wanted if (curve := self.curves.get(arm))}
+        if missing := [arm for arm in wanted if arm not in curves or not curves[arm].measured]:
+            measured = any(curve.measured for curve in curves.values())
+            return AtLevel(f"no checkpoints of {missing[0]} were measured ({COMMAND})", measured=measured)
+        if lacking := [arm for arm in wanted if not curves[arm].levels]:
+            return AtLevel(f"the checkpoints of {lacking[0]} {curves[lacking[0]].lacks} ({COMMAND})")
         if others := [arm for arm in wanted if arm in self.edited]:
             return AtLevel(
                 f"{self.edited[others[0]]}: the checkpoints of {others[0]} are not what it would have ended with there"

@@ -100,18 +100,40 @@ def test_a_step_that_some_seed_lacks_is_not_used(tmp_path):
     directory = comparison(tmp_path)
     [left_out] = list(directory.out.glob("cells/grpo--kl--seed1/steps/step-000010/key.json"))
     left_out.unlink()
-    assert (
-        compared(directory).reason.startswith("no checkpoints of grpo/kl") or compared(directory).steps["grpo/kl"] != 10
-    )
+    assert compared(directory).reason.startswith("the checkpoints of grpo/kl are not there for every seed")
 
 
-def test_steps_that_another_judge_scored_are_not_set_beside_the_finished_runs(tmp_path):
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"judge": "another"}, 'with judge "another", its finished runs with "made-up"'),
+        ({"judge": "made-up", "limit": 120}, "with limit 120, its finished runs with null"),
+        (
+            {"judge": "made-up", "questions": {"indomain": "few.yaml"}},
+            'with indomain "few.yaml", its finished runs with null',
+        ),
+    ],
+)
+def test_steps_that_were_measured_otherwise_are_not_set_beside_the_finished_runs_and_the_report_says_why(
+    tmp_path, settings, said
+):
     directory = comparison(tmp_path)
     for file in directory.out.glob("cells/*/steps/*/evaluation.json"):
         tree = json.loads(file.read_text())
-        file.write_text(json.dumps(tree | {"settings": {"judge": "another"}}))
+        file.write_text(json.dumps(tree | {"settings": settings}))
     found = compared(directory)
-    assert found.difference is None and "measured as its finished runs were" in found.reason
+    assert found.difference is None and f"the checkpoints of sft/kl were measured {said}" in found.reason
+    page = draw_report(directory.out).read_text()
+    assert (
+        "prevented, at equal in-domain level" in page
+        and "untested: the checkpoints of sft/kl were measured with" in page
+    )
+
+
+def test_checkpoints_of_one_path_alone_are_no_reason_to_hide_the_column(tmp_path):
+    directory = comparison(tmp_path, {arm: rates for arm, rates in MIDDLE.items() if arm[0] == "sft"})
+    assert compared(directory).reason.startswith("no checkpoints of grpo/kl were measured")
+    assert "untested: no checkpoints of grpo/kl" in draw_report(directory.out).read_text()
 
 
 def test_rewards_of_any_range_are_one_scale_for_all_arms_and_steps(tmp_path):
