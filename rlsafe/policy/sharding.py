@@ -70,7 +70,7 @@ def is_cut(parameter: Tensor) -> bool:
 
 
 def own_shape(parameter: Tensor) -> torch.Size:
-    """The shape of the whole parameter, sharded or not."""
+    """The shape of the whole parameter (of any shape), sharded or not."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
