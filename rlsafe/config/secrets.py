@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-_NAMES = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
+_NAMES = re.compile(r"(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL)S?(?![A-Z])", re.IGNORECASE)
+"""Names of environment variables that hold a secret: MY_API_KEY, PGPASSWORD, TOKEN_2. Not TOKENIZER, not KEYBOARD."""
 _SECRET_WORD = (
     r"(?:api[_-]?key|(?:access|private|secret|subscription)[_-]?key|passwo?r?d|passphrase|secret|credentials?"
     r"|(?:access|api|auth|bearer|hf|id|refresh|secret|security|session)[_-]?token|(?:proxy-)?authorization|cookie)"
@@ -48,31 +49,34 @@ def scrub(text: str) -> str:
 
 def scrub_secrets(text: str) -> str:
     """`text` with every secret as `***`: for messages, whose paths must stay what they are."""
-    for value in _of_the_environment():
+    for value in _of_the_environment().values():
         text = text.replace(value, "***")
     text = _ASSIGNED_IN_A_QUERY.sub(r"\1***", _SHAPES.sub("***", text))
     return _ASSIGNED.sub(r"\1***", text)
 
 
-def _of_the_environment() -> Iterator[str]:
-    for name, value in os.environ.items():
-        if len(value) >= SHORTEST and _NAMES.search(name) and not os.path.exists(value):
-            yield value
+def _of_the_environment() -> dict[str, str]:
+    """Name -> value of the environment variables that hold a secret. Where something lies is none."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if len(value) >= SHORTEST and _NAMES.search(name) and not os.path.exists(value)
+    }
 
 
 def secret_in(tree: Any, keys: tuple[str, ...] = ()) -> tuple[tuple[str, ...], str] | None:
     """(where, what) of the first secret in settings, never the secret itself; None when there is none."""
-    return _first(tree, keys, tuple(_of_the_environment()))
+    return _first(tree, keys, _of_the_environment())
 
 
-def _first(tree: Any, keys: tuple[str, ...], values: tuple[str, ...]) -> tuple[tuple[str, ...], str] | None:
+def _first(tree: Any, keys: tuple[str, ...], values: Mapping[str, str]) -> tuple[tuple[str, ...], str] | None:
     if isinstance(tree, str):
         return (keys, what) if (what := _secret(tree, keys, values)) else None
     inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else ()
     return next((found for name, part in inner if (found := _first(part, (*keys, str(name)), values))), None)
 
 
-def _secret(text: str, keys: tuple[str, ...], values: tuple[str, ...]) -> str:
+def _secret(text: str, keys: tuple[str, ...], values: Mapping[str, str]) -> str:
     names = (key for before, key in zip(("", *keys), keys, strict=False) if before not in _CHOSEN)
     if text and any(map(_NAMED.fullmatch, names)):
         return "a key or password"
@@ -88,6 +92,5 @@ def _secret(text: str, keys: tuple[str, ...], values: tuple[str, ...]) -> str:
                 return f"an address with a key or password ({name})"
     if _SHAPES.search(text):
         return "a key or password"
-    if any(value in text for value in values):
-        return "the value of a secret environment variable"
-    return ""
+    held = next((name for name, value in values.items() if value in text), "")
+    return f"the value of a secret environment variable ({held})" if held else ""

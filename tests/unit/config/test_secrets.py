@@ -112,12 +112,24 @@ def test_a_comparison_refuses_it_in_every_layer_even_an_unused_one(tiny_tree, tm
 def test_the_value_of_a_secret_variable_is_known_wherever_it_is_copied_to(monkeypatch, tmp_path):
     monkeypatch.setenv("MY_API_KEY", HIDDEN)
     monkeypatch.setenv("KEY_DIR", str(tmp_path))  # where something lies is no secret
-    with pytest.raises(UserError, match="evaluate.cue: the value of a secret environment variable"):
+    with pytest.raises(UserError, match=r"evaluate.cue: the value of a secret environment variable \(MY_API_KEY\)"):
         run_from_tree({"model": {"name": "m"}, "evaluate": {"cue": f"say {HIDDEN}"}})
     assert run_from_tree({"model": {"name": f"{tmp_path}/m"}}).model.name == f"{tmp_path}/m"
     with pytest.raises(ValueError, match="model.name") as caught:  # built in Python, without a file
         RunConfig(model={"name": HIDDEN})
     assert HIDDEN not in str(caught.value)
+
+
+def test_a_variable_is_secret_by_its_words_not_by_a_part_of_one(monkeypatch):
+    """TOKENIZER=Qwen/Qwen2.5-7B made a config with that model hold a secret."""
+    for name in ("TOKENIZER", "TOKENIZERS_CACHE", "KEYBOARD"):
+        monkeypatch.setenv(name, "org/model-7b")
+    assert run_from_tree({"model": {"name": "org/model-7b"}}).model.name == scrub_secrets("org/model-7b")
+    for name in ("HF_TOKEN", "TOKEN_2", "PGPASSWORD", "openai_api_keys", "SECRET_OF_MINE"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, HIDDEN)
+            assert secret_in({"cue": HIDDEN}) == (("cue",), f"the value of a secret environment variable ({name})")
+            assert scrub_secrets(HIDDEN) == "***"
 
 
 @pytest.mark.parametrize("tree", [
