@@ -13,7 +13,7 @@ from rlsafe.config.base import SECRET, alternatives
 from rlsafe.config.comparison import CompareConfig
 from rlsafe.config.errors import UserError, nearest
 from rlsafe.config.files import at_home
-from rlsafe.config.overrides import Marks, apply_override, read_yaml, types_within
+from rlsafe.config.overrides import Marks, apply_override, read_yaml, types_within, write_yaml
 from rlsafe.config.schema import RunConfig
 from rlsafe.config.undone import check_grid, check_models, check_twice, keys_of
 
@@ -255,5 +255,4 @@ def own_rates(config: RunConfig) -> list[str]:
 
 def dump_yaml(config: BaseModel) -> str:
     """The resolved config, every default written out, in the order of the schema."""
-    dumper, tree = getattr(yaml, "CSafeDumper", yaml.SafeDumper), config.model_dump(mode="json")
-    return str(yaml.dump(tree, Dumper=dumper, sort_keys=False, allow_unicode=True, width=120))
+    return write_yaml(config.model_dump(mode="json"), allow_unicode=True, width=120)

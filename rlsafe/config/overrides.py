@@ -39,18 +39,43 @@ class _FastLoader(_Keys, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type
     """The same by libyaml, several times as fast; its messages say less."""
 
 
-for _loader in (_Loader, _FastLoader):
-    _loader.add_implicit_resolver(
+class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
+    """Puts into quotes the texts that the loaders would read as numbers."""
+
+
+for _reads in (_Loader, _FastLoader, _Dumper):
+    _reads.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
     )
 
 
 def read_yaml(how: Callable[..., Any], text: str) -> Any:
-    """`how`, yaml.load or yaml.compose, of a document. yaml.YAMLError when it is none."""
+    """`how`, yaml.load or yaml.compose, of a document. yaml.YAMLError when it is none, and for an anchor inside itself."""
     try:
-        return how(text, Loader=_FastLoader)
-    except yaml.YAMLError:
-        return how(text, Loader=_Loader)
+        try:
+            found = how(text, Loader=_FastLoader)
+        except yaml.YAMLError:
+            found = how(text, Loader=_Loader)
+        _check_finite(found, (), set())
+    except RecursionError:
+        raise yaml.MarkedYAMLError(problem="it is nested too deeply") from None
+    return found
+
+
+def _check_finite(part: Any, above: tuple[int, ...], seen: set[int]) -> None:
+    if id(part) in above:
+        raise yaml.MarkedYAMLError(problem="an anchor is used inside what it names")
+    inner = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    if id(part) not in seen:
+        for one in inner:
+            _check_finite(one, (*above, id(part)), seen)
+        if inner:
+            seen.add(id(part))
+
+
+def write_yaml(tree: Any, **how: Any) -> str:
+    """YAML that `read_yaml` reads as the same tree, keys in their order. how: as of yaml.dump."""
+    return str(yaml.dump(tree, Dumper=_Dumper, sort_keys=False, **how))
 
 
 def parse_scalar(text: str) -> Any:

@@ -7,11 +7,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rlsafe.config import RunConfig
 from rlsafe.config.files import read_json, read_lines
 from rlsafe.config.gguf import is_gguf
+from rlsafe.config.overrides import write_yaml
 from rlsafe.evaluate import Evaluation
 from rlsafe.evaluate.measure.criteria import Rates
 from rlsafe.evaluate.measure.hashing import named_model_hash
@@ -79,9 +78,7 @@ def _trained(run: Path, config: RunConfig) -> str:
     text = "\n".join(f"- {what}: {value}" for what, value in facts.items())
     if not config.defenses:
         return text + "\n- defenses: none"
-    return (
-        text + "\n- defenses:\n\n```yaml\n" + yaml.safe_dump(_without_paths(config.defenses), sort_keys=False) + "```"
-    )
+    return text + "\n- defenses:\n\n```yaml\n" + write_yaml(_without_paths(config.defenses)) + "```"
 
 
 def _adapter(run: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from rlsafe.config import UserError, load_run
+from rlsafe.config import UserError, dump_yaml, load_run
 from rlsafe.data import load_rows
 from rlsafe.data.selection_scores import read_scores
 from rlsafe.defenses import build, directions
@@ -41,6 +41,32 @@ def test_truth_values_may_still_be_written_as_words(load, written, read):
     assert load("", given).rewards[0].args == {"strict": read}
     assert load("", f"model.lora.rslora={written}").model.lora.rslora is read
     assert load("", "model.thinking=on").model.thinking == "on"
+
+
+@pytest.mark.parametrize(
+    "text", ["1234e56", "1e5", "-.5E-3", "1.e+4", "12", "1.5", "on", "null", "~", "0x1f", "2026-01-01", "1_000", "a: b"]
+)
+def test_a_text_is_a_text_again_when_read_back(load, tmp_path, text):
+    """A commit 1234e56 was written without quotes, and read as a number."""
+    first = load("", f"model.revision='{text}'")
+    assert first.model.revision == text
+    (tmp_path / "again.yaml").write_text(dump_yaml(first))
+    assert load_run(tmp_path / "again.yaml") == first
+    number = load("", "optim.lr=1e-5", "optim.eps=1e-12")
+    (tmp_path / "again.yaml").write_text(dump_yaml(number))
+    assert load_run(tmp_path / "again.yaml") == number
+
+
+def test_an_anchor_inside_itself_is_one_line(load, tmp_path):
+    for tree in ("evaluate: {cues: &x {a: *x}}", "&x [*x]", "[" * 5000 + "]" * 5000):
+        (tmp_path / "c.yaml").write_text(tree if tree[0] == "e" else f"plugins: {tree}\n")
+        with pytest.raises(
+            UserError, match=r"c.yaml.*not valid YAML: (an anchor is used inside|it is nested too deeply)"
+        ):
+            load_run(tmp_path / "c.yaml")
+    with pytest.raises(UserError, match="override 'plugins=&x .*an anchor is used inside"):
+        load("", "plugins=&x [*x]")
+    assert len(load("", "rewards=[&r {fn: 'a.py:f'}, *r]").rewards) == 2, "used twice is no circle"
 
 
 @pytest.mark.parametrize("value", ["", "7", "{a: b}", "[x.yaml, 7]"])
