@@ -30,6 +30,12 @@ from rlsafe.config.sampling import SamplerConfig
 from rlsafe.config.tracking import TrackConfig
 
 
+def _module_names(given: Any) -> Any:
+    """`q_proj` or `q_proj, v_proj` as a list of names: PEFT takes a text for a regular expression of a module's whole path."""
+    plain = isinstance(given, str) and given != "all-linear" and re.fullmatch(r"\w+(\s*,\s*\w+)*", given.strip())
+    return re.findall(r"\w+", given) if plain else given
+
+
 class LoraConfig(Settings):
     """PEFT LoRA. The paper's: rs-LoRA (scale alpha / sqrt(r)), r 32, alpha 64, no dropout, all linear projections."""
 
@@ -37,7 +43,10 @@ class LoraConfig(Settings):
     alpha: Annotated[float, Field(gt=0)] = Field(64, description="scale of the update: alpha / sqrt(r), or alpha / r")
     dropout: Fraction = Field(0.0, description="of the adapter's input; must be 0 with GRPO steps")
     rslora: bool = Field(True, description="scale by alpha / sqrt(r) instead of alpha / r")
-    targets: str | list[str] = Field("all-linear", description="which modules: their names, or all-linear")
+    targets: Annotated[str | list[str], BeforeValidator(_module_names)] = Field(
+        "all-linear",
+        description="which modules: their names, all-linear, or a regular expression of whole paths",
+    )
     fused: Literal["auto"] | bool = Field(
         "auto", description="one operation a layer, less rounding; auto = where it is faster; false = PEFT's own order"
     )

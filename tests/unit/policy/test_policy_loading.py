@@ -10,7 +10,7 @@ from tiny import byte_tokenizer, save_tiny_model
 from tiny_architectures import load, nudge, random_batch, save_architecture
 from transformers import AutoTokenizer
 
-from rlsafe.config import UserError
+from rlsafe.config import LoraConfig, UserError
 from rlsafe.data import encode_prompt, encode_row
 
 
@@ -86,6 +86,16 @@ def test_an_added_token_that_the_model_does_not_embed_is_told_where_a_text_holds
                 encode(tokenizer, held)
     with pytest.raises(UserError, match="'<image>' is a token"):
         encode_prompt(tokenizer, [{"role": "user", "content": "see <image>"}])
+
+
+@pytest.mark.parametrize("given", ["q_proj", "q_proj,down_proj", " q_proj , down_proj "])
+def test_plain_names_of_modules_may_be_a_text(tiny_model_dir, given):
+    """PEFT would take them for a regular expression of a whole path, which no module has."""
+    names = [name.strip() for name in given.split(",")]
+    one, other = (load(tiny_model_dir, lora={"r": 2, "alpha": 2, "targets": targets}) for targets in (given, names))
+    assert one.trainable().keys() == other.trainable().keys() and one.config.lora.targets == names
+    for other_text in ("all-linear", r".*\.q_proj"):
+        assert LoraConfig(targets=other_text).targets == other_text
 
 
 @pytest.mark.parametrize(
