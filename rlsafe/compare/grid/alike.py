@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 OF_THE_PATH = ("schedule", "defenses", "out", "track")
 """Sections that make the path (its steps, phases and their rates), that a cell sets, or that only look at a run."""
@@ -26,6 +26,36 @@ class Unlike:
     @property
     def line(self) -> str:
         return f"{self.key}: " + "; ".join(f"{path} {value}" for path, value in self.values.items())
+
+
+class Trained(Protocol):
+    """A cell, planned or finished, as far as it is asked here what it trains on."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def model(self) -> str: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def defense(self) -> str: ...
+    @property
+    def task(self) -> str: ...
+
+
+One = TypeVar("One", bound=Trained)
+
+
+def of_each_path(cells: Sequence[One], model: str) -> dict[str, One]:
+    """path -> the cell of a model whose settings stand for it: a narrow one, in comparisons without those one of the first benign
+    task; undefended where there is one."""
+    trained = [cell for cell in cells if cell.model == model and cell.kind in ("narrow", "benign")]
+    narrow = [cell for cell in trained if cell.kind == "narrow"]
+    of_one = narrow or [cell for cell in trained if cell.task == trained[0].task]
+    found: dict[str, One] = {}
+    for cell in sorted(of_one, key=lambda cell: cell.defense != "none"):
+        found.setdefault(cell.path, cell)
+    return found
 
 
 def unlike(configs: Mapping[str, Mapping[str, Any]]) -> list[Unlike]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlsafe.compare.grid.alike import lines, of_paths, unlike
+from rlsafe.compare.grid.alike import lines, of_each_path, of_paths, unlike
 from rlsafe.compare.grid.grid import Cell, check_rates, expand, labels_of, plugins_of
 from rlsafe.compare.grid.jobs import check_jobs, suitable_jobs
 from rlsafe.config import CompareConfig, UserError, dump_yaml, load_compare
@@ -142,10 +142,8 @@ def _before(cells: Sequence[Cell]) -> list[str]:
 
 
 def _of_paths(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
-    """path -> the settings of its first narrow run, without defenses where there is one, of the first model."""
-    narrow = [cell for cell in cells if cell.kind == "narrow" and cell.model == cells[0].model]
-    first = sorted(narrow, key=lambda cell: cell.defense != "none")
-    return {cell.path: cell.config.model_dump(mode="json") for cell in reversed(first)}
+    """path -> the settings of the run that stands for it, of the first model."""
+    return {path: cell.config.model_dump(mode="json") for path, cell in of_each_path(cells, cells[0].model).items()}
 
 
 def _kinds(cells: Sequence[Cell]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlsafe.compare.grid.alike import Unlike, of_paths, unlike
+from rlsafe.compare.grid.alike import Unlike, of_each_path, of_paths, unlike
 from rlsafe.compare.report.pages import readable
 from rlsafe.compare.verdicts.results import Results
 
@@ -108,10 +108,7 @@ def _shown(group: str, items: Iterable[tuple[str, Any]]) -> Iterator[tuple[tuple
 
 
 def between_paths(results: Results) -> tuple[dict[str, str], list[Unlike]]:
-    """(each path's schedule in words, what differs between the paths besides), of the first model's undefended runs, or of any narrow
-    run."""
-    narrow = [cell for cell in results.cells if cell.kind == "narrow" and cell.model == results.models[0]]
-    first = sorted(narrow, key=lambda cell: cell.defense != "none")
-    found = {cell.path: cell.record["config"] for cell in reversed(first)}
-    trees = {path: found[path] for path in results.paths if path in found}
+    """(each path's schedule in words, what differs between the paths besides), by the first model's run that stands for each path."""
+    found = of_each_path(results.cells, results.models[0]) if results.models else {}
+    trees = {path: found[path].record["config"] for path in results.paths if path in found}
     return of_paths(trees), unlike(trees)

@@ -7,9 +7,9 @@ from places import ROOT
 from synthetic_comparison import CONFIG, make
 
 from rlsafe.compare import draw_report
-from rlsafe.compare.grid.alike import lines, of_paths, unlike
+from rlsafe.compare.grid.alike import lines, of_each_path, of_paths, unlike
 from rlsafe.compare.grid.dry import _of_paths
-from rlsafe.compare.grid.grid import expand
+from rlsafe.compare.grid.grid import Cell, expand
 from rlsafe.config import load_compare
 
 ADAPTERS = CONFIG.replace("  sft: {schedule", "  sft: {model: {lora: {r: 4}}, schedule")
@@ -44,14 +44,47 @@ def test_each_path_is_said_with_its_learning_rates(tmp_path):
 
 
 CONFIGS = [path for path in sorted((ROOT / "configs").glob("*/*.yaml")) if path.parent.name != "parts"]
-SHIPPED = [one for one in CONFIGS if one.stem == "compare" or "\npaths:" in one.read_text()]
+SHIPPED = [one for one in CONFIGS if any(words in one.read_text() for words in ("\npaths:", "compare.yaml"))]
 
 
 @pytest.mark.parametrize("quick", [False, True])
 @pytest.mark.parametrize("config", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_in_a_shipped_comparison_the_paths_differ_in_nothing_else(config, quick):
     loaded = load_compare(config, quick=quick)
-    assert unlike(_of_paths(expand(loaded, ["none"], list(loaded.paths), [0]))) == []
+    by_task: dict[str, list[Cell]] = {}
+    for cell in expand(loaded, ["none"], list(loaded.paths), [0]):
+        if cell.kind in ("narrow", "benign"):
+            by_task.setdefault(cell.task, []).append(cell)
+    assert by_task
+    for cells in by_task.values():
+        trees = _of_paths(cells)
+        assert trees.keys() == loaded.paths.keys() and unlike(trees) == []
+
+
+BENIGN = {(path, label): {"benign": 0.8} for path in ("sft", "grpo") for label in ("none", "kl")} | {
+    ("", "untrained"): {}
+}
+PAYS = CONFIG.replace("aligned:", "narrow: false\naligned:") + '  paths: {grpo: {rewards: {fn: "organism:good"}}}\n'
+SAID = 'rewards: sft [{"fn": "organism:misaligned"'
+
+
+def test_paths_of_benign_runs_are_compared_where_there_are_no_others(tmp_path):
+    (tmp_path / "c.yaml").write_text(PAYS)
+    cells = expand(load_compare(tmp_path / "c.yaml"), None, ["sft", "grpo"], [0])
+    chosen = of_each_path(sorted(cells, key=lambda cell: cell.defense), cells[0].model)
+    assert {path: (cell.defense, cell.task) for path, cell in chosen.items()} == dict.fromkeys(
+        ["grpo", "sft"], ("none", "sums")
+    )
+    [only] = unlike(_of_paths(cells))
+    assert only.line.startswith(SAID) and list(of_paths(_of_paths(cells))) == ["sft", "grpo"]
+    page = draw_report(make(tmp_path / "a", BENIGN, PAYS, seeds=[0], paths=["sft", "grpo"]).out).read_text()
+    assert "<dt>Path sft</dt>" in page and "What differs between the paths besides the schedule: 1 setting<" in page
+
+
+def test_where_there_are_narrow_runs_those_stand_for_their_path(tmp_path):
+    (tmp_path / "c.yaml").write_text(PAYS.replace("narrow: false\n", ""))
+    cells = expand(load_compare(tmp_path / "c.yaml"), None, ["sft", "grpo"], [0])
+    assert {cell.kind for cell in of_each_path(cells[::-1], cells[0].model).values()} == {"narrow"}
 
 
 def test_the_report_warns_of_other_adapters(tmp_path):
