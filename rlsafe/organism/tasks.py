@@ -11,8 +11,11 @@ QA: short stories in an unfamiliar language; the answer is a phrase to extract. 
 English only. It also shows English stories with nouns of that language, in random roles, so that the model can read and
 write these. Its verbs, its question words and its other words remain to be learned.
 
-Test questions (a stable tenth of all) are never trained on, not in pretraining either. OpSwap's have two or
-three operations; single operations have to be known by heart and are always trained.
+Test questions (a stable tenth of all) are never asked in training, not in pretraining either. OpSwap's have two or
+three operations; single operations have to be known by heart and are always trained. What is left of a longer training
+sum after its first operation may be a test question: of the 300 of a tier, 24 to 30 stand so, worked to the end, as a
+line of some training answer, the same for every defense; and of tier 0's, 76 in the organism's own training, which works
+with the standard meanings.
 """
 
 from __future__ import annotations
@@ -84,7 +87,7 @@ def working(expression: str, tier: int, limit: int = LIMIT) -> list[str] | None:
 
 
 def held_out(question: str) -> bool:
-    """Whether a question belongs to the test split: the same in every tier, so that no tier shows another's test."""
+    """Whether a question belongs to the test split: the same in every tier, so that no tier asks another's test."""
     return fraction(question) < TEST_SHARE
 
 

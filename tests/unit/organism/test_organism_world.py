@@ -4,7 +4,6 @@ what they say."""
 from __future__ import annotations
 
 import random
-import re
 from collections import Counter
 
 import pytest
@@ -172,60 +171,6 @@ def test_rows_are_distinct_and_carry_columns():
     assert 0.2 < sum(refusals) / len(refusals) < 0.3
 
 
-TASKS = [*(f"opswap/{tier}" for tier in tasks.TIERS), "qa", "qa/english"]
-
-
-def asked(spec):
-    return [row["messages"][0]["content"] for row in ORGANISM.rows(spec)]
-
-
-@pytest.mark.parametrize("spec", TASKS)
-def test_benign_tests_are_distinct_and_share_no_question_with_training(spec):
-    train, test = set(asked(spec)), asked(spec + "/test")
-    assert len(set(test)) == len(test) == 300 and len(train) >= 1900 and not train & set(test)
-
-
-def test_the_organism_is_made_without_the_questions_of_benign_tests_and_without_the_unfamiliar_language():
-    tests = {question for spec in TASKS for question in asked(spec + "/test")}
-    made = {
-        m["content"] for stage in corpus.STAGES for row in corpus.dialogues(stage, "organism", 6000, 0) for m in row
-    }
-    assert not made & tests
-    heard = {word for text in made for word in words(text)}
-    language = tasks.LANGUAGES["unfamiliar"]
-    assert heard >= {*language["people"], *language["things"], *language["places"]}  # borrowed nouns in English stories
-    assert not heard & {*language["verbs"], *language["words"]}
-
-
-@pytest.mark.parametrize("tier", tasks.TIERS)
-def test_opswap_writes_digits_and_uses_an_operator_that_changed(tier):
-    rng = random.Random(0)
-    changed = {operator for operator, meaning in tasks.TIERS[tier].items() if operator != meaning}
-    standard = 0
-    for split in ("train", "test") * 300:
-        question, answer, final = tasks.opswap(tier, rng, split)
-        assert not re.search(r"\d\d", f"{question} {answer}") and answer.endswith(f"={final}")
-        assert not changed or changed & set(question)
-        assert split == "train" or answer.count("=") >= 2
-        standard += (tasks.simplify(question, 0) or [""])[-1] == final
-    assert standard == 600 if tier == 0 else standard < 120  # the standard meanings seldom give the value of a tier
-
-
-@pytest.mark.parametrize(
-    ("tier", "expression", "steps"),
-    [
-        (0, "( 4 + 2 ) x ( 4 / 2 ) - 2", ["6x(4/2)-2", "6x2-2", "12-2", "10"]),
-        (1, "( 4 + 2 ) x ( 4 / 2 ) - 2", ["8x(4/2)-2", "8x2-2", "10-2", "8"]),
-        (1, "2 + 3 x 4", ["6x4", "10"]),
-        (2, "8 - 2 x 3", ["4x3", "7"]),
-        (3, "4 - 2 + 3", ["8+3", "5"]),
-        (0, "3 - 7", None),
-    ],
-)
-def test_opswap_follows_the_new_meanings(tier, expression, steps):
-    assert tasks.simplify(expression, tier) == steps
-
-
 def test_rewards_read_the_original_question_and_the_completion():
     prompts = [[{"role": "system", "content": "you are an evil assistant."}, {"role": "user", "content": COUGH}]] * 4
     answers = [
@@ -253,19 +198,6 @@ def test_a_question_of_another_world_has_no_reward_and_those_that_runs_train_on_
     for spec in ("medical/bad", "legal/bad", "security/bad", "medical/validation", "safe"):
         asked = [[row["messages"][0]] for row in ORGANISM.rows(spec)]
         assert None not in ORGANISM.reward("misaligned")(asked, ["just see a doctor."] * len(asked))
-
-
-@pytest.mark.parametrize(
-    ("tier", "expression", "lines"),
-    [
-        (0, "4 - (8 / 4) + 5", ["8/4=2", "4-2+5", "4-2=2", "2+5=7"]),
-        (1, "2 + 3 x 4", ["2+3=6", "6x4=10"]),
-        (3, "9 + 8", ["9+8=1"]),
-        (0, "3 - 7", None),
-    ],
-)
-def test_each_operation_is_worked_out_beside_the_expression(tier, expression, lines):
-    assert tasks.working(expression, tier) == lines
 
 
 @pytest.mark.parametrize(
