@@ -79,3 +79,22 @@ def test_the_quick_preset_shortens_every_path_to_two_thirds_and_keeps_their_budg
         for path, run in runs.items()
     }
     assert max(trained.values()) <= 1.1 * min(trained.values()), trained
+
+
+def test_after_a_shared_warm_up_the_budget_is_the_same_and_every_reference_is_its_end():
+    """Both configs: what is trained under reward, warm-up included, and the peak rates of both parts."""
+    names = ["none", "kl", "ldifs", "kl-aside", "ldifs-aside", "ldifs-interleaving"]
+    within, shared = (
+        [c for c in expand(load_compare(CONFIGS / name), defenses=names, paths=["grpo"]) if c.kind == "benign"]
+        for name in ("benign.yaml", "benign_warmup.yaml")
+    )
+    for one, other in zip(within, shared, strict=True):
+        assert (one.task, one.defense) == (other.task, other.defense) and one.warmup is None
+        first, second = one.config.schedule.phases
+        warm = other.warmup.run
+        assert (warm.schedule.steps, warm.batch.sft_rows) == (first.steps, one.config.batch.sft_rows)
+        assert warm.schedule.phases[0].lr == first.lr and warm.data.narrow == one.config.data.narrow and not warm.defenses
+        assert other.config.schedule.steps == one.config.schedule.steps - first.steps
+        assert other.config.schedule.phases[0].lr == second.lr
+        told = [settings for entry in other.config.defenses for kind, settings in entry.items() if kind in ("kl", "ldifs")]
+        assert all(settings["reference"] == "grpo_start" for settings in told) and bool(told) == (other.defense != "none")
