@@ -28,6 +28,7 @@ from rlsafe.compare.verdicts.verdicts import CRITERIA, PathTable
 from rlsafe.config import UserError
 from rlsafe.config.files import write_text
 from rlsafe.evaluate.judge.calibrations import UNCALIBRATED
+from rlsafe.evaluate.statistics import LEVEL
 from rlsafe.types import provider_for
 
 
@@ -112,12 +113,17 @@ def _found(results: Results, tables: Sequence[PathTable]) -> dict[str, Any]:
 def _about(results: Results) -> dict[str, Any]:
     """How it was found: plan, records, costs, configuration."""
     schedules, unlike = origins.between_paths(results)
+    looks = Looks.load(results.directory.out)
     return {
         "title": results.plan["title"] or "Which defense to ship",
         "caution": caution(results),
         "plan": results.plan,
         "origins": origins.groups(results),
-        "looks": looks.sentence() if (looks := Looks.load(results.directory.out)) else "",
+        "looks": looks.sentence() if looks else "",
+        "interval": "interval at the level of its look" if looks else f"{100 * LEVEL:.0f}% interval",
+        "early": " Two are compared at the earlier of their looks: on its seeds, at its level, given in brackets."
+        if looks
+        else "",
         "schedules": schedules,
         "unlike": unlike,
         "models": results.models,

@@ -19,7 +19,7 @@ from rlsafe.compare.verdicts.grades import Verdict
 from rlsafe.compare.verdicts.judge_free import judge_free
 from rlsafe.compare.verdicts.power import needed
 from rlsafe.compare.verdicts.results import Results
-from rlsafe.compare.verdicts.verdicts import CRITERIA, PathTable, Row
+from rlsafe.compare.verdicts.verdicts import CRITERIA, PathTable, Row, holding
 
 RATES = {
     "general": "general misaligned",
@@ -55,11 +55,16 @@ def section(
     """Everything the template shows of one (model, path). top: the largest value of each rate, shared by all charts."""
     name = f"{table.model}: {table.path}" if several else table.path
     onsets = why.onsets(results, table)
+    held = holding(table)
     return {
         "name": name,
         "anchor": "".join(c if c.isalnum() else "-" for c in table.key),
         "table": table,
-        "verdicts": [(label, [shown(row, c) for c in CRITERIA]) for label, row in table.rows.items() if row.verdicts],
+        "verdicts": [
+            (label, [shown(row, c, (label, c) in held) for c in CRITERIA])
+            for label, row in table.rows.items()
+            if row.verdicts
+        ],
         "evidence": evidence(results, table),
         "measured": [key for key in RATES if any(key in row.rates for row in table.rows.values())],
         "apart": both_ways(of_two := two_defenses(results, table)["prevents_em"]),
@@ -104,8 +109,8 @@ def tops(tables: Sequence[PathTable]) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------ verdicts
 
 
-def shown(row: Row, criterion: str) -> dict[str, Any]:
-    """A cell of the verdict table."""
+def shown(row: Row, criterion: str, held: bool = False) -> dict[str, Any]:
+    """A cell of the verdict table. held: whether the verdict holds together with the others of its table."""
     verdict = row.verdicts[criterion]
     word = shown_grade(row, criterion)
     if word == NOTHING_LEARNED:  # no number either: it would look like a success
@@ -120,6 +125,7 @@ def shown(row: Row, criterion: str) -> dict[str, Any]:
         "interval": interval,
         "leaning": verdict.leaning if verdict.grade != "untested" and not verdict.decided else None,
         "reason": verdict.reason,
+        "holm": held and word != NOTHING_LEARNED,
         "seeds": needed(row, criterion) if word != NOTHING_LEARNED else None,
     }
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from rich.table import Table
 
 from rlsafe.compare.verdicts.arms import labelled
-from rlsafe.compare.verdicts.differences import QUANTITIES, Difference, apart, arms_of
+from rlsafe.compare.verdicts.differences import QUANTITIES, Difference, apart, arms_of, sampled
+from rlsafe.compare.verdicts.looks import Looks
 from rlsafe.compare.verdicts.results import load
 from rlsafe.compare.verdicts.verdicts import judge_defenses
 from rlsafe.config import UserError
-from rlsafe.evaluate.contrasts import Sample
+from rlsafe.evaluate.statistics import LEVEL
 from rlsafe.types import pick
 
 
@@ -27,12 +28,13 @@ def versus(directory: str | Path, one: str, other: str) -> dict[str, dict[str, D
         pick("defense of this comparison", label, known)
     if one == other:
         raise UserError(f"{one} twice: name two defenses")
-    found = {}
+    found, looks = {}, Looks.load(results.directory.out)
     for table in tables:
         if {one, other} <= set(table.defenses):
             cells = labelled(results, table.model, table.path)
+            two = [(table.key, label) for label in (one, other)]
             found[table.key] = {
-                criterion: apart(Sample(arms_of(cells, rate)), one, other, criterion == "prevents_em")
+                criterion: apart(sampled(arms_of(cells, rate), looks)(*two), one, other, criterion == "prevents_em")
                 for criterion, (rate, _) in QUANTITIES.items()
             }
     if not found:
@@ -42,7 +44,10 @@ def versus(directory: str | Path, one: str, other: str) -> dict[str, dict[str, D
 
 def versus_table(found: dict[str, dict[str, Difference | None]], one: str, other: str) -> Table:
     """The differences in points, for the terminal."""
-    table = Table("path", "share of what the undefended run shows", one, other, "difference (95%), points", "")
+    every = [d for of_criteria in found.values() for d in of_criteria.values() if d]
+    looked = any(d.level != LEVEL for d in every)
+    heading = "difference (level of its look), points" if looked else f"difference ({100 * LEVEL:.0f}%), points"
+    table = Table("path", "share of what the undefended run shows", one, other, heading, "")
     for path, of_criteria in found.items():
         for criterion, difference in of_criteria.items():
             words = QUANTITIES[criterion][1]
@@ -51,7 +56,6 @@ def versus_table(found: dict[str, dict[str, Difference | None]], one: str, other
                 continue
             d = difference
             shares = [f"{100 * share:.1f}%" for share in (d.first, d.second)]
-            table.add_row(
-                path, words, *shares, f"{100 * d.value:+.1f} ({100 * d.low:+.1f} to {100 * d.high:+.1f})", d.word
-            )
+            interval = f"{100 * d.low:+.1f} to {100 * d.high:+.1f}" + (f", {100 * d.level:.1f}%" if looked else "")
+            table.add_row(path, words, *shares, f"{100 * d.value:+.1f} ({interval})", d.word)
     return table

@@ -2,8 +2,9 @@
 
 Both are differences of shares: of emergent misalignment prevented and of the narrow behaviour kept. Two defenses share their
 undefended run, so their difference is one contrast divided by none - untrained (Fieller); on two paths each has its own (delta
-method). Either way questions, and seeds of the same number, are paired. See rlsafe.evaluate.contrasts. Which one is ahead must hold, as
-a grade must, however the answers without a score are counted (`widest`).
+method). Either way questions, and seeds of the same number, are paired. See rlsafe.evaluate.contrasts. In a comparison that looks
+(`--decide`) two things are compared on the seeds and at the level of the earlier of their looks (`sampled`). Which one is ahead
+must hold, as a grade must, however the answers without a score are counted (`widest`).
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from typing import Any
 
 from rlsafe.compare.verdicts.arms import labelled, rate_arms
 from rlsafe.compare.verdicts.grades import ONE_SEED
+from rlsafe.compare.verdicts.looks import Looks
 from rlsafe.compare.verdicts.narrow import narrow_arms, narrow_behaviour
 from rlsafe.compare.verdicts.results import Result, Results
 from rlsafe.compare.verdicts.shares import one_seed
-from rlsafe.compare.verdicts.verdicts import PathTable
+from rlsafe.compare.verdicts.verdicts import PathTable, of_seeds
 from rlsafe.evaluate.contrasts import EVERYTHING, Arm, Sample, Three, share_difference
 from rlsafe.evaluate.statistics import LEVEL, Interval
 
@@ -69,6 +71,22 @@ def arms_of(cells: Mapping[str, Sequence[Result]], rate: str) -> dict[str, Arm]:
     return narrow_behaviour(narrow_arms(cells), arms)[0] if rate == "indomain" else arms
 
 
+def sampled(arms: Mapping[str, Arm], looks: Looks | None) -> Callable[..., Sample]:
+    """(table key, defense) of those that are set beside each other -> the arms to do so with: all of their seeds at 95%; where there
+    are looks, those of the earliest one of theirs, at its level."""
+    whole, made = Sample(arms), dict[float, Sample]()
+
+    def of(*names: tuple[str, str]) -> Sample:
+        if looks is None:
+            return whole
+        level, seeds = looks.shared(*names)
+        if level not in made:
+            made[level] = Sample(of_seeds(arms, seeds), level)
+        return made[level]
+
+    return of
+
+
 def _signed(prevents: bool, value: float, ends: Interval) -> tuple[float, Interval]:
     """A difference of shares that remain, as one of shares prevented: the other way round."""
     return (-value, (-ends[1], -ends[0])) if prevents else (value, ends)
@@ -109,9 +127,8 @@ def apart(sample: Sample, one: str, other: str, prevents: bool) -> Difference | 
         sample, [one], [other], ["none", "untrained"], lambda at: at.ratio({one: 1.0, other: -1.0}, bottom)
     )
     single = one_seed(sample.arms, one, other, "none")
-    return _difference(
-        one, other, shares, value, ends, widest, prevents, single, "Fieller, paired by question and seed"
-    )
+    method = "Fieller, paired by question and seed"
+    return _difference(one, other, shares, value, ends, widest, prevents, single, method, sample.level)
 
 
 def _difference(
@@ -124,22 +141,25 @@ def _difference(
     prevents: bool,
     single: bool,
     method: str,
+    level: float,
 ) -> Difference:
     """The difference of two shares that remain; with `prevents`, of what was prevented."""
     widest = _signed(prevents, value, widest)[1] if widest else None
     value, ends = _signed(prevents, value, ends)
     first, second = (1 - share if prevents else share for share in shares)
-    return Difference(one, other, first, second, value, *ends, single, method, widest=widest)
+    return Difference(one, other, first, second, value, *ends, single, method, level, widest)
 
 
 def two_defenses(results: Results, table: PathTable) -> dict[str, dict[tuple[str, str], Difference]]:
     """Criterion -> (one, other) -> how far they lie apart, for every two defenses of a (model, path)."""
     cells, found = labelled(results, table.model, table.path), {}
+    looks = Looks.load(results.directory.out)
+    defenses = [label for label in table.defenses if label != "none"]
     for criterion, (rate, _) in QUANTITIES.items():
-        sample = Sample(arms_of(cells, rate))
-        defenses = [label for label in table.defenses if label != "none"]
+        of = sampled(arms_of(cells, rate), looks)
         every = {
-            two: apart(sample, *two, prevents=criterion == "prevents_em") for two in itertools.combinations(defenses, 2)
+            two: apart(of(*((table.key, label) for label in two)), *two, prevents=criterion == "prevents_em")
+            for two in itertools.combinations(defenses, 2)
         }
         found[criterion] = {two: difference for two, difference in every.items() if difference is not None}
     return found
@@ -177,18 +197,20 @@ def _two_paths(results: Results, one: PathTable, other: PathTable) -> TwoPaths:
         for label, of_label in labelled(results, table.model, table.path).items():
             cells[label if label == "untrained" else f"{table.path}/{label}"] = of_label
     found: dict[str, dict[str, Difference]] = {}
+    looks = Looks.load(results.directory.out)
     for criterion, (rate, _) in QUANTITIES.items():
-        sample = Sample(arms_of(cells, rate))
-        found[criterion] = dict(_by_label(sample, shared, one.path, other.path, prevents=criterion == "prevents_em"))
+        of = sampled(arms_of(cells, rate), looks)
+        found[criterion] = dict(_by_label(of, shared, one, other, prevents=criterion == "prevents_em"))
     return TwoPaths(one.model, one.path, other.path, found)
 
 
 def _by_label(
-    sample: Sample, labels: Sequence[str], one: str, other: str, prevents: bool
+    of: Callable[..., Sample], labels: Sequence[str], one: PathTable, other: PathTable, prevents: bool
 ) -> Iterator[tuple[str, Difference]]:
     for label in labels:
-        left, right = ((f"{path}/{label}", f"{path}/none", "untrained") for path in (one, other))
-        if (found := share_apart(sample, left, right, one, other, prevents)) is not None:
+        left, right = ((f"{path}/{label}", f"{path}/none", "untrained") for path in (one.path, other.path))
+        sample = of((one.key, label), (other.key, label))
+        if (found := share_apart(sample, left, right, one.path, other.path, prevents)) is not None:
             yield label, found
 
 
@@ -205,9 +227,8 @@ def share_apart(sample: Sample, left: Three, right: Three, one: str, other: str,
         sample, [left[0], right[1]], [right[0], left[1]], untrained, lambda at: share_difference(at, left, right)
     )
     single = one_seed(sample.arms, *left[:2], *right[:2])
-    return _difference(
-        one, other, shares, value, ends, widest, prevents, single, "delta method, paired by question and seed"
-    )
+    method = "delta method, paired by question and seed"
+    return _difference(one, other, shares, value, ends, widest, prevents, single, method, sample.level)
 
 
 def _share(arms: Mapping[str, Arm], arm: str, none: str, untrained: str) -> float:

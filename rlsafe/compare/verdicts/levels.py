@@ -18,12 +18,14 @@ from typing import Any
 
 from rlsafe.compare.verdicts.arms import labelled, rate_arms
 from rlsafe.compare.verdicts.differences import Difference, arms_of, share_apart, turned
+from rlsafe.compare.verdicts.looks import Looks
 from rlsafe.compare.verdicts.narrow import narrow_arms
 from rlsafe.compare.verdicts.results import Result, Results
 from rlsafe.compare.verdicts.verdicts import PathTable
 from rlsafe.config import RunConfig, UserError
 from rlsafe.engine.run.records import edits_at_end
 from rlsafe.evaluate.contrasts import Sample
+from rlsafe.evaluate.statistics import LEVEL
 
 COMMAND = "rlsafe evaluate DIR --steps all"
 
@@ -127,39 +129,44 @@ class Levels:
     """Every arm's curve of two paths of one model."""
 
     def __init__(self, results: Results, one: PathTable, other: PathTable):
-        self.one, self.other = one.path, other.path
+        self.tables = (one, other)
+        self.looks = Looks.load(results.directory.out)
         self.untrained = results.of("untrained", one.model)
-        self.curves: dict[str, Curve] = {}
-        self.edited: dict[
-            str, str
-        ] = {}  # arms whose checkpoints are other weights than a run that ended there would have
-        for table in (one, other):
+        self.cells: dict[str, Sequence[Result]] = {}
+        self.curves: dict[tuple[str, float], Curve] = {}
+        for table in self.tables:
             for label, cells in labelled(results, table.model, table.path).items():
                 if label in table.defenses:
-                    arm = f"{table.path}/{label}"
-                    self.curves[arm] = Curve.of(cells)
-                    if self.curves[arm].steps and (edits := edited(cells[0].config)):
-                        self.edited[arm] = edits
+                    self.cells[f"{table.path}/{label}"] = cells
+
+    def _curve(self, arm: str, level: float, seeds: Sequence[int] | None) -> Curve:
+        """That of an arm on some seeds; of the level of a look, which names them."""
+        if (arm, level) not in self.curves:
+            cells = self.cells.get(arm, ())
+            self.curves[arm, level] = Curve.of([one for one in cells if seeds is None or one.seed in seeds])
+        return self.curves[arm, level]
 
     def compare(self, label: str) -> AtLevel:
-        """The defense on path `one` minus on path `other`."""
-        wanted = [f"{path}/{name}" for path in (self.one, self.other) for name in (label, "none")]
-        curves = {arm: curve for arm in wanted if (curve := self.curves.get(arm))}
-        if missing := [arm for arm in wanted if arm not in curves or not curves[arm].measured]:
+        """The defense on the first path minus on the second; in a comparison that looks, as `differences.sampled`."""
+        one, other = (table.path for table in self.tables)
+        at, seeds = self.looks.shared(*((table.key, label) for table in self.tables)) if self.looks else (LEVEL, None)
+        wanted = [f"{path}/{name}" for path in (one, other) for name in (label, "none")]
+        curves = {arm: self._curve(arm, at, seeds) for arm in wanted}
+        if missing := [arm for arm in wanted if not curves[arm].measured]:
             measured = any(curve.measured for curve in curves.values())
             return AtLevel(f"no checkpoints of {missing[0]} were measured ({COMMAND})", measured=measured)
         if lacking := [arm for arm in wanted if not curves[arm].levels]:
             return AtLevel(f"the checkpoints of {lacking[0]} {curves[lacking[0]].lacks} ({COMMAND})")
-        if others := [arm for arm in wanted if arm in self.edited]:
-            return AtLevel(
-                f"{self.edited[others[0]]}: the checkpoints of {others[0]} are not what it would have ended with there"
-            )
-        level = min(max(self.curves[arm].levels.values()) for arm in wanted)
-        steps = {arm: self.curves[arm].first(level) for arm in wanted}
-        cells = {arm: self.curves[arm].steps[step] for arm, step in steps.items()}
-        sample = Sample(arms_of({**cells, "untrained": self.untrained}, "general"))
-        left, right = ((f"{path}/{label}", f"{path}/none", "untrained") for path in (self.one, self.other))
-        difference = share_apart(sample, left, right, self.one, self.other, prevents=True)
+        # their checkpoints are other weights than a run that ended there would have
+        for arm in wanted:
+            if edits := edited(self.cells[arm][0].config):
+                return AtLevel(f"{edits}: the checkpoints of {arm} are not what it would have ended with there")
+        level = min(max(curves[arm].levels.values()) for arm in wanted)
+        steps = {arm: curves[arm].first(level) for arm in wanted}
+        cells = {arm: curves[arm].steps[step] for arm, step in steps.items()}
+        sample = Sample(arms_of({**cells, "untrained": self.untrained}, "general"), at)
+        left, right = ((f"{path}/{label}", f"{path}/none", "untrained") for path in (one, other))
+        difference = share_apart(sample, left, right, one, other, prevents=True)
         reason = (
             ""
             if difference

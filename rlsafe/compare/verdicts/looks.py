@@ -1,10 +1,11 @@
 """Looking at a comparison before all seeds have run, without deciding too often: fixed looks, each with its part of the error.
 
 `rlsafe compare CONFIG --seeds 0-9 --decide` looks after 3, 5 and 10 seeds (of those given), and a defense whose verdicts are all
-one single grade gets no further seeds. The error of .05 is spent over the looks as Lan & DeMets (1983) do in Pocock's manner:
-alpha ln(1 + (e - 1) t) by the share t of the seeds. What a look adds to it is the error of that look's intervals, so that over all
-looks no interval misses more often than alpha (Bonferroni, a little conservative). What stopped is judged on the seeds it stopped
-with, none's too. Within a table Holm's (1979) step-down correction says which decided verdicts hold together (`holm`).
+one single grade gets no further seeds. The error of .05 is spent over the looks as Lan & DeMets (1983) do in Pocock's manner: alpha
+ln(1 + (e - 1) t) by the share t of the seeds. What a look adds to it is the error of that look's intervals, so that over all looks
+no interval misses more often than alpha (Bonferroni, a little conservative). What stopped is judged on the seeds it stopped with,
+none's too; what is set beside each other, on those of the earlier look. Within a table Holm's (1979) step-down correction says
+which decided verdicts hold together (`holm`).
 """
 
 from __future__ import annotations
@@ -70,6 +71,12 @@ class Looks:
 
     def seeds_of(self, table: str, label: str) -> list[int]:
         return self.seeds[: self.planned[self.look_of(table, label)]]
+
+    def shared(self, *names: tuple[str, str]) -> tuple[float, list[int]]:
+        """(level, seeds) of the earliest look of some defenses, at which they are set beside each other: later seeds not all of them
+        have. names: (table, defense)."""
+        look = min(self.look_of(*name) for name in names)
+        return levels(self.planned)[look], self.seeds[: self.planned[look]]
 
     def take(self, verdicts: Mapping[str, Mapping[str, Mapping[str, Verdict]]]) -> None:
         """Note what this look decides. verdicts: table -> defense -> criterion -> verdict at this look's level. One seed, where the

@@ -9,6 +9,7 @@ from synthetic_comparison import CONFIG, ZERO, evaluation, make
 from rlsafe.compare.grid.grid import expand
 from rlsafe.compare.report.reporting import draw_report
 from rlsafe.compare.verdicts.levels import at_levels
+from rlsafe.compare.verdicts.looks import Looks
 from rlsafe.compare.verdicts.results import load
 from rlsafe.compare.verdicts.tasks import judge_and_write
 from rlsafe.compare.verdicts.verdicts import judge_defenses
@@ -61,6 +62,19 @@ def test_paths_that_differ_at_equal_budget_may_not_at_equal_level(tmp_path):
     assert one["prevents_em"]["kl"]["value"] == pytest.approx(0.9, abs=0.02)  # at equal budget
     level = one["prevents_em_at_equal_level"]["kl"]
     assert level["value"] == pytest.approx(d.value) == -other["prevents_em_at_equal_level"]["kl"]["value"]
+
+
+def test_where_a_defense_stopped_at_a_look_the_level_is_that_of_the_seeds_and_the_error_of_that_look(tmp_path):
+    for name in ("few", "many"):
+        (tmp_path / name).mkdir()
+    few, many = comparison(tmp_path / "few", seeds=(0, 1, 2)), comparison(tmp_path / "many", seeds=(0, 1, 2, 3))
+    Looks(list(range(10)), taken=2, stopped={"grpo kl": 0}).save(many.out)
+    plain, looked = compared(few), compared(many)
+    assert (looked.level, looked.steps) == (plain.level, plain.steps)
+    assert (
+        looked.difference.value == plain.difference.value and looked.difference.level > plain.difference.level == 0.95
+    )
+    assert looked.difference.low < plain.difference.low
 
 
 def test_without_checkpoints_it_is_untested_and_says_how_to_have_them(tmp_path):

@@ -10,9 +10,11 @@ import pytest
 from synthetic_comparison import CONFIG, ZERO, make, write_cell
 
 from rlsafe.arguments import numbers
-from rlsafe.compare import compare_decided
+from rlsafe.compare import compare_decided, draw_report, versus
+from rlsafe.compare.report.versus import versus_table
 from rlsafe.compare.run import runner
 from rlsafe.compare.run.deciding import _owed, _stopped
+from rlsafe.compare.verdicts.differences import two_defenses, two_paths
 from rlsafe.compare.verdicts.grades import Verdict
 from rlsafe.compare.verdicts.looks import Looks, counts, holm, levels, p_value
 from rlsafe.compare.verdicts.results import load
@@ -55,6 +57,65 @@ def test_verdicts_rest_on_the_seeds_and_the_level_of_their_look(tmp_path):
     assert after.high - after.low > before.high - before.low
 
 
+BOTH = {**ARMS, ("grpo", "none"): {"general": 0.4, "indomain": 0.8}, ("grpo", "kl"): {"general": 0.2, "indomain": 0.5}}
+BOTH |= {("sft", "ldifs"): {"general": 0.1, "indomain": 0.85}}
+THREE = CONFIG.replace("  kl: [{kl: {weight: 0.3}}]\n", "  kl: [{kl: {weight: 0.3}}]\n  ldifs: [ldifs]\n")
+
+
+def test_two_that_stopped_at_different_looks_are_compared_at_the_earlier_one(tmp_path):
+    """On the seeds that both had by then, at that look's level: paths, defenses, and `rlsafe versus`, in the files and the report."""
+
+    def differences(directory):
+        results = load(directory.out)
+        tables = judge_defenses(results)
+        (two,) = two_paths(results, tables)
+        of_path = versus(directory.out, "kl", "ldifs")["sft"]["prevents_em"]
+        return (
+            two.differences["prevents_em"]["kl"],
+            two_defenses(results, tables[0])["prevents_em"]["kl", "ldifs"],
+            of_path,
+        )
+
+    few, many = (
+        make(
+            tmp_path / f"of{seeds}",
+            BOTH,
+            THREE,
+            questions=40,
+            samples=1,
+            paths=["sft", "grpo"],
+            seeds=list(range(seeds)),
+        )
+        for seeds in (3, 5)
+    )
+    assert all(one.level == 0.95 for one in differences(many))
+    Looks(list(range(10)), taken=2, stopped={"sft kl": 0}).save(many.out)
+    first = levels([3, 5, 10])[0]
+    for plain, looked in zip(differences(few), differences(many), strict=True):
+        assert (looked.first, looked.second, looked.level) == (plain.first, plain.second, first)
+        assert looked.low < plain.low < plain.high < looked.high
+    found = versus(many.out, "kl", "ldifs")
+    assert f", {100 * first:.1f}%)" in str(list(versus_table(found, "kl", "ldifs").columns[4].cells))
+    page = draw_report(many.out).read_text()
+    assert (
+        f"({100 * first:.1f}%)</span>" in page
+        and "95% interval, paired" not in page
+        and "earlier of their looks" in page
+    )
+    details = json.loads((many.out / "verdict_details.json").read_text())
+    assert details["sft"]["against_paths"]["grpo"]["prevents_em"]["kl"]["level"] == first
+
+
+def test_two_that_went_on_are_compared_at_the_last_look(tmp_path):
+    directory = make(
+        tmp_path / "out", BOTH, THREE, questions=20, samples=1, paths=["sft", "grpo"], seeds=list(range(5))
+    )
+    Looks(list(range(10)), taken=2, stopped={"sft ldifs": 0}).save(directory.out)
+    results = load(directory.out)
+    (two,) = two_paths(results, judge_defenses(results))
+    assert two.differences["prevents_em"]["kl"].level == levels([3, 5, 10])[1]
+
+
 def test_a_benign_task_is_judged_by_the_same_look_in_both_places(tmp_path):
     arms = {key: rates | {"benign": 0.05 if key[1] == "untrained" else 0.8} for key, rates in ARMS.items()}
     directory = make(tmp_path / "out", arms, questions=20, samples=1, paths=["sft"], seeds=list(range(5)))
@@ -87,8 +148,13 @@ def test_the_p_value_of_a_grade_ends_where_another_grade_begins():
 def test_decided_verdicts_that_hold_together(tmp_path):
     directory = make(tmp_path / "out", ARMS, questions=60, samples=4, paths=["sft"])
     (table,) = judge_defenses(load(directory.out))
-    assert ("kl", "keeps_narrow") in holding(table) or not table.rows["kl"].verdicts["keeps_narrow"].decided
-    assert all(label != "none" for label, _ in holding(table))
+    held = holding(table)
+    assert ("kl", "keeps_narrow") in held or not table.rows["kl"].verdicts["keeps_narrow"].decided
+    assert all(label != "none" for label, _ in held)
+    page = draw_report(
+        directory.out
+    ).read_text()  # marked beside the grade and in the table of numbers, and said in both places
+    assert held and page.count("<sup>H</sup>") == 2 * len(held) + 2
 
 
 def test_a_verdict_of_one_look_holds_by_what_that_look_may_spend(tmp_path):
