@@ -27,10 +27,16 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; default: all")
     parser.add_argument("--quick", action="store_true", help="smaller and fewer: about two minutes in all")
     parser.add_argument("--rounds", type=int, default=None, help="interleaved rounds (default 5)")
+    parser.add_argument(
+        "--draws", metavar="N[,N,N,N]", help="coverage: worlds drawn for a row; four numbers: with 1, 3, 5, 10 seeds"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="where JSON and plots go")
     chosen = parser.parse_args()
     if unknown := [name for name in chosen.names if name not in NAMES]:
         parser.error(f"unknown benchmark {unknown[0]!r}; expected one of {', '.join(NAMES)}")
+    if chosen.draws and "coverage" not in (chosen.names or NAMES):
+        parser.error("--draws is of the benchmark coverage, which is not among those named")
+    more = {"coverage": {"draws": _draws(parser, chosen.draws)}} if chosen.draws else {}
     rounds = chosen.rounds or 5
     chosen.out.mkdir(parents=True, exist_ok=True)
     results = []
@@ -39,7 +45,7 @@ def main() -> int:
             print(f"{name} ...", flush=True)
             began = time.perf_counter()
             module = name.replace("-", "_")
-            result = getattr(import_module(module), module)(Path(scratch), chosen.quick, rounds)
+            result = getattr(import_module(module), module)(Path(scratch), chosen.quick, rounds, **more.get(name, {}))
             seconds = time.perf_counter() - began
             _plots(result, chosen.out)
             print(*result.lines(), sep="\n", flush=True)
@@ -47,6 +53,13 @@ def main() -> int:
             _save(chosen.out / "bench.json", results, rounds)
     print(f"saved {chosen.out / 'bench.json'}")
     return 0
+
+
+def _draws(parser: argparse.ArgumentParser, given: str) -> list[int]:
+    numbers = given.split(",")
+    if len(numbers) not in (1, 4) or not all(number.isdigit() and int(number) for number in numbers):
+        parser.error(f"--draws {given}: expected one number above 0, or four of them, e.g. 250,300,250,250")
+    return [int(number) for number in numbers] * (4 // len(numbers))
 
 
 def _plots(result, out: Path) -> None:
