@@ -159,26 +159,26 @@ def _instrument(results: Results) -> str:
     settings = [cell.rates.get("settings") or {} for cell in results.cells]
     questions: dict[str, str] = next((one["questions"] for one in settings if one.get("questions")), {})
     asked = [f"{name}: {source}" for name, source in questions.items()]
-    limit, samples = (next((one.get(key) for one in settings if one.get(key)), None) for key in ("limit", "samples"))
+    keys = ("limit", "samples", "cue_limit", "cue_samples")
+    limit, samples, few, often = (next((one.get(key) for one in settings if one.get(key)), None) for key in keys)
     cues = sorted({cue for one in settings for cue in one.get("cues") or {}})
     judges = ", ".join(dict.fromkeys(str(one["judge"]) for one in settings if one.get("judge")))
-    counts = "; ".join(
-        filter(
-            None,
-            (
-                limit and f"at most {limit} questions of each",
-                samples and f"{samples} answer{'s' * (samples != 1)} to each",
-            ),
-        )
-    )
+    fewer = few if few and (limit is None or few < limit) else None  # cues are asked of the questions that limit leaves
     parts = [
         "; ".join(asked) and f"Questions: {'; '.join(asked)}",
-        counts and f" ({counts})",
-        cues and f"; cues: {', '.join(cues)}",
+        _counted("of each", limit, samples),
+        cues and f"; cues: {', '.join(cues)}{_counted('under each', fewer, often if often != samples else None)}",
         judges and f". Judge: {judges}",
     ]
     said = "".join(part for part in parts if part).removeprefix(". ")
     return f" {escape(said)}." if said else ""
+
+
+def _counted(sets: str, limit: int | None, samples: int | None) -> str:
+    """How many questions `of each` set, or `under each` cue, and answers to each, in brackets."""
+    parts = [f"at most {limit} questions {sets}"] if limit else []
+    parts += [f"{samples} answer{'s' * (samples != 1)} to each"] if samples else []
+    return f" ({'; '.join(parts)})" if parts else ""
 
 
 def sweep_table(results: Results, sweep: Sweep, tables: Sequence[PathTable]) -> str:

@@ -81,6 +81,21 @@ def test_captions_say_which_questions_and_judge():
     assert latex._instrument(SimpleNamespace(cells=[SimpleNamespace(rates={})])) == ""
 
 
+@pytest.mark.parametrize(
+    ("of_cues", "said"),
+    [
+        ({"cue_limit": 80, "cue_samples": None}, "; cues: json (at most 80 questions under each)."),
+        ({"cue_limit": 80, "cue_samples": 2}, "; cues: json (at most 80 questions under each; 2 answers to each)."),
+        ({"cue_limit": 320, "cue_samples": 1}, "; cues: json."),
+        ({"cue_limit": 400, "cue_samples": None}, "; cues: json."),  # of the 320 that there are
+    ],
+)
+def test_captions_say_how_many_questions_cues_were_asked_where_that_is_another_number(of_cues, said):
+    asked = {"questions": {"general": "x"}, "limit": 320, "samples": 1, "cues": {"json": {}}, **of_cues}
+    plain = " Questions: general: x (at most 320 questions of each; 1 answer to each)"
+    assert latex._instrument(SimpleNamespace(cells=[SimpleNamespace(rates={"settings": asked})])) == plain + said
+
+
 def test_the_rules_of_a_column():
     values = {"none": 0.0, "a": 1.0, "b": 2.04, "c": 2.01, "d": 3.0, "e": 0.5}
     assert latex.styled(values, higher=False, italic={"e"}) == {
