@@ -68,7 +68,7 @@ def recognised(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         return out
     for name in ("conversations", "conversation"):
         if out.get(name) is not None:
-            out["messages"] = _with_system(turns(out.pop(name), where, name), out, where)
+            out["messages"] = with_system(turns(out.pop(name), where, name), system_of(out, where))
             return out
     if out.get("instruction") is not None and "output" in out:
         return _alpaca(out, where)
@@ -92,19 +92,24 @@ def _alpaca(row: dict[str, Any], where: str) -> dict[str, Any]:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise UserError(f"{where}: history must hold pairs of question and answer, got {kind_of(pair)}")
         before += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    asking = _with_system([*before, {"role": "user", "content": row["prompt"]}], row, where)
+    asking = with_system([*before, {"role": "user", "content": row["prompt"]}], system_of(row, where))
     if len(asking) > 1:
         row["prompt"] = asking
     return row
 
 
-def _with_system(messages: Any, row: dict[str, Any], where: str) -> Any:
-    """The format's own `system` column in front of the conversation."""
+def system_of(row: dict[str, Any], where: str) -> str | None:
+    """The `system` column, taken out of the row; None where it is empty. UserError when it is no text."""
     system = row.pop("system", None)
+    if system and not isinstance(system, str):
+        raise UserError(f"{where}: system must be a string, got {kind_of(system)}")
+    return system or None
+
+
+def with_system(messages: Any, system: str | None) -> Any:
+    """The system prompt in front of the conversation."""
     if not system or not isinstance(messages, list):
         return messages
-    if not isinstance(system, str):
-        raise UserError(f"{where}: system must be a string, got {kind_of(system)}")
     first: Mapping[str, Any] = messages[0] if messages and isinstance(messages[0], Mapping) else {}
     if SPEAKERS.get(str(first.get("role", first.get("from"))).lower()) == "system" and _said(first) == system:
         return messages  # it is written in both places

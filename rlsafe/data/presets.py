@@ -137,6 +137,11 @@ class Recipe:
         renamed = [*self.columns.items(), *(self.preset.columns.items() if self.preset else ())]
         return frozenset(column for target, column in renamed if target in NESTED)
 
+    @property
+    def has_system(self) -> bool:
+        """Whether the column `system` is the conversation's system prompt, whatever the layout of the row."""
+        return "system" in self.columns
+
     def apply(self, row: Mapping[str, Any], where: str) -> Mapping[str, Any] | None:
         """The row with its columns renamed; None when it fails a condition. The user's own columns and conditions must
         exist; a preset's are for rows in the published layout only."""
@@ -188,8 +193,7 @@ def _meets(row: Mapping[str, Any], conditions: Mapping[str, Any], where: str) ->
 
 
 def _rename(row: Mapping[str, Any], columns: Mapping[str, str], where: str, strict: bool) -> Mapping[str, Any]:
-    """target <- column. `system` becomes the conversation's system prompt. Not strict: a row that lacks the column and
-    has the target is in the target's layout already."""
+    """target <- column. Not strict: a row that lacks the column and has the target is in the target's layout already."""
     if not columns:
         return row
     renamed = {key: value for key, value in row.items() if key not in columns.values()}
@@ -198,18 +202,4 @@ def _rename(row: Mapping[str, Any], columns: Mapping[str, str], where: str, stri
             renamed[target] = row[column]
         elif strict or target not in row:
             raise UserError(f"{where}: no column {column!r} to take as {target!r}{nearest(column, map(str, row))}")
-    if "system" in columns and (system := renamed.pop("system", None)):
-        renamed = _with_system(renamed, system, where)
     return renamed
-
-
-def _with_system(row: Mapping[str, Any], system: Any, where: str) -> dict[str, Any]:
-    """The system prompt in front of the row's messages or prompt."""
-    if not isinstance(system, str):
-        raise UserError(f"{where}: system must be a string, got {kind_of(system)}")
-    key = "messages" if row.get("messages") is not None else "prompt"
-    asked = row.get(key)
-    turns = [{"role": "user", "content": asked}] if isinstance(asked, str) and key == "prompt" else asked
-    if not isinstance(turns, list):
-        return dict(row)  # the check of the row will report what is wrong
-    return {**row, key: [{"role": "system", "content": system}, *turns]}

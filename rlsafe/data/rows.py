@@ -19,9 +19,11 @@ from rlsafe.data.formats import (
     kind_of,
     message,
     recognised,
+    system_of,
     tools_of,
     trained_turns,
     turns,
+    with_system,
 )
 from rlsafe.data.turns import split_prompt
 from rlsafe.types import Message, Row
@@ -57,8 +59,11 @@ def question_of(messages: Sequence[Message]) -> tuple[str, str | None]:
 # ---------------------------------------------------------------------------------------------------- one row
 
 
-def normalise_row(raw: Any, where: str, train_on: str = "last") -> Row:
-    """A raw row in the messages format with its other columns; UserError starts with `where`."""
+def normalise_row(raw: Any, where: str, train_on: str = "last", has_system: bool = False) -> Row:
+    """A raw row in the messages format with its other columns; UserError starts with `where`.
+
+    has_system: the column `system` is the system prompt of a row in any format, not only in those that have one.
+    """
     if not isinstance(raw, Mapping):
         whole = " (one list of all rows belongs in a .json file)" if isinstance(raw, list) else ""
         raise UserError(f"{where}: expected an object with 'messages', got {kind_of(raw)}{whole}")
@@ -69,6 +74,7 @@ def normalise_row(raw: Any, where: str, train_on: str = "last") -> Row:
     for name in PICTURES:
         if isinstance(row.get(name), (str, list, dict, bytes)) and row[name]:
             raise UserError(f"{where}: the column {name!r} holds pictures or sound; only text is read")
+    system = system_of(row, where) if has_system else None
     row = recognised(row, where)
     plain = False
     if row.get("messages") is not None:
@@ -87,6 +93,8 @@ def normalise_row(raw: Any, where: str, train_on: str = "last") -> Row:
         known = "messages" if "messages" in row else "prompt" if "prompt" in row else None
         problem = f"{known!r} is null" if known else f"no 'messages' (or 'prompt'){_near_key(row)}{_renaming(row)}"
         raise UserError(f"{where}: {problem}")
+    if (whole := with_system(messages, system)) is not messages:  # only now is it a list, whatever it came as
+        plain, messages = False, [_message(whole[0], f"{where}: system"), *messages]
     asked = [number for number, one in enumerate(messages) if one["role"] == "user"]
     if not asked:
         roles = ", ".join(one["role"] for one in messages)

@@ -142,7 +142,7 @@ def _checked(config: StreamConfig, count: Count, seed: int | None = None) -> Ite
             if isinstance(raw, Mapping) and (raw := recipe.apply(raw, where)) is None:
                 count.filtered += 1
                 continue
-            row = normalise_row(raw, where, config.train_on)
+            row = normalise_row(raw, where, config.train_on, recipe.has_system)
             if not provided:
                 for column in unused(raw, row):
                     count.unused.setdefault(column, where)

@@ -70,6 +70,40 @@ def test_a_column_that_looks_like_part_of_the_prompt_is_said_once(tmp_path):
     assert any("rows.jsonl:1: the column 'system'" in n and "columns: {system: NAME}" in n for n in notes)
 
 
+SHAREGPT = [{"from": "human", "value": "why?"}, {"from": "gpt", "value": "because."}]
+COLUMNS_OF_TURNS = {"role": ["user", "assistant"], "content": ["why?", "because."]}
+
+
+@pytest.mark.parametrize(
+    "row, columns",
+    [
+        ({"conversations": SHAREGPT}, {}),
+        ({"conversations": json.dumps(SHAREGPT)}, {}),
+        ({"instruction": "why?", "input": "", "output": "because."}, {}),
+        ({"q": "why?", "a": "because."}, {"instruction": "q", "output": "a"}),
+        ({"messages": TALK}, {}),
+        ({"messages": json.dumps(TALK)}, {}),
+        ({"messages": COLUMNS_OF_TURNS}, {}),
+        ({"talk": json.dumps(TALK)}, {"messages": "talk"}),
+        ({"prompt": "why?", "completion": "because."}, {}),
+        ({"prompt": json.dumps(TALK[:1]), "completion": "because."}, {}),
+        ({"prompt": TALK[:1], "completion": TALK[1:]}, {}),
+    ],
+)
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+def test_a_system_column_that_is_named_stands_in_front_of_every_form(tmp_path, row, columns, column):
+    front, notes = {"role": "system", "content": "be brief"}, []
+    columns = {**columns, "system": column}
+    rows = [{**row, column: "be brief"}, {**row, column: float("nan")}, {**row, column: None}, {**row, column: ""}]
+    found = load(tmp_path, *rows, notes=notes, columns=columns)
+    assert [one["messages"] for one in found] == [[front, *TALK], TALK, TALK, TALK] and not notes
+    assert not found[0].get("_plain") and not {"system", column} & set(found[0])
+    with pytest.raises(UserError, match=r"rows.jsonl:1: system must be a string, got a number"):
+        load(tmp_path, {**row, column: 7}, columns=columns)
+    with pytest.raises(UserError, match=r"rows.jsonl:1: system: content holds half a character"):
+        load(tmp_path, {**row, column: "\ud83d"}, columns=columns)
+
+
 def test_text_that_only_begins_like_a_list_stays_text(tmp_path):
     for text in ("[1] what is this?", '[{"a": 1}] is JSON', "{x} + {y}", "[system] hello"):
         assert only(tmp_path, {"prompt": text})[0]["content"] == text
