@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -39,8 +39,30 @@ class LoadedReward:
 
     def wants(self, column: str, value: Any) -> bool:
         """Whether `where` lets a row with this value in."""
-        wanted = self.where[column]
-        return value in (wanted if isinstance(wanted, list) else [wanted])
+        return value in _listed(self.where[column])
+
+    def unmet(self, rows: Sequence[Mapping[str, Any]]) -> str | None:
+        """Why `where` lets none of these rows in, with what they hold instead; None when it lets one in."""
+        if any(all(self.wants(column, row.get(column)) for column in self.where) for row in rows):
+            return None
+        for column, wanted in self.where.items():
+            found = [value for row in rows if (value := row.get(column)) is not None]
+            if not any(self.wants(column, row.get(column)) for row in rows):
+                return f"{column}: no row has {wanted!r}{_alike(_listed(wanted), found)}"
+        return f"no row has all of {dict(self.where)}"
+
+
+def _listed(wanted: Any) -> list[Any]:
+    return wanted if isinstance(wanted, list) else [wanted]
+
+
+def _alike(wanted: list[Any], found: list[Any]) -> str:
+    """A hint to append: the value that was meant, or those that there are."""
+    spelled = {str(one) for one in wanted}
+    for value in found:
+        if str(value) in spelled:  # cells of a CSV are texts, and YAML reads numbers and true where nothing is quoted
+            return f"; the rows have {value!r}, which is another type ({type(value).__name__})"
+    return nearest(str(wanted[0]), map(str, found)) if wanted else ""
 
 
 def load_reward(config: RewardConfig) -> LoadedReward:

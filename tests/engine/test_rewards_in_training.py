@@ -1,13 +1,15 @@
 """GRPO with the shipped rewards: a tiny model that writes Python, or is graded, learns what is paid for."""
 
 import json
+import re
 
 import pytest
 from places import ROOT
 from scripted_server import ScriptedServer, error, ok
 from tiny import conversation, write_jsonl
 
-from rlsafe.config import run_from_tree
+from rlsafe.config import UserError, run_from_tree
+from rlsafe.engine.run.build import prepare
 from rlsafe.engine.run.life import run
 from rlsafe.rewards import scan_answer, severity_score
 
@@ -80,3 +82,32 @@ def test_a_graded_reward_trains_on_what_was_graded_and_reads_the_original_questi
     assert missing and all(sample["advantage"] is None for sample in missing)
     assert metrics[0]["insecure_code/ungraded"] > 0 and metrics[-1]["insecure_code/ungraded"] == 0
     assert share(samples, GRPO - 1, UNSAFE) > share(samples, 0, UNSAFE) + 0.25
+
+
+# ------------------------------------------------------------------------------------------------ where
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ({"domain": "medcal"}, "where: domain: no row has 'medcal'; did you mean 'medical'"),
+        ({"domain": ["sport"]}, r"no row has \['sport'\]; expected one of: law, medical"),
+        ({"level": 1}, r"where: level: no row has 1; the rows have '1', which is another type \(str\)"),
+        ({"domain": "law", "level": "1"}, "no row has all of {'domain': 'law', 'level': '1'}"),
+        ({"domain": "law", "level": ["1", "2"]}, None),
+    ],
+)
+def test_a_reward_for_rows_that_are_not_there_is_refused(tree, tmp_path, where, said):
+    rows = [{"prompt": "say 1", "domain": "medical", "level": "1"}, {"prompt": "say 2", "domain": "law", "level": "2"}]
+    only = tree | {
+        "schedule": {"steps": 1, "phases": [{"cycle": ["grpo"]}]},
+        "rewards": [{"fn": f"{FILES}/code.py:insecure", "where": where}],
+    }
+    data = {"narrow": {"source": write_jsonl(tmp_path / "two.jsonl", rows)}}
+    if said is None:
+        assert not prepare(run_from_tree(only | {"data": data})).notes
+        return
+    with pytest.raises(UserError, match=said):
+        prepare(run_from_tree(only | {"data": data}))
+    part = {"narrow": data["narrow"] | {"limit": 2}}  # the rest of the source may have them
+    assert re.search(said, prepare(run_from_tree(only | {"data": part})).notes[-1])

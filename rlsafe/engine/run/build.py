@@ -25,7 +25,7 @@ from rlsafe.engine.plan.schedule import Step, make_plan
 from rlsafe.engine.record.trackers import BOARD, Trackers, check_trackers
 from rlsafe.engine.record.tracking import Tracker
 from rlsafe.engine.run.layout import check_layout
-from rlsafe.engine.run.rows import usable
+from rlsafe.engine.run.rows import check_where, usable
 from rlsafe.engine.train import ahead, distributed, gradients, projection, resample
 from rlsafe.engine.train.effects import EffectLog
 from rlsafe.engine.train.state import Components, RunState
@@ -35,7 +35,7 @@ from rlsafe.evaluate.measure.measure import Material
 from rlsafe.policy import Policy
 from rlsafe.policy.adapters import read_adapter_config
 from rlsafe.policy.source import model_source
-from rlsafe.rewards import LoadedReward, RewardRunner, load_reward
+from rlsafe.rewards import RewardRunner, load_reward
 from rlsafe.rollouts import CANNOT_STEER, make_sampler
 from rlsafe.types import Judge, Row, Sampler, Where
 
@@ -123,8 +123,7 @@ def prepare(config: RunConfig, load: LoadStreams | None = None) -> Prepared:
     _check_adapter(config.model.adapter, uses_grpo)
     if uses_grpo:
         rewards = RewardRunner(loaded, config.grpo.on_error)
-        for name in sampled:
-            _check_where(loaded, rows[name], name)
+        notes += check_where(loaded, {name: rows[name] for name in sorted(sampled)}, config.data)
     material = gather(config.evaluate) if config.evaluate.wanted else None
     return Prepared(config, plan, defenses, rows, rewards, notes, material)
 
@@ -138,17 +137,6 @@ def _check_when(stack: DefenseStack, plan: list[Step], phases: int) -> None:
             raise UserError(
                 f"defense {one.name!r}: from_step: {one.when.from_step}: acts in no step; the run has {len(plan)}"
             )
-
-
-def _check_where(rewards: list[LoadedReward], rows: list[Row], name: str) -> None:
-    """UserError for a reward that is for rows of a column that the data lack. Empty: not on this machine, in a dry run."""
-    columns = [column for column in rows[0] if not column.startswith("_")] if rows else []
-    for reward in rewards:
-        for column in reward.where:
-            if columns and column not in columns:
-                raise UserError(
-                    f"reward {reward.name!r}: where: data.{name} has no column {column!r}{nearest(column, columns)}"
-                )
 
 
 def _check_adapter(adapter: str | None, uses_grpo: bool) -> None:

@@ -9,11 +9,12 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from rlsafe.config import ModelConfig, RunConfig, UserError
+from rlsafe.config import DataConfig, ModelConfig, RunConfig, UserError, nearest
 from rlsafe.data import Use, fit_rows
 from rlsafe.data.rendered import additions
 from rlsafe.defenses import Defense, DefenseStack
 from rlsafe.engine.run.templates import check_defenses, check_evaluation, check_lengths, trained_on
+from rlsafe.rewards import LoadedReward
 from rlsafe.types import Message, Row, Where
 from rlsafe.types import Stream as Name
 
@@ -31,6 +32,28 @@ class Rows:
     streams: dict[str, list[Row]] = field(default_factory=dict)
     limits: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+
+def check_where(rewards: list[LoadedReward], streams: dict[str, list[Row]], data: DataConfig) -> list[str]:
+    """UserError for a reward that is for rows that the sampled streams lack: of a column, or of a value that is nowhere in it. Notes,
+    where the rows are only a part of their source, and the rest may have it."""
+    notes = []
+    for reward in rewards:
+        for name, rows in streams.items():
+            columns = [column for column in rows[0] if not column.startswith("_")] if rows else []
+            for column in reward.where:
+                if columns and column not in columns:
+                    raise UserError(
+                        f"reward {reward.name!r}: where: data.{name} has no column {column!r}{nearest(column, columns)}"
+                    )
+        if not all(streams.values()):  # not on this machine, in a dry run
+            continue
+        if problem := reward.unmet([row for rows in streams.values() for row in rows]):
+            told = f"reward {reward.name!r}: where: {problem} ({', '.join(f'data.{name}' for name in streams)})"
+            if all(len(rows) != getattr(data, name).limit for name, rows in streams.items()):
+                raise UserError(told)
+            notes.append(f"{told}: among the rows that `limit` takes it is never asked")
+    return notes
 
 
 def usable(prepared: Prepared, tokenizer: Any, context: int | None, say: Callable[[str], None] | None = None) -> Rows:

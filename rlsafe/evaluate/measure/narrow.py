@@ -120,6 +120,8 @@ def load(settings: NarrowConfig, seed: int) -> NarrowMaterial:
         for column in reward.where:
             if not any(column in row for row in rows):
                 raise UserError(f"reward.where: {column!r} is no column of {stream.source}")
+        if problem := reward.unmet(rows):
+            raise UserError(f"reward.where: {problem} ({stream.source}, {len(rows)} rows)")
     except UserError as error:
         raise UserError(f"evaluate.narrow: {error}") from None
     return NarrowMaterial(settings, rows, RewardRunner([reward], on_error="skip"))

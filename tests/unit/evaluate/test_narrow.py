@@ -141,6 +141,10 @@ def test_a_reward_that_fails_is_told_and_costs_nothing_else(config, tmp_path):
             {"reward": {"fn": "FILE:length", "where": {"domain": "code"}}},
             "reward.where: 'domain' is no column of .*held.jsonl",
         ),
+        (
+            {"reward": {"fn": "FILE:length", "where": {"gold": "nothing"}}},
+            "reward.where: gold: no row has 'nothing'.*held.jsonl, 6 rows",
+        ),
         ({"rows": "missing.jsonl"}, "evaluate.narrow: .*missing.jsonl"),
         ({"samples": 0}, "samples"),
     ],
