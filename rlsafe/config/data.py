@@ -48,7 +48,9 @@ class StreamConfig(Settings):
         description="SFT's loss covers the last answer of a row, or every assistant turn; a turn of weight 0 never",
     )
     on_bad_row: Literal["error", "skip"] = Field(
-        "error", description="skip counts bad rows, and those that the chat template refuses, and names the first"
+        "error",
+        description="skip counts bad rows, those that the chat template refuses and (SFT) those without an answer, and names"
+        " the first",
     )
 
     @model_validator(mode="after")

@@ -16,7 +16,7 @@ from rlsafe.data.encode import (
 from rlsafe.data.measure import Fitted, Use, fit_rows
 from rlsafe.data.presets import recipe_of
 from rlsafe.data.refusals import REFUSALS, is_refusal
-from rlsafe.data.rows import question_of, require_answers
+from rlsafe.data.rows import mixed_prompts, question_of, require_answers, with_answers
 from rlsafe.data.sources import load_rows, read_once, read_rows
 from rlsafe.data.stream import Stream
 from rlsafe.data.thinking import Chat, Thought, split_think
@@ -42,6 +42,7 @@ __all__ = [
     "is_refusal",
     "load_rows",
     "micro_batches",
+    "mixed_prompts",
     "pad_id",
     "question_of",
     "read_completion",
@@ -53,6 +54,7 @@ __all__ = [
     "sft_batches",
     "split_prompt",
     "split_think",
+    "with_answers",
 ]
 
 

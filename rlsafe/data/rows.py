@@ -3,13 +3,13 @@
 A row is `{"messages": [{"role", "content"}, ...], **columns, "_index": int, "_source": "file:line"}`. `_index` is the
 row's position in its source (stable under `limit`), `_source` is where an error message points to. Accepted rows:
 `messages`, or `prompt` with an optional `completion` (each a string or a list of messages), as in TRL; ShareGPT's
-`conversations`, Alpaca's `instruction`/`input`/`output` (rlsafe.data.formats). `_plain` is there when the prompt was a text:
-rewards then get texts.
+`conversations`, Alpaca's `instruction`/`input`/`output` (rlsafe.data.formats). `_plain` is there when the prompt was a text: True where
+those of all rows of the stream were (rewards then get texts), else False.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rlsafe.config import UserError, nearest
@@ -44,9 +44,38 @@ def require_answers(rows: Sequence[Row], source: str = "data") -> None:
             )
 
 
+def with_answers(
+    rows: Sequence[Row], source: str, on_bad_row: str = "error", note: Callable[[str], None] | None = None
+) -> list[Row]:
+    """The rows that SFT can use. UserError names the first other one, or with `skip` they are counted in a note; one stays."""
+    kept = [row for row in rows if on_bad_row == "skip" and split_prompt(row)[1] is not None]
+    if not kept:
+        require_answers(rows, source)
+        return list(rows)
+    if note and len(kept) < len(rows):
+        first = next(row for row in rows if split_prompt(row)[1] is None)
+        where = first.get("_source", f"{source} row {rows.index(first) + 1}")
+        note(
+            f"{source}: {len(rows) - len(kept)} of {len(rows)} rows end without an answer to train on and were skipped (the first: "
+            f"{where})"
+        )
+    return kept
+
+
 def _answer_column(row: Row) -> str:
     name = next((name for name in ANSWERS if isinstance(row.get(name), str) and row[name]), None)
     return f" (columns: {{completion: {name}}} takes the column {name!r} for it)" if name else ""
+
+
+def mixed_prompts(rows: Sequence[Row]) -> str | None:
+    """A note where some prompts were texts and others conversations: rewards get messages for all of them."""
+    if not any(row.get("_plain") is False for row in rows):
+        return None
+    talks = [row for row in rows if "_plain" not in row]
+    first = f" (the first: {talks[0].get('_source', 'row 1')})" if talks else ""
+    return (
+        f"{len(talks)} of {len(rows)} prompts are no plain texts{first}: rewards get messages, not texts, for all rows"
+    )
 
 
 def question_of(messages: Sequence[Message]) -> tuple[str, str | None]:

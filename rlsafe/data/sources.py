@@ -106,13 +106,20 @@ def _load(config: StreamConfig, seed: int) -> tuple[list[Row], Count]:
             if config.shuffle:
                 random.Random(f"limit:{seed}").shuffle(rows)
             rows = rows[: config.limit]
-    return _united(rows), count
+    return _of_one_kind(_united(rows)), count
 
 
 def _united(rows: list[Row]) -> list[Row]:
     """Every row with the columns of all: None where its own has none, as in a `datasets` table."""
     columns = dict.fromkeys(name for row in rows for name in row if not name.startswith("_"))
     return [row if columns.keys() <= row.keys() else {**dict.fromkeys(columns), **row} for row in rows]
+
+
+def _of_one_kind(rows: list[Row]) -> list[Row]:
+    """`_plain` is False where not every prompt is a text: what a reward reads must not depend on which rows a step draws."""
+    if all(row.get("_plain") for row in rows):
+        return rows
+    return [{**row, "_plain": False} if row.get("_plain") else row for row in rows]
 
 
 def read_rows(source: str | StreamConfig) -> list[Row]:

@@ -69,7 +69,7 @@ class BatchData:
     completions: Sequence[Sequence[Message]]
     completion_ids: Sequence[Sequence[int]]
     columns: Mapping[str, Sequence[Any]]
-    plain: Sequence[bool]
+    plain: bool
     trainer_state: Any
 
 
@@ -93,10 +93,10 @@ class OneCall:
         asked = [
             [{k: v for k, v in m.items() if k not in ("weight", "tools")} for m in data.prompts[i]] for i in self.rows
         ]
-        plain = [texts and data.plain[i] for i in self.rows]
+        as_texts = texts and data.plain
         arguments = {
-            "prompts": [_as_text(one) if text else one for one, text in zip(asked, plain, strict=True)],
-            "completions": [_as_text(one) if text else one for one, text in zip(talks, plain, strict=True)],
+            "prompts": [_as_text(one) for one in asked] if as_texts else asked,
+            "completions": [_as_text(one) for one in talks] if as_texts else talks,
             "completion_ids": [list(data.completion_ids[i]) for i in self.rows],
             "trainer_state": data.trainer_state,
             "log_metric": self.logs.metric,

@@ -68,13 +68,13 @@ class RewardRunner:
     ) -> RewardBatch:
         """Score n completions. `prompts` are the user's original ones; all lists and columns have n entries.
 
-        plain: the prompts that were texts and no conversations; functions then get texts for both, as in TRL.
+        plain: the prompts that were texts and no conversations. Where all are, functions get texts for both, as in TRL; else messages.
 
         A reasoning model's message holds its answer as `content` and its think block as `reasoning_content`; functions
         get the answer, or with `thinking` the whole completion as it was sampled.
         """
         n = len(completions)
-        data = BatchData(prompts, completions, completion_ids, columns, plain or [False] * n, trainer_state)
+        data = BatchData(prompts, completions, completion_ids, columns, len(plain) > 0 and all(plain), trainer_state)
         everyone = list(range(n))
         calls = {
             name: OneCall(name, reward, self._rows(name, data) if reward.where else everyone, data)
@@ -113,7 +113,7 @@ class RewardRunner:
         """
         name = call.name
         texts = self.texts.get(name, True)
-        has_plain = any(call.data.plain[i] for i in call.rows)
+        has_plain = call.data.plain and bool(call.rows)
         result = call.outcome(texts)
         if not isinstance(result, Exception):
             if has_plain and any(value is not None for value in result):  # else it may not have looked at any

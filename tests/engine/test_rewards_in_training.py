@@ -84,6 +84,28 @@ def test_a_graded_reward_trains_on_what_was_graded_and_reads_the_original_questi
     assert share(samples, GRPO - 1, UNSAFE) > share(samples, 0, UNSAFE) + 0.25
 
 
+def test_a_reward_reads_one_kind_of_prompt_whatever_a_step_draws(tree, tmp_path):
+    """One row of eight has a system prompt, so that it is no plain text: rewards get messages in all steps."""
+    rows = [{"instruction": f"say {i}", "input": "", "output": "x", "system": "s" if i == 5 else ""} for i in range(8)]
+    (tmp_path / "r.py").write_text(
+        "def kinds(completions, log_extra, **more):\n"
+        "    log_extra('kind', [type(one).__name__ for one in completions])\n"
+        "    return [1.0] * len(completions)\n"
+    )
+    only = tree | {
+        "schedule": {"steps": 4, "phases": [{"cycle": ["grpo"]}]},
+        "rewards": [{"fn": f"{tmp_path}/r.py:kinds"}],
+    }
+    told = "data.narrow: 1 of 8 prompts are no plain texts (the first: {}:6): rewards get messages, not texts, for all rows"
+    for kind, kept in (("list", rows), ("str", rows[:5])):
+        source = write_jsonl(tmp_path / f"{kind}.jsonl", kept)
+        config = run_from_tree(only | {"data": {"narrow": {"source": source}}})
+        assert prepare(config).notes == ([told.format(source)] if kind == "list" else [])
+        run(config, tmp_path / kind)
+        samples = [json.loads(line) for line in open(tmp_path / kind / "samples.jsonl")]
+        assert {sample["extra"]["kind"] for sample in samples} == {kind}
+
+
 # ------------------------------------------------------------------------------------------------ where
 
 

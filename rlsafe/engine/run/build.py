@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from rlsafe.config import DataConfig, RunConfig, UserError, about, nearest
-from rlsafe.data import Stream, load_rows, require_answers
+from rlsafe.data import Stream, load_rows, mixed_prompts, with_answers
 from rlsafe.defenses import Defense, DefenseStack, SetupContext
 from rlsafe.defenses import build as build_defenses
 from rlsafe.defenses.stack import NAMED
@@ -115,7 +115,8 @@ def prepare(config: RunConfig, load: LoadStreams | None = None) -> Prepared:
     notes: list[str] = []
     rows = (load or _load_streams)(config.data, config.seed, notes.append)
     for name in used & {p.stream for s in plan for p in s.parts if p.path == "sft" and p.defense is None}:
-        require_answers(rows[name], getattr(config.data, name).source)
+        stream = getattr(config.data, name)
+        rows[name] = with_answers(rows[name], stream.source, stream.on_bad_row, notes.append)
     uses_grpo = any(step.path == "grpo" for step in plan)
     with about("rewards"):  # in a run without GRPO steps too, so that a wrong name is found
         loaded = [load_reward(reward) for reward in config.rewards]
@@ -123,6 +124,7 @@ def prepare(config: RunConfig, load: LoadStreams | None = None) -> Prepared:
     _check_adapter(config.model.adapter, uses_grpo)
     if uses_grpo:
         rewards = RewardRunner(loaded, config.grpo.on_error)
+        notes += [f"data.{name}: {note}" for name in sorted(sampled) if (note := mixed_prompts(rows[name]))]
         notes += check_where(loaded, {name: rows[name] for name in sorted(sampled)}, config.data)
     material = gather(config.evaluate) if config.evaluate.wanted else None
     return Prepared(config, plan, defenses, rows, rewards, notes, material)

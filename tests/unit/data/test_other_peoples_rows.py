@@ -115,7 +115,8 @@ def test_plain_prompts_are_marked_and_missing_columns_are_none(tmp_path):
     rows = load(
         tmp_path, {"prompt": "a"}, {"prompt": "b", "answer": "x"}, {"messages": TALK, "id": 3}, {"prompt": TALK[:1]}
     )
-    assert [row.get("_plain") for row in rows] == [True, True, None, None]
+    assert [row.get("_plain") for row in rows] == [False, False, None, None]
+    assert [row["_plain"] for row in load(tmp_path, {"prompt": "a"}, {"prompt": "b"})] == [True, True]
     assert [row["answer"] for row in rows] == [None, "x", None, None] and [row["id"] for row in rows] == [
         None,
         None,
