@@ -10,9 +10,9 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from rlsafe.config import UserError
-from rlsafe.data import Stream, require_answers
+from rlsafe.data import Stream
 from rlsafe.defenses.base import DataContext, Defense, Dose, Offer, SetupContext
-from rlsafe.defenses.own_rows import pool
+from rlsafe.defenses.own_rows import answered, pool
 from rlsafe.defenses.registry import defense
 from rlsafe.types import Row
 
@@ -78,8 +78,7 @@ class Interleaving(Defense):
 
     def choose(self, rows: list[Row], context: SetupContext) -> list[Row]:
         """The rows to stream, of those in the pool; random interleaving takes them all, in a seeded order."""
-        require_answers(rows, f"defense {self.name!r}")
-        return rows
+        return answered(self.name, rows, context)
 
     def offer(self) -> Offer:
         return Offer(self.fraction, self.weight, self.every, self.own_step, dose=self.dose)

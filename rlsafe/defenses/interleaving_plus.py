@@ -11,11 +11,11 @@ from pydantic import Field
 
 from rlsafe.config import UserError
 from rlsafe.config.files import at_home
-from rlsafe.data import require_answers
 from rlsafe.data.selection_scores import read_scores, row_key
 from rlsafe.defenses.auto import AUTO, is_auto
 from rlsafe.defenses.base import SetupContext
 from rlsafe.defenses.interleaving import Count, Interleaving
+from rlsafe.defenses.own_rows import answered
 from rlsafe.defenses.registry import defense
 from rlsafe.types import Row
 
@@ -48,7 +48,7 @@ class InterleavingPlus(Interleaving):
                 f"defense {self.name!r}: scores: {AUTO} is for comparisons with a selection section; for a single run "
                 "name the file that `rlsafe select CONFIG --out DIR` writes (DIR/scores.jsonl)"
             )
-        require_answers(rows, f"defense {self.name!r}")
+        rows = answered(self.name, rows, context)
         scores = {score.key: score.s for score in read_scores(self.scores)}
         distinct = {row_key(row["messages"]): row for row in rows}
         if unknown := [key for key in distinct if key not in scores]:

@@ -10,11 +10,12 @@ import yaml
 from tiny import conversation, write_jsonl
 from tiny_runs import tree_with
 
-from rlsafe.config import load_run, run_from_tree
+from rlsafe.config import UserError, load_run, run_from_tree
 from rlsafe.defenses.onpolicy import LIVE_TRIES
 from rlsafe.engine.run.build import prepare
 from rlsafe.engine.run.dry import dry
-from rlsafe.engine.run.life import train
+from rlsafe.engine.run.lengths import Lengths, read_tokenizer
+from rlsafe.engine.run.life import run, train
 from rlsafe.engine.run.workload import workload
 from rlsafe.evaluate.commands.costs import of_exchanges
 from rlsafe.evaluate.judge.panel import Panel
@@ -167,6 +168,32 @@ def test_tokens(defenses, apart, tiny_tree, safe_file, seen, tmp_path):
         work.sft_tokens + work.penalty_tokens, rel=0.05
     )
     assert (work.penalty_tokens > 0) is apart
+
+
+@pytest.mark.parametrize("train_on", ["last", "assistant"])
+def test_rows_without_an_answer_are_skipped_and_counted(tiny_tree, tmp_path, train_on):
+    rows = [conversation(f"q{i}", "a") for i in range(5)]
+    asks = {"messages": [*rows[0]["messages"], {"role": "user", "content": "and?"}]}
+    source = write_jsonl(tmp_path / "rows.jsonl", [*rows[:3], asks, *rows[3:]])
+    narrow = {"source": source, "on_bad_row": "skip", "train_on": train_on}
+    tree = tree_with(tiny_tree, {"data": {"narrow": narrow}, "schedule": {"steps": 2}})
+    note = f"{source}: 1 of 6 rows end without an answer to train on and were skipped (the first: {source}:4)"
+    found = dry(run_from_tree(tree))
+    assert note in found.notes and len(found.prepared.rows["narrow"]) == 5
+    assert note in "\n".join(run(run_from_tree(tree), tmp_path / "run").summary())
+    for left, settings in (("rows.jsonl", {"on_bad_row": "error"}), ("asks.jsonl", {})):
+        write_jsonl(tmp_path / "asks.jsonl", [asks])
+        narrow = {**narrow, "source": str(tmp_path / left), **settings}
+        with pytest.raises(UserError, match=rf"{left}:\d: the last message is no assistant turn"):
+            dry(run_from_tree(tree_with(tree, {"data": {"narrow": narrow}})))
+
+
+def test_a_row_longer_than_the_tokenizer_says_is_counted_in_silence(tiny_tree, monkeypatch):
+    said = []
+    monkeypatch.setattr("transformers.tokenization_utils_base.logger.warning", lambda text, *more: said.append(text))
+    lengths = Lengths(prepare(run_from_tree(tiny_tree)))
+    monkeypatch.setattr(read_tokenizer(*lengths._model), "model_max_length", 16)
+    assert lengths.mean([conversation("why? " * 40, "so.")["messages"]]) > 200 and not said
 
 
 @pytest.mark.parametrize("defense", ["kl", "ldifs", {"feature-block": {"layer": 1, "directions": "d.safetensors"}}])

@@ -16,7 +16,7 @@ from typing import Any
 from rlsafe.config import DataConfig, EvaluateConfig, RunConfig, SelectionConfig, StreamConfig, UserError, nearest
 from rlsafe.defenses import build as build_defenses
 from rlsafe.defenses.auto import ADAPTER, AUTO, is_auto
-from rlsafe.defenses.own_rows import SAFE
+from rlsafe.defenses.own_rows import SAFE, own_stream
 from rlsafe.evaluate.measure.hashing import digest
 
 FILE = "scores.jsonl"
@@ -105,7 +105,7 @@ def pending(
         (settings,) = entry.values()
         if settings.get("scores") == AUTO and made.strength:
             source = settings.get("source")
-            selection = select(run.data.safe if source in (None, SAFE) else StreamConfig(source=source))
+            selection = select(run.data.safe if source in (None, SAFE) else own_stream(source, run.data.safe))
             settings["scores"] = f"{AUTO}:{selection.key}"
             selections.append(selection)
         if is_auto(settings.get("adapter")) and made.strength:

@@ -19,7 +19,7 @@ from rlsafe.compare.grid.selection import FILE, Selection, fingerprint, helper_r
 from rlsafe.config import RunConfig, UserError, check_out, load_compare
 from rlsafe.config.files import read_json, write_json, write_text
 from rlsafe.config.lock import hold, releasing
-from rlsafe.data import encoded_row, is_refusal, read_rows, require_answers
+from rlsafe.data import encoded_row, is_refusal, read_rows, with_answers
 from rlsafe.data.selection_scores import Score, read_scores, row_key, selection_score
 from rlsafe.evaluate.measure.hashing import digest
 from rlsafe.types import Interrupted, Row, Where
@@ -96,7 +96,7 @@ def select(
             str(directory),
         ]
         raise Interrupted(f"what is done is kept in {directory}; go on with: {shlex.join(words)}") from None
-    return Selected(directory / FILE, read_scores(directory / FILE), read_rows(selection.pool))
+    return Selected(directory / FILE, read_scores(directory / FILE), _pool(selection))
 
 
 def check(selection: Selection) -> None:
@@ -111,7 +111,12 @@ def check(selection: Selection) -> None:
         except UserError as error:
             raise UserError(f"selection.adapters.{label}: {error}") from None
     if selection.scored:
-        require_answers(read_rows(selection.pool), selection.pool.source)
+        _pool(selection)
+
+
+def _pool(selection: Selection) -> list[Row]:
+    """The safe rows to score. UserError for one without an answer, unless such rows are to be skipped."""
+    return with_answers(read_rows(selection.pool), selection.pool.source, selection.pool.on_bad_row)
 
 
 def make_scores(
@@ -131,7 +136,7 @@ def make_scores(
         return out / FILE
     write_json(out / _RECORD, {"key": None, "left_out": list(selection.left_out)})
     adapters = train_helpers(selection, work or out, resources, say, progress)
-    rows = read_rows(selection.pool)
+    rows = _pool(selection)
     keys = [row_key(row["messages"]) for row in rows]
     aligned, misaligned = _all_nlls(selection, work or out, dict(zip(keys, rows, strict=True)), adapters, say)
     lines = []

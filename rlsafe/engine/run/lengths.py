@@ -11,7 +11,7 @@ from rlsafe.config import ModelConfig, StreamConfig, UserError
 from rlsafe.data import load_rows, recipe_of, split_prompt
 from rlsafe.data.turns import Key, key_of, opened
 from rlsafe.defenses import Defense
-from rlsafe.defenses.own_rows import SAFE
+from rlsafe.defenses.own_rows import SAFE, own_stream
 from rlsafe.engine.plan.schedule import PlannedPart
 from rlsafe.engine.plan.timing import LENGTH
 from rlsafe.engine.run.build import Prepared, model_path
@@ -40,7 +40,7 @@ class Lengths:
             if getattr(self.config.data, name).source == source:
                 return rows
         if source not in self._known:
-            stream, self._known[source] = StreamConfig(source=source), []
+            stream, self._known[source] = own_stream(source, self.config.data.safe), []
             away = remote(stream)
             try:
                 if not (away and away.startswith("http")):  # reading it would use the network
@@ -107,7 +107,9 @@ def some(things: Sequence[Any]) -> Sequence[Any]:
 @lru_cache(maxsize=1 << 16)
 def _tokens(model: str, path: str, conversation: Key) -> int:
     """Of a conversation under the tokenizer of `read_tokenizer`. The cells of a comparison share their rows."""
-    return len(read_tokenizer(model, path).apply_chat_template(opened(conversation)[0], return_dict=False))
+    quiet = {"verbose": False}  # a row above the limit is left out later, which a note says
+    tokenizer = read_tokenizer(model, path)
+    return len(tokenizer.apply_chat_template(opened(conversation)[0], return_dict=False, tokenizer_kwargs=quiet))
 
 
 @lru_cache

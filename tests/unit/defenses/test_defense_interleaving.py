@@ -17,7 +17,7 @@ from tiny import conversation, write_jsonl
 from tiny_runs import GRPO, train, tree_with
 
 import rlsafe.types
-from rlsafe.config import UserError, run_from_tree
+from rlsafe.config import StreamConfig, UserError, run_from_tree
 from rlsafe.data import read_rows
 from rlsafe.defenses import build
 from rlsafe.defenses.onpolicy import _saved
@@ -72,7 +72,7 @@ def total(out, quantity="rows_added"):
 
 
 def context(rows, seed=0, notes=None):
-    config = SimpleNamespace(data=SimpleNamespace(safe=True))
+    config = SimpleNamespace(data=SimpleNamespace(safe=StreamConfig(source="safe.jsonl")))
     notes = [] if notes is None else notes
     planned = {"interleaving+": 3, "interleaving++": 3}
     return SimpleNamespace(config=config, seed=seed, rows=lambda name: rows, log=notes.append, planned=planned)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import conversation, write_jsonl
 from tiny_architectures import load, nudge, random_batch
 from tiny_runs import GRPO, SFT, train, tree_with
 
@@ -111,6 +112,22 @@ def test_its_own_rows_may_be_the_runs_safe_ones(tiny_tree, tmp_path, safe_file):
     with pytest.raises(UserError, match="no safe rows; set data.safe.source"):
         narrow = {"data": {**tree["data"], "safe": None}}
         run(run_from_tree(tree_with(tree, narrow, {"defenses": [{"kl": {"source": "data.safe"}}]})), tmp_path / "none")
+
+
+def test_its_own_rows_are_treated_as_the_safe_ones(tiny_tree, tmp_path, safe_file):
+    """What data.safe says of bad rows and of what is trained on holds for another source too."""
+    talk = [*conversation("why?", "so.")["messages"], *conversation("and?", "no.")["messages"]]
+    rows = [{"messages": talk}, {"messages": []}, {"messages": talk[:3]}, {"messages": talk[2:]}]
+    source = write_jsonl(tmp_path / "own.jsonl", rows)
+    tree = tree_with(tiny_tree, {"schedule": {"steps": 1}, "defenses": [{"kl": {"source": source}}]})
+    with pytest.raises(UserError, match=r"own.jsonl:2: messages is an empty list"):
+        run(run_from_tree(tree), tmp_path / "strict")
+    safe = {"source": safe_file, "on_bad_row": "skip", "train_on": "assistant"}
+    done = run(run_from_tree(tree_with(tree, {"data": {**tree["data"], "safe": safe}})), tmp_path / "skipped")
+    notes = "\n".join(done.summary())
+    assert f"{source}: 1 of 4 rows are bad and were skipped" in notes
+    assert f"1 of 3 rows end without an answer to train on and were skipped (the first: {source}:3)" in notes
+    assert "of which only the last is trained on" not in notes
 
 
 def test_a_reference_may_be_the_adapter_of_an_earlier_run(tiny_tree, tmp_path):
