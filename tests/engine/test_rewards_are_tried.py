@@ -46,6 +46,17 @@ def test_a_reward_is_seen_on_a_few_sampled_groups(config, tmp_path):
     assert any("spread within the group" in line for line in tried.lines())
 
 
+def test_rows_that_training_leaves_out_are_not_asked(config, tmp_path, caplog):
+    rows = [{"prompt": "long " * 2000, "answer": "x"}, *({"prompt": f"q{i}", "answer": "x"} for i in range(2))]
+    source = write_jsonl(tmp_path / "some.jsonl", [*rows, {"prompt": [{"role": "tool", "content": "t"}] * 2}])
+    told = [f"data.narrow.source={source}", "data.narrow.on_bad_row=skip"]
+    tried = try_reward(f"{tmp_path}/r.py:length", config, told, n=16)
+    assert sorted(one.row["_source"][-1] for one in tried.groups) == ["2", "3"]
+    assert "1 of 3 rows are longer than" in caplog.text and "some.jsonl:4: no user turn" in caplog.text
+    with pytest.raises(UserError, match=r"data.narrow: .*some.jsonl:1: \d+ tokens, more than .*\(too_long: error\)"):
+        try_reward(f"{tmp_path}/r.py:length", config, [*told, "data.narrow.too_long=error"])
+
+
 def test_saved_completions_are_enough(config, tmp_path):
     samples = [
         {"step": 0, "prompt": [{"role": "user", "content": f"q{i // 2}"}], "completion": "x" * i} for i in range(4)

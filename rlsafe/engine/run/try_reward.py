@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -16,8 +17,10 @@ from rlsafe.types import Message, Row
 
 if TYPE_CHECKING:
     from rlsafe.data import Thought
+    from rlsafe.policy import Policy
     from rlsafe.rewards import RewardBatch
 
+log = logging.getLogger("rlsafe")
 WIDTH = 100  # characters of a prompt or completion that are shown
 
 
@@ -173,15 +176,34 @@ def _call(runner: Any, groups: Sequence[Sampled]) -> RewardBatch:
     )
 
 
-def _rows(settings: RunConfig) -> list[Row]:
-    from rlsafe.data import load_rows
+def _stream(settings: RunConfig) -> tuple[str, list[Row]]:
+    """The stream whose prompts are asked, and its rows."""
+    from rlsafe.data import load_rows, mixed_prompts
 
     asked = [part.stream for parts in settings.schedule.used_kinds.values() for part in parts if part.path == "grpo"]
     name = next(iter(asked), "narrow")
     stream = getattr(settings.data, name)
     if stream is None:
         raise UserError(f"data.{name} is not set: no prompts to try the reward on")
-    return load_rows(stream, settings.seed)
+    rows = load_rows(stream, settings.seed)
+    if note := mixed_prompts(rows):
+        log.warning(f"data.{name}: {note}")
+    return name, rows
+
+
+def _usable(settings: RunConfig, name: str, rows: list[Row], policy: Policy) -> list[Row]:
+    """The rows that a run of these settings could ask; what is left out is logged, as a run notes it."""
+    from rlsafe.engine.plan.schedule import PlannedPart, Step
+    from rlsafe.engine.run.build import Prepared
+    from rlsafe.engine.run.rows import usable
+
+    used = [part for parts in settings.schedule.used_kinds.values() for part in parts]
+    parts = [PlannedPart(part.stream, part.path, 1) for part in used] + [PlannedPart(name, "grpo", 1)]  # type: ignore[arg-type]
+    asking = Prepared(settings, [Step(0, "try", tuple(parts), 0.0, 0)], [], {name: rows}, None)
+    found = usable(asking, policy.tokenizer, policy.core.max_length)
+    for note in found.notes:
+        log.warning(note)
+    return found.streams[name]
 
 
 def _sampled(settings: RunConfig, n: int) -> list[Sampled]:
@@ -193,11 +215,12 @@ def _sampled(settings: RunConfig, n: int) -> list[Sampled]:
     from rlsafe.rollouts import make_sampler, request_seed
     from rlsafe.types import Request, SamplingParams
 
-    rows = _rows(settings)
+    name, rows = _stream(settings)
     group = settings.grpo.generations
     path = model_path(settings)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = Policy.load(settings.model, path=path, seed=settings.seed, device=device)
+    rows = _usable(settings, name, rows, policy)
     chosen = Stream(rows, settings.seed, "reward-try").take(min(len(rows), math.ceil(n / group)))
     prompts = [split_prompt(row)[0] for row in chosen]
     requests = [
@@ -226,7 +249,7 @@ def _saved(settings: RunConfig, file: Path, n: int) -> list[Sampled]:
 
     if not file.is_file():
         raise UserError(f"--from {file}: no such file; expected the samples.jsonl of a run")
-    rows = {key_of(split_prompt(row)[0]): row for row in _rows(settings)}
+    rows = {key_of(split_prompt(row)[0]): row for row in _stream(settings)[1]}
     groups: dict[Any, Sampled] = {}
     taken = 0
     for number, line in enumerate(file.read_text("utf-8").split("\n"), 1):
