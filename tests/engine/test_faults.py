@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny_runs import GRPO, MIXED, SFT, adapter, distance, train, tree_with
 
@@ -18,6 +19,7 @@ from rlsafe.config import UserError, run_from_tree
 from rlsafe.engine.record import checkpoint
 from rlsafe.engine.run.life import run
 from rlsafe.engine.train.loss import StepLoss
+from rlsafe.policy import Policy
 from rlsafe.types import Interrupted, RunError
 
 pytestmark = pytest.mark.integration  # whole runs
@@ -191,6 +193,30 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tiny_tree, tmp_pa
     assert sorted(names) == ["step-000003", "step-000004"], "the unfinished one is gone, the older ones are whole"
     go(tree, tmp_path / "cut", resume=True)
     assert same_bits(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_full_disk_at_the_end_does_not_cost_the_training(tiny_tree, tmp_path, monkeypatch):
+    """The adapter does not fit; its state does, or nothing does."""
+    tree = tree_with(tiny_tree, SFT, {"schedule": {"steps": 2, "phases": [{"cycle": ["sft"]}]}})
+    go(tree, tmp_path / "whole")
+
+    def full(self, directory, **other):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Policy, "save_adapter", full)
+        said = "cut/adapter: No space left on device; the run stopped after its last step; the state after 2 steps is saved"
+        with pytest.raises(RunError, match=f"{said}, resume with"):
+            go(tree, tmp_path / "cut")
+        patch.setattr(checkpoint, "save_file", full)
+        with pytest.raises(
+            RunError, match=r"nothing/adapter: No space.* could be kept: it begins anew .*every: N saves"
+        ):
+            go(tree, tmp_path / "nothing")
+    assert not (tmp_path / "cut" / "adapter").exists()
+    go(tree, tmp_path / "cut", resume=True)
+    assert same_bits(tmp_path / "whole", tmp_path / "cut")
+    assert [line["step"] for line in metrics(tmp_path / "cut")] == [0, 1]
 
 
 def test_a_directory_that_cannot_be_written_is_named_before_anything_is_loaded(tiny_tree, tmp_path):

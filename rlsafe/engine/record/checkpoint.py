@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -100,14 +101,21 @@ def load(path: Path) -> dict[str, Any]:
 
 def _write(path: Path, write: Callable[[Path], Any]) -> None:
     """Write a file and wait until it is on the disk; OSError names the file."""
-    try:
+    with naming(path):
         write(path)
         _sync(path)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """What the disk refuses inside is an OSError that names `path`, whoever writes."""
+    try:
+        yield
     except SafetensorError as error:  # its own class, whatever the system said
         number = errno.EFBIG if "too large" in str(error) else errno.ENOSPC if "space" in str(error) else errno.EIO
         raise OSError(number, os.strerror(number), str(path)) from None
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
 def _sync(path: Path) -> None:

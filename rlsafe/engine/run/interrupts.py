@@ -72,12 +72,16 @@ def _handled(handle: Any) -> Iterator[None]:
             signal.signal(number, old)
 
 
-def ended_early(error: BaseException, run: Components, state: RunState, out: Path, command: str) -> BaseException:
-    """Keep what is finished, and give the exception to raise: what happened, what is kept, how to go on."""
+def ended_early(
+    error: BaseException, run: Components, state: RunState, out: Path, command: str, unsaved: bool = False
+) -> BaseException:
+    """Keep what is finished, and give the exception to raise: what happened, what is kept, how to go on. unsaved: every step is done,
+    and what they trained is being written down."""
     if isinstance(error, Interrupted):
         return error
+    trained = unsaved and isinstance(error, OSError)
     how = f"resume with: {command or '--resume'}"
-    kept = _keep(run, state, out)
+    kept = _keep(run, state, out, trained)
     after = f"{kept}, {how}" if kept else "nothing was finished that could be kept"
     if isinstance(error, KeyboardInterrupt):
         return Interrupted(f"stopped at once in step {state.done}; {after}")
@@ -87,20 +91,22 @@ def ended_early(error: BaseException, run: Components, state: RunState, out: Pat
         told = (command or "--resume") in str(error)
         return error if told else RunError(f"{str(error).rstrip('.')}; {after}")
     if isinstance(error, OSError):
-        where = error.filename or out
-        return RunError(f"{where}: {error.strerror or error}; the run stopped in step {state.done}; {after}")
+        where, when = error.filename or out, "after its last step" if trained else f"in step {state.done}"
+        after = after if kept else f"{after}: it begins anew (checkpoint.every: N saves the state as it trains)"
+        return RunError(f"{where}: {error.strerror or error}; the run stopped {when}; {after}")
     error.add_note(after)
     return error
 
 
-def _keep(run: Components, state: RunState, out: Path) -> str:
+def _keep(run: Components, state: RunState, out: Path, trained: bool) -> str:
     """Save the steps that are finished, if the one that failed has not touched any weight; says what can be resumed from."""
     from rlsafe.engine.record import checkpoint
     from rlsafe.engine.run.resume import save_checkpoint
 
-    if state.began is not None and state.done > 0 and not run.several:  # ranks save together or not at all
+    whole = trained or state.began is not None
+    if whole and state.done > 0 and not run.several:  # ranks save together or not at all
         try:
-            save_checkpoint(run, state, out, state.began)
+            save_checkpoint(run, state, out, None if trained else state.began)
             return f"the state after {state.done} steps is saved"
         except Exception:  # a full disk: what was saved before is still there
             pass

@@ -67,18 +67,21 @@ def run(
     components, state, resumed = _begin(prepared, out, resources, notes, resume, replaces)
     main = components.accelerator.is_main_process
     origin = _write_origin(components, out, command, sources, resumed) if main else {}
+    unsaved = False
     try:
         with stop_requests() as asked:
             _train(components, state, out, asked, progress, command or "--resume")
+            unsaved = True
             _save_trained(components.policy, out, write=main)
+            unsaved = False
             if main:
-                components.tracker.collect(wait=True)  # judgements that are still to come belong to the record
+                components.tracker.offset()  # judgements that are still to come belong to the record, and all of it on the disk
                 ended = _ended(components, state, out, notes, resumed, time.perf_counter() - started)
                 write_record(out, "finished", origin, **ended)
             components.tracker.close()
             stopped = anywhere(asked.is_set(), components.accelerator) if components.several else asked.is_set()
     except BaseException as error:
-        early = ended_early(error, components, state, out, command)
+        early = ended_early(error, components, state, out, command, unsaved)
         with suppress(Exception):  # a full disk stops the last lines, too: told is what came first
             components.tracker.close()
         raise early from error
@@ -294,7 +297,7 @@ def _existing(
         raise UserError(f"{directory}: not empty and not a run of rlsafe; choose another --out, or --overwrite")
     if resume and status.get("status") == "finished" and not goes_on(directory, settings):
         done = Run.read(directory)
-        done.before, done.notes = True, ["already finished; nothing to do"]
+        done.before, done.notes = True, ["already finished; nothing to do", *done.notes]
         return done, ()
     if resume:  # what is left of an evaluation is of the model as it was, before more steps
         _check_not_read(directory, settings, EVALUATION)
@@ -334,8 +337,10 @@ def _remove(path: Path) -> None:
 
 def _save_trained(policy: Policy, out: Path, write: bool) -> None:
     """adapter/, or model/ after full fine-tuning: whole or absent. Every rank brings its shards, the main one writes."""
+    from rlsafe.engine.record.checkpoint import naming
+
     directory = out / policy.saved_as
     if not write:
         return policy.save_adapter(directory, write=False)
-    with replacing_directory(directory) as building:
+    with naming(directory), replacing_directory(directory) as building:
         policy.save_adapter(building)

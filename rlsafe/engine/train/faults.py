@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from rlsafe.config import RunConfig
 from rlsafe.engine.plan.schedule import Step
-from rlsafe.engine.record.checkpoint import pack
+from rlsafe.engine.record.checkpoint import naming, pack
 from rlsafe.engine.train.loss import Micro
 from rlsafe.engine.train.micro import pack_micro, unpack_micro
 from rlsafe.engine.train.state import Components, RunState
@@ -101,7 +101,9 @@ def save_batch(run: Components, step: Step, packed: Sequence[dict[str, Any]], wh
     tensors: dict[str, torch.Tensor] = {}
     tree = pack(packed, tensors)
     micros = [unpack_micro(micro, torch.device("cpu")) for micro in packed]
-    save_file(tensors, str(directory / "tensors.safetensors"))
+    file = directory / "tensors.safetensors"
+    with naming(file):
+        save_file(tensors, str(file))
     rows = [
         {
             "where": [micro.batch.where.stream, micro.batch.where.path],

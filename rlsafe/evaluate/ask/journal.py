@@ -18,7 +18,7 @@ from rlsafe.config import RunConfig
 from rlsafe.config.files import file_hash, write_text
 from rlsafe.config.gguf import gguf_file, is_gguf
 from rlsafe.evaluate.ask.asking import Answer, Planned, complete
-from rlsafe.types import Sampler
+from rlsafe.types import RunError, Sampler
 
 NAME = ".answers.jsonl"
 PART = 1024
@@ -63,8 +63,7 @@ class Journal:
         self.path = directory / NAME
         self.answers: dict[Place, dict[str, Any]] = {}
         if not self._read(key):
-            directory.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
+            write_text(self.path, json.dumps({"key": key}) + "\n")
 
     def _read(self, key: str) -> bool:
         if not self.path.is_file():
@@ -82,11 +81,19 @@ class Journal:
         return True
 
     def add(self, answers: Sequence[Answer]) -> None:
-        """Append to the file. `meta` comes from the plan and is not written."""
-        with self.path.open("a", encoding="utf-8") as file:
-            for answer in answers:
-                record = {f.name: getattr(answer, f.name) for f in dataclasses.fields(answer) if f.name != "meta"}
-                file.write(json.dumps(record) + "\n")
+        """Append to the file. `meta` comes from the plan and is not written. RunError when they cannot be written."""
+        lines = []
+        for answer in answers:
+            record = {f.name: getattr(answer, f.name) for f in dataclasses.fields(answer) if f.name != "meta"}
+            lines.append(json.dumps(record) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(lines)
+        except OSError as error:
+            raise RunError(
+                f"{self.path}: cannot be written: {error.strerror or error}; the answers before these {len(lines)} are kept: "
+                "the same evaluation goes on from them when there is room"
+            ) from None
 
     def get(self, one: Planned) -> Answer | None:
         record = self.answers.get(_place(one))

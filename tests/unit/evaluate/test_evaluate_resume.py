@@ -1,6 +1,7 @@
 """An interrupted evaluation goes on by question, and ends with the answers of an uninterrupted one."""
 
 import json
+import resource
 
 import pytest
 from scripted_sampler import ScriptedSampler, WordJudge
@@ -9,7 +10,7 @@ from tiny import byte_tokenizer
 from rlsafe.config import EvaluateConfig, RunConfig
 from rlsafe.evaluate import evaluate_run
 from rlsafe.evaluate.ask import journal
-from rlsafe.types import _PROVIDERS, Question, register_provider
+from rlsafe.types import _PROVIDERS, Question, RunError, register_provider
 
 
 @pytest.fixture
@@ -71,6 +72,40 @@ def test_what_was_sampled_is_kept_and_nothing_is_asked_twice(config, tmp_path, c
     ours, theirs = (json.loads((tmp_path / d / "evaluation.json").read_text()) for d in ("out", "whole"))
     assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
     assert not (tmp_path / "out" / ".answers.jsonl").exists()
+
+
+class Filling(ScriptedSampler):
+    """A sampler at whose third call the disk is full: a limit on the size of files stands for it."""
+
+    asked = 0
+
+    def generate(self, requests, params):
+        self.asked += 1
+        if self.asked == 3:
+            size = (self.out / ".answers.jsonl").stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size + 50, resource.RLIM_INFINITY))
+        return super().generate(requests, params)
+
+
+def test_a_full_disk_is_one_line_and_what_was_sampled_before_is_kept(config, tmp_path):
+    tokenizer = byte_tokenizer()
+    whole, full, again = (
+        ScriptedSampler(tokenizer, answer),
+        Filling(tokenizer, answer),
+        ScriptedSampler(tokenizer, answer),
+    )
+    run(whole, config, tmp_path / "whole")
+    full.out, before = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(
+            RunError, match=r"out/.answers.jsonl: cannot be written: File too large; the answers before"
+        ):
+            run(full, config, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    run(again, config, tmp_path / "out")
+    assert len(again.prompts) < len(whole.prompts)
+    assert (tmp_path / "out" / "answers.csv").read_bytes() == (tmp_path / "whole" / "answers.csv").read_bytes()
 
 
 def interrupted(config, out, weights="one"):
