@@ -131,22 +131,26 @@ def read_adapter_config(directory: str, where: str) -> Any:
         raise UserError(f"{where}: {directory}/adapter_config.json: {first_line(error)}") from None
     if not isinstance(settings, peft.LoraConfig):
         raise UserError(f"{where}: {directory}: is a {settings.peft_type} adapter; expected LoRA")
+    _check_known(json.loads((path / "adapter_config.json").read_text("utf-8")), settings, path, where)
     check_plain(settings, path, where)
     return settings
+
+
+def _check_known(written: Mapping[str, Any], settings: Any, directory: Path, where: str) -> None:
+    """UserError for a setting that is in force and that this PEFT, which leaves it out with a warning, does not know: it may change
+    what the adapter computes. Those of newer versions that are off (null, false, empty) change nothing."""
+    if unknown := sorted(key for key, value in written.items() if value and key not in vars(settings)):
+        raise UserError(
+            f"{where}: {directory}: {unknown[0]}={written[unknown[0]]!r} in its adapter_config.json is unknown to the PEFT that is "
+            "installed, so that the adapter may do more than plain LoRA, which is expected; a newer PEFT can merge it"
+        )
 
 
 PLAIN = {
     *("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform"),
     *("layers_pattern", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "init_lora_weights", "runtime_config"),
-    *(
-        "task_type",
-        "peft_type",
-        "peft_version",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-    ),
+    *("task_type", "peft_type", "peft_version", "auto_mapping"),
+    *("base_model_name_or_path", "revision", "inference_mode"),
 }
 """Settings of a PEFT LoRA that leave it W + scale * B A over an untouched base."""
 HARMLESS = (True, False, "gaussian", "orthogonal")

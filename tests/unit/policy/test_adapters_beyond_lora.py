@@ -44,6 +44,20 @@ def test_what_its_settings_say(base, tmp_path, settings, says):
         read_adapter_config(str(adapter(base, tmp_path / "a", **settings)), "model.adapter")
 
 
+def test_a_setting_of_a_newer_peft_is_refused_where_it_is_in_force(base, tmp_path):
+    directory = adapter(base, tmp_path / "a")
+    file = directory / "adapter_config.json"
+    written = json.loads(file.read_text())
+    for off in (None, False, [], {}, ""):
+        file.write_text(json.dumps(written | {"use_new_thing": off, "peft_version": "99.0"}))
+        read_adapter_config(str(directory), "model.adapter")
+    file.write_text(json.dumps(written | {"use_new_thing": True}))
+    with pytest.raises(
+        UserError, match="model.adapter: .*use_new_thing=True in its adapter_config.json is unknown to the PEFT"
+    ):
+        read_adapter_config(str(directory), "model.adapter")
+
+
 def test_what_only_its_file_shows(base, tmp_path):
     """PEFT saves a resized embedding without a word in adapter_config.json."""
     directory = adapter(base, tmp_path / "a")
