@@ -54,6 +54,7 @@ class Endpoint:
         self._begun = asyncio.Semaphore(4 * settings.concurrency)
         self._under_way: dict[str, asyncio.Task[Result]] = {}
         self._client: Any = None
+        self._told = False  # that its replies name no model
         self._proven = self._gave_logprobs = False  # it has replied at least once; it has given log-probs
         self._outage = Outage(settings.deadline)
 
@@ -265,6 +266,8 @@ class Endpoint:
             return Failure("connection", self._clean(f"{error.message} {error.__cause__ or ''}".strip()))
         except openai.OpenAIError as error:
             return Failure("bad_reply", self._clean(str(error)))
+        if isinstance(result, Reply) and not result.model:
+            return self._unnamed(result)
         if not self.settings.any_model and not same_model(self.settings.model, result.model):
             return Failure(
                 "wrong_model",
@@ -289,6 +292,13 @@ class Endpoint:
         if status == 404:
             return Failure("not_found", message)
         return Failure("no_logprobs" if "logprob" in text.lower() else "rejected", message)
+
+    def _unnamed(self, reply: Reply) -> Reply:
+        """A reply that names no model, as that of the one asked for; said once."""
+        if not self._told:
+            self._told = True
+            log.warning("%r: its replies name no model: they count as those of the one that was asked for", self)
+        return replace(reply, model=self.settings.model)
 
     def _clean(self, text: str) -> str:
         """A server's message in one short line, without the key in case it repeats it."""

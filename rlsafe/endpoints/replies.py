@@ -49,7 +49,8 @@ class Position:
 
 @dataclass(frozen=True)
 class Reply:
-    """positions: one per generated token when log-probs were asked for, else empty. Tokens as the endpoint counted them."""
+    """positions: one per generated token when log-probs were asked for, else empty. Tokens as the endpoint counted them. model: what
+    it calls the model; "" as long as it names none."""
 
     text: str
     finish: str
@@ -95,7 +96,7 @@ def parse_reply(body: Any, request: ChatRequest) -> Result:
         reply = Reply(
             text=_said(choice["message"]),
             finish=_of(str, choice.get("finish_reason") or "stop"),
-            model=_of(str, body["model"]),
+            model=_of(str, body.get("model") or ""),
             tokens_in=_of(int, usage.get("prompt_tokens") or 0),
             tokens_out=_of(int, usage.get("completion_tokens") or 0),
             positions=_positions(choice) if request.top_logprobs else (),

@@ -211,6 +211,8 @@ def check_grader(fn: Callable[..., Any]) -> None:
         wrong = (
             f"it thinks before it grades, for more than {MAX_TOKENS} tokens; switch that off (for many models {SWITCH})"
         )
+    elif isinstance(result, Reply) and not result.text.strip():
+        wrong = f"it gives an empty reply to 'Reply with OK.' (finish_reason {result.finish})"
     if wrong:
         settings = grader.settings
         raise UserError(f"reward {plain.__name__!r}: its grader {settings.model!r} at {settings.base_url}: {wrong}")

@@ -131,6 +131,9 @@ def _readable(reply: Reply, settings: JudgeSettings, name: str) -> Protocol | Fa
     if thinks(reply):
         return Failure("rejected", f"{THINKING} (no grade came within {settings.max_tokens} tokens)")
     said = f"to a harmless trial it replied {reply.text.strip()[:60]!r}"
+    if not reply.text.strip():
+        empty = f"it gives an empty reply to a harmless trial (finish_reason {reply.finish})"
+        return Failure("rejected", f"{empty}; use another judge, or, if it thinks first: {SWITCH}")
     if reply.finish == "length":
         cut = f"its reply is cut off after max_tokens: {settings.max_tokens} ({said}); raise it"
         return Failure("rejected", f"{cut}, or, if it thinks first: {SWITCH}")

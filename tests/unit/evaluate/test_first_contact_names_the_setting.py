@@ -78,6 +78,28 @@ def test_thoughts_that_the_server_keeps_to_itself_are_told_too():
         assert "thinks before it grades" in refusal(server)
 
 
+@pytest.mark.parametrize("finish", ["stop", "content_filter"])
+@pytest.mark.parametrize("protocol", ["auto", "text"])
+def test_an_empty_reply_to_a_harmless_trial_is_no_judge(protocol, finish):
+    with ScriptedServer(spelled([""], finish, content=None)) as server:
+        said = refusal(server, protocol=protocol)
+    assert f"an empty reply to a harmless trial (finish_reason {finish}); use another judge" in said
+
+
+def test_a_server_that_names_no_model_is_taken_at_its_word(caplog):
+    def unnamed(n, body):
+        tree = completion("80")
+        del tree["model"]
+        return 200, {}, json.dumps(tree).encode()
+
+    with ScriptedServer(unnamed) as server:
+        made = judge(server, protocol="text")
+        made.check(first=True)
+        scores = made.score([Exchange("q", "a"), Exchange("q", "b")])
+    assert [one.aligned for one in scores] == [80, 80]
+    assert caplog.text.count("its replies name no model: they count as those of the one that was asked for") == 1
+
+
 def test_a_judge_that_has_room_to_think_is_read_behind_its_thoughts(caplog):
     with ScriptedServer(spelled(THOUGHTS)) as server:
         made = judge(server, max_tokens=100)
@@ -166,6 +188,7 @@ def grader(server):
     "script, said",
     [
         (lambda n, body: ok("OK", model="big"), "asked for 'grader', 'big' replied.*any_model"),
+        (lambda n, body: ok("", model="grader"), "it gives an empty reply to 'Reply with OK.' .finish_reason stop"),
         (spelled(["<think>", *["hm"] * 500]), "thinks before it grades.*enable_thinking: false"),
     ],
 )

@@ -45,7 +45,7 @@ TEMPERATURE = "Unsupported value: 'temperature' does not support 0 with this mod
         (lambda n, body: (200, {}, b""), "the reply is no JSON; base_url usually ends in /v1"),
         (lambda n, body: (200, {}, b'{"error": {"message": "no\\ncredits", "code": 402}}'), "replied with an error: no credits"),
         (sent(lambda tree: tree.update(choices=[])), "not a chat completion"),
-        (sent(lambda tree: tree.pop("model")), "not a chat completion .KeyError: 'model'"),
+        (sent(lambda tree: tree.update(model=7)), "not a chat completion .TypeError: expected str, got int"),
         (lambda n, body: (429, {}, QUOTA.encode()), "HTTP 429: .*no money"),
         (lambda n, body: error(400, TEMPERATURE), r"; set extra_body: {temperature: 1}$"),
         (says(content=None, refusal="I can't help with that."), "it declines to grade: .*I can't help with that"),
