@@ -42,17 +42,23 @@ def _at_home(argument: str) -> str:
     return f"{option}{equals}{os.path.expanduser(value)}" if whole else argument
 
 
+def _named(arguments: list[str]) -> str | None:
+    """The command among the arguments."""
+    return next((one for one in arguments if not one.startswith("-")), None)
+
+
 def _going_on(arguments: list[str]) -> str:
     """What an interrupted `rlsafe evaluate` says, in whichever of its forms: the same command takes up what is there already. "" for
     other commands."""
-    if next((one for one in arguments if not one.startswith("-")), None) != "evaluate":
-        return ""
-    return f"go on with the same command: {shlex.join(['rlsafe', *arguments])}"
+    return (
+        f"go on with the same command: {shlex.join(['rlsafe', *arguments])}" if _named(arguments) == "evaluate" else ""
+    )
 
 
-def _terminable(going_on: str) -> AbstractContextManager[None]:
-    """Where there is a way to go on, SIGTERM ends the command as Ctrl-C does. Typer makes exit code 130 of either."""
-    if not going_on:
+def _terminable(command: str | None, going_on: str) -> AbstractContextManager[None]:
+    """SIGTERM ends the commands that say how to go on as Ctrl-C does, before a run's own way of stopping holds, too. Typer makes exit
+    code 130 of either."""
+    if command not in ("evaluate", "train"):
         return nullcontext()
     from rlsafe.engine.run.interrupts import stops_at_once
 
@@ -66,7 +72,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     debug = "--debug" in arguments
     going_on = _going_on(arguments)
     try:
-        with _terminable(going_on):
+        with _terminable(_named(arguments), going_on):
             code = app(args=[a for a in arguments if a != "--debug"], prog_name="rlsafe", standalone_mode=False)
     except Exception as error:
         if debug:

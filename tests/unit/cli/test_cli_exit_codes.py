@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import types
@@ -132,6 +133,13 @@ def test_errors_of_a_command_give_one_line_and_their_code(capsys, monkeypatch, e
     install(monkeypatch, "engine.run.life", train=raising(error))
     got, out, err = call(capsys, "train", "a.yaml")
     assert got == code and err.startswith(expected) and err.count("\n") == 1 and out == ""
+
+
+def test_a_run_that_is_terminated_before_it_has_its_own_way_of_stopping_says_so(capsys, monkeypatch):
+    install(monkeypatch, "engine.run.life", train=lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    assert call(capsys, "train", "a.yaml") == (130, "", "interrupted\n")
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize("line", ["--debug train a.yaml", "train --debug a.yaml", "train a.yaml --debug"])
