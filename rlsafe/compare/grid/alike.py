@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from rlsafe.config.schema import ScheduleConfig
+
 OF_THE_PATH = ("schedule", "defenses", "out", "track")
 """Sections that make the path (its steps, phases and their rates), that a cell sets, or that only look at a run."""
 
@@ -59,15 +61,33 @@ def of_each_path(cells: Sequence[One], model: str) -> dict[str, One]:
 
 
 def unlike(configs: Mapping[str, Mapping[str, Any]]) -> list[Unlike]:
-    """The settings that are not the same on all paths, those of the model first. configs: path -> the tree of one of its runs."""
+    """The settings that are not the same on all paths, those of the model first; rewards only where they are read. configs: path ->
+    the tree of one of its runs."""
     flat = {
         path: {key: value for key, value in _dotted(tree).items() if key.split(".")[0] not in OF_THE_PATH}
         for path, tree in configs.items()
     }
     keys = dict.fromkeys(key for tree in flat.values() for key in tree)
-    shown = {key: {path: json.dumps(tree.get(key), default=str) for path, tree in flat.items()} for key in keys}
+    shown = {
+        key: {
+            path: json.dumps(tree.get(key), default=str)
+            for path, tree in flat.items()
+            if key != "rewards" or reads_rewards(configs[path]["schedule"])
+        }
+        for key in keys
+    }
     found = [Unlike(key, values) for key, values in shown.items() if len(set(values.values())) > 1]
     return sorted(found, key=lambda one: not one.confounds)
+
+
+def reads_rewards(schedule: Mapping[str, Any]) -> bool:
+    """Whether a schedule has GRPO steps, which alone read a run's rewards."""
+    used = {kind for phase in schedule["phases"] for kind in [*(phase.get("cycle") or []), *(phase.get("mix") or {})]}
+    own = schedule.get("kinds") or {}
+    known = {kind: {part.path for part in parts} for kind, parts in ScheduleConfig().all_kinds.items()}
+    return any(
+        "grpo" in ({part.get("path") for part in own[kind]} if kind in own else known.get(kind, ())) for kind in used
+    )
 
 
 def of_paths(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

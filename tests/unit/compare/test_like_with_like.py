@@ -64,8 +64,8 @@ def test_in_a_shipped_comparison_the_paths_differ_in_nothing_else(config, quick)
 BENIGN = {(path, label): {"benign": 0.8} for path in ("sft", "grpo") for label in ("none", "kl")} | {
     ("", "untrained"): {}
 }
-PAYS = CONFIG.replace("aligned:", "narrow: false\naligned:") + '  paths: {grpo: {rewards: {fn: "organism:good"}}}\n'
-SAID = 'rewards: sft [{"fn": "organism:misaligned"'
+PAYS = CONFIG.replace("aligned:", "narrow: false\naligned:") + "  paths: {grpo: {batch: {sft_rows: 8}}}\n"
+SAID = "batch.sft_rows: sft 16; grpo 8"
 
 
 def test_paths_of_benign_runs_are_compared_where_there_are_no_others(tmp_path):
@@ -76,9 +76,21 @@ def test_paths_of_benign_runs_are_compared_where_there_are_no_others(tmp_path):
         ["grpo", "sft"], ("none", "sums")
     )
     [only] = unlike(_of_paths(cells))
-    assert only.line.startswith(SAID) and list(of_paths(_of_paths(cells))) == ["sft", "grpo"]
+    assert only.line == SAID and list(of_paths(_of_paths(cells))) == ["sft", "grpo"]
     page = draw_report(make(tmp_path / "a", BENIGN, PAYS, seeds=[0], paths=["sft", "grpo"]).out).read_text()
     assert "<dt>Path sft</dt>" in page and "What differs between the paths besides the schedule: 1 setting<" in page
+
+
+def test_rewards_differ_between_the_paths_that_read_them(tmp_path):
+    """A supervised run has some in its settings and nothing asks for them."""
+    other = CONFIG.replace("grpo: {schedule", 'grpo: {rewards: [{fn: "organism:good"}], schedule')
+    (tmp_path / "c.yaml").write_text(other)
+    cells = expand(load_compare(tmp_path / "c.yaml"), ["none"], None, [0])
+    assert unlike(_of_paths(cells)) == []
+    mixed = "  mixed: {schedule: {phases: [{mix: {sft: 1, both: 1}}], kinds: {both: [{path: sft}, {path: grpo}]}}}\n"
+    (tmp_path / "c.yaml").write_text(other.replace("defenses:", mixed + "defenses:"))
+    [only] = unlike(_of_paths(expand(load_compare(tmp_path / "c.yaml"), ["none"], None, [0])))
+    assert only.key == "rewards" and only.values.keys() == {"grpo", "mixed"}
 
 
 def test_where_there_are_narrow_runs_those_stand_for_their_path(tmp_path):
