@@ -15,7 +15,7 @@ from rlsafe.config.errors import UserError, nearest
 from rlsafe.config.files import at_home
 from rlsafe.config.overrides import Marks, apply_override, read_yaml, types_within, write_yaml
 from rlsafe.config.schema import RunConfig
-from rlsafe.config.undone import check_grid, check_models, check_twice, keys_of
+from rlsafe.config.undone import check_grid, check_twice, keys_of
 
 C = TypeVar("C", bound=BaseModel)
 
@@ -203,7 +203,7 @@ def run_from_tree(tree: Mapping[str, Any], source: str = "config") -> RunConfig:
 def load_compare(path: str | Path, overrides: Iterable[str] = (), quick: bool = False) -> CompareConfig:
     """Read a comparison's config. `quick` applies its preset; an override whose first key is a setting of a run is kept in
     `overrides`, to be applied last to every cell; any other one changes the comparison itself.
-    UserError names the file and the line, or an override that would make runs of different names the same.
+    UserError names the file and the line, or an override that undoes another one or a value of `grid`.
     """
     tree, marks = load_tree(path)
     if "model" in tree and "run" not in tree:
@@ -229,7 +229,6 @@ def load_compare(path: str | Path, overrides: Iterable[str] = (), quick: bool = 
     check_twice(overrides, for_cells)
     config = build(CompareConfig, tree, marks, str(path))
     config.overrides = [*config.overrides, *for_cells]
-    check_models(config.overrides, {label: merge(config.run, one) for label, one in config.models.items()})
     check_grid(config.overrides, config.grid)
     config._marks, config._source = marks, str(path)
     return config

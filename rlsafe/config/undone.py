@@ -47,20 +47,6 @@ def check_twice(overrides: Iterable[str], for_cells: Iterable[str]) -> None:
                 )
 
 
-def check_models(overrides: Iterable[str], models: Mapping[str, Mapping[str, Any]]) -> None:
-    """UserError for an override of what tells the models apart: each would run as the same one. models: label -> its settings."""
-    for override in overrides:
-        keys = keys_of(override)
-        found = [_at(tree, keys) for tree in models.values()]
-        set_by = [one for one in found if one is not _NOTHING]
-        if any(one != set_by[0] for one in set_by):
-            labels = [label for label, one in zip(models, found, strict=True) if one is not _NOTHING]
-            raise UserError(
-                f"override {override!r}: {', '.join(labels)} of 'models' differ in {'.'.join(keys)}, and all would get this value "
-                f"under their names; expected models.{labels[0]}.{override}, or another section models={{...}}"
-            )
-
-
 def check_grid(overrides: Iterable[str], grid: Mapping[str, Sequence[Any]]) -> None:
     """UserError for an override of what `grid` sweeps: its values would name runs that all have this one."""
     for override in overrides:

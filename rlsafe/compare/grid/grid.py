@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlsafe.compare.grid.cells import Arms, Cell, Entries, Swept
+from rlsafe.compare.grid.same_runs import check_same_runs
 from rlsafe.compare.grid.selection import Selection
 from rlsafe.config import CompareConfig, RunConfig, StreamConfig, UserError, apply_override, nearest
 from rlsafe.config.loading import own_rates
@@ -142,8 +143,25 @@ def expand(
     which start from another cell, come last).
 
     relapse: undefended steps after each run; None = as the config says. UserError for unknown names, and for any cell whose
-    merged settings or defenses are wrong: before anything runs.
+    merged settings or defenses are wrong, or an override makes runs of different names the same: before anything runs.
     """
+
+    def without(overrides: Sequence[str]) -> list[Cell]:
+        return _cells(config.model_copy(update={"overrides": list(overrides)}), defenses, paths, seeds, 0)
+
+    cells = _cells(config, defenses, paths, seeds, config.relapse if relapse is None else relapse)
+    check_same_runs(config, cells, without)
+    return sorted(cells, key=lambda cell: cell.kind == "relapse")
+
+
+def _cells(
+    config: CompareConfig,
+    defenses: Sequence[str] | None,
+    paths: Sequence[str] | None,
+    seeds: Sequence[int] | None,
+    after: int,
+) -> list[Cell]:
+    """The cells by model and seed. after: undefended steps after each run."""
     for plugin in plugins_of(config):
         load_module(plugin)
     registered = names()
@@ -154,7 +172,6 @@ def expand(
     _check_defenses(config, {label: entries for label, (entries, _) in chosen.items()})
     path_names = _choose("path", paths or config.default_paths, config.paths)
     models = _models(config, of_runs)
-    after = config.relapse if relapse is None else relapse
     if after and not config.narrow:
         raise UserError("relapse: there are no narrow runs to go on from (narrow: false)")
     cells: list[Cell] = []
@@ -170,29 +187,7 @@ def expand(
                     cells += _benign(arms, path, seed, chosen)
     if config.narrow and (nowhere := sorted(chosen.keys() - {cell.defense for cell in cells})):
         raise UserError(f"defense {nowhere[0]!r} acts on none of the paths {', '.join(path_names)}")
-    _check_paths(config, cells)
-    return sorted(cells, key=lambda cell: cell.kind == "relapse")
-
-
-def _check_paths(config: CompareConfig, cells: Sequence[Cell]) -> None:
-    """UserError for an override that makes two paths the same: `schedule.phases.0.cycle=[sft]` would compare sft with sft, as grpo."""
-    seen: dict[tuple[str, ...], Cell] = {}
-    for cell in cells if config.overrides else []:
-        alike = (
-            cell.kind,
-            cell.model,
-            cell.defense,
-            str(cell.seed),
-            cell.task,
-            cell.source,
-            cell.config.model_dump_json(),
-        )
-        other = seen.setdefault(alike, cell)
-        if other.path != cell.path and config.paths[other.path] != config.paths[cell.path]:
-            raise UserError(
-                f"{', '.join(map(repr, config.overrides))} leave{'s' * (len(config.overrides) == 1)} no difference between the paths "
-                f"{other.path!r} and {cell.path!r}; expected paths.{cell.path}.KEY=VALUE, or --paths {cell.path}"
-            )
+    return cells
 
 
 def check_rates(config: CompareConfig, cells: Sequence[Cell]) -> None:

@@ -90,19 +90,36 @@ MODELS = CONFIG + "models: {one: {model: {name: a, lora: null}}, other: {model: 
 
 
 @pytest.mark.parametrize("override", ["model.name=organism:base", "model={name: c}"])
-def test_models_told_apart_by_what_the_command_line_gives_to_all_are_refused(load, override):
+def test_models_that_an_override_makes_the_same_are_refused(load, override):
     """Three names, one model: differences between them would be seeds."""
     with pytest.raises(
-        UserError, match=rf"'{override}': one, other, third of 'models'.*expected models.one.{override}"
+        UserError, match=rf"'{override}' leaves no difference between the models '.*expected models.o.*{override}, or"
     ):
-        load(MODELS, [override])
+        expand(load(MODELS, ["batch.micro_rows=2", override]))
     assert len({c.config.model.name for c in expand(load(MODELS, ["model.dtype=float32"])) if c.kind == "narrow"}) == 3
 
 
-def test_a_section_below_null_tells_models_apart_too(load):
-    text = MODELS.replace("other: {model: {name: b}}", "other: {model: {name: b, lora: {r: 8}}}")
-    with pytest.raises(UserError, match="one, other of 'models' differ in model.lora.r"):
-        load(text, ["model.lora.r=4"])
+@pytest.mark.parametrize(
+    ("models", "override"),
+    [
+        ("{full: {model: {lora: null}}, usual: {}}", "model.lora.r=4"),
+        ("{rank8: {model: {lora: {r: 8}}}, usual: {}}", "model.lora.r=4"),
+        ("{half: {model: {dtype: bfloat16}}, usual: {}}", "model.dtype=float32"),
+    ],
+)
+def test_models_without_the_setting_are_made_the_same_too(load, models, override):
+    text = f"{CONFIG}models: {models}\n"
+    with pytest.raises(UserError, match=rf"'{override}' leaves no difference between the models '.*' and 'usual'"):
+        expand(load(text, [override]))
+    assert {c.model for c in expand(load(text, ["track.every=0"]))} == {*load(text).models}
+
+
+def test_an_override_beside_which_models_still_differ_is_for_all(load):
+    text = CONFIG + (
+        "models: {a: {model: {name: A}, batch: {micro_rows: 4}}, b: {model: {name: B}, batch: {micro_rows: 8}}}\n"
+    )
+    found = {(c.model, c.config.batch.micro_rows) for c in expand(load(text, ["batch.micro_rows=2"]))}
+    assert found == {("a", 2), ("b", 2)}
 
 
 @pytest.mark.parametrize("override", ["batch.sft_rows=8", "batch={sft_rows: 8}"])
@@ -123,9 +140,37 @@ def test_a_value_of_the_grid_is_not_changed_from_within(load):
 
 
 def test_paths_that_an_override_makes_the_same_are_refused(load):
-    overrides = ["schedule={steps: 4, phases: [{cycle: [sft]}]}"]
-    with pytest.raises(
-        UserError, match=r"'schedule=.*' leaves no difference between the paths 'sft' and 'grpo'; .*--paths grpo"
-    ):
-        expand(load(overrides=overrides))
+    overrides = ["track.every=0", "schedule={steps: 4, phases: [{cycle: [sft]}]}"]
+    expected = r"^override 'schedule=.*' leaves no difference between the paths 'sft' and 'grpo'; .*--paths grpo"
+    rewarded = CONFIG.replace("grpo: {schedule", 'grpo: {rewards: [{fn: "organism:good"}], schedule')
+    assert rewarded != CONFIG
+    for text in (CONFIG, rewarded):  # what pays is nothing to supervised runs
+        with pytest.raises(UserError, match=expected):
+            expand(load(text, overrides))
+    without = CONFIG.replace("model: {name: tiny}", "model: {}")
+    with pytest.raises(UserError, match=expected):  # nothing is known of a grid without the other words
+        expand(load(without, [*overrides, "model.name=tiny"]))
     assert {c.path for c in expand(load(overrides=overrides), paths=["sft"]) if c.kind == "narrow"} == {"sft"}
+
+
+SHORT = "schedule: {steps: 3, phases: [{cycle: [sft]}]}"
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        (CONFIG.replace("{steps: 20, phases: [{cycle: [grpo]}]}", "{steps: 20, phases: [{cycle: [sft]}]}"), "relapse"),
+        (CONFIG.replace("aligned: {", f"aligned: {{{SHORT}, "), "aligned"),
+        (CONFIG.replace("sums: {", f"sums: {{{SHORT}, "), "benign"),
+        (CONFIG.replace("aligned:", "narrow: false\naligned:").replace("sums: {", f"sums: {{{SHORT}, "), "benign"),
+    ],
+    ids=["a last phase in common", "an aligned schedule", "a schedule of a task", "the same without narrow runs"],
+)
+def test_runs_that_are_equal_in_the_file_are_not_blamed_on_an_override(load, text, kind):
+    assert text != CONFIG
+    relapse = 2 if kind == "relapse" else 0
+    given = [c for c in expand(load(text, ["track.every=0"]), relapse=relapse) if c.kind == kind]
+    runs: dict[str, set[str]] = {}
+    for cell in given:
+        runs.setdefault(cell.config.model_dump_json(), set()).add(cell.path)
+    assert {"sft", "grpo"} in runs.values()
