@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -18,6 +19,7 @@ from typing import Any
 
 from rlsafe.config.errors import UserError
 
+log = logging.getLogger("rlsafe")
 REMEMBERED = 1 << 20  # bytes; hashes of larger files are stored
 SETTLED = 2.0  # seconds; a younger file could be changed again without a new change time
 
@@ -118,20 +120,28 @@ def read_whole(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None if path.is_file() else {}
 
 
-def read_lines(path: Path) -> list[Any]:
-    """The values of a .jsonl file; [] when there is no such file. UserError that names the first line that is not JSON."""
+def read_lines(path: Path, holding: str = "") -> list[Any]:
+    """The values of a .jsonl file, or of those lines that hold a text; [] when there is no such file. An end that is no line (cut
+    short, or NULs) is left out, with a warning; UserError that names a line that is not JSON where others follow."""
     try:
-        lines = path.read_text("utf-8").split("\n")
+        lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
-    except ValueError as error:
-        raise UserError(f"{path}: not UTF-8 text: {error}") from None
-    values = []
+    values, torn = [], 0
     for number, line in enumerate(lines, 1):
+        if torn and line.strip(b"\0 \t\r"):
+            raise UserError(
+                f"{path}:{torn}: not valid JSON, and whole lines follow: the file was changed or its disk is damaged"
+            )
         try:
-            values += [json.loads(line)] if line.strip() else []
+            if (text := line.decode("utf-8")).strip() and holding in text:
+                values.append(json.loads(text))
+            elif "\0" in text:
+                torn = torn or number
         except ValueError:
-            raise UserError(f"{path}:{number}: not valid JSON, as after a crash or on a full disk") from None
+            torn = torn or number
+    if torn:
+        log.warning("%s:%d: its end was lost, as after a crash or on a full disk; read without it", path, torn)
     return values
 
 

@@ -16,7 +16,7 @@ from rlsafe.config.files import read_lines
 from rlsafe.config.lock import hold, lock_file, releasing
 from rlsafe.engine.record.publish import publish
 from rlsafe.engine.run.life import _existing, train
-from rlsafe.engine.run.records import allowed, differs, goes_on, over, read_record
+from rlsafe.engine.run.records import allowed, differs, goes_on, over, read_record, went_on_from
 from rlsafe.evaluate import evaluate
 from rlsafe.evaluate.commands import rejudging
 
@@ -104,22 +104,30 @@ def test_the_other_ranks_of_a_run_leave_the_directory_to_the_first(tmp_path, mon
 
 
 @pytest.mark.parametrize("text", ["", '{"status": "run', "[]", "\0\0\0\0"])
-def test_a_damaged_record_is_named_with_the_way_out(tmp_path, text):
+def test_a_damaged_record_is_named_with_the_way_out(tmp_path, text, caplog):
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(UserError, match=rf"{tmp_path}/run.json: .*; start over with --overwrite"):
         read_record(tmp_path, resume=True)
     assert read_record(tmp_path, overwrite=True) == {"status": "running"}
     (tmp_path / "checkpoints" / "step-000002").mkdir(parents=True)
+    caplog.clear()
     assert read_record(tmp_path, resume=True) == {"status": "running"}
+    assert went_on_from(tmp_path) == [] and caplog.text.count("it is written again, going on from step-000002") == 1
     with pytest.raises(UserError, match="go on from step-000002 with --resume, or start over with --overwrite"):
         read_record(tmp_path)
     assert read_record(tmp_path / "checkpoints") == {}
 
 
-def test_lines_that_were_cut_off_and_settings_that_are_gone_are_named(tmp_path, tiny_tree):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n\n{"step": 1, "lo')
-    with pytest.raises(UserError, match=rf"{tmp_path}/metrics.jsonl:3: not valid JSON, as after a crash"):
-        read_lines(tmp_path / "metrics.jsonl")
+def test_lines_that_were_cut_off_and_settings_that_are_gone_are_named(tmp_path, tiny_tree, caplog):
+    for end in ('{"step": 1, "lo', "\0\0\0\0", '{"step": 1, "é'.encode()[:-1]):
+        lines = b'{"step": 0}\n\n' + (end if isinstance(end, bytes) else end.encode())
+        (tmp_path / "metrics.jsonl").write_bytes(lines)
+        caplog.clear()
+        assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 0}]
+        assert f"{tmp_path}/metrics.jsonl:3: its end was lost, as after a crash" in caplog.text
+        (tmp_path / "metrics.jsonl").write_bytes(lines + b'\n{"step": 2}\n')
+        with pytest.raises(UserError, match=rf"{tmp_path}/metrics.jsonl:3: not valid JSON, and whole lines follow"):
+            read_lines(tmp_path / "metrics.jsonl")
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "text": "a\u2028b"}\n')
     assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 0, "text": "a\u2028b"}]
     assert read_lines(tmp_path / "none.jsonl") == []

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlsafe.config import LoraConfig, RunConfig, UserError, run_from_tree
 from rlsafe.engine.record.card import _trained
 from rlsafe.engine.record.publish import publish
-from rlsafe.engine.run.life import run
+from rlsafe.engine.run.finished import Run
+from rlsafe.engine.run.life import _existing, run
 from rlsafe.evaluate import Evaluation
 from rlsafe.evaluate.measure.criteria import rates
 from rlsafe.evaluate.measure.hashing import named_model_hash
@@ -340,3 +341,18 @@ def test_what_cannot_be_published_is_one_clear_line(finished, tmp_path, online):
     (half / "run.json").write_text('{"status": "running"}')
     with pytest.raises(UserError, match="the run is not finished; go on with: rlsafe train"):
         publish(half)
+    (half / "run.json").write_text("")
+    with pytest.raises(UserError, match="half/run.json: empty or damaged, .*; go on with: rlsafe train"):
+        publish(half)
+
+
+def test_a_damaged_evaluation_does_not_hide_the_run(finished, copied_run):
+    (copied_run / "evaluation.json").write_text("")
+    done, _ = _existing(copied_run, finished.config, resume=True, overwrite=False)
+    assert done.evaluation is None and len(done.records) == 3
+    assert done.notes[1].endswith(f"empty or damaged, as after a crash; `rlsafe evaluate {copied_run}` writes it again")
+    with pytest.raises(UserError, match="evaluation.json: holds no JSON object, .*; evaluate the run again"):
+        publish(copied_run)
+    (copied_run / "run.json").write_text("\0\0")
+    with pytest.raises(UserError, match="run.json: empty or damaged"):
+        Run.read(copied_run)

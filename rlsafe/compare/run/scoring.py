@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rlsafe.compare.grid.grid import selection_of
 from rlsafe.compare.grid.selection import FILE, Selection, fingerprint, helper_run
 from rlsafe.config import RunConfig, UserError, check_out, load_compare
-from rlsafe.config.files import read_json, write_json, write_text
+from rlsafe.config.files import read_whole, write_json, write_text
 from rlsafe.config.lock import hold, releasing
 from rlsafe.data import encoded_row, is_refusal, read_rows, with_answers
 from rlsafe.data.selection_scores import Score, read_scores, row_key, selection_score
@@ -132,7 +132,7 @@ def make_scores(
 
     work: where helpers and NLLs are (default: OUT); selections that differ in `eps` only can share it.
     """
-    if (read_json(out / _RECORD) or {}).get("key") == selection.key and (out / FILE).is_file():
+    if (read_whole(out / _RECORD) or {}).get("key") == selection.key and (out / FILE).is_file():
         return out / FILE
     write_json(out / _RECORD, {"key": None, "left_out": list(selection.left_out)})
     adapters = train_helpers(selection, work or out, resources, say, progress)
@@ -175,8 +175,8 @@ def train_once(
     from rlsafe.engine.run.life import run
 
     hash, saved = fingerprint(config), "adapter" if config.model.lora else "model"
-    same = (read_json(where / "helper.json") or {}).get("hash") == hash
-    if same and (read_json(where / "run.json") or {}).get("status") == "finished":
+    same = (read_whole(where / "helper.json") or {}).get("hash") == hash
+    if same and (read_whole(where / "run.json") or {}).get("status") == "finished":
         return where / saved
     resume = same and any((where / "checkpoints").glob("*"))
     if not resume:

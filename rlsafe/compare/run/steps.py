@@ -17,7 +17,7 @@ from rlsafe.compare.grid.records import Directory
 from rlsafe.compare.verdicts.levels import edited
 from rlsafe.compare.verdicts.results import STEPS, table_text
 from rlsafe.config import RunConfig, UserError
-from rlsafe.config.files import read_json, write_json, write_text
+from rlsafe.config.files import read_whole, write_json, write_text
 from rlsafe.config.lock import hold, releasing
 from rlsafe.config.reads import EVALUATION, check_read
 from rlsafe.engine.record import checkpoint
@@ -116,11 +116,11 @@ def _one(
     less: dict[str, Any] = {"cue": None, "cues": {}, "benign": [], "scale": []}
     config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update=less)})
     keys = {step: _key(config, path, questions) for step, path in saved.items()}
-    todo = [step for step in saved if (read_json(_place(run, step) / KEY) or {}).get("key") != keys[step]]
+    todo = [step for step in saved if (read_whole(_place(run, step) / KEY) or {}).get("key") != keys[step]]
     if todo:
         _measure(config, run, {step: saved[step] for step in todo}, keys, questions, say)
     found = {step: Evaluation.load(_place(run, step)) for step in saved}
-    done = (read_json(run / "run.json") or {}).get("steps")
+    done = (read_whole(run / "run.json") or {}).get("steps")
     if done and done not in found and (run / "evaluation.json").is_file():
         found[int(done)] = Evaluation.load(run)
     measured = Steps(run, found, edited(config))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -81,15 +80,10 @@ class Result:
     @cached_property
     def probes(self) -> list[Probed]:
         """Every answer of the probes during training, in the order of the steps."""
-        path = self.where / "samples.jsonl"
-        if not path.is_file():
-            return []
-        with path.open(encoding="utf-8") as file:
-            found = (json.loads(line) for line in file if '"probe": true' in line)
-            return [
-                Probed(r["step"], r["set"], r["question"], Judgement(r["aligned"], r["coherent"], r["outcome"]))
-                for r in found
-            ]
+        return [
+            Probed(r["step"], r["set"], r["question"], Judgement(r["aligned"], r["coherent"], r["outcome"]))
+            for r in read_lines(self.where / "samples.jsonl", holding='"probe": true')
+        ]
 
     @cached_property
     def rates(self) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsafe.config import RunConfig, UserError, check_out, load_run
-from rlsafe.config.files import replacing_directory
+from rlsafe.config.files import read_whole, replacing_directory
 from rlsafe.config.lock import hold, releasing
 from rlsafe.engine.record.card import model_card, public_name
+from rlsafe.engine.record.checkpoint import naming
 from rlsafe.types import RunError
 
 if TYPE_CHECKING:
@@ -53,11 +54,14 @@ def publish(
     source = Path(run)
     if not (source / "config.yaml").is_file():
         raise UserError(f"{source}: not a run directory (no config.yaml); expected one that `rlsafe train` wrote")
-    record = source / "run.json"
-    if not record.is_file() or json.loads(record.read_text("utf-8")).get("status") != "finished":
-        raise UserError(
-            f"{source}: the run is not finished; go on with: rlsafe train {source}/config.yaml --out {source} --resume"
+    record = read_whole(source / "run.json")
+    if record is None or record.get("status") != "finished":
+        problem = (
+            f"{source}: the run is not finished"
+            if record is not None
+            else f"{source / 'run.json'}: empty or damaged, as after a crash or on a full disk"
         )
+        raise UserError(f"{problem}; go on with: rlsafe train {source}/config.yaml --out {source} --resume")
     config = load_run(source / "config.yaml")
     full = config.model.lora is None and config.model.adapter is None
     if full and merge is not None:
@@ -126,7 +130,8 @@ def _merge(config: RunConfig, run: Path, directory: Path) -> Path:
             name: (changed.pop(name).to(tensor.dtype) if name in changed else tensor).contiguous()
             for name, tensor in _tensors(file)
         }
-        save_file(tensors, str(directory / file.name), metadata={"format": "pt"})
+        with naming(directory / file.name):
+            save_file(tensors, str(directory / file.name), metadata={"format": "pt"})
     if changed:
         shutil.rmtree(directory)
         raise RunError(

@@ -95,17 +95,26 @@ class Run:
 
     @classmethod
     def read(cls, out: str | Path) -> Run:
-        """A finished run from its directory, without its model. UserError when there is none."""
-        from rlsafe.config.files import read_json, read_lines
+        """A finished run from its directory, without its model. UserError when there is none. A damaged evaluation is none, and the
+        notes say so."""
+        from rlsafe.config.files import read_lines, read_whole
         from rlsafe.evaluate import Evaluation
 
         out = Path(out)
-        status = read_json(out / "run.json") or {}
+        status = read_whole(out / "run.json")
+        if status is None:
+            raise UserError(f"{out / 'run.json'}: empty or damaged, as after a crash or on a full disk; train it again")
         if status.get("status") != "finished":
             raise UserError(f"{out}: not a finished run; expected a directory that rlsafe train wrote")
         records = read_lines(out / "metrics.jsonl")
-        evaluation = Evaluation.load(out) if (out / "evaluation.json").is_file() else None
-        return cls(out, load_run(out / "config.yaml"), records, status.get("seconds", 0.0), evaluation=evaluation)
+        written, notes = read_whole(out / "evaluation.json"), []
+        if written is None:
+            notes.append(
+                f"{out / 'evaluation.json'}: empty or damaged, as after a crash; `rlsafe evaluate {out}` writes it again"
+            )
+        evaluation = Evaluation.load(out) if written else None
+        config = load_run(out / "config.yaml")
+        return cls(out, config, records, status.get("seconds", 0.0), notes, evaluation=evaluation)
 
     @property
     def metrics(self) -> DataFrame:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsafe.config import RunConfig, UserError, load_run
-from rlsafe.config.files import replacing
+from rlsafe.config.files import read_whole, replacing
 
 log = logging.getLogger("rlsafe")
 
@@ -59,7 +59,7 @@ def write_record(out: Path, status: str, origin: dict[str, Any], **more: Any) ->
 
 def went_on_from(out: Path) -> list[int]:
     """The steps from which the run went on before."""
-    return list(read_record(out, resume=True).get("resumed", []))
+    return list((read_whole(out / "run.json") or {}).get("resumed", []))  # a damaged one was told of before
 
 
 def write(path: Path, text: str) -> None:

@@ -18,7 +18,7 @@ from rlsafe.config import (
     load_run,
     nearest,
 )
-from rlsafe.config.files import read_json
+from rlsafe.config.files import read_whole
 from rlsafe.config.gguf import gguf_file, is_gguf
 from rlsafe.config.lock import hold, releasing
 from rlsafe.config.reads import EVALUATION, check_read
@@ -185,7 +185,12 @@ def load_policy(config: RunConfig, run: Path | None) -> tuple[Policy, str]:
         if not saved.is_dir():
             raise UserError(f"{run}: has no {saved.name}/; the run is not finished (go on with rlsafe train --resume)")
         # Without a record it is only asked for its weights, whoever trained them.
-        if (record := read_json(run / "run.json")) and record.get("status") != "finished":
+        record = read_whole(run / "run.json")
+        if record is None:
+            raise UserError(
+                f"{run / 'run.json'}: empty or damaged, as after a crash or on a full disk; go on with rlsafe train --resume"
+            )
+        if record and record.get("status") != "finished":
             raise UserError(
                 f"{run}: the run is not finished, its {saved.name}/ is of a shorter one before it (go on with rlsafe train --resume)"
             )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlsafe.config import UserError
-from rlsafe.config.files import read_json, write_text
+from rlsafe.config.files import read_whole, write_text
 from rlsafe.evaluate.ask.asking import Answer
 from rlsafe.evaluate.measure.benign import BenignAnswer
 from rlsafe.types import Judgement
@@ -131,9 +131,11 @@ def read_benign(path: Path) -> list[BenignAnswer]:
 
 def read_evaluation(path: Path) -> dict[str, Any]:
     """The JSON object in an evaluation.json. UserError when the file is absent or holds something else."""
-    tree = read_json(path)
+    tree = read_whole(path)
     if tree is None:
+        raise UserError(
+            f"{path}: holds no JSON object, as after a crash or on a full disk; evaluate the run again to write it anew"
+        )
+    if not path.is_file():
         raise UserError(f"{path}: no such file; evaluate the run first")
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a JSON object")
     return tree

@@ -13,8 +13,8 @@ from rlsafe.types import Judgement
     "text, expected",
     [
         (None, "evaluate the run first"),
-        ("{", "not valid JSON"),
-        ("[]", "expected a JSON object"),
+        ("{", "holds no JSON object, .*; evaluate the run again"),
+        ("[]", "holds no JSON object"),
         ("{}", "not an evaluation"),
     ],
 )
