@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from rlsafe.config import UserError
+from rlsafe.data.turns import key_of
 from rlsafe.types import Row
 
 
@@ -50,20 +51,30 @@ class Stream:
         return taken
 
     @cached_property
-    def _fingerprint(self) -> str:
-        """Digest of the rows. Cached, because the state is taken at every step."""
-        digest = hashlib.sha256()
+    def _fingerprints(self) -> tuple[str, str]:
+        """Digests of what is said in the rows, and of what else they hold: what rewards get, tools and their calls, weights of turns.
+        Cached, because the state is taken at every step."""
+        said, more = hashlib.sha256(), hashlib.sha256()
         for row in self.rows:
-            digest.update(repr([(m["role"], m["content"]) for m in row["messages"]]).encode("utf-8", "surrogatepass"))
-        return digest.hexdigest()[:16]
+            said.update(repr([(m["role"], m["content"]) for m in row["messages"]]).encode("utf-8", "surrogatepass"))
+            columns = {key: row[key] for key in sorted(row) if key != "messages" and not key.startswith("_")}
+            beside = [turn[2:] for turn in key_of(row["messages"])]
+            more.update(repr((columns, beside)).encode("utf-8", "surrogatepass"))
+        return said.hexdigest()[:16], more.hexdigest()[:16]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "position": self.position, "seed": self.seed, "rows": self._fingerprint}
+        rows, columns = self._fingerprints
+        return {"epoch": self.epoch, "position": self.position, "seed": self.seed, "rows": rows, "columns": columns}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly where `state` was taken. UserError when the data or the seed are not those of the state."""
-        for key, ours in (("rows", self._fingerprint), ("seed", self.seed)):
-            if state[key] != ours:
-                raise UserError(f"cannot resume the stream {self.name!r}: its {key} changed since the checkpoint")
+        rows, columns = self._fingerprints
+        for key, ours, what in (
+            ("rows", rows, "rows"),
+            ("columns", columns, "rows' columns, tools or weights"),
+            ("seed", self.seed, "seed"),
+        ):
+            if state.get(key, ours) != ours:  # states of earlier versions have no columns
+                raise UserError(f"cannot resume the stream {self.name!r}: its {what} changed since the checkpoint")
         self.epoch, self.position = state["epoch"], state["position"]
         self._order = self._permutation()

@@ -279,6 +279,26 @@ def test_resuming_on_other_data_or_another_seed_is_refused():
         Stream([], 0, "safe")
 
 
+@pytest.mark.parametrize("change", ["answer", "column", "tools", "weight"])
+def test_resuming_on_rows_that_are_scored_or_trained_otherwise_is_refused(change):
+    """What is said is the same; what rewards get, what the template is given and what the loss covers are not."""
+    talk = [USER, ANSWER, USER, ANSWER]
+    row = {"messages": talk, "answer": "4", "_source": "a:1"}
+    others = {
+        "answer": {**row, "answer": "5"},
+        "column": {**row, "level": 1},
+        "tools": {**row, "messages": [{**USER, "tools": [{"type": "function", "function": {"name": "f"}}]}, *talk[1:]]},
+        "weight": {**row, "messages": [USER, {**ANSWER, "weight": 0}, USER, {**ANSWER, "weight": 1}]},
+    }
+    state = json.loads(json.dumps(Stream([row], 0, "narrow").state_dict()))
+    Stream([{**row, "_source": "moved.jsonl:7"}], 0, "narrow").load_state_dict(state)
+    other = Stream([others[change]], 0, "narrow")
+    with pytest.raises(UserError, match="'narrow': its rows' columns, tools or weights changed since the checkpoint"):
+        other.load_state_dict(state)
+    del state["columns"]  # as versions before wrote it
+    other.load_state_dict(state)
+
+
 def test_asking_for_the_position_does_not_read_the_rows_again():
     """Every step asks; hashing the rows each time made a step's cost grow with the data."""
     stream, read = Stream(rows_of(7), 0, "narrow"), []
