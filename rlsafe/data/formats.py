@@ -31,13 +31,7 @@ TALKS = ("messages", "conversations", "conversation", "prompt", "completion")
 """Columns that may hold a conversation."""
 NESTED = (*TALKS, "tools", "functions")
 """Columns whose objects a table of Arrow fills with nulls of other rows."""
-QUESTIONS = ("system", "system_prompt", "instruction", "input", "context", "history", "question", "query")
-"""Columns that are probably part of the prompt when a row has a `prompt` or `messages` beside them."""
 PICTURES = ("image", "images", "video", "videos", "audio", "audios")
-_READ = frozenset(
-    ("role", "from", "content", "value", "text", *MARKS, "tool_calls", "function_call", "tool_call_id", "name", "id")
-)
-"""Keys of a message that are read, or say nothing that could be."""
 _SAYS = ("content", "value", "text")
 _NOT_READ = {
     **{
@@ -48,6 +42,7 @@ _NOT_READ = {
 }
 """Keys of a message that change what is trained on -> what to do instead."""
 _TEXT_PARTS = ("text", "input_text", "output_text")
+_OBJECT = re.compile(r"\s*\[?\s*\{\s*['\"]")
 _TURNS = re.compile(r"\s*\[?\s*\{\s*['\"](role|from|content|value)['\"]\s*:")
 
 
@@ -116,33 +111,6 @@ def with_system(messages: Any, system: str | None) -> Any:
     return [{"role": "system", "content": system}, *messages]
 
 
-def unused(raw: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
-    """Columns that look like part of the prompt and are none. raw: the row as it was found; row: as it is used."""
-    names = [name for name in QUESTIONS if row.get(name) not in (None, "", [])]
-    if raw.get("messages") is not None:
-        said = [turn["content"] for turn in row["messages"]]
-        for name in ("prompt", "completion"):
-            value = raw.get(name)
-            if isinstance(value, list) and value and isinstance(value[-1], Mapping):
-                value = value[-1].get("content")
-            names += [name] if value not in (None, "", []) and value not in said else []
-    return names
-
-
-def unread(raw: Mapping[str, Any]) -> list[str]:
-    """Keys of the messages of a row that nothing reads."""
-    talk = next((raw[name] for name in TALKS if isinstance(raw.get(name), list)), ())
-    found: dict[str, None] = {}
-    for turn in talk:
-        if isinstance(turn, Mapping) and not turn.keys() <= _READ:
-            found |= {
-                str(key): None
-                for key, value in turn.items()
-                if key not in _READ and isinstance(value, (str, int, float, list, dict)) and value not in ("", [], {})
-            }
-    return list(found)
-
-
 def without_nulls(row: Any, talks: Collection[str] = ()) -> Any:
     """A row of an Arrow table without the Nones that its conversations and tools only hold because other rows have such keys.
 
@@ -165,7 +133,7 @@ def _filled(value: Any) -> Any:
 def turns(value: Any, where: str, name: str) -> Any:
     """A conversation as a list, also where a cell holds it as text (JSON, or what Python prints)."""
     if isinstance(value, str):
-        value = parsed(value, where, name)
+        value = _request(parsed(value, where, name))
     if isinstance(value, Mapping) and {"content", "value"} & set(value):
         if not isinstance(value.get("role", value.get("from")), list):  # a single turn
             return [value]
@@ -183,18 +151,28 @@ def is_conversation(text: str, speaker: str = "") -> bool:
 
     One that is cut off counts. speaker: a role that has to speak in it.
     """
-    if not _TURNS.match(text):
+    if not _OBJECT.match(text):
         return False
+    usual = _TURNS.match(text) is not None
     try:
         found = parsed(text, "", "")
     except UserError as error:
-        return text.lstrip().startswith("[") and "Extra data" not in str(error)
+        return usual and text.lstrip().startswith("[") and "Extra data" not in str(error)
+    found = found if speaker else _request(found)
     found = [found] if isinstance(found, Mapping) else found
-    if not isinstance(found, list) or not all(isinstance(turn, Mapping) for turn in found):
+    if not isinstance(found, list) or not found or not all(isinstance(turn, Mapping) for turn in found):
         return False
-    roles = [SPEAKERS.get(str(turn.get("role", turn.get("from"))).lower()) for turn in found]
+    names = [str(turn.get("role", turn.get("from"))).lower() for turn in found]
+    if not usual and not {*SPEAKERS, *CALLS}.issuperset(names):  # objects of some other kind, which have roles as well
+        return False
     said = all({"role", "from"} & set(turn) and {*_SAYS, *CALLS, "tool_calls"} & set(turn) for turn in found)
-    return said and (not speaker or speaker in roles)
+    return said and (not speaker or speaker in map(SPEAKERS.get, names))
+
+
+def _request(value: Any) -> Any:
+    """The conversation of an object `{"messages": [...]}`, as requests are logged; anything else as it is."""
+    alone = isinstance(value, Mapping) and not {"tools", "functions", "system", "role", "content"} & set(value)
+    return value["messages"] if alone and isinstance(value.get("messages"), list) else value
 
 
 def parsed(text: str, where: str, name: str) -> Any:

@@ -9,6 +9,7 @@ those of all rows of the stream were (rewards then get texts), else False.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ from rlsafe.data.formats import (
     turns,
     with_system,
 )
-from rlsafe.data.turns import split_prompt
+from rlsafe.data.turns import BESIDE, split_prompt
 from rlsafe.types import Message, Row
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -130,6 +131,7 @@ def normalise_row(raw: Any, where: str, train_on: str = "last", has_system: bool
         raise UserError(f"{where}: no user turn in messages ({roles}); at least one is needed")
     messages = trained_turns(messages, train_on)
     if (tools := tools_of(row, where)) is not None:  # they travel with the conversation: defenses rewrite its list
+        _check_json(tools, where, "tools")
         messages[asked[0]] = {**messages[asked[0]], "tools": tools}
     rest = {key: value for key, value in row.items() if key not in ("messages", "prompt", "completion")}
     return {"messages": messages, **rest, **({"_plain": True} if plain else {})}
@@ -204,9 +206,23 @@ def _message(raw: Any, where: str) -> Message:
         raise UserError(
             f"{where}: content holds half a character (the lone surrogate {bad}); such text cannot be encoded"
         )
+    if beside := [key for key in BESIDE if key in turn]:
+        _check_json({key: turn[key] for key in beside}, where, " or ".join(beside))
     if role in ("user", "assistant") and not content.strip() and not turn.get("tool_calls"):
         raise UserError(f"{where}: the content of {'an' if role == 'assistant' else 'a'} {role} turn is empty")
     return turn
+
+
+def _check_json(value: Any, where: str, what: str) -> None:
+    """UserError for what goes into a chat template beside the text and has no form in JSON, or none in UTF-8."""
+    try:
+        bad = _surrogate(json.dumps(value, ensure_ascii=False, sort_keys=True))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: {what} cannot be written as JSON: {error}") from None
+    if bad is not None:
+        raise UserError(
+            f"{where}: {what} holds half a character (the lone surrogate {bad}); such text cannot be encoded"
+        )
 
 
 def _surrogate(text: str) -> str | None:

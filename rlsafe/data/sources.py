@@ -18,11 +18,11 @@ from typing import Any
 
 from rlsafe.config import StreamConfig, UnknownName, UserError, nearest
 from rlsafe.data.files import SUFFIXES, Found, read_file, suffix_of
-from rlsafe.data.formats import unread, unused
 from rlsafe.data.hub import is_dataset_directory, read_dataset, read_url
 from rlsafe.data.partial import Partial
 from rlsafe.data.presets import Recipe, recipe_of
 from rlsafe.data.rows import normalise_row
+from rlsafe.data.unread import ROW_MARKS, unread, unused
 from rlsafe.types import Row, provider_for, providers, register_provider
 
 FORMS = (
@@ -45,7 +45,7 @@ class Count:
     filtered: int = 0
     bad: int = 0
     reasons: list[str] = field(default_factory=list)
-    unused: dict[str, str] = field(default_factory=dict)  # columns that look like part of the prompt -> first place
+    unused: dict[str, str] = field(default_factory=dict)  # columns that look as if they were used -> first place
     unread: dict[str, str] = field(default_factory=dict)  # keys of messages -> first place
 
     def lines(self) -> list[str]:
@@ -57,6 +57,12 @@ class Count:
             reasons = "; ".join(self.reasons) + ("; ..." if self.bad > len(self.reasons) else "")
             notes.append(f"{self.source}: {self.bad} of {self.read} rows are bad and were skipped ({reasons})")
         for column, where in self.unused.items():
+            if column in ROW_MARKS:
+                notes.append(
+                    f"{where}: the column {column!r} leaves no row out of training (a turn's own weight: 0 leaves the turn out, and "
+                    "data 'where' rows)"
+                )
+                continue
             how = "columns: {system: NAME} puts it in front" if column.startswith("system") else "rewards get it"
             how = "the row's messages are" if column in ("prompt", "completion") else how
             notes.append(f"{where}: the column {column!r} looks like part of the prompt and is not used in it ({how})")

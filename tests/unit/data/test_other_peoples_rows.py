@@ -125,6 +125,53 @@ def test_plain_prompts_are_marked_and_missing_columns_are_none(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    "talk",
+    [
+        [{"name": "ann", "role": "user", "content": "why?"}],
+        [{"id": 1, "role": "user", "content": "why?"}],
+        {"id": 1, "from": "human", "value": "why?"},
+        {"messages": TALK[:1]},
+        {"model": "m", "messages": TALK[:1], "temperature": 0},
+    ],
+)
+def test_a_prompt_that_is_a_conversation_as_text_is_read_whatever_its_first_key(tmp_path, talk):
+    for text in (json.dumps(talk), str(talk)):
+        (row,) = load(tmp_path, {"prompt": text, "completion": "because."})
+        assert row["messages"] == TALK and "_plain" not in row
+    (row,) = load(tmp_path, {"messages": json.dumps({"messages": TALK})})
+    assert row["messages"] == TALK
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"id": 1, "role": "admin", "text": "what is wrong here?"}',
+        '[{"name": "a", "role": "user"}]',
+        '{"a": {"role": "user", "content": "x"}}',
+        '{"messages": []}',
+        '{"messages": [1, 2]}',
+        '{"system": "s", "messages": [{"role": "user", "content": "x"}]}',
+        '[{"id": 1, "role": "user", "content": "x"}',
+        '{"messages": [{"role": "user", "content": "x"}], "tools": [{"name": "f"}]}',
+    ],
+)
+def test_other_objects_as_text_are_asked_as_they_are(tmp_path, text):
+    assert only(tmp_path, {"prompt": text}) == [{"role": "user", "content": text}]
+    answer = '{"messages": [{"role": "assistant", "content": "x"}]}'
+    assert only(tmp_path, {"prompt": text, "completion": answer})[-1]["content"] == answer
+
+
+@pytest.mark.parametrize("mark, kept", [({"weight": 0}, 1), ({"train": False}, "yes"), ({"training": "false"}, True)])
+def test_a_mark_beside_a_conversation_leaves_nothing_out_and_is_told(tmp_path, mark, kept):
+    ((name, value),) = mark.items()
+    notes = []
+    assert len(load(tmp_path, {"messages": TALK, name: kept}, {"messages": TALK, **mark}, notes=notes)) == 2
+    assert len(notes) == 1 and f"rows.jsonl:2: the column {name!r} leaves no row out of training" in notes[0]
+    load(tmp_path, {"messages": TALK, "weight": 0.5, "loss": 0.0}, notes=notes)
+    assert len(notes) == 1
+
+
 # ------------------------------------------------------------------------------------------------ turns
 
 
@@ -194,3 +241,19 @@ def test_weights_that_mean_nothing_are_refused(tmp_path):
     for mark, says in (({"weight": 0.5}, "weight is 0.5; expected 0"), ({"weight": 1, "train": False}, "contradict")):
         with pytest.raises(UserError, match=f"rows.jsonl:1: .*{says}"):
             load(tmp_path, {"messages": [TALK[0], {**TALK[1], **mark}]})
+
+
+@pytest.mark.parametrize(
+    "row, what",
+    [
+        ({"messages": TALK, "tools": [{"name": "f", "description": "\ud83d"}]}, r"tools holds half a character"),
+        ({"messages": TALK, "tools": [{"name": "\udc00"}]}, r"tools holds half a character"),
+        ({"messages": [TALK[0], {**TALK[1], "tool_calls": [{"function": {"name": "f", "arguments": {"a": "\ud83d"}}}]}]},
+         r"messages\[1\]: tool_calls holds half a character \(the lone surrogate .ud83d\)"),
+        ({"messages": str([TALK[0], {**TALK[1], "tool_calls": [{"name": "f", "arguments": {"a": {1, 2}}}]}])},
+         r"messages\[1\]: tool_calls cannot be written as JSON: Object of type set"),
+    ],
+)  # fmt: skip
+def test_tools_and_calls_that_cannot_be_encoded_are_refused(tmp_path, row, what):
+    with pytest.raises(UserError, match=f"rows.jsonl:1: {what}"):
+        load(tmp_path, row)
