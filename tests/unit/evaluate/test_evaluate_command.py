@@ -9,6 +9,7 @@ import yaml
 from rlsafe import cli
 from rlsafe.compare.run.steps import evaluate_steps
 from rlsafe.config import ModelConfig, UserError
+from rlsafe.config.reads import ASKING, check_read
 from rlsafe.evaluate import Evaluation, estimate, evaluate, rejudge
 from rlsafe.evaluate.commands.command import resolve
 from rlsafe.evaluate.commands.talking import talk
@@ -56,6 +57,8 @@ def test_wrong_input_is_one_line_before_any_model_is_loaded(more, expected, tmp_
         ("optim.lr=1e-3", "does not read optim.lr; expected a setting of evaluate, model, sampler"),
         ("batch.sft_rows=3", "does not read batch.sft_rows"),
         ("data={}", "does not read data"),
+        ("batch={sft_rows: 3}", "has no effect: an evaluation does not read batch.sft_rows"),
+        ("batch={micro_rows: 2, sft_rows: 3}", "has no effect in part: an evaluation does not read batch.sft_rows"),
     ],
 )
 def test_an_override_that_an_evaluation_does_not_read_is_refused(override, expected, tmp_path):
@@ -74,6 +77,9 @@ def test_saved_answers_and_talks_read_less_of_the_settings(tmp_path):
         rejudge(path, overrides=["evaluate.limit=20"])
     with pytest.raises(UserError, match="asking does not read evaluate.seed; did you mean 'seed'"):
         talk([str(path)], ["Hello?"], overrides=["evaluate.temperature=0", "evaluate.seed=2"])
+    with pytest.raises(UserError, match="asking does not read evaluate.likelihood.general"):
+        talk([str(path)], ["Hello?"], overrides=["evaluate={temperature: 0, likelihood: {general: x}}"])
+    check_read(["evaluate={temperature: 0, judge: {model: m}}", "evaluate=null"], ASKING, "asking")
 
 
 def test_an_unfinished_run_says_how_to_go_on(tmp_path):
