@@ -185,6 +185,8 @@ def check_plain(settings: Any, directory: Path, where: str) -> None:
             f"{where}: {directory}: its file holds {more[0].removeprefix(PEFT_PREFIX)}{others} beside LoRA matrices; such parts "
             "are not supported: save it without them (PEFT: save_embedding_layers=False), or merge it and name the merged model"
         )
+    if bare := [name for name in names if not name.startswith(PEFT_PREFIX)]:
+        raise UserError(f"{where}: {directory}: its names lack PEFT's prefix {PEFT_PREFIX!r}, such as {bare[0]}")
 
 
 def check_adapter(model: Any, where: str) -> None:

@@ -91,6 +91,15 @@ def rewritten(directory: Path, change) -> str:
     return str(directory)
 
 
+def test_names_without_the_prefix_of_peft_are_said_to_lack_it(base, tmp_path):
+    directory = rewritten(adapter(base, tmp_path / "a"), lambda name: name.removeprefix("base_model.model."))
+    says = "a: its names lack PEFT's prefix 'base_model.model.', such as model.layers.0.self_attn.q_proj.lora_A.weight$"
+    with pytest.raises(UserError, match=says):
+        load(base, adapter=directory)
+    with pytest.raises(UserError, match=says):
+        read_adapter_config(directory, "reference")
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
