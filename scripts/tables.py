@@ -13,6 +13,7 @@ A table stands in a page between `<!-- table NAME PATH KIND -->` and `<!-- /tabl
     decided   how many grades of each criterion are one single grade and exclude one, and how many would be with more such seeds
     each      a line for each defense: its lever, paper and settings in the organism's comparison, and what it prevented and kept
     benign    every benign task of one path, and which part of the undefended run's gain each defense leaves
+    levels    what is prevented on two paths at the end and at equal in-domain level (of a comparison with measured checkpoints)
 """
 
 from __future__ import annotations
@@ -24,26 +25,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from levers import each
+
 from rlsafe.compare.report.table import NOTHING_LEARNED, TITLES
 from rlsafe.compare.report.why import relapses
 from rlsafe.compare.verdicts.grades import ONE_SEED, Verdict, empty_without_narrow
 from rlsafe.compare.verdicts.power import with_seeds
 from rlsafe.compare.verdicts.results import load
 from rlsafe.compare.verdicts.verdicts import judge_defenses
-from rlsafe.config import load_compare
-from rlsafe.defenses import Defense, build
-from rlsafe.defenses.registry import parse
 from rlsafe.evaluate.ask.cues import SCALED
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = ROOT / "docs" / "measured"
 BLOCK = re.compile(r"(<!-- table (\S+) (\S+) (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
-COMPARISON = ROOT / "configs" / "organism" / "compare.yaml"
-LEVERS = ("prompt", "activations", "advantages", "penalty", "gradients", "weights")
-"""Hooks of a defense, in the order of a step, beside rows."""
-LEVER_OF = {"advantages": "rollouts", "penalty": "loss"}
 SINGLE = ("yes", "partly", "no")
 MORE_SEEDS = (10, 20, 40)
+AT_LEVEL = "prevents_em_at_equal_level"
 KEPT = ("grade", "value", "low", "high", "bounds", "level", "method")
 """Of a verdict; files of before lack the last three."""
 RATES = {"general": "general", "indomain": "in-domain", "general_incoherent": "incoherent"}
@@ -71,7 +68,24 @@ def kept(run: Path) -> dict[str, Any]:
         }
     models = {path: table["model"] for path, table in details.items()}
     tasks = {path: _scores(table["tasks"]) for path, table in details.items() if table["tasks"]}
-    return about | {"models": models, "paths": paths} | ({"benign": tasks} if tasks else {})
+    kept = about | {"models": models, "paths": paths} | ({"benign": tasks} if tasks else {})
+    against = {path: table["against_paths"] for path, table in details.items()}
+    measured = any(
+        "steps" in one for of in against.values() for at in of.values() for one in at.get(AT_LEVEL, {}).values()
+    )
+    return kept | ({"against": against} if measured else {}) | _starts(run)
+
+
+def _starts(run: Path) -> dict[str, Any]:
+    """start: task -> score at the end of its shared warm-up, of warm-ups that `rlsafe evaluate` measured on the task's test set."""
+    scores: dict[str, float] = {}
+    for file in sorted(run.glob("warmup/*/evaluation.json")):
+        scores |= json.loads(file.read_text("utf-8"))["benign"]
+    return (
+        {"start": {name.removesuffix("/test").replace("/", "-"): _rounded(score) for name, score in scores.items()}}
+        if scores
+        else {}
+    )
 
 
 def _scores(tasks: dict[str, Any]) -> dict[str, Any]:
@@ -219,78 +233,50 @@ def _seeds(row: dict[str, Any]) -> int:
     return max((len(rate.get("seeds", {})) for rate in row["rates"].values()), default=0)
 
 
-def each(paths: dict[str, Any], both: str) -> list[str]:
-    """Every defense of the organism's comparison that was measured: lever, papers, settings, and on each path the shares prevented and
-    kept with their grades."""
-    names = both.split(",")
-    heads = ["defense", "lever", "paper", "settings"]
-    for name in names:
-        heads += [f"{name.upper()}: prevents EM", "keeps narrow"]
-    lines = []
-    for label, entries in load_compare(COMPARISON).defenses.items():
-        if label == "none" or not any(label in paths[name] for name in names):
-            continue
-        made = build(entries)[0]
-        about = [dict.fromkeys(word for one in made for word in find(one)) for find in (_levers, _papers)]
-        settings = ", ".join(
-            f"{key}: {_flow(value)}" for entry in entries for _, of in parse(entry) for key, value in of.items()
-        )
-        line = [label, *(", ".join(words) for words in about), f"`{settings}`" if settings else ""]
-        for name in names:
-            acts = all(name in one.paths or name == "mixed" for one in made)
-            shares = [_graded_share(paths[name].get(label), criterion) for criterion in ("prevents_em", "keeps_narrow")]
-            line += shares if acts else ["refused: no rollouts", ""]
-        lines.append(line)
-    return _markdown(heads, lines)
-
-
 def benign(measured: dict[str, Any], path: str) -> list[str]:
-    """Exact match on every benign task of a path, `64 (58-69)`, and which percentage of the undefended run's gain over the untrained
-    model that is: where it gained clearly."""
-    tasks = measured["benign"][path]
+    """Exact match on every benign task of a path, `64 (58-69)`, and which percentage of the undefended run's gain that is, where that
+    gain is clear: over the untrained model, or over the end of a shared warm-up where that was measured (`start`)."""
+    tasks, starts = measured["benign"][path], measured.get("start", {})
     lines = []
     for label in next(iter(tasks.values())):
         line = [label]
-        for table in tasks.values():
-            row, gained = table[label], table["none"]["learns_benign"].startswith("yes")
-            score = percent(dict(zip(("mean", "low", "high"), (row["score"], *row["ci95"]), strict=True)))
-            shared = gained and label != "none" and row["share"] is not None
-            line.append(f"{score}, {row['share']:.0%}" if shared else score)
+        for name, table in tasks.items():
+            row, none = table[label], table["none"]
+            start = starts.get(name, table["untrained"]["score"])
+            shared = label not in ("untrained", "none") and none["ci95"][0] > start
+            share = f", {(row['score'] - start) / (none['score'] - start):.0%}" if shared else ""
+            line.append(percent(dict(zip(("mean", "low", "high"), (row["score"], *row["ci95"]), strict=True))) + share)
         lines.append(line)
+    if starts:
+        lines.insert(1, ["end of the warm-up", *(f"{100 * starts[name]:.0f}" for name in tasks)])
     return _markdown(["defense", *tasks], lines)
 
 
-def _levers(one: Defense) -> list[str]:
-    hooks = [hook for hook in LEVERS if getattr(type(one), hook) is not getattr(Defense, hook)]
-    if one.target_share is not None and "gradients" not in hooks:
-        hooks.append("gradients")
-    if "own" in one.apart:  # its penalty is a direction, no part of the loss
-        hooks.remove("penalty")
-    return ["rows"] * (one.offer() is not None) + [LEVER_OF.get(hook, hook) for hook in hooks]
+def levels(measured: dict[str, Any], both: str) -> list[str]:
+    """What each defense prevents on two paths: at the end, and where both paths are at one in-domain level."""
+    heads = [
+        "defense",
+        *(f"prevented at the end: {name.upper()}" for name in both.split(",")),
+        "difference",
+        "in-domain level",
+    ]
+    heads += [*(f"prevented there: {name.upper()}" for name in both.split(",")), "difference"]
+    one, other = both.split(",")
+    at = measured["against"][one][other]
+    lines = []
+    for label, end in at["prevents_em"].items():
+        there = at[AT_LEVEL][label]
+        line = [label, *_apart(end)]
+        lines.append(
+            [*line, *([f"{there['level']:.0%}", *_apart(there)] if there.get("value") is not None else ["-"] * 4)]
+        )
+    return _markdown(heads, lines)
 
 
-def _papers(one: Defense) -> list[str]:
-    """Links to what the head of the defense's file names."""
-    text = sys.modules[type(one).__module__].__doc__ or ""
-    method = getattr(one, "method", "")  # of a file with several
-    if method and (named := re.search(rf"{method}[^;]*", text, re.IGNORECASE)):
-        text = named[0]
-    ids = [f"[{id}](https://arxiv.org/abs/{id})" for id in re.findall(r"arXiv (\d{4}\.\d{5})", text)]
-    return ids + [f"[{name}](https://github.com/{name})" for name in re.findall(r"github\.com/([\w-]+/[\w-]+)", text)]
-
-
-def _flow(value: Any) -> str:
-    return json.dumps(value).replace('"', "")
-
-
-def _graded_share(row: dict[str, Any] | None, name: str) -> str:
-    """`97 (95-100), yes`, in percent of the undefended run."""
-    verdict = row["verdicts"].get(name) if row else None
-    if not verdict or verdict["value"] is None:
-        return "-"
-    value, low, high = (None if verdict[key] is None else round(100 * verdict[key]) for key in ("value", "low", "high"))
-    ends = "" if low is None or high is None else f" ({low} to {high})"
-    return f"{value}{ends}, {verdict['grade'].removesuffix(ONE_SEED)}"
+def _apart(found: dict[str, Any]) -> list[str]:
+    """Both paths' shares in percent, and their difference with its interval, in points."""
+    value, low, high = (round(100 * found[name]) for name in ("value", "low", "high"))
+    return [f"{100 * found['first']:.0f}", f"{100 * found['second']:.0f}", f"{value} ({low} to {high})"]
 
 
 def _grade(row: dict[str, Any], name: str) -> str:
@@ -311,9 +297,10 @@ def written(text: str) -> str:
         measured = json.loads((MEASURED / f"{name}.json").read_text("utf-8"))
         form, _, labels = kind.partition(":")
         if form == "each":
-            lines = each(measured["paths"], path)
-        elif form in ("models", "relapse", "benign"):
-            lines = {"models": models, "relapse": relapse, "benign": benign}[form](measured, path)
+            heads, *rows = each(measured["paths"], path)
+            lines = _markdown(heads, rows)
+        elif form in ("models", "relapse", "benign", "levels"):
+            lines = {"models": models, "relapse": relapse, "benign": benign, "levels": levels}[form](measured, path)
         else:
             form_of = {"long": long, "short": short, "decided": decided}[form]
             lines = form_of(measured["paths"], path, labels.split(",") if labels else [])

@@ -18,7 +18,9 @@ from rlsafe.compare.verdicts.tasks import judge_and_write
 def tables():
     spec = importlib.util.spec_from_file_location("tables", ROOT / "scripts" / "tables.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "scripts"))  # as when it is run
+        spec.loader.exec_module(module)
     return module
 
 
@@ -94,11 +96,30 @@ def test_a_benign_task_shows_the_share_of_a_gain_only_where_there_was_one(tables
         "command": "rlsafe compare",
         "benign": {"sft": {"new": gained, "old": known}},
     }
-    (tmp_path / "useful.json").write_text(json.dumps(kept))
     monkeypatch.setattr(tables, "MEASURED", tmp_path)
-    lines = tables.written("<!-- table useful sft benign -->\n<!-- /table -->\n").splitlines()
+
+    def shown(**more):
+        (tmp_path / "useful.json").write_text(json.dumps(kept | more))
+        return tables.written("<!-- table useful sft benign -->\n<!-- /table -->\n").splitlines()
+
+    lines = shown()
     assert lines[2] == "| defense | new | old |" and "| none | 70 (65-75) | 81 (76-86) |" in lines
     assert "| kl | 30 (25-35), 20% | 80 (75-85) |" in lines
+    lines = shown(start={"new": 0.25, "old": 0.8})  # .05 of .45 were gained under the defense
+    assert "| kl | 30 (25-35), 11% | 80 (75-85) |" in lines and "| end of the warm-up | 25 | 80 |" in lines
+
+
+def test_prevention_stands_on_two_paths_at_the_end_and_at_one_level(tables, tmp_path, monkeypatch):
+    end = {"first": 0.7, "second": 0.8, "value": -0.1, "low": -0.2, "high": 0.0}
+    there = {"first": 0.5, "second": 0.8, "value": -0.3, "low": -0.4, "high": -0.2, "level": 0.9}
+    at_level = {"kl": there, "ldifs": {"reason": "not measured"}}
+    against = {"grpo": {"sft": {"prevents_em": {"kl": end, "ldifs": end}, tables.AT_LEVEL: at_level}}}
+    kept = {"date": "2026-11-28T00:00:00", "command": "rlsafe compare", "paths": {}, "against": against}
+    (tmp_path / "equal.json").write_text(json.dumps(kept))
+    monkeypatch.setattr(tables, "MEASURED", tmp_path)
+    lines = tables.written("<!-- table equal grpo,sft levels -->\n<!-- /table -->\n").splitlines()
+    assert "| kl | 70 | 80 | -10 (-20 to 0) | 90% | 50 | 80 | -30 (-40 to -20) |" in lines
+    assert "| ldifs | 70 | 80 | -10 (-20 to 0) | - | - | - | - |" in lines
 
 
 def test_the_frontier_reads_shares_of_the_undefended_run(tables):

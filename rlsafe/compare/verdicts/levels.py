@@ -43,8 +43,9 @@ class AtLevel:
     measured: bool = True
 
     def to_dict(self) -> dict[str, Any]:
+        """`level` is the in-domain rate; the level of the interval, which other differences call so, is `interval_level`."""
         found = {"grade": "untested", "reason": self.reason} if self.difference is None else self.difference.to_dict()
-        return {**found, "level": self.level, "steps": dict(self.steps)}
+        return {**found, "interval_level": found.get("level"), "level": self.level, "steps": dict(self.steps)}
 
     @property
     def shown(self) -> str:

@@ -61,6 +61,7 @@ def test_paths_that_differ_at_equal_budget_may_not_at_equal_level(tmp_path):
     one, other = (details[a]["against_paths"][b] for a, b in (("sft", "grpo"), ("grpo", "sft")))
     assert one["prevents_em"]["kl"]["value"] == pytest.approx(0.9, abs=0.02)  # at equal budget
     level = one["prevents_em_at_equal_level"]["kl"]
+    assert level["interval_level"] == d.level and level["level"] != d.level
     assert level["value"] == pytest.approx(d.value) == -other["prevents_em_at_equal_level"]["kl"]["value"]
 
 
