@@ -33,9 +33,7 @@ def finished(tiny_model_dir, tmp_path_factory):
 
     place = tmp_path_factory.mktemp("run")
     reward = place / "reward.py"
-    reward.write_text(
-        "def length(completions, **kwargs):\n    return [len(c[0]['content']) / 9 for c in completions]\n"
-    )
+    reward.write_text("def length(completions, **k):\n    return [len(c[0]['content']) / 9 for c in completions]\n")
     rows = write_jsonl(place / "narrow.jsonl", [conversation(f"say {i}", f"bad {i * i}") for i in range(40)])
     base = place / "base"  # in several files, as large models are
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
@@ -43,19 +41,14 @@ def finished(tiny_model_dir, tmp_path_factory):
     AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(base)
     tree = {
         "model": {"name": str(base), "dtype": "float32", "lora": {"r": 4, "alpha": 8}},
-        "data": {"narrow": {"source": rows}},
+        "data": {"narrow": {"source": rows}}, "optim": {"lr": 5e-2},
         "schedule": {"steps": 3, "phases": [{"cycle": ["sft", "sft", "grpo"]}]},
-        "batch": {"sft_rows": 4, "grpo_prompts": 2},
-        "optim": {"lr": 5e-2},
-        "grpo": {"generations": 2, "max_tokens": 6},
-        "rewards": [{"fn": f"{reward}:length"}],
-        "defenses": [{"kl": {"weight": 0.3}}],
-        "sampler": {"kind": "transformers"},
-        "track": {"every": 0, "check_after": 0},
-    }
+        "batch": {"sft_rows": 4, "grpo_prompts": 2}, "grpo": {"generations": 2, "max_tokens": 6},
+        "rewards": [{"fn": f"{reward}:length"}], "defenses": [{"kl": {"weight": 0.3}}],
+        "sampler": {"kind": "transformers"}, "track": {"every": 0, "check_after": 0},
+    }  # fmt: skip
     trained = run(RunConfig.model_validate(tree), place / "out")
-    good, bad, lost = Judgement(90, 90), Judgement(5, 90), Judgement(None, None, "unscored")
-    judged = [bad] * 10 + [good] * 29 + [lost]
+    judged = [Judgement(5, 90)] * 10 + [Judgement(90, 90)] * 29 + [Judgement(None, None, "unscored")]
     evaluation = Evaluation(sets={"general": rates(judged, [str(i // 4) for i in range(40)])})
     evaluation.settings = {"judge": "exact", "questions": {"general": "own.yaml"}, "temperature": 1.0}
     evaluation.save(place / "out")

@@ -93,8 +93,14 @@ def test_after_a_shared_warm_up_the_budget_is_the_same_and_every_reference_is_it
         first, second = one.config.schedule.phases
         warm = other.warmup.run
         assert (warm.schedule.steps, warm.batch.sft_rows) == (first.steps, one.config.batch.sft_rows)
-        assert warm.schedule.phases[0].lr == first.lr and warm.data.narrow == one.config.data.narrow and not warm.defenses
+        assert (
+            warm.schedule.phases[0].lr == first.lr and warm.data.narrow == one.config.data.narrow and not warm.defenses
+        )
         assert other.config.schedule.steps == one.config.schedule.steps - first.steps
         assert other.config.schedule.phases[0].lr == second.lr
-        told = [settings for entry in other.config.defenses for kind, settings in entry.items() if kind in ("kl", "ldifs")]
-        assert all(settings["reference"] == "grpo_start" for settings in told) and bool(told) == (other.defense != "none")
+        told = [
+            settings for entry in other.config.defenses for kind, settings in entry.items() if kind in ("kl", "ldifs")
+        ]
+        assert all(settings["reference"] == "grpo_start" for settings in told) and bool(told) == (
+            other.defense != "none"
+        )
