@@ -45,7 +45,7 @@ def test_faults_are_retried_and_counted_and_the_reply_is_the_servers_own():
     "body",
     [
         b'{"choices": [{"message": {"content": 5}}], "model": "judge"}',
-        b'{"choices": [{"message": {"content": "5"}}]}',
+        b'{"choices": [{"message": {"content": "5"}}], "model": 5}',
         b'{"choices": [{"message": {"content": "5"}}], "model": "judge", "usage": {"prompt_tokens": "1"}}',
         b"null",
         b"<html>busy</html>",

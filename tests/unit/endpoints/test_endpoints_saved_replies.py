@@ -171,7 +171,7 @@ def test_a_reply_is_told_by_the_models_own_name():
         ("judge", "org/judge", True),
         ("gpt-4o", "gpt-4o-mini", False),
         ("judge", "judge-large", False),
-        ("judge", "", False),
+        ("judge", "", True),  # it names none
     ):
         with ScriptedServer(lambda n, body, name=replied: ok("5", model=name)) as server:
             [result] = endpoint(server, model=asked, max_retries=0).ask([request()])
