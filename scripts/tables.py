@@ -25,7 +25,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from levers import each
+from table_parts.levers import each
 
 from rlsafe.compare.report.table import NOTHING_LEARNED, TITLES
 from rlsafe.compare.report.why import relapses

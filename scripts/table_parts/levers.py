@@ -13,7 +13,7 @@ from rlsafe.config import load_compare
 from rlsafe.defenses import Defense, build
 from rlsafe.defenses.registry import parse
 
-COMPARISON = Path(__file__).resolve().parents[1] / "configs" / "organism" / "compare.yaml"
+COMPARISON = Path(__file__).resolve().parents[2] / "configs" / "organism" / "compare.yaml"
 LEVERS = ("prompt", "activations", "advantages", "penalty", "gradients", "weights")
 """Hooks of a defense, in the order of a step, beside rows."""
 LEVER_OF = {"advantages": "rollouts", "penalty": "loss"}
