@@ -99,7 +99,7 @@ def words_of(command: str) -> list[str]:
     found = [re.sub(FILE_OF_WEIGHTS, STAND_INS["DIR_OR_ID"], word) for word in found]
     if "DIR_OR_ID" in command or re.search(FILE_OF_WEIGHTS, command):  # the stand-in's context is short
         where = "run." if words[0] == "compare" else ""
-        found += [f"{where}grpo.max_tokens=64", f"{where}evaluate.max_tokens=64"]
+        found += [f"{where}grpo.max_tokens=64"] * (words[0] != "evaluate") + [f"{where}evaluate.max_tokens=64"]
     return found
 
 
