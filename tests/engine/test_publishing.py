@@ -45,8 +45,7 @@ def finished(tiny_model_dir, tmp_path_factory):
         "schedule": {"steps": 3, "phases": [{"cycle": ["sft", "sft", "grpo"]}]},
         "batch": {"sft_rows": 4, "grpo_prompts": 2}, "grpo": {"generations": 2, "max_tokens": 6},
         "rewards": [{"fn": f"{reward}:length"}], "defenses": [{"kl": {"weight": 0.3}}],
-        "sampler": {"kind": "transformers"}, "track": {"every": 0, "check_after": 0},
-    }  # fmt: skip
+        "sampler": {"kind": "transformers"}, "track": {"every": 0, "check_after": 0}}  # fmt: skip
     trained = run(RunConfig.model_validate(tree), place / "out")
     judged = [Judgement(5, 90)] * 10 + [Judgement(90, 90)] * 29 + [Judgement(None, None, "unscored")]
     evaluation = Evaluation(sets={"general": rates(judged, [str(i // 4) for i in range(40)])})
