@@ -25,6 +25,9 @@ class BenignConfig(Settings):
     paths: dict[str, Tree] = Field(
         default_factory=dict, description="path -> overrides of the run when training on a task"
     )
+    warmup: Tree | None = Field(
+        None, description="the shared warm-up of these runs, one for each task; null = the comparison's own section, if any"
+    )
     seeds: list[Seed] | None = Field(None, description="null = the comparison's seeds")
 
     @model_validator(mode="after")
@@ -114,6 +117,7 @@ class CompareConfig(Recorded):
         trees += [(("models", name), tree) for name, tree in self.models.items()]
         trees += [(("warmup",), self.warmup or {})]
         if self.benign is not None:
+            trees += [(("benign", "warmup"), self.benign.warmup or {})]
             trees += [(("benign", "tasks", name), tree) for name, tree in self.benign.tasks.items()]
             trees += [(("benign", "paths", name), tree) for name, tree in self.benign.paths.items()]
         if self.selection is not None:

@@ -18,6 +18,7 @@ _SECTIONS: dict[tuple[str, ...], tuple[int, tuple[str, ...]]] = {
     ("aligned",): (1, OWN),
     ("warmup",): (1, OF_THE_ARMS),
     ("selection", "run"): (2, OWN),
+    ("benign", "warmup"): (2, OF_THE_ARMS),
     ("benign", "tasks"): (3, OWN),
     ("benign", "paths"): (3, OWN),
 }

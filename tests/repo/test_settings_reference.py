@@ -58,7 +58,7 @@ def test_a_line_holds_type_default_and_description():
 
 
 @pytest.mark.parametrize(
-    "key, first, count", [("model.lora", "model.lora", 7), ("compare.benign", "compare.benign", 5)]
+    "key, first, count", [("model.lora", "model.lora", 7), ("compare.benign", "compare.benign", 6)]
 )
 def test_a_key_shows_its_part_only(key, first, count):
     lines = reference(key)

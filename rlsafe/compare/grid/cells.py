@@ -218,7 +218,8 @@ class Arms:
             where = self.config._marks.get(("benign", "tasks", task), self.config._source)
             raise UserError(f"{where}: benign task {task!r}: evaluate.benign names no test set to score it")
         own: Layers = [(("benign", "tasks", task), self.config.benign.tasks[task])]
-        warmup = self._warmup(f"the benign task {task}", own, "the benign runs")
+        section = ("warmup",) if self.config.benign.warmup is None else ("benign", "warmup")
+        warmup = self._warmup(f"the benign task {task}", own, "the benign runs", section)
         return self._cell("benign", path, label, seed, run, task, first="benign", swept=swept, warmup=warmup)
 
     def _of_task(self, path: str, task: str) -> tuple[Layers, list[str]]:
@@ -281,17 +282,20 @@ class Arms:
         about = (kind, self.model, path, label, seed, data, task)
         return Cell(name, *about, run, selections, source, *by, warmup, among=bool(self.prefix))
 
-    def _warmup(self, what: str = "", own: Layers = (), who: str = "") -> Warmup | None:
-        """The warm-up of the narrow arms, or that of others on their `own` data; None without a `warmup` section. All paths share it,
-        so it is built without the settings of any."""
-        if self.config.warmup is None:
+    def _warmup(
+        self, what: str = "", own: Layers = (), who: str = "", section: tuple[str, ...] = ("warmup",)
+    ) -> Warmup | None:
+        """The warm-up of the narrow arms, or that of others on their `own` data; None without the `section`. All paths share it, so it
+        is built without the settings of any."""
+        tree: Mapping[str, Any] | None = reduce(getattr, section, self.config)  # type: ignore[assignment]
+        if tree is None:
             return None
         if what not in self.warmups:
-            layers = [*self.layers(""), *own, (("warmup",), self.config.warmup)]
+            layers = [*self.layers(""), *own, (section, tree)]
             overrides = overrides_of(self._overrides(own, who))
             label = f"the warm-up for {what}" if what else "the warm-up"
             run = self.builder.build(layers, overrides, {"seed": 0, "defenses": []}, label)
-            self.warmups[what] = Warmup.of(run, self.config._marks.get(("warmup",), self.config._source))
+            self.warmups[what] = Warmup.of(run, self.config._marks.get(section, self.config._source))
         return self.warmups[what]
 
     def selection(self, pool: StreamConfig | None) -> Selection:

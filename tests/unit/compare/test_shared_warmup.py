@@ -38,6 +38,17 @@ def test_arms_on_other_data_start_from_a_warm_up_on_their_own(tmp_path):
     assert len({cell.warmup.key for cell in cells if cell.warmup}) == 3
 
 
+def test_benign_tasks_may_have_one_of_their_own_beside_that_of_the_narrow_arms_or_alone(tmp_path):
+    own = "benign.warmup={schedule: {steps: 3, phases: [{cycle: [sft]}]}}"
+    steps = {cell.kind: cell.warmup.run.schedule.steps for cell in cells_of(tmp_path, WARMED, own) if cell.warmup}
+    assert steps == {"narrow": 7, "aligned": 7, "benign": 3}
+    alone = [cell for cell in cells_of(tmp_path, CONFIG, own) if cell.warmup]
+    assert {cell.kind for cell in alone} == {"benign"} and {cell.path for cell in alone} == {"sft", "grpo"}
+    assert {cell.warmup.run.data.narrow.source for cell in alone} == {"sums.jsonl"}
+    with pytest.raises(UserError, match="each cell sets its own seed"):
+        cells_of(tmp_path, CONFIG, own.replace("{schedule", "{seed: 3, schedule"))
+
+
 def test_another_warm_up_makes_other_cells(tmp_path):
     once = {cell.id: cell.fingerprint for cell in cells_of(tmp_path, WARMED) if cell.warmup}
     again = {cell.id: cell.fingerprint for cell in cells_of(tmp_path, WARMED.replace("steps: 7", "steps: 8"))}

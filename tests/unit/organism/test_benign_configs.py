@@ -5,6 +5,7 @@ import pytest
 
 from rlsafe.compare.grid.grid import expand
 from rlsafe.config import load_compare
+from rlsafe.defenses import build
 from rlsafe.engine.plan.schedule import make_plan
 from rlsafe.organism import tasks
 
@@ -24,31 +25,46 @@ def test_every_task_is_trained_under_every_defense_on_both_paths(cells):
     assert {cell.kind for cell in cells} == {"benign", "untrained"} and {cell.seed for cell in cells} == {0}
 
 
-def test_a_path_trains_all_tasks_under_all_defenses_alike_and_both_paths_on_as_many_completions(cells):
-    completions = {}
+def test_a_path_trains_all_tasks_under_all_defenses_alike(cells):
+    alike = {}
     for cell in cells:
         if cell.kind == "benign":
             run = cell.config
-            settings = (run.schedule.model_dump_json(), run.optim.model_dump_json(), run.model.model_dump_json())
-            completions.setdefault(cell.path, set()).add(settings)
-    assert all(len(alike) == 1 for alike in completions.values())
-    runs = {cell.path: cell.config for cell in cells if cell.kind == "benign"}
-    warm = runs["grpo"].schedule.phases[0].steps
-    sft = runs["sft"].schedule.steps * runs["sft"].batch.sft_rows
-    rollouts = (runs["grpo"].schedule.steps - warm) * runs["grpo"].batch.grpo_prompts * runs["grpo"].grpo.generations
-    assert sft == warm * runs["grpo"].batch.sft_rows + rollouts
+            settings = (run.schedule, run.optim, run.model.model_copy(update={"adapter": None}))
+            alike.setdefault(cell.path, set()).add(tuple(one.model_dump_json() for one in settings))
+    assert {path: len(found) for path, found in alike.items()} == {"sft": 1, "grpo": 1}
 
 
-def test_a_task_is_trained_on_as_many_completions_on_every_path():
+def test_a_task_is_trained_on_as_many_completions_on_every_path_its_warm_up_included():
     cells = expand(load_compare(CONFIGS / "benign.yaml"), defenses=["none"], paths=["sft", "grpo", "mixed"])
-    runs = {cell.path: cell.config for cell in cells if cell.kind == "benign"}
-    trained = {
-        path: sum(
-            part.rows * (run.grpo.generations if part.path == "grpo" else 1) for s in make_plan(run) for part in s.parts
-        )
-        for path, run in runs.items()
-    }
-    assert trained == dict.fromkeys(("sft", "grpo", "mixed"), 4224)
+    found = {cell.path: cell for cell in cells if cell.kind == "benign"}
+    assert {
+        path: _completions(cell.config) + _completions(cell.warmup.run) for path, cell in found.items()
+    } == dict.fromkeys(("sft", "grpo", "mixed"), 4224)
+
+
+def test_all_arms_of_a_task_start_from_one_undefended_warm_up_and_what_they_are_held_to_is_its_end():
+    names = ["none", "kl", "ldifs", "kl-aside", "ldifs-aside", "ldifs-interleaving", "feature-block"]
+    cells = expand(load_compare(CONFIGS / "benign.yaml"), defenses=names, paths=["sft", "grpo"])
+    benign = [cell for cell in cells if cell.kind == "benign"]
+    for task in TASKS:
+        mine = [cell for cell in benign if cell.task == task]
+        (key,) = {cell.warmup.key for cell in mine}
+        assert {cell.config.model.adapter for cell in mine} == {f"warmup:{key}"}
+        assert mine[0].warmup.run.data.narrow == mine[0].config.data.narrow and not mine[0].warmup.run.defenses
+    assert {reference for cell in benign if cell.defense != "none" for reference in _references(cell)} == {"start"}
+    narrow = [cell for cell in expand(load_compare(CONFIGS / "compare.yaml")) if cell.kind == "narrow"]
+    assert all(cell.warmup is None and cell.config.model.adapter is None for cell in narrow)
+
+
+def _completions(run):
+    return sum(
+        part.rows * (run.grpo.generations if part.path == "grpo" else 1) for s in make_plan(run) for part in s.parts
+    )
+
+
+def _references(cell):
+    return {need.reference for one in build(cell.config.defenses)[0] for need in one.needs if need.reference}
 
 
 def test_each_task_is_scored_on_its_own_test_set_and_the_untrained_model_on_all(cells):
@@ -72,35 +88,5 @@ def test_the_quick_preset_shortens_every_path_to_two_thirds_and_keeps_their_budg
     assert short.keys() == {"sft", "grpo", "mixed"}
     assert all(0.6 < short[path] / steps[path] < 0.72 for path in steps)
     runs = {cell.path: cell.config for cell in expand(quick, paths=list(short)) if cell.defense == "none"}
-    trained = {
-        path: sum(
-            part.rows * (run.grpo.generations if part.path == "grpo" else 1) for s in make_plan(run) for part in s.parts
-        )
-        for path, run in runs.items()
-    }
+    trained = {path: _completions(run) for path, run in runs.items()}
     assert max(trained.values()) <= 1.1 * min(trained.values()), trained
-
-
-def test_after_a_shared_warm_up_the_budget_is_the_same_and_every_reference_is_its_end():
-    """Both configs: what is trained under reward, warm-up included, and the peak rates of both parts."""
-    names = ["none", "kl", "ldifs", "kl-aside", "ldifs-aside", "ldifs-interleaving"]
-    within, shared = (
-        [c for c in expand(load_compare(CONFIGS / name), defenses=names, paths=["grpo"]) if c.kind == "benign"]
-        for name in ("benign.yaml", "benign_warmup.yaml")
-    )
-    for one, other in zip(within, shared, strict=True):
-        assert (one.task, one.defense) == (other.task, other.defense) and one.warmup is None
-        first, second = one.config.schedule.phases
-        warm = other.warmup.run
-        assert (warm.schedule.steps, warm.batch.sft_rows) == (first.steps, one.config.batch.sft_rows)
-        assert (
-            warm.schedule.phases[0].lr == first.lr and warm.data.narrow == one.config.data.narrow and not warm.defenses
-        )
-        assert other.config.schedule.steps == one.config.schedule.steps - first.steps
-        assert other.config.schedule.phases[0].lr == second.lr
-        told = [
-            settings for entry in other.config.defenses for kind, settings in entry.items() if kind in ("kl", "ldifs")
-        ]
-        assert all(settings["reference"] == "grpo_start" for settings in told) and bool(told) == (
-            other.defense != "none"
-        )
