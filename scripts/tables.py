@@ -13,7 +13,10 @@ A table stands in a page between `<!-- table NAME PATH KIND -->` and `<!-- /tabl
     decided   how many grades of each criterion are one single grade and exclude one, and how many would be with more such seeds
     each      a line for each defense: its lever, paper and settings in the organism's comparison, and what it prevented and kept
     benign    every benign task of one path, and which part of the undefended run's gain each defense leaves
+    paths     two paths: what each defense prevents and keeps on both, with the differences
     levels    what is prevented on two paths at the end and at equal in-domain level (of a comparison with measured checkpoints)
+    reached   where each arm is taken for that: its step, in-domain and general
+    cues      percent misaligned on plain questions and behind each cue, two paths; it may list the defenses
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from table_parts.against import levels, reached, two_paths
 from table_parts.levers import each
 
 from rlsafe.compare.report.table import NOTHING_LEARNED, TITLES
@@ -38,9 +42,9 @@ from rlsafe.evaluate.ask.cues import SCALED
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = ROOT / "docs" / "measured"
 BLOCK = re.compile(r"(<!-- table (\S+) (\S+) (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+CUE = "cue_"
 SINGLE = ("yes", "partly", "no")
 MORE_SEEDS = (10, 20, 40)
-AT_LEVEL = "prevents_em_at_equal_level"
 KEPT = ("grade", "value", "low", "high", "bounds", "level", "method")
 """Of a verdict; files of before lack the last three."""
 RATES = {"general": "general", "indomain": "in-domain", "general_incoherent": "incoherent"}
@@ -69,11 +73,20 @@ def kept(run: Path) -> dict[str, Any]:
     models = {path: table["model"] for path, table in details.items()}
     tasks = {path: _scores(table["tasks"]) for path, table in details.items() if table["tasks"]}
     kept = about | {"models": models, "paths": paths} | ({"benign": tasks} if tasks else {})
-    against = {path: table["against_paths"] for path, table in details.items()}
-    measured = any(
-        "steps" in one for of in against.values() for at in of.values() for one in at.get(AT_LEVEL, {}).values()
-    )
-    return kept | ({"against": against} if measured else {}) | _starts(run)
+    against = {path: _tested(table["against_paths"]) for path, table in details.items()}
+    return kept | ({"against": against} if any(against.values()) else {}) | _starts(run)
+
+
+def _tested(against: dict[str, Any]) -> dict[str, Any]:
+    """other path -> criterion -> defense -> the difference, where there is one or a level was looked for."""
+    found = {
+        other: {
+            name: {k: one for k, one in rows.items() if one.get("value") is not None or one.get("steps")}
+            for name, rows in of.items()
+        }
+        for other, of in against.items()
+    }
+    return {other: {name: rows for name, rows in of.items() if rows} for other, of in found.items() if any(of.values())}
 
 
 def _starts(run: Path) -> dict[str, Any]:
@@ -172,6 +185,21 @@ def short(paths: dict[str, Any], both: str, labels: list[str]) -> list[str]:
     return _markdown(heads, lines)
 
 
+def cues(paths: dict[str, Any], both: str, labels: list[str]) -> list[str]:
+    """Misaligned answers to plain general questions and behind every cue, a line for each path and defense."""
+    names = both.split(",")
+    found = dict.fromkeys(
+        name for path in names for row in paths[path].values() for name in row["rates"] if name.startswith(CUE)
+    )
+    lines = [
+        [path.upper(), label, *(percent(paths[path][label]["rates"].get(name)) for name in ("general", *found))]
+        for path in names
+        for label in labels or paths[path]
+        if label in paths[path]
+    ]
+    return _markdown(["path", "defense", "plain", *(name.removeprefix(CUE) for name in found)], lines)
+
+
 def models(measured: dict[str, Any], both: str) -> list[str]:
     """Every model's undefended runs, side by side for each path: general and in-domain, or the narrow reward where nothing was asked
     in the domain. A later model's tables are named MODEL/PATH."""
@@ -252,33 +280,6 @@ def benign(measured: dict[str, Any], path: str) -> list[str]:
     return _markdown(["defense", *tasks], lines)
 
 
-def levels(measured: dict[str, Any], both: str) -> list[str]:
-    """What each defense prevents on two paths: at the end, and where both paths are at one in-domain level."""
-    heads = [
-        "defense",
-        *(f"prevented at the end: {name.upper()}" for name in both.split(",")),
-        "difference",
-        "in-domain level",
-    ]
-    heads += [*(f"prevented there: {name.upper()}" for name in both.split(",")), "difference"]
-    one, other = both.split(",")
-    at = measured["against"][one][other]
-    lines = []
-    for label, end in at["prevents_em"].items():
-        there = at[AT_LEVEL][label]
-        line = [label, *_apart(end)]
-        lines.append(
-            [*line, *([f"{there['level']:.0%}", *_apart(there)] if there.get("value") is not None else ["-"] * 4)]
-        )
-    return _markdown(heads, lines)
-
-
-def _apart(found: dict[str, Any]) -> list[str]:
-    """Both paths' shares in percent, and their difference with its interval, in points."""
-    value, low, high = (round(100 * found[name]) for name in ("value", "low", "high"))
-    return [f"{100 * found['first']:.0f}", f"{100 * found['second']:.0f}", f"{value} ({low} to {high})"]
-
-
 def _grade(row: dict[str, Any], name: str) -> str:
     grade = str(row["verdicts"].get(name, {}).get("grade") or "")
     empty = grade and row["nothing_learned"] and empty_without_narrow(name, grade.removesuffix(ONE_SEED))
@@ -299,10 +300,13 @@ def written(text: str) -> str:
         if form == "each":
             heads, *rows = each(measured["paths"], path)
             lines = _markdown(heads, rows)
-        elif form in ("models", "relapse", "benign", "levels"):
-            lines = {"models": models, "relapse": relapse, "benign": benign, "levels": levels}[form](measured, path)
+        elif form in (whole := {"models": models, "relapse": relapse, "benign": benign}):
+            lines = whole[form](measured, path)
+        elif form in (against := {"paths": two_paths, "levels": levels, "reached": reached}):
+            heads, *rows = against[form](measured["against"], *path.split(","))
+            lines = _markdown(heads, rows)
         else:
-            form_of = {"long": long, "short": short, "decided": decided}[form]
+            form_of = {"long": long, "short": short, "decided": decided, "cues": cues}[form]
             lines = form_of(measured["paths"], path, labels.split(",") if labels else [])
         made = f"Measured {measured['date'][:10]} with `{measured['command']}`"
         return "\n".join([opening.rstrip("\n"), "", *lines, "", f"{made}.", "", closing])

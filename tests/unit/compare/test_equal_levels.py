@@ -61,6 +61,11 @@ def test_paths_that_differ_at_equal_budget_may_not_at_equal_level(tmp_path):
     one, other = (details[a]["against_paths"][b] for a, b in (("sft", "grpo"), ("grpo", "sft")))
     assert one["prevents_em"]["kl"]["value"] == pytest.approx(0.9, abs=0.02)  # at equal budget
     level = one["prevents_em_at_equal_level"]["kl"]
+    assert level["rates"].keys() == level["steps"].keys()
+    assert all(
+        rates["indomain"] >= found.level for rates in level["rates"].values()
+    )  # at or above, and by how much is told
+    assert [level["rates"][f"sft/{arm}"]["general"] for arm in ("none", "kl")] == pytest.approx([0.4, 0.05], abs=0.01)
     assert level["interval_level"] == d.level and level["level"] != d.level
     assert level["value"] == pytest.approx(d.value) == -other["prevents_em_at_equal_level"]["kl"]["value"]
 
@@ -109,6 +114,15 @@ def test_a_level_at_which_nothing_has_emerged_is_untested(tmp_path):
     quiet = {arm: {"general": 0.0, "indomain": 0.62} for arm in MIDDLE}
     found = compared(comparison(tmp_path, {**quiet, ("sft", "kl"): {"general": 0.0, "indomain": 0.62}}))
     assert found.difference is None and "no clear emergent misalignment" in found.reason
+
+
+def test_an_arm_that_is_far_past_the_level_at_its_first_checkpoint_has_learned_more_and_is_not_compared(tmp_path):
+    """As where the defended run ends at 60% and the undefended one has no checkpoint before 80."""
+    found = compared(comparison(tmp_path, {**MIDDLE, ("grpo", "none"): {"general": 0.4, "indomain": 0.8}}))
+    assert found.difference is None and found.reason.startswith(
+        "grpo/none is at 80.0% at step 10, its first checkpoint"
+    )
+    assert "60.0%" in found.reason and found.to_dict()["rates"]["grpo/none"]["indomain"] == pytest.approx(0.8)
 
 
 def test_a_step_that_some_seed_lacks_is_not_used(tmp_path):
