@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from rlsafe.config import UserError
+from rlsafe.data.steady import steady
 from rlsafe.data.turns import key_of
 from rlsafe.types import Row
 
@@ -57,24 +58,25 @@ class Stream:
         said, more = hashlib.sha256(), hashlib.sha256()
         for row in self.rows:
             said.update(repr([(m["role"], m["content"]) for m in row["messages"]]).encode("utf-8", "surrogatepass"))
-            columns = {key: row[key] for key in sorted(row) if key != "messages" and not key.startswith("_")}
+            columns = {key: steady(row[key]) for key in row if key != "messages" and not key.startswith("_")}
             beside = [turn[2:] for turn in key_of(row["messages"])]
-            more.update(repr((columns, beside)).encode("utf-8", "surrogatepass"))
+            more.update(steady([columns, beside]).encode())
         return said.hexdigest()[:16], more.hexdigest()[:16]
 
     def state_dict(self) -> dict[str, Any]:
-        rows, columns = self._fingerprints
-        return {"epoch": self.epoch, "position": self.position, "seed": self.seed, "rows": rows, "columns": columns}
+        rows, beside = self._fingerprints
+        return {"epoch": self.epoch, "position": self.position, "seed": self.seed, "rows": rows, "beside": beside}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly where `state` was taken. UserError when the data or the seed are not those of the state."""
-        rows, columns = self._fingerprints
+        rows, beside = self._fingerprints
         for key, ours, what in (
             ("rows", rows, "rows"),
-            ("columns", columns, "rows' columns, tools or weights"),
+            ("beside", beside, "rows' columns, tools or weights"),
             ("seed", self.seed, "seed"),
         ):
-            if state.get(key, ours) != ours:  # states of earlier versions have no columns
+            # states of earlier versions have no `beside`: what some have as `columns` differed between processes, and is not compared
+            if state.get(key, ours) != ours:
                 raise UserError(f"cannot resume the stream {self.name!r}: its {what} changed since the checkpoint")
         self.epoch, self.position = state["epoch"], state["position"]
         self._order = self._permutation()

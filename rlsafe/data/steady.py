@@ -1,0 +1,36 @@
+"""Values as texts that are the same in every process: for digests that a later process compares."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Any
+
+_PRINTED = (bytes, datetime.date, datetime.time, datetime.timedelta, Decimal)
+"""Types without a form in JSON that Python prints alike everywhere."""
+
+
+def steady(value: Any) -> str:
+    """A value as JSON, the same before and after it was written as JSON.
+
+    Sets are sorted. What JSON and Python cannot print alike in two processes (pictures, functions, objects, which print their
+    address) counts by the name of its type alone.
+    """
+    try:
+        return json.dumps(value, sort_keys=True, default=_form)
+    except (TypeError, ValueError, RecursionError):  # keys of several types, a circle, a number of thousands of digits
+        return json.dumps(type(value).__name__)
+
+
+def _form(value: Any) -> Any:
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(steady, value))
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, _PRINTED):
+        return repr(value)
+    if not isinstance(value, type) and callable(getattr(value, "tolist", None)):  # arrays and numbers of numpy
+        return value.tolist()
+    return type(value).__name__
