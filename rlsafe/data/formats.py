@@ -134,7 +134,7 @@ def turns(value: Any, where: str, name: str) -> Any:
     """A conversation as a list, also where a cell holds it as text (JSON, or what Python prints)."""
     if isinstance(value, str):
         value = _request(parsed(value, where, name))
-    if isinstance(value, Mapping) and {"content", "value"} & set(value):
+    if isinstance(value, Mapping) and {*_SAYS, *CALLS, "tool_calls"} & set(value):
         if not isinstance(value.get("role", value.get("from")), list):  # a single turn
             return [value]
         columns = [column for column in value.values() if isinstance(column, list)]
@@ -149,7 +149,8 @@ def turns(value: Any, where: str, name: str) -> Any:
 def is_conversation(text: str, speaker: str = "") -> bool:
     """Whether a text is a conversation stored as text, and not what somebody says (which may be JSON as well).
 
-    One that is cut off counts. speaker: a role that has to speak in it.
+    One that is cut off counts. Objects that begin with another key than turns do are turns where they all have `content` or `value`:
+    `text` stands in records of many kinds. speaker: a role that has to speak in it.
     """
     if not _OBJECT.match(text):
         return False
@@ -165,7 +166,8 @@ def is_conversation(text: str, speaker: str = "") -> bool:
     names = [str(turn.get("role", turn.get("from"))).lower() for turn in found]
     if not usual and not {*SPEAKERS, *CALLS}.issuperset(names):  # objects of some other kind, which have roles as well
         return False
-    said = all({"role", "from"} & set(turn) and {*_SAYS, *CALLS, "tool_calls"} & set(turn) for turn in found)
+    says = {*(_SAYS if usual else _SAYS[:2]), *CALLS, "tool_calls"}
+    said = all({"role", "from"} & set(turn) and says & set(turn) for turn in found)
     return said and (not speaker or speaker in map(SPEAKERS.get, names))
 
 
@@ -181,9 +183,11 @@ def parsed(text: str, where: str, name: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         problem = f"{where}: {name} is no JSON: {error.msg} at character {error.pos}"
+    except (ValueError, RecursionError):  # Python refuses integers of thousands of digits
+        problem = f"{where}: {name} cannot be read as JSON: nested too deeply, or a number of too many digits"
     try:
         return ast.literal_eval(text.strip())  # str() of a list, as pandas writes it into a CSV
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         raise UserError(problem) from None
 
 

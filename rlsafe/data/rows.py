@@ -217,7 +217,7 @@ def _check_json(value: Any, where: str, what: str) -> None:
     """UserError for what goes into a chat template beside the text and has no form in JSON, or none in UTF-8."""
     try:
         bad = _surrogate(json.dumps(value, ensure_ascii=False, sort_keys=True))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{where}: {what} cannot be written as JSON: {error}") from None
     if bad is not None:
         raise UserError(

@@ -154,12 +154,40 @@ def test_a_prompt_that_is_a_conversation_as_text_is_read_whatever_its_first_key(
         '{"system": "s", "messages": [{"role": "user", "content": "x"}]}',
         '[{"id": 1, "role": "user", "content": "x"}',
         '{"messages": [{"role": "user", "content": "x"}], "tools": [{"name": "f"}]}',
+        '[{"id": 1, "role": "user", "text": "you idiot"}, {"id": 2, "role": "user", "text": "sorry"}]',
+        '{"id": 7, "role": "model", "text": "likes tea"}',
+        "{'a', ['b']}",
+        "{'a': {'b': 1, ['c']: 2}}",
+        '{"n": ' + "7" * 5000 + "}",
+        "[{'n': " + "[" * 100_000,
+        '{"n": ' + "[" * 100_000 + "]" * 100_000 + "}",
+        "{'n': " + "-" * 100_000 + "1}",
     ],
+    ids=lambda text: text[:40],
 )
 def test_other_objects_as_text_are_asked_as_they_are(tmp_path, text):
     assert only(tmp_path, {"prompt": text}) == [{"role": "user", "content": text}]
     answer = '{"messages": [{"role": "assistant", "content": "x"}]}'
     assert only(tmp_path, {"prompt": text, "completion": answer})[-1]["content"] == answer
+    assert load(tmp_path, {"prompt": "x", "completion": text}, on_bad_row="skip")[0]["messages"][-1]["content"] == text
+
+
+def test_what_can_be_read_neither_as_json_nor_as_python_is_one_line(tmp_path):
+    for text, why in (
+        ('[{"role": "user", "content": "x", "n": ' + "7" * 5000 + "}]", "cannot be read as JSON: .*of too many digits"),
+        ("[{'role': 'user', ['content']: 'x'}]", "is no JSON: Expecting property name"),
+    ):
+        for name in ("prompt", "messages"):
+            with pytest.raises(UserError, match=f"rows.jsonl:1: {name} {why}"):
+                load(tmp_path, {name: text})
+
+
+def test_a_single_turn_is_read_by_whatever_key_says_something(tmp_path):
+    turn = {"role": "user", "text": "why?"}
+    for prompt in (json.dumps(turn), str(turn)):
+        assert only(tmp_path, {"prompt": prompt, "completion": "because."}) == TALK
+    columns = {"role": ["user", "assistant"], "text": ["why?", "because."]}
+    assert only(tmp_path, {"messages": columns}) == TALK
 
 
 @pytest.mark.parametrize("mark, kept", [({"weight": 0}, 1), ({"train": False}, "yes"), ({"training": "false"}, True)])
