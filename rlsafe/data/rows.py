@@ -10,7 +10,8 @@ those of all rows of the stream were (rewards then get texts), else False.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
+from numbers import Number
 from typing import Any
 
 from rlsafe.config import UserError, nearest
@@ -73,10 +74,11 @@ def mixed_prompts(rows: Sequence[Row]) -> str | None:
     if not any(row.get("_plain") is False for row in rows):
         return None
     talks = [row for row in rows if "_plain" not in row]
-    first = f" (the first: {talks[0].get('_source', 'row 1')})" if talks else ""
-    return (
-        f"{len(talks)} of {len(rows)} prompts are no plain texts{first}: rewards get messages, not texts, for all rows"
-    )
+    told = "rewards get messages, not texts, for all rows"
+    if not talks:
+        return f"some prompts of the source, not of the {len(rows)} rows that are used, are no plain texts: {told}"
+    first = f" (the first: {talks[0].get('_source', 'row 1')})"
+    return f"{len(talks)} of {len(rows)} prompts are no plain texts{first}: {told}"
 
 
 def question_of(messages: Sequence[Message]) -> tuple[str, str | None]:
@@ -102,7 +104,7 @@ def normalise_row(raw: Any, where: str, train_on: str = "last", has_system: bool
         if name in row:
             raise UserError(f"{where}: the column {name!r} is reserved for the reward call; rename it")
     for name in PICTURES:
-        if isinstance(row.get(name), (str, list, dict, bytes)) and row[name]:
+        if _holds_something(row.get(name)):
             raise UserError(f"{where}: the column {name!r} holds pictures or sound; only text is read")
     system = system_of(row, where) if has_system else None
     row = recognised(row, where)
@@ -141,6 +143,12 @@ ANSWERS = ("response", "answer", "output", "chosen", "target", "reply")
 """Columns that probably hold the answer of a row without one."""
 _ASKS = ("question", "query", "problem", "instruction", "input", "user")
 _TALKS = ("dialogue", "dialog", "chat", "talk", "turns", "chosen")
+
+
+def _holds_something(value: Any) -> bool:
+    """Whether a value is more than a number or nothing: `datasets` gives pictures and sound as objects of other libraries."""
+    empty = isinstance(value, Sized) and len(value) == 0
+    return not (value is None or isinstance(value, Number) or empty)
 
 
 def _is_nan(value: Any) -> bool:

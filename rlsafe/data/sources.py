@@ -88,6 +88,9 @@ def read_once() -> Iterator[None]:
 def load_rows(config: StreamConfig, seed: int = 0, note: Note | None = None) -> list[Row]:
     """All rows of `config`, or the first `config.limit` after a shuffle seeded by `seed` (in order if `shuffle: false`).
 
+    Which columns they have, and whether rewards read texts, is decided by the whole source: it must not depend on the seed. Of a
+    streamed one only the rows that are taken are known.
+
     note: called with a line for each count of rows left out; default: a logged warning. Raises UserError naming the file,
     the line and the reason for anything that is not a usable dataset.
     """
@@ -105,14 +108,14 @@ def load_rows(config: StreamConfig, seed: int = 0, note: Note | None = None) -> 
 def _load(config: StreamConfig, seed: int) -> tuple[list[Row], Count]:
     count = Count(config.source)
     if config.streaming:
-        rows = list(_checked(config, count, seed if config.shuffle else None))
+        rows = _of_one_kind(_united(list(_checked(config, count, seed if config.shuffle else None))))
     else:
-        rows = list(_checked(config.model_copy(update={"limit": None}), count))
+        rows = _of_one_kind(_united(list(_checked(config.model_copy(update={"limit": None}), count))))
         if config.limit is not None:
             if config.shuffle:
                 random.Random(f"limit:{seed}").shuffle(rows)
             rows = rows[: config.limit]
-    return _of_one_kind(_united(rows)), count
+    return rows, count
 
 
 def _united(rows: list[Row]) -> list[Row]:

@@ -15,6 +15,7 @@ from tiny import write_jsonl
 
 from rlsafe.config import UserError
 from rlsafe.config.loading import run_from_tree
+from rlsafe.data import mixed_prompts
 from rlsafe.data.hub import _with_suffix
 
 
@@ -230,6 +231,18 @@ def test_limit_shuffles_by_seed_or_takes_the_first_rows(tmp_path):
     drawn = texts(load(path, columns=COLUMNS, limit=4))
     assert drawn == texts(load(path, columns=COLUMNS, limit=4)) != texts(load(path, seed=1, columns=COLUMNS, limit=4))
     assert texts(load(path, columns=COLUMNS, limit=4, shuffle=False)) == ["q0", "q1", "q2", "q3"]
+
+
+def test_what_rewards_get_does_not_depend_on_the_rows_that_a_seed_takes(tmp_path):
+    """One row of eight has a domain, another a conversation for its prompt: cells that differ in their seed drew them or did not."""
+    rows = [{"prompt": f"q{i}", **({"domain": "code"} if i == 0 else {})} for i in range(7)]
+    path = write_jsonl(tmp_path / "a.jsonl", [*rows, {"prompt": [{"role": "user", "content": "q7"}]}])
+    drawn = [load(path, seed=seed, limit=2) for seed in range(6)]
+    assert all("domain" in row and not row.get("_plain") for taken in drawn for row in taken)
+    without = next(taken for taken in drawn if not {0, 7} & {row["_index"] for row in taken})
+    assert mixed_prompts(without) == (
+        "some prompts of the source, not of the 2 rows that are used, are no plain texts: rewards get messages, not texts, for all rows"
+    )
 
 
 def test_a_streamed_source_is_shuffled_unless_its_order_is_asked_for(tmp_path):

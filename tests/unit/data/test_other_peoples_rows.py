@@ -2,12 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 from tiny import write_jsonl
 
 from rlsafe.config import StreamConfig, UserError
 from rlsafe.data import encode_row, load_rows
 from rlsafe.data.formats import trained_turns
+from rlsafe.data.rows import normalise_row
 
 TALK = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "because."}]
 CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"word": "sky"}}}
@@ -208,6 +210,16 @@ def test_developer_turns_are_system_turns_and_pictures_are_refused(tmp_path):
     parts = [{"type": "image_url", "image_url": {"url": "x"}}]
     with pytest.raises(UserError, match=r"rows.jsonl:1: messages\[0\]: content\[0\] is of type 'image_url'; only text"):
         load(tmp_path, {"messages": [{"role": "user", "content": parts}]})
+
+
+@pytest.mark.parametrize("decoded", [object(), np.zeros((2, 2, 3)), memoryview(b"RIFF"), ("a.png",), "a.png", b"GIF"])
+@pytest.mark.parametrize("column", ["image", "audio"])
+def test_pictures_and_sound_are_refused_whatever_holds_them(decoded, column):
+    """`datasets` decodes them to objects of other libraries, which have no form in a file."""
+    with pytest.raises(UserError, match=f"a:1: the column '{column}' holds pictures or sound; only text is read"):
+        normalise_row({"messages": TALK, column: decoded}, "a:1")
+    for nothing in (None, "", [], {}, b"", np.zeros(0), 0, 3, True, np.int64(2), float("nan")):
+        assert normalise_row({"messages": TALK, column: nothing}, "a:1")["messages"] == TALK
 
 
 def test_tool_calls_are_kept_with_their_arguments_as_an_object(tmp_path):
