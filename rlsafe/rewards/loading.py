@@ -41,9 +41,21 @@ class LoadedReward:
         """Whether `where` lets a row with this value in."""
         return value in _listed(self.where[column])
 
+    def asked(self, row: Mapping[str, Any]) -> bool:
+        """Whether `where` lets this row in."""
+        return all(self.wants(column, row.get(column)) for column in self.where)
+
+    def misspelt(self, rows: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether `where` names a value that none of these rows has, while one has what was probably meant."""
+        for column, wanted in self.where.items():
+            found = [value for row in rows if (value := row.get(column)) is not None]
+            if not any(self.wants(column, value) for value in found) and _meant(_listed(wanted), found):
+                return True
+        return False
+
     def unmet(self, rows: Sequence[Mapping[str, Any]]) -> str | None:
         """Why `where` lets none of these rows in, with what they hold instead; None when it lets one in."""
-        if any(all(self.wants(column, row.get(column)) for column in self.where) for row in rows):
+        if any(map(self.asked, rows)):
             return None
         for column, wanted in self.where.items():
             found = [value for row in rows if (value := row.get(column)) is not None]
@@ -58,11 +70,18 @@ def _listed(wanted: Any) -> list[Any]:
 
 def _alike(wanted: list[Any], found: list[Any]) -> str:
     """A hint to append: the value that was meant, or those that there are."""
+    return _meant(wanted, found) or (nearest(str(wanted[0]), map(str, found)) if wanted else "")
+
+
+def _meant(wanted: list[Any], found: list[Any]) -> str:
+    """A hint to append where a value was probably meant: of another type, or spelled nearly so. "" without one."""
     spelled = {str(one) for one in wanted}
     for value in found:
         if str(value) in spelled:  # cells of a CSV are texts, and YAML reads numbers and true where nothing is quoted
             return f"; the rows have {value!r}, which is another type ({type(value).__name__})"
-    return nearest(str(wanted[0]), map(str, found)) if wanted else ""
+    there = set(map(str, found))
+    hints = (nearest(str(one), there) for one in wanted)
+    return next((hint for hint in hints if "did you mean" in hint), "")
 
 
 def load_reward(config: RewardConfig) -> LoadedReward:

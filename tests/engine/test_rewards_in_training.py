@@ -133,3 +133,51 @@ def test_a_reward_for_rows_that_are_not_there_is_refused(tree, tmp_path, where, 
         prepare(run_from_tree(only | {"data": data}))
     part = {"narrow": data["narrow"] | {"limit": 2}}  # the rest of the source may have them
     assert re.search(said, prepare(run_from_tree(only | {"data": part})).notes[-1])
+
+
+@pytest.mark.parametrize(
+    ("wheres", "refused"),
+    [
+        (["code", "law", None], None),  # every row is scored as meant: data.narrow.where took one domain of three
+        (["code", ["law", "sport"]], None),
+        (["code", "code-2"], None),  # near, but those rows are another reward's
+        (["law", "sport"], "no row has 'law'"),  # nobody scores any row
+        (["law", None, None], None),
+        (["cod", None], "no row has 'cod'; did you mean 'code'"),
+        ([["law", "cod"], None], r"no row has \['law', 'cod'\]; did you mean 'code'"),
+    ],
+)
+def test_rewards_of_domains_that_were_left_out_are_told_of_and_misspelt_ones_refused(tree, tmp_path, wheres, refused):
+    rows = [{"prompt": f"say {i}", "domain": ["code", "law", "sport"][i % 3]} for i in range(6)]
+    rewards = [{"fn": f"{FILES}/code.py:insecure", "where": {"domain": one} if one else {}} for one in wheres]
+    only = tree | {"schedule": {"steps": 1, "phases": [{"cycle": ["grpo"]}]}, "rewards": rewards}
+    narrow = {"source": write_jsonl(tmp_path / "all.jsonl", rows), "where": {"domain": "code"}}
+    config = run_from_tree(only | {"data": {"narrow": narrow}})
+    if refused:
+        with pytest.raises(UserError, match=refused):
+            prepare(config)
+        return
+    told = [note for note in prepare(config).notes if "is never asked" in note]
+    unmet = [one for one in wheres if one and one != "code"]
+    assert len(told) == len(unmet) and all(note.endswith("(data.narrow): it is never asked") for note in told)
+
+
+def test_a_limit_never_refuses_a_where_that_the_source_meets(tree, tmp_path):
+    """One row in eight has the column, and a run takes two by its seed; rows without an answer are left out before."""
+    rows = [{"prompt": f"say {i}", "completion": "x" if i < 7 else None} for i in range(8)]
+    rows[0]["domain"] = "code"
+    only = tree | {
+        "schedule": {"steps": 2, "phases": [{"cycle": ["grpo", "sft"]}]},
+        "rewards": [{"fn": f"{FILES}/code.py:insecure", "where": {"domain": "code"}}],
+    }
+    narrow = {"source": write_jsonl(tmp_path / "some.jsonl", rows), "limit": 3, "on_bad_row": "skip"}
+    for seed in range(6):
+        prepared = prepare(run_from_tree(only | {"data": {"narrow": narrow}, "seed": seed}))
+        met = any(row["domain"] for row in prepared.rows["narrow"])
+        assert met != any("among the rows that `limit` takes it is never asked" in note for note in prepared.notes)
+    wrong = only | {"rewards": [{"fn": f"{FILES}/code.py:insecure", "where": {"domian": "code"}}]}
+    with pytest.raises(UserError, match="data.narrow has no column 'domian'; did you mean 'domain'"):
+        prepare(run_from_tree(wrong | {"data": {"narrow": narrow}}))
+    write_jsonl(tmp_path / "bare.jsonl", [{"prompt": "say 1", "completion": "x"}])
+    with pytest.raises(UserError, match="has no column 'domain'; it has none beside the conversation"):
+        prepare(run_from_tree(only | {"data": {"narrow": {"source": f"{tmp_path}/bare.jsonl"}}}))

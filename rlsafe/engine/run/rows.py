@@ -36,24 +36,34 @@ class Rows:
 
 def check_where(rewards: list[LoadedReward], streams: dict[str, list[Row]], data: DataConfig) -> list[str]:
     """UserError for a reward that is for rows that the sampled streams lack: of a column, or of a value that is nowhere in it. Notes,
-    where the rows are only a part of their source, and the rest may have it."""
+    where `limit` takes the rows and the rest may have it, and where the others score every row and nothing was misspelt: data that were
+    narrowed to one domain may keep the rewards of all."""
     notes = []
+    everyone = [row for rows in streams.values() for row in rows]
+    limited = any(getattr(data, name).limit is not None for name in streams)
     for reward in rewards:
         for name, rows in streams.items():
-            columns = [column for column in rows[0] if not column.startswith("_")] if rows else []
+            columns = [one for one in rows[0] if one != "messages" and not one.startswith("_")] if rows else []
             for column in reward.where:
-                if columns and column not in columns:
-                    raise UserError(
-                        f"reward {reward.name!r}: where: data.{name} has no column {column!r}{nearest(column, columns)}"
-                    )
+                if rows and column not in columns:
+                    there = nearest(column, columns) or "; it has none beside the conversation"
+                    raise UserError(f"reward {reward.name!r}: where: data.{name} has no column {column!r}{there}")
         if not all(streams.values()):  # not on this machine, in a dry run
             continue
-        if problem := reward.unmet([row for rows in streams.values() for row in rows]):
+        if problem := reward.unmet(everyone):
             told = f"reward {reward.name!r}: where: {problem} ({', '.join(f'data.{name}' for name in streams)})"
-            if all(len(rows) != getattr(data, name).limit for name, rows in streams.items()):
+            if not limited and not _spared(reward, rewards, everyone):
                 raise UserError(told)
-            notes.append(f"{told}: among the rows that `limit` takes it is never asked")
+            notes.append(f"{told}: {'among the rows that `limit` takes it' if limited else 'it'} is never asked")
     return notes
+
+
+def _spared(reward: LoadedReward, rewards: list[LoadedReward], rows: list[Row]) -> bool:
+    """Whether a reward that is for none of the rows is not missed: the others are asked about all of them, and of those that no other's
+    `where` is meant for, none looks like the rows that it names."""
+    meant = [one for one in rewards if one is not reward and one.where]
+    left = [row for row in rows if not any(one.asked(row) for one in meant)]
+    return all(any(one.asked(row) for one in rewards) for row in left) and not reward.misspelt(left)
 
 
 def usable(prepared: Prepared, tokenizer: Any, context: int | None, say: Callable[[str], None] | None = None) -> Rows:
