@@ -185,7 +185,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tiny_tree, tmp_pa
             resource.setrlimit(resource.RLIMIT_FSIZE, (size + 50, before[1]))
 
     try:
-        with pytest.raises(RunError, match=r"File too large; the run stopped in step .*resume with"):
+        with pytest.raises(RunError, match=r"File too large; the run stopped after step 5; .*resume with"):
             go(tree, tmp_path / "cut", progress=fill)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

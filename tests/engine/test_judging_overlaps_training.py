@@ -114,3 +114,22 @@ def test_lines_keep_their_order_whenever_their_numbers_come(tmp_path):
     assert arrived.is_set()
     assert [r.get("late") for r in lines(tmp_path / "metrics.jsonl")] == [7, None] and offset["samples.jsonl"] > 0
     tracker.close()
+
+
+def test_what_cannot_wait_for_the_judge_is_written_without_its_numbers(tmp_path, caplog):
+    """Nor is a step's own line lost when the wait for them is broken off."""
+    tracker = Tracker(tmp_path)
+
+    def broken_off():
+        raise KeyboardInterrupt
+
+    for step in range(2):
+        tracker.step({"step": step, "path": "sft", "loss": 1.0}, Late(lambda: False, broken_off))
+    tracker.step({"step": 2, "path": "sft", "loss": 1.0}, Late(lambda: True, lambda: {"late": 7}))
+    with pytest.raises(KeyboardInterrupt):
+        tracker.offset()
+    assert not lines(tmp_path / "metrics.jsonl")
+    tracker.collect_at_once()
+    assert [(r["step"], r.get("late")) for r in lines(tmp_path / "metrics.jsonl")] == [(0, None), (1, None), (2, 7)]
+    assert "at work on the answers of 1 steps" in caplog.text
+    tracker.close()

@@ -15,6 +15,7 @@ from rlsafe.config import UserError, run_from_tree
 from rlsafe.config.files import read_lines
 from rlsafe.config.lock import hold, lock_file, releasing
 from rlsafe.engine.record.publish import publish
+from rlsafe.engine.record.tracking import Tracker
 from rlsafe.engine.run.life import _existing, train
 from rlsafe.engine.run.records import allowed, differs, goes_on, over, read_record, went_on_from
 from rlsafe.evaluate import evaluate
@@ -133,6 +134,27 @@ def test_lines_that_were_cut_off_and_settings_that_are_gone_are_named(tmp_path, 
     assert read_lines(tmp_path / "none.jsonl") == []
     with pytest.raises(UserError, match=r"config.yaml: no such config file; .*start over with --overwrite"):
         goes_on(tmp_path, run_from_tree(tiny_tree))
+
+
+def test_lines_that_were_lost_in_a_crash_leave_a_file_that_can_be_read(tmp_path, caplog):
+    """A file that is shorter than its checkpoint says is not made longer, and what is left of a line goes."""
+    whole = b'{"step": 0, "path": "sft"}\n{"step": 1, "path": "sft"}\n'
+    for left in (whole[:-9], whole[:27], whole[:30] + b"\0" * 25, b"", whole):
+        out = tmp_path / str(len(left))
+        out.mkdir(exist_ok=True)
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            (out / name).write_bytes(left + b'{"step": 2}\n' * (left == whole))
+        caplog.clear()
+        tracker = Tracker(out, board=False, offset={name: len(whole) for name in ("metrics.jsonl", "samples.jsonl")})
+        kept = [0, 1] if left == whole else [0] if left else []
+        assert [line["step"] for line in tracker.metrics] == kept
+        assert caplog.text.count("its end was lost") == 2 * (left != whole)
+        for step in (2, 3):
+            tracker.step({"step": step, "path": "sft"})
+            tracker.samples([{"step": step}])
+        tracker.close()
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            assert [json.loads(line)["step"] for line in open(out / name)] == [*kept, 2, 3], (name, left)
 
 
 def test_a_home_directory_is_found_where_the_shell_left_its_sign(monkeypatch, tiny_tree):

@@ -61,7 +61,7 @@ class Tracker:
         others: Callable[[], Trackers] | None = None,
     ):
         self.out, self.write, self.metrics = out, write, []  # type: Path, bool, list[dict[str, Any]]
-        self._queue: deque[tuple[Callable[[], None], Callable[[], bool] | None]] = deque()
+        self._queue: deque[tuple[Callable[..., None], Late | None]] = deque()
         self._writing, self.arrived = False, 0
         if not write:
             return
@@ -70,10 +70,7 @@ class Tracker:
 
         out.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "samples.jsonl"):
-            path = out / name
-            length = (offset or {}).get(name, 0)
-            with open(path, "ab") as file:
-                file.truncate(length)
+            _cut(out / name, (offset or {}).get(name, 0))
         self.metrics = read_lines(out / "metrics.jsonl")
         self._files = {name: open(out / name, "a", encoding="utf-8") for name in ("metrics.jsonl", "samples.jsonl")}
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step or None) if board else None
@@ -89,33 +86,47 @@ class Tracker:
         taught_nothing = record.get("groups", -1) == record.get("zero_variance_groups")
         if self.write and taught_nothing and (line := running(self.metrics[-1001:])):
             log.warning(line)
-        if late is not None:
-            self._in_order(lambda: self._put_step(record, late), late.done)
-        elif self.write:
-            self._in_order(partial(self._put_step, record))
+        if late is not None or self.write:
+            self._in_order(partial(self._put_step, record), late)
 
     def collect(self, wait: bool = False) -> None:
         """Write the lines whose late numbers are ready; wait=True: wait for all of them. `arrived` counts late numbers."""
-        while self._queue and not self._writing and (wait or self._queue[0][1] is None or self._queue[0][1]()):
-            put, done = self._queue.popleft()
-            self.arrived += done is not None
+        while self._queue and not self._writing and (wait or self._queue[0][1] is None or self._queue[0][1].done()):
+            put, late = self._queue.popleft()
+            self.arrived += late is not None
             self._writing = True
             try:
-                put()
+                put(late) if late else put()
             finally:
                 self._writing = False
 
-    def _in_order(self, put: Callable[[], None], done: Callable[[], bool] | None = None) -> None:
-        """`put()` now, unless it or something before it waits for late numbers."""
-        if self._writing or (done is None and not self._queue):
+    def collect_at_once(self) -> None:
+        """Write every line, those whose late numbers are not ready without them."""
+        left_out = 0
+        self.collect()
+        while self._queue:
+            put, late = self._queue.popleft()
+            left_out += late is not None
+            self._queue.appendleft((put, None))
+            self.collect()
+        if left_out:
+            log.warning("the judge was still at work on the answers of %d steps: their numbers are left out", left_out)
+
+    def _in_order(self, put: Callable[..., None], late: Late | None = None) -> None:
+        """`put()` now, unless it or something before it waits for late numbers, which it then takes."""
+        if self._writing or (late is None and not self._queue):
             put()
         else:
-            self._queue.append((put, done))
+            self._queue.append((put, late))
             self.collect()
 
     def _put_step(self, record: dict[str, Any], late: Late | None = None) -> None:
         if late is not None:
-            record.update(late.finish())
+            try:
+                record.update(late.finish())
+            except BaseException:  # the step's own numbers are not lost with those of the judge
+                self._queue.appendleft((partial(self._put_step, record), None))
+                raise
         if not self.write:
             return
         self._line("metrics.jsonl", record)
@@ -154,7 +165,8 @@ class Tracker:
             self._board.add_text(tag, text)
 
     def offset(self, before_step: int | None = None) -> dict[str, int]:
-        """File lengths in bytes after a flush; stored in checkpoints. before_step: without that step's lines and later ones."""
+        """File lengths in bytes after a flush, with all late numbers; stored in checkpoints. before_step: without that step's lines
+        and later ones."""
         self.collect(wait=True)
         if not self.write:
             return {}
@@ -185,6 +197,20 @@ class Tracker:
     def _line(self, name: str, record: Mapping[str, Any]) -> None:
         self._files[name].write(json.dumps(record, ensure_ascii=True) + "\n")
         self._files[name].flush()
+
+
+def _cut(path: Path, length: int) -> None:
+    """Make the file its whole lines within the first `length` bytes. A shorter one lost its end in a crash: it is not made longer,
+    and what is left of a line goes, so that the next one does not stand behind it."""
+    with open(path, "a+b") as file:
+        file.truncate(min(length, path.stat().st_size))
+        file.seek(0)
+        whole = sum(len(line) for line in file if line.endswith(b"\n"))
+        file.truncate(whole)
+    if whole < length:
+        log.warning(
+            "%s: its end was lost, as after a crash or on a full disk; the run goes on without those lines", path
+        )
 
 
 def _score(value: float | None) -> str:

@@ -67,22 +67,22 @@ def run(
     components, state, resumed = _begin(prepared, out, resources, notes, resume, replaces)
     main = components.accelerator.is_main_process
     origin = _write_origin(components, out, command, sources, resumed) if main else {}
-    unsaved = False
+    written = finished = False
     try:
         with stop_requests() as asked:
             _train(components, state, out, asked, progress, command or "--resume")
-            unsaved = True
             _save_trained(components.policy, out, write=main)
-            unsaved = False
+            written = True
             if main:
                 components.tracker.offset()  # judgements that are still to come belong to the record, and all of it on the disk
                 ended = _ended(components, state, out, notes, resumed, time.perf_counter() - started)
                 write_record(out, "finished", origin, **ended)
+                finished = True
             components.tracker.close()
             stopped = anywhere(asked.is_set(), components.accelerator) if components.several else asked.is_set()
     except BaseException as error:
-        early = ended_early(error, components, state, out, command, unsaved)
-        with suppress(Exception):  # a full disk stops the last lines, too: told is what came first
+        early = ended_early(error, components, state, out, command, written, finished)
+        with suppress(Exception, KeyboardInterrupt):  # a full disk stops the last lines, too: told is what came first
             components.tracker.close()
         raise early from error
     seconds = time.perf_counter() - started

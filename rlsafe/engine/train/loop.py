@@ -27,6 +27,7 @@ def train_steps(run: Components, state: RunState) -> Iterator[dict[str, Any]]:
         step = run.plan[state.done]
         started = time.perf_counter()
         state.began = position(run, state)
+        state.between = False
         if run.defended:
             run.stack.begin(step.index, step.phase)
             if state.pending and run.stack.other_rollouts((step.index - 1, run.plan[step.index - 1].phase)):
@@ -48,12 +49,13 @@ def train_steps(run: Components, state: RunState) -> Iterator[dict[str, Any]]:
         metrics["seconds"] = time.perf_counter() - started
         record = {"step": step.index, "path": step.path, **metrics}
         run.tracker.step(record, late)
-        if run.probe:
-            _take_in_judgements(run, state)
         if run.defended:
             if run.several:
                 run.effects.seen(union(run.effects.alive, run.accelerator))
-            run.effects.check()
+            run.effects.check(at_end=last)
+        state.between = True
+        if run.probe:
+            _take_in_judgements(run, state)
         yield record
     run.effects.check(at_end=True)
 

@@ -102,6 +102,7 @@ class RunState:
     pending: rollouts that further steps use again: {`PlannedPart.place`: (micro-batches, uses left)}.
     ahead: rollouts begun for the next step (by `update`, before it changes the weights), by the number of its part.
     began: the `position` before the present step; None as soon as that step has changed weights, so that it cannot be begun again.
+    between: no step is under way: the last one is tracked and has changed all that it changes.
     left_out: supervised rows of the present step, on this rank, that were too long with what defenses added, by the defense that
         brought them ("": the run's own).
     skipped: steps left out in a row (optim.on_nan). gave_up: why waiting for the judge ended; the run then saves its state and stops.
@@ -113,6 +114,7 @@ class RunState:
     pending: dict[str, tuple[list[Micro], int]] = field(default_factory=dict)
     ahead: dict[int, Ahead] = field(default_factory=dict)
     began: dict[str, Any] | None = None
+    between: bool = True
     skipped: int = 0
     gave_up: str | None = None
     left_out: Counter[str] = field(default_factory=Counter)
