@@ -57,6 +57,41 @@ def test_rows_that_training_leaves_out_are_not_asked(config, tmp_path, caplog):
         try_reward(f"{tmp_path}/r.py:length", config, [*told, "data.narrow.too_long=error"])
 
 
+def test_rows_without_an_answer_are_asked_only_where_nothing_is_trained_on_them(config, tmp_path, caplog):
+    rows = [{"prompt": f"q{i}", "completion": "a" if i < 2 else None, "answer": "x"} for i in range(5)]
+    source = [f"data.narrow.source={write_jsonl(tmp_path / 'some.jsonl', rows)}", "data.narrow.on_bad_row=skip"]
+    mixed = [*source, "schedule.phases=[{cycle: [sft, grpo]}]"]
+    for told, prompts in ((source, 5), (mixed, 2)):
+        tried = try_reward(f"{tmp_path}/r.py:constant", config, told, n=20)
+        assert len({one.row["_index"] for one in tried.groups}) == prompts
+    assert "3 of 5 rows end without an answer to train on and were skipped" in caplog.text
+    with pytest.raises(UserError, match=r"some.jsonl:3: the last message is no assistant turn; sft needs an answer"):
+        try_reward(f"{tmp_path}/r.py:constant", config, [*mixed, "data.narrow.on_bad_row=error"])
+
+
+def test_a_reward_is_tried_where_it_is_asked_or_refused_as_a_run_refuses_it(config, tmp_path):
+    for name, kind in (("law", "law"), ("code", "code")):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {i}", "domain": kind} for i in range(3)])
+    told = [
+        f"data.narrow.source={tmp_path}/law.jsonl", f"data.benign={{source: '{tmp_path}/code.jsonl'}}",
+        "schedule.phases=[{cycle: [grpo, benign-grpo]}]",
+    ]  # fmt: skip
+
+    def tried(where):
+        return try_reward(
+            f"{tmp_path}/r.py:constant",
+            config,
+            [*told, f"rewards=[{{fn: '{tmp_path}/r.py:constant', where: {where}}}]"],
+            n=4,
+        )
+
+    assert tried("{domain: code}").groups[0].row["domain"] == "code", "the first stream that it is for"
+    with pytest.raises(UserError, match="reward 'constant': where: domain: no row has 'cod'; did you mean 'code'"):
+        tried("{domain: cod}")
+    with pytest.raises(UserError, match="where: data.narrow has no column 'domian'; did you mean 'domain'"):
+        tried("{domian: code}")
+
+
 def test_saved_completions_are_enough(config, tmp_path):
     samples = [
         {"step": 0, "prompt": [{"role": "user", "content": f"q{i // 2}"}], "completion": "x" * i} for i in range(4)

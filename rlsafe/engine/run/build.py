@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from rlsafe.config import DataConfig, RunConfig, UserError, about, nearest
-from rlsafe.data import Stream, load_rows, mixed_prompts, with_answers
+from rlsafe.data import Stream, load_rows, mixed_prompts
 from rlsafe.defenses import Defense, DefenseStack, SetupContext
 from rlsafe.defenses import build as build_defenses
 from rlsafe.defenses.stack import NAMED
@@ -25,7 +25,7 @@ from rlsafe.engine.plan.schedule import Step, make_plan
 from rlsafe.engine.record.trackers import BOARD, Trackers, check_trackers
 from rlsafe.engine.record.tracking import Tracker
 from rlsafe.engine.run.layout import check_layout
-from rlsafe.engine.run.rows import check_where, usable
+from rlsafe.engine.run.rows import answered, check_where, usable
 from rlsafe.engine.train import ahead, distributed, gradients, projection, resample
 from rlsafe.engine.train.effects import EffectLog
 from rlsafe.engine.train.state import Components, RunState
@@ -111,12 +111,10 @@ def prepare(config: RunConfig, load: LoadStreams | None = None) -> Prepared:
     sampled = {part.stream for step in plan for part in step.parts if part.path == "grpo"}
     if config.sampler.kind == "server" and any(stack.steers(Where(stream, "grpo", "rollout")) for stream in sampled):
         raise UserError(CANNOT_STEER)
-    used = {part.stream for step in plan for part in step.parts if part.defense is None}
     notes: list[str] = []
     rows = (load or _load_streams)(config.data, config.seed, notes.append)
-    for name in used & {p.stream for s in plan for p in s.parts if p.path == "sft" and p.defense is None}:
-        stream = getattr(config.data, name)
-        rows[name] = with_answers(rows[name], stream.source, stream.on_bad_row, notes.append)
+    trained = {p.stream for step in plan for p in step.parts if p.path == "sft" and p.defense is None}
+    rows = answered(rows, trained, config.data, notes.append)
     uses_grpo = any(step.path == "grpo" for step in plan)
     with about("rewards"):  # in a run without GRPO steps too, so that a wrong name is found
         loaded = [load_reward(reward) for reward in config.rewards]

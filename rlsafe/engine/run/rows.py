@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from rlsafe.config import DataConfig, ModelConfig, RunConfig, UserError, nearest
-from rlsafe.data import Use, fit_rows
+from rlsafe.data import Use, fit_rows, with_answers
 from rlsafe.data.rendered import additions
 from rlsafe.defenses import Defense, DefenseStack
 from rlsafe.engine.run.templates import check_defenses, check_evaluation, check_lengths, trained_on
@@ -32,6 +32,18 @@ class Rows:
     streams: dict[str, list[Row]] = field(default_factory=dict)
     limits: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+
+def answered(
+    streams: dict[str, list[Row]], trained: Collection[str], data: DataConfig, note: Callable[[str], None]
+) -> dict[str, list[Row]]:
+    """The streams' rows, those of `trained` (by supervision) without the ones that end without an answer: UserError for such a row, or
+    a note where it is to be skipped. Rollouts of the stream do not ask them either."""
+    kept = dict(streams)
+    for name in sorted(trained):
+        settings = getattr(data, name)
+        kept[name] = with_answers(streams[name], settings.source, settings.on_bad_row, note)
+    return kept
 
 
 def check_where(rewards: list[LoadedReward], streams: dict[str, list[Row]], data: DataConfig) -> list[str]:

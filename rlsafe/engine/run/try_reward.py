@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlsafe.config import RewardConfig, RunConfig, UserError, load_run
+from rlsafe.config import RewardConfig, RunConfig, UserError, about, load_run
 from rlsafe.data.turns import key_of
 from rlsafe.types import Message, Row
 
 if TYPE_CHECKING:
     from rlsafe.data import Thought
     from rlsafe.policy import Policy
-    from rlsafe.rewards import RewardBatch
+    from rlsafe.rewards import LoadedReward, RewardBatch
 
 log = logging.getLogger("rlsafe")
 WIDTH = 100  # characters of a prompt or completion that are shown
@@ -150,9 +150,10 @@ def try_reward(
     settings = load_run(config, overrides)
     for plugin in settings.plugins:  # before names are looked up: a plug-in may register a reward
         load_module(plugin)
-    named = next((one for one in settings.rewards if one.fn == fn), RewardConfig(fn=fn))
-    runner = RewardRunner([load_reward(named)])
-    groups = _saved(settings, saved, n) if saved is not None else _sampled(settings, n)
+    reward = load_reward(next((one for one in settings.rewards if one.fn == fn), RewardConfig(fn=fn)))
+    runner = RewardRunner([reward])
+    streams = _streams(settings, reward)
+    groups = _saved(streams, saved, n) if saved is not None else _sampled(settings, reward, streams, n)
     began = time.perf_counter()
     batch = _call(runner, groups)
     seconds = time.perf_counter() - began
@@ -176,19 +177,27 @@ def _call(runner: Any, groups: Sequence[Sampled]) -> RewardBatch:
     )
 
 
-def _stream(settings: RunConfig) -> tuple[str, list[Row]]:
-    """The stream whose prompts are asked, and its rows."""
+def _streams(settings: RunConfig, reward: LoadedReward) -> dict[str, list[Row]]:
+    """The rows that a run may ask the reward about, by stream; what is left out is logged. UserError for what a run would refuse, and
+    where the reward is for none of them."""
     from rlsafe.data import load_rows, mixed_prompts
+    from rlsafe.engine.run.rows import answered, check_where
 
-    asked = [part.stream for parts in settings.schedule.used_kinds.values() for part in parts if part.path == "grpo"]
-    name = next(iter(asked), "narrow")
-    stream = getattr(settings.data, name)
-    if stream is None:
-        raise UserError(f"data.{name} is not set: no prompts to try the reward on")
-    rows = load_rows(stream, settings.seed)
-    if note := mixed_prompts(rows):
-        log.warning(f"data.{name}: {note}")
-    return name, rows
+    parts = [part for parts in settings.schedule.used_kinds.values() for part in parts]
+    asked: list[str] = [part.stream for part in parts if part.path == "grpo"] or ["narrow"]
+    streams: dict[str, list[Row]] = {}
+    for name in asked:
+        if (stream := getattr(settings.data, name)) is None:
+            raise UserError(f"data.{name} is not set: no prompts to try the reward on")
+        if name not in streams:
+            with about(f"data.{name}"):
+                streams[name] = load_rows(stream, settings.seed)
+    trained = [name for name in streams if any(part.stream == name and part.path == "sft" for part in parts)]
+    streams = answered(streams, trained, settings.data, log.warning)
+    notes = [f"data.{name}: {note}" for name, rows in streams.items() if (note := mixed_prompts(rows))]
+    for note in notes + check_where([reward], streams, settings.data):
+        log.warning(note)
+    return streams
 
 
 def _usable(settings: RunConfig, name: str, rows: list[Row], policy: Policy) -> list[Row]:
@@ -206,7 +215,8 @@ def _usable(settings: RunConfig, name: str, rows: list[Row], policy: Policy) -> 
     return found.streams[name]
 
 
-def _sampled(settings: RunConfig, n: int) -> list[Sampled]:
+def _sampled(settings: RunConfig, reward: LoadedReward, streams: dict[str, list[Row]], n: int) -> list[Sampled]:
+    """`n` completions, in whole groups, to prompts of the first stream that the reward is for."""
     import torch
 
     from rlsafe.data import Stream, encode_prompt, read_completion, split_prompt
@@ -215,12 +225,12 @@ def _sampled(settings: RunConfig, n: int) -> list[Sampled]:
     from rlsafe.rollouts import make_sampler, request_seed
     from rlsafe.types import Request, SamplingParams
 
-    name, rows = _stream(settings)
+    name = next((name for name, rows in streams.items() if any(map(reward.asked, rows))), next(iter(streams)))
     group = settings.grpo.generations
     path = model_path(settings)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = Policy.load(settings.model, path=path, seed=settings.seed, device=device)
-    rows = _usable(settings, name, rows, policy)
+    rows = _usable(settings, name, streams[name], policy)
     chosen = Stream(rows, settings.seed, "reward-try").take(min(len(rows), math.ceil(n / group)))
     prompts = [split_prompt(row)[0] for row in chosen]
     requests = [
@@ -243,13 +253,13 @@ def _sampled(settings: RunConfig, n: int) -> list[Sampled]:
     ]
 
 
-def _saved(settings: RunConfig, file: Path, n: int) -> list[Sampled]:
+def _saved(streams: dict[str, list[Row]], file: Path, n: int) -> list[Sampled]:
     """The first `n` completions of a samples.jsonl, by prompt; a row's columns come from the config's data."""
     from rlsafe.data import split_prompt, split_think
 
     if not file.is_file():
         raise UserError(f"--from {file}: no such file; expected the samples.jsonl of a run")
-    rows = {key_of(split_prompt(row)[0]): row for row in _stream(settings)[1]}
+    known = {key_of(split_prompt(row)[0]): row for rows in reversed(streams.values()) for row in rows}
     groups: dict[Any, Sampled] = {}
     taken = 0
     for number, line in enumerate(file.read_text("utf-8").split("\n"), 1):
@@ -270,7 +280,7 @@ def _saved(settings: RunConfig, file: Path, n: int) -> list[Sampled]:
             raise UserError(
                 f"--from {file}:{number}: not a sample; expected an object with prompt and completion"
             ) from None
-        one = groups.setdefault((step, key), Sampled(prompt, [], rows.get(key, alone), []))
+        one = groups.setdefault((step, key), Sampled(prompt, [], known.get(key, alone), []))
         one.thoughts.append(thought)
         one.ids.append([])
         taken += 1
