@@ -30,14 +30,16 @@ Place = tuple[str, str, int]
 
 
 def identity(config: RunConfig, run: Path | None) -> str:
-    """A digest of the weights: the model's name (a local one's files by size and time) and what the run trained."""
+    """A digest of the weights: the model's name (a local one's files by size and time) and what the run trained; without a run, the
+    adapter that the settings name."""
     found = hashlib.sha256(json.dumps(config.model.model_dump(mode="json")).encode())
     local = Path(config.model.name)
     if is_gguf(config.model.name):
         found.update(file_hash(gguf_file(config.model.name)).encode())
     if local.is_dir():
         found.update(repr(sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in local.iterdir())).encode())
-    for file in sorted(file for name in WEIGHTS if run for file in (run / name).rglob("*") if file.is_file()):
+    trained = [run / name for name in WEIGHTS] if run else [Path(config.model.adapter)] if config.model.adapter else []
+    for file in sorted(file for directory in trained for file in directory.rglob("*") if file.is_file()):
         found.update(file.name.encode())
         with file.open("rb") as content:
             found.update(hashlib.file_digest(content, "sha256").digest())

@@ -168,6 +168,12 @@ def test_the_identity_of_weights_changes_with_what_was_trained(tmp_path):
     assert journal.identity(config, run_directory) == first
     (model / "weights").write_bytes(b"12")
     assert journal.identity(config, run_directory) != first
+    # An adapter that the settings name may be trained again under its name, too.
+    named = RunConfig.model_validate({"model": {"name": str(model), "adapter": str(adapter.parent)}})
+    first = journal.identity(named, None)
+    assert first == journal.identity(named, None)
+    adapter.write_bytes(b"2")
+    assert journal.identity(named, None) != first
 
 
 def test_evaluating_a_run_goes_on_with_what_training_it_began(tiny_tree, tmp_path, monkeypatch):
