@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from rlsafe.compare.grid.alike import Unlike, of_each_path, of_paths, unlike
+from rlsafe.compare.grid.warmup import WARMUP
 from rlsafe.compare.report.pages import readable
 from rlsafe.compare.verdicts.results import Results
+from rlsafe.config import UserError, load_run
 
 _MACHINE = ("python", "system", "processor", "cores", "device", "devices", "threads", "processes")
 _NAMED = {"model": "models", "data": "data", "questions": "questions", "code": "code"}
@@ -112,3 +115,17 @@ def between_paths(results: Results) -> tuple[dict[str, str], list[Unlike]]:
     found = of_each_path(results.cells, results.models[0]) if results.models else {}
     trees = {path: found[path].record["config"] for path in results.paths if path in found}
     return of_paths(trees), unlike(trees)
+
+
+def warm_ups(results: Results) -> dict[str, str]:
+    """Which runs start from a shared warm-up -> its schedule in words; {} where none do. What a warm-up taught is part of what is
+    counted as learned: shares are counted from the untrained model."""
+    found: dict[str, str] = {}
+    for cell in results.cells:
+        key, what = cell.record.get("warmup"), cell.kind + (f" {cell.task}" if cell.task else "")
+        if key and what not in found:
+            found[what] = "its settings are not there"
+            with suppress(UserError):
+                run = load_run(results.directory.out / WARMUP / key / "config.yaml")
+                found[what] = of_paths({what: run.model_dump(mode="json")})[what]
+    return found

@@ -125,6 +125,7 @@ def _about(results: Results) -> dict[str, Any]:
         if looks
         else "",
         "schedules": schedules,
+        "warm_ups": origins.warm_ups(results),
         "unlike": unlike,
         "models": results.models,
         "paths": results.paths,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import pytest
-from synthetic_comparison import CONFIG
+from synthetic_comparison import CONFIG, make
 
 from rlsafe.compare.grid.cells import located
 from rlsafe.compare.grid.grid import expand
 from rlsafe.compare.grid.warmup import overrides_of
+from rlsafe.compare.report.origins import warm_ups
+from rlsafe.compare.report.reporting import draw_report
+from rlsafe.compare.verdicts.results import load
 from rlsafe.config import UserError, load_compare
+from rlsafe.config.overrides import write_yaml
 
 WARMED = CONFIG + "warmup: {schedule: {steps: 7, phases: [{cycle: [sft]}]}, optim: {lr: 1e-4}}\n"
 
@@ -61,6 +65,19 @@ def test_a_relapse_goes_on_from_its_arm_and_the_untrained_one_from_the_warm_up(t
     cells = [cell for cell in cells_of(tmp_path, WARMED, relapse=5, seeds=[0]) if cell.kind == "relapse"]
     starts = {cell.defense: cell.config.model.adapter.partition(":")[0] for cell in cells}
     assert starts == {"untrained": "warmup", "none": "cell", "kl": "cell"}
+
+
+def test_the_report_says_which_runs_start_from_one_and_what_it_was(tmp_path):
+    directory = make(tmp_path / "out", {("", "untrained"): {}, ("sft", "none"): {"general": 0.4}}, WARMED)
+    cells = expand(load_compare(tmp_path / "out.yaml"))
+    warmup = next(cell.warmup for cell in cells if cell.kind == "narrow")
+    place = directory.out / "warmup" / warmup.key
+    place.mkdir(parents=True)
+    (place / "config.yaml").write_text(write_yaml(warmup.run.model_dump(mode="json")))
+    told = warm_ups(load(directory.out))
+    assert told["narrow"] == "7 steps: sft at lr 0.0001" and told["benign sums"] == "its settings are not there"
+    page = draw_report(directory.out).read_text()
+    assert "Shared warm-up, narrow runs" in page and "without defenses, 7 steps: sft at lr 0.0001" in page
 
 
 def test_where_it_lies_is_filled_in_when_the_cell_runs(tmp_path):
