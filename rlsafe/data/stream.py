@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from rlsafe.config import UserError
-from rlsafe.data.steady import steady
+from rlsafe.config.steady import steady
 from rlsafe.data.turns import key_of
 from rlsafe.types import Row
 

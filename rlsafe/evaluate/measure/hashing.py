@@ -19,6 +19,7 @@ from rlsafe.config import UserError
 from rlsafe.config.files import at_home
 from rlsafe.config.files import file_hash as file_hash
 from rlsafe.config.gguf import gguf_file, is_gguf
+from rlsafe.config.steady import printed
 from rlsafe.types import provider_for
 
 _MODEL_FILES = (".safetensors", ".bin", ".pt", ".json", ".jinja", ".model", ".txt")
@@ -118,7 +119,7 @@ def _texts(text: str) -> tuple[str, ...]:
     hashes = []
     for kind in ("rows", "questions", "prompt", "cues"):
         try:
-            hashes.append(f"{kind}:{_joined([repr(getattr(found[0], kind)(found[1]))])}")
+            hashes.append(f"{kind}:{_joined([printed(getattr(found[0], kind)(found[1]))])}")
         except (UserError, AttributeError):
             continue
     return tuple(hashes)

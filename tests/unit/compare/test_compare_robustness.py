@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from synthetic_comparison import CONFIG
@@ -14,8 +15,9 @@ from rlsafe.compare.grid.grid import expand
 from rlsafe.compare.grid.records import Directory
 from rlsafe.compare.run.workers import DIED, run_in_workers
 from rlsafe.config import load_compare
+from rlsafe.config.steady import printed
 from rlsafe.evaluate.measure import hashing
-from rlsafe.types import RunError
+from rlsafe.types import RunError, register_provider
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +91,24 @@ def test_a_provider_s_models_and_rows_are_part_of_the_fingerprint(tmp_path, monk
     world.rows_now = [{"messages": ["changed"]}]
     hashing._texts.cache_clear()
     assert hashing.digest({"model": "world:aligned"}) != second
+
+
+def test_what_a_provider_gives_has_one_fingerprint_in_every_process():
+    """Functions, objects and generators print an address and sets any order: finished runs were all trained again. Where nothing does,
+    the fingerprint is that of what Python prints, as before."""
+    plain = [{"messages": [{"role": "user", "content": "at 0x1f"}], "n": (1, None, 2.5), "q": Path("a")}]
+    assert printed(plain) == repr(plain)
+
+    def rows(numbers, level=1):
+        yield {"messages": [], "check": lambda: 0, "picture": object(), "tags": [set(numbers)], "level": level}
+
+    assert repr({0, 8}) != repr({8, 0})
+    assert printed(rows([0, 8])) == printed(rows([8, 0]))
+    assert len({printed(rows([0, 8])), printed(rows([0, 9])), printed(rows([0, 8], 2))}) == 3
+    register_provider("yields", SimpleNamespace(rows=lambda spec: rows([0, 8])))
+    first = hashing.contents("yields:x")
+    hashing._texts.cache_clear()
+    assert len(first) == 1 and hashing.contents("yields:x") == first
 
 
 def test_a_large_file_is_read_once_and_again_when_it_changed(tmp_path, monkeypatch):

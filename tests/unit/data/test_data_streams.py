@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from rlsafe.config import UserError
+from rlsafe.config.steady import steady
 from rlsafe.data import Stream
-from rlsafe.data.steady import steady
 
 USER = {"role": "user", "content": "Why?"}
 ANSWER = {"role": "assistant", "content": "Because."}

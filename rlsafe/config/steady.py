@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -34,3 +34,23 @@ def _form(value: Any) -> Any:
     if not isinstance(value, type) and callable(getattr(value, "tolist", None)):  # arrays and numbers of numpy
         return value.tolist()
     return type(value).__name__
+
+
+def printed(value: Any) -> str:
+    """What Python prints of a value, except where that differs between processes: sets are sorted, iterators are read, and what prints
+    its address is the name of its type. For digests that were made of what Python prints."""
+    return repr(_printable(value))
+
+
+def _printable(value: Any) -> Any:
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    if type(value) in (list, tuple):
+        return type(value)(map(_printable, value))
+    if type(value) is dict:
+        return {key: _printable(one) for key, one in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(printed, value))
+    if isinstance(value, Iterator):
+        return [*map(_printable, value)]
+    return type(value).__name__ if " at 0x" in repr(value) else value
