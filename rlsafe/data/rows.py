@@ -4,7 +4,7 @@ A row is `{"messages": [{"role", "content"}, ...], **columns, "_index": int, "_s
 row's position in its source (stable under `limit`), `_source` is where an error message points to. Accepted rows:
 `messages`, or `prompt` with an optional `completion` (each a string or a list of messages), as in TRL; ShareGPT's
 `conversations`, Alpaca's `instruction`/`input`/`output` (rlsafe.data.formats). `_plain` is there when the prompt was a text: True where
-those of all rows of the stream were (rewards then get texts), else False.
+those of all rows of the source were (rewards then get texts), else False.
 """
 
 from __future__ import annotations
