@@ -334,7 +334,7 @@ def test_what_cannot_be_published_is_one_clear_line(finished, tmp_path, online):
     with pytest.raises(UserError, match="the run is not finished; go on with: rlsafe train"):
         publish(half)
     (half / "run.json").write_text("")
-    with pytest.raises(UserError, match="half/run.json: empty or damaged, .*; go on with: rlsafe train"):
+    with pytest.raises(UserError, match="half/run.json: empty or damaged, .*; start over with --overwrite"):
         publish(half)
 
 

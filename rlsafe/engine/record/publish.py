@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsafe.config import RunConfig, UserError, check_out, load_run
+from rlsafe.config.damaged import damaged_record
 from rlsafe.config.files import read_whole, replacing_directory
 from rlsafe.config.lock import hold, releasing
 from rlsafe.engine.record.card import model_card, public_name
@@ -55,13 +56,15 @@ def publish(
     if not (source / "config.yaml").is_file():
         raise UserError(f"{source}: not a run directory (no config.yaml); expected one that `rlsafe train` wrote")
     record = read_whole(source / "run.json")
-    if record is None or record.get("status") != "finished":
-        problem = (
-            f"{source}: the run is not finished"
-            if record is not None
-            else f"{source / 'run.json'}: empty or damaged, as after a crash or on a full disk"
+    if not (source / "run.json").is_file():
+        raise UserError(
+            f"{source}: has no run.json, of which the card is made; what it trained can be evaluated, but not published"
         )
-        raise UserError(f"{problem}; go on with: rlsafe train {source}/config.yaml --out {source} --resume")
+    resume = f"go on with: rlsafe train {source}/config.yaml --out {source} --resume"
+    if record is None:
+        raise UserError(damaged_record(source, resume))
+    if record.get("status") != "finished":
+        raise UserError(f"{source}: the run is not finished; {resume}")
     config = load_run(source / "config.yaml")
     full = config.model.lora is None and config.model.adapter is None
     if full and merge is not None:
@@ -75,8 +78,7 @@ def publish(
     _replace(trained, directory, model_card(source, config, license))
     done = Published(directory)
     if merge is not None:
-        done.merged = _merge(config, source, Path(merge))
-        (done.merged / CARD).write_text(model_card(source, config, license, merged=True), encoding="utf-8")
+        done.merged = _merge(config, source, Path(merge), model_card(source, config, license, merged=True))
     if to is not None:
         done.url = _push(directory, to, public)
     return done
@@ -103,13 +105,11 @@ def _name_base(file: Path) -> None:
 # ------------------------------------------------------------------------------------------------ the merged model
 
 
-def _merge(config: RunConfig, run: Path, directory: Path) -> Path:
-    """The base's files with every adapted tensor replaced, one file at a time."""
-    from safetensors.torch import save_file
-
+def _merge(config: RunConfig, run: Path, directory: Path, card: str) -> Path:
+    """The base's files with every adapted tensor replaced, and the card: all of it or, after an error, nothing."""
     from rlsafe.policy import Policy
     from rlsafe.policy.source import model_source
-    from rlsafe.rollouts.engine import local_directory, weight_files
+    from rlsafe.rollouts.engine import local_directory
 
     if directory.exists() and any(directory.iterdir()):
         raise UserError(f"--merge {directory}: is not empty; expected a new directory")
@@ -123,25 +123,35 @@ def _merge(config: RunConfig, run: Path, directory: Path) -> Path:
     as_stored = {"quantization": None, "dtype": _stored(base), "attention": "sdpa", "gradient_checkpointing": False}
     model = config.model.model_copy(update={"adapter": str(run / "adapter"), **as_stored})
     policy = Policy.load(model, path=str(base), seed=config.seed)
-    changed = dict(policy.merged_weights())
-    directory.mkdir(parents=True, exist_ok=True)
+    with replacing_directory(directory.resolve()) as building:
+        building.mkdir()
+        _write_merged(base, dict(policy.merged_weights()), building, directory)
+        for name in ("config.json", "generation_config.json", "model.safetensors.index.json"):
+            if (base / name).is_file():
+                shutil.copy(base / name, building / name)
+        policy.tokenizer.save_pretrained(str(building))
+        (building / CARD).write_text(card, encoding="utf-8")
+    return directory
+
+
+def _write_merged(base: Path, changed: dict[str, Tensor], building: Path, directory: Path) -> None:
+    """The base's weights with those of `changed` in their place, one file at a time. An error names the file as it will be called in
+    `directory`; RunError for a tensor that the base does not have."""
+    from safetensors.torch import save_file
+
+    from rlsafe.rollouts.engine import weight_files
+
     for file in weight_files(str(base)):
         tensors = {
             name: (changed.pop(name).to(tensor.dtype) if name in changed else tensor).contiguous()
             for name, tensor in _tensors(file)
         }
         with naming(directory / file.name):
-            save_file(tensors, str(directory / file.name), metadata={"format": "pt"})
+            save_file(tensors, str(building / file.name), metadata={"format": "pt"})
     if changed:
-        shutil.rmtree(directory)
         raise RunError(
             f"--merge: {base} holds no tensor named {next(iter(changed))}: its files name weights in another way"
         )
-    for name in ("config.json", "generation_config.json", "model.safetensors.index.json"):
-        if (base / name).is_file():
-            shutil.copy(base / name, directory / name)
-    policy.tokenizer.save_pretrained(str(directory))
-    return directory
 
 
 def _stored(base: Path) -> str:

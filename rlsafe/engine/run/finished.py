@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsafe.config import RunConfig, UserError, load_run
+from rlsafe.config.damaged import damaged_record
 from rlsafe.config.lock import is_first_rank
 from rlsafe.engine.record import frames
 from rlsafe.rewards import spread
@@ -103,7 +104,7 @@ class Run:
         out = Path(out)
         status = read_whole(out / "run.json")
         if status is None:
-            raise UserError(f"{out / 'run.json'}: empty or damaged, as after a crash or on a full disk; train it again")
+            raise UserError(damaged_record(out))
         if status.get("status") != "finished":
             raise UserError(f"{out}: not a finished run; expected a directory that rlsafe train wrote")
         records = read_lines(out / "metrics.jsonl")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsafe.config import RunConfig, UserError, load_run
+from rlsafe.config.damaged import ANEW, way_on
 from rlsafe.config.files import read_whole, replacing
 
 log = logging.getLogger("rlsafe")
@@ -40,8 +41,8 @@ def read_record(directory: Path, resume: bool = False, overwrite: bool = False) 
             "%s %s: it is written again%s", file, problem, "" if overwrite else f", going on from {found[-1].name}"
         )
         return {"status": "running"}
-    way = f"go on from {found[-1].name} with --resume, or start over with" if found else "start over with"
-    raise UserError(f"{file}: {problem}, as after a crash or on a full disk; {way} --overwrite")
+    way = way_on(directory, f"go on from {found[-1].name} with --resume, or {ANEW}" if found else "")
+    raise UserError(f"{file}: {problem}, as after a crash or on a full disk; {way}")
 
 
 def claim(out: Path, resumed: list[int]) -> None:
