@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -13,9 +14,9 @@ from rlsafe.config.base import SECRET, alternatives
 from rlsafe.config.comparison import CompareConfig
 from rlsafe.config.errors import UserError, nearest
 from rlsafe.config.files import at_home
-from rlsafe.config.overrides import Marks, apply_override, read_yaml, types_within, write_yaml
+from rlsafe.config.overrides import Marks, apply_override, read_yaml, set_by, types_within, write_yaml
 from rlsafe.config.schema import RunConfig
-from rlsafe.config.undone import check_grid, check_twice, keys_of
+from rlsafe.config.undone import check_grid, check_twice
 
 C = TypeVar("C", bound=BaseModel)
 
@@ -94,7 +95,8 @@ def _resolve_includes(
     merged_marks: Marks = {}
     for name in includes if isinstance(includes, list) else [includes]:
         if not isinstance(name, str):
-            raise UserError(f"{marks[(*prefix, 'include')]}: include takes file names, got {name!r}")
+            where = marks.get((*prefix, "include"), path)  # what `<<` merges in has no line here
+            raise UserError(f"{where}: include takes file names, got {name!r}")
         part, part_marks = load_tree(path.parent / at_home(name), above)
         merged = merge(merged, part)
         merged_marks |= {(*prefix, *keys): where for keys, where in part_marks.items()}
@@ -212,7 +214,7 @@ def load_compare(path: str | Path, overrides: Iterable[str] = (), quick: bool = 
         preset = tree.get("quick")
         if not isinstance(preset, dict) or not preset:
             raise UserError(f"{path}: --quick needs a 'quick' preset (overrides of this file), and there is none")
-        tree = cast(dict[str, Any], merge(tree, preset))
+        tree = cast(dict[str, Any], merge(tree, copy.deepcopy(preset)))  # an override of the one is none of the other
         marks |= {keys[1:]: where for keys, where in marks.items() if keys[0] == "quick" and len(keys) > 1}
     for_cells, overrides = [], list(overrides)
     for override in overrides:
@@ -239,9 +241,16 @@ RATE = ["optim", "lr"]
 
 def check_rate(config: RunConfig, overrides: Iterable[str]) -> None:
     """UserError for an override of `optim.lr` where every phase has a learning rate of its own, so that nothing would read it."""
-    given = [one for one in overrides if keys_of(one) == RATE]
-    if given and (own := own_rates(config)):
-        raise UserError(f"override {given[0]!r} has no effect: each phase has its own rate; expected {', '.join(own)}")
+    if (given := rate_given(overrides)) and (own := own_rates(config)):
+        raise UserError(f"{given}: each phase has its own rate; expected {', '.join(own)}")
+
+
+def rate_given(overrides: Iterable[str]) -> str:
+    """The beginning of a line about the first override that gives `optim.lr`, alone or in a section; "" when none does."""
+    for override in overrides:
+        if RATE in (given := set_by(override)):
+            return f"override {override!r} has no effect{' in part' if given[1:] else ''}"
+    return ""
 
 
 def own_rates(config: RunConfig) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -50,27 +50,30 @@ for _reads in (_Loader, _FastLoader, _Dumper):
 
 
 def read_yaml(how: Callable[..., Any], text: str) -> Any:
-    """`how`, yaml.load or yaml.compose, of a document. yaml.YAMLError when it is none, and for an anchor inside itself."""
+    """`how`, yaml.load or yaml.compose, of a document. yaml.YAMLError when it is none, and for an anchor inside itself.
+
+    What an anchor names is a copy wherever it is used: settings are changed in place, and one place must not change another.
+    """
     try:
         try:
             found = how(text, Loader=_FastLoader)
         except yaml.YAMLError:
             found = how(text, Loader=_Loader)
-        _check_finite(found, (), set())
+        return _apart(found)
     except RecursionError:
         raise yaml.MarkedYAMLError(problem="it is nested too deeply") from None
-    return found
 
 
-def _check_finite(part: Any, above: tuple[int, ...], seen: set[int]) -> None:
+def _apart(part: Any, above: tuple[int, ...] = ()) -> Any:
+    """A copy in which no mapping or list stands at two places. (copy.deepcopy keeps them shared.)"""
+    if not isinstance(part, dict | list):
+        return part
     if id(part) in above:
         raise yaml.MarkedYAMLError(problem="an anchor is used inside what it names")
-    inner = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
-    if id(part) not in seen:
-        for one in inner:
-            _check_finite(one, (*above, id(part)), seen)
-        if inner:
-            seen.add(id(part))
+    inner = (*above, id(part))
+    if isinstance(part, dict):
+        return {key: _apart(one, inner) for key, one in part.items()}
+    return [_apart(one, inner) for one in part]
 
 
 def write_yaml(tree: Any, **how: Any) -> str:
@@ -180,6 +183,20 @@ def apply_override(tree: dict[str, Any], override: str, marks: Marks | None = No
         for depth in range(1, len(path) + 1):  # sections that no file has are marked as written by this override
             if depth == len(path) or path[:depth] not in marks:
                 marks[path[:depth]] = f"override {override!r}"
+
+
+def set_by(override: str) -> list[list[str]]:
+    """The keys of each setting that `key.path=value` gives: several, where its value is a section. UserError as `apply_override`."""
+    value: Any = {}
+    apply_override(value, override)
+    keys = override.partition("=")[0].strip().split(".")
+    for key in keys:
+        value = value[key]
+    found = [(keys, value)]
+    for path, given in found:  # grows while it is walked
+        if isinstance(given, Mapping):
+            found += [([*path, str(key)], inner) for key, inner in given.items()]
+    return [path for path, given in found if not (isinstance(given, Mapping) and given)]
 
 
 def types_within(annotation: Any) -> Iterable[Any]:

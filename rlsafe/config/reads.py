@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from rlsafe.config.errors import UserError
 from rlsafe.config.loading import dotted_key
-from rlsafe.config.overrides import apply_override
+from rlsafe.config.overrides import set_by
 from rlsafe.config.schema import EvaluateConfig, RunConfig
 from rlsafe.config.undone import keys_of
 
@@ -22,34 +21,26 @@ ASKING = (
 )
 
 
-def check_read(overrides: Iterable[str], read: Sequence[str], who: str) -> None:
+AT_THE_END = ("cue", "cues", "cue_limit", "cue_samples", "scale", "benign", "benign_limit")
+"""Settings of `evaluate` that only a finished run is asked by."""
+AT_STEPS = (*(f"evaluate.{name}" for name in EvaluateConfig.model_fields if name not in AT_THE_END), *EVALUATION[1:])
+
+
+def check_read(overrides: Iterable[str], read: Sequence[str], who: str, hint: str = "") -> None:
     """UserError for an override, or a part of one of a section, that `who`, which reads the settings or sections `read`, would not
-    notice."""
+    notice. hint: the end of the line; by default the setting that was meant, or all that are read."""
     for override in overrides:
         keys = keys_of(override)
         if keys[0] not in RunConfig.model_fields:
             continue
-        settings = _set_by(override, keys)
+        settings = set_by(override)
         unread = [one for one in settings if not _is_read(one, read)]
         if unread:
             other = "--out" if keys == ["out"] else read_as(unread[0][-1], read)
-            hint = f"did you mean {other!r}?" if other else f"expected a setting of {', '.join(read)}"
+            meant = f"did you mean {other!r}?" if other else f"expected a setting of {', '.join(read)}"
             part = " in part" if len(unread) < len(settings) else ""
             name = ".".join(unread[0])
-            raise UserError(f"override {override!r} has no effect{part}: {who} does not read {name}; {hint}")
-
-
-def _set_by(override: str, keys: Sequence[str]) -> list[list[str]]:
-    """The keys of each setting that an override gives: several, where its value is a section."""
-    value: Any = {}
-    apply_override(value, override)
-    for key in override.partition("=")[0].strip().split("."):
-        value = value[key]
-    found = [(list(keys), value)]
-    for path, given in found:  # grows while it is walked
-        if isinstance(given, Mapping):
-            found += [([*path, str(key)], inner) for key, inner in given.items()]
-    return [path for path, given in found if not (isinstance(given, Mapping) and given)]
+            raise UserError(f"override {override!r} has no effect{part}: {who} does not read {name}; {hint or meant}")
 
 
 def read_as(name: str, read: Sequence[str]) -> str:

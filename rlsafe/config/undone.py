@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rlsafe.config.errors import UserError
+from rlsafe.config.overrides import set_by
 
 OF_THE_ARMS = ("schedule", "evaluate", "track", "checkpoint", "defenses", "rewards")
 """Settings whose overrides are meant for the arms, and do not reach a shared warm-up."""
@@ -32,20 +33,26 @@ def keys_of(override: str) -> list[str]:
 
 
 def check_twice(overrides: Iterable[str], for_cells: Iterable[str]) -> None:
-    """UserError for an override that another one undoes: `batch.sft_rows=16` is applied to every cell, after
-    `paths.sft.batch.sft_rows=8`, in whichever order they were given."""
+    """UserError for an override that another one undoes, all or a part of it: `batch.sft_rows=16` is applied to every cell, after
+    `paths.sft.batch.sft_rows=8` or `paths.sft.batch={sft_rows: 8}`, in whichever order they were given."""
     last = {tuple(keys_of(override)): override for override in for_cells}
     for override in overrides:
-        keys = keys_of(override)
-        before, wins = next((one for start, one in _SECTIONS.items() if tuple(keys[: len(start)]) == start), (0, ()))
-        setting = keys[before:] if before else []
-        for length in range(1, len(setting) + 1):
-            other = last.get(tuple(setting[:length]))
-            if other is not None and setting[0] not in wins:
-                raise UserError(
-                    f"override {override!r} has no effect beside {other!r}, which is applied last to every cell; expected run.{other} "
-                    "for a value that other sections may change"
-                )
+        others = [_after(keys, last) for keys in set_by(override)]
+        if other := next(filter(None, others), None):
+            part = "" if all(others) else " in part"
+            raise UserError(
+                f"override {override!r} has no effect{part} beside {other!r}, which is applied last to every cell; "
+                f"expected run.{other} for a value that other sections may change"
+            )
+
+
+def _after(keys: Sequence[str], last: Mapping[tuple[str, ...], str]) -> str | None:
+    """Of the overrides `last`, by their keys, the one that takes the place of a setting of a section; None for other settings."""
+    before, wins = next((one for start, one in _SECTIONS.items() if tuple(keys[: len(start)]) == start), (0, ()))
+    setting = keys[before:] if before else []
+    if not setting or setting[0] in wins:
+        return None
+    return next(filter(None, (last.get(tuple(setting[: n + 1])) for n in range(len(setting)))), None)
 
 
 def check_grid(overrides: Iterable[str], grid: Mapping[str, Sequence[Any]]) -> None:

@@ -13,7 +13,7 @@ from rlsafe.compare.grid.cells import Arms, Cell, Entries, Swept
 from rlsafe.compare.grid.same_runs import check_same_runs
 from rlsafe.compare.grid.selection import Selection
 from rlsafe.config import CompareConfig, RunConfig, StreamConfig, UserError, apply_override, nearest
-from rlsafe.config.loading import own_rates
+from rlsafe.config.loading import own_rates, rate_given
 from rlsafe.defenses import build as build_defenses
 from rlsafe.defenses import load_module, names
 from rlsafe.defenses.registry import find, parse
@@ -196,15 +196,15 @@ def check_rates(config: CompareConfig, cells: Sequence[Cell]) -> None:
     kind = "narrow" if config.narrow else "benign"
     own = {cell.path: own_rates(cell.config) for cell in cells if cell.kind == kind}
     deaf = {path: rates for path, rates in own.items() if rates}
-    given = [one for one in config.overrides if one.partition("=")[0].strip() == "optim.lr"]
+    given = rate_given(config.overrides)
     if (given and deaf and len(deaf) == len(own)) or ("optim.lr" in config.grid and deaf):
         path, rates = next(iter(deaf.items()))
-        what = f"override {given[0]!r}" if given else "grid: 'optim.lr'"
+        what = given or "grid: 'optim.lr' has no effect"
         has_phases = "phases" in (config.paths.get(path, {}).get("schedule") or {})
         section = "benign.paths" if kind == "benign" else "paths"
         section = f"{section}.{path}." if has_phases or kind == "benign" else "run."
         expected = ", ".join(f"{section}{rate}" for rate in rates)
-        raise UserError(f"{what} has no effect on path {path!r}: each phase has its own rate; expected {expected}")
+        raise UserError(f"{what} on path {path!r}: each phase has its own rate; expected {expected}")
 
 
 def _narrow(arms: Arms, path: str, seed: int, chosen: Chosen, relapse: int) -> list[Cell]:

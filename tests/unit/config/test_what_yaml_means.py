@@ -69,6 +69,35 @@ def test_an_anchor_inside_itself_is_one_line(load, tmp_path):
     assert len(load("", "rewards=[&r {fn: 'a.py:f'}, *r]").rewards) == 2, "used twice is no circle"
 
 
+TWICE = "schedule: {steps: 9, phases: [&ph {cycle: [sft], steps: 5}, *ph]}"
+
+
+@pytest.mark.parametrize("given", [f"\n{TWICE}\n", ""], ids=["in the file", "on the command line"])
+def test_an_override_of_what_an_anchor_names_changes_one_place(load, tiny_tree, given):
+    del tiny_tree["schedule"]
+    first = [] if given else [TWICE.replace(": {", "={", 1)]
+    phases = load(given, *first, "schedule.phases.0.lr=1e-3").schedule.phases
+    assert [phase.lr for phase in phases] == [1e-3, None] and phases[1].steps == 5
+
+
+def test_an_include_that_an_anchor_names_is_read_wherever_it_is_used(load, tiny_tree, tmp_path):
+    del tiny_tree["data"]
+    (tmp_path / "rows.yaml").write_text("source: given.jsonl\nlimit: 7\n")
+    data = load("\ndata:\n  narrow: &rows {include: rows.yaml}\n  safe: *rows\n  benign: {<<: *rows, limit: 3}\n").data
+    assert [one and (one.source, one.limit) for one in (data.narrow, data.safe, data.benign)] == [
+        ("given.jsonl", 7), ("given.jsonl", 7), ("given.jsonl", 3),
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="override 'data.safe.limit=x'"):
+        load("\ndata: {narrow: &rows {include: rows.yaml}, safe: *rows}\n", "data.safe.limit=x")
+    (tmp_path / "rows.yaml").write_text("limit: x\n")
+    with pytest.raises(UserError, match=r"rows.yaml:1: data.safe.limit"):
+        load(
+            "\ndata:\n  narrow: {source: given.jsonl}\n  benign: {include: rows.yaml, limit: 1}\n  safe: {<<: {include: rows.yaml}}\n"
+        )
+    with pytest.raises(UserError, match=r"run.yaml: include takes file names"):
+        load("\ndata: {safe: {<<: {include: 7}}}\n")
+
+
 @pytest.mark.parametrize("value", ["", "7", "{a: b}", "[x.yaml, 7]"])
 def test_an_include_that_is_no_file_is_one_line(tmp_path, value):
     (tmp_path / "x.yaml").write_text("seed: 1\n")
@@ -121,3 +150,5 @@ def test_a_rate_that_every_phase_overrules_is_refused(load):
     assert load("", two, "optim.lr=1e-5").optim.lr == 1e-5  # the first phase reads it
     with pytest.raises(UserError, match=r"'optim.lr=1e-5' has no effect.*schedule.phases.0.lr \(0.002\)"):
         load("", "schedule.phases=[{cycle: [sft], lr: 2e-3}]", "optim.lr=1e-5")
+    with pytest.raises(UserError, match=r"'optim={lr: 1e-5, eps: 1e-6}' has no effect in part: each phase"):
+        load("", "schedule.phases=[{cycle: [sft], lr: 2e-3}]", "optim={lr: 1e-5, eps: 1e-6}")
