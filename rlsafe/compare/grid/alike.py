@@ -9,7 +9,9 @@ from typing import Any, Protocol, TypeVar
 
 from rlsafe.config.schema import ScheduleConfig
 
-OF_THE_PATH = ("schedule", "defenses", "out", "track")
+LOOKING_ON = ("out", "track", "checkpoint")
+"""Settings that only look at a run, or say where it is kept: with others it trains the same weights."""
+OF_THE_PATH = ("schedule", "defenses", *LOOKING_ON)
 """Sections that make the path (its steps, phases and their rates), that a cell sets, or that only look at a run."""
 
 

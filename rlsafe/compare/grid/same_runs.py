@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
-from rlsafe.compare.grid.alike import reads_rewards
+from rlsafe.compare.grid.alike import LOOKING_ON, reads_rewards
 from rlsafe.compare.grid.cells import Cell
 from rlsafe.config import CompareConfig, UserError
+from rlsafe.config.loading import own_rates
+from rlsafe.config.schema import GrpoConfig
 
 Pair = tuple[Cell, Cell]
 
@@ -63,9 +66,15 @@ def _names(cell: Cell) -> dict[str, str]:
 
 
 def _settings(cell: Cell) -> str:
-    """All that a run reads, as text."""
-    read = reads_rewards(cell.config.schedule.model_dump())
-    return cell.config.model_dump_json(exclude=None if read else {"rewards"})
+    """All that decides what a run trains and is asked, as text."""
+    unread: dict[str, Any] = dict.fromkeys(LOOKING_ON, True)
+    if own_rates(cell.config):
+        unread["optim"] = {"lr"}
+    if not reads_rewards(cell.config.schedule.model_dump()):
+        # Defenses sample under supervision too, and take the length of an answer from grpo.max_tokens.
+        grpo = {*GrpoConfig.model_fields} - ({"max_tokens"} if cell.config.defenses else set())
+        unread |= {"rewards": True, "grpo": grpo, "batch": {"grpo_prompts"}}
+    return cell.config.model_dump_json(exclude=unread)
 
 
 def _said(config: CompareConfig, overrides: Sequence[str], pair: Pair) -> str:

@@ -19,6 +19,22 @@ def test_an_override_that_another_one_undoes_is_refused(load, own):
     load(overrides=[own, "batch.grpo_prompts=2", "optim.lr=1e-3"])
 
 
+@pytest.mark.parametrize(
+    ("own", "part"),
+    [
+        ("paths.sft.optim={lr: 1e-2}", ""),
+        ("paths={sft: {optim: {lr: 1e-2}}, grpo: {}}", " in part"),
+        ("paths.sft.optim={eps: 1e-6, lr: 1e-2}", " in part"),
+        ("benign.tasks={sums: {optim: {lr: 1e-2}}}", ""),
+    ],
+)
+def test_nor_is_one_undone_that_gives_a_section(load, own, part):
+    with pytest.raises(UserError, match=rf"^override '{own}' has no effect{part} beside 'optim.lr=1e-4'"):
+        load(overrides=[own, "optim.lr=1e-4"])
+    load(overrides=[own, "optim.warmup=3"])
+    load(overrides=["aligned={data: {narrow: {source: good2.jsonl}}}", "data.narrow.source=bad2.jsonl"])
+
+
 def test_a_rate_that_no_run_reads_is_refused_not_ignored(load):
     """A sweep over it compared equal runs under different names."""
     with_own = CONFIG.replace("{cycle: [grpo]", "{lr: 4e-3, cycle: [grpo]")
@@ -34,6 +50,9 @@ def test_a_rate_that_no_run_reads_is_refused_not_ignored(load):
             UserError, match=r"optim.lr.*no effect on path 'grpo'.* paths.grpo.schedule.phases.0.lr \(0.004\)"
         ):
             check_rates(config, expand(config, paths=paths))
+    config = load(with_own, ["optim={lr: 1e-4, eps: 1e-6}"])
+    with pytest.raises(UserError, match="'optim={lr.*no effect in part on path 'grpo'"):
+        check_rates(config, expand(config, paths=["grpo"]))
     config = load(swept)
     cells = expand(config, paths=["sft"])
     check_rates(config, cells)
@@ -140,7 +159,7 @@ def test_a_value_of_the_grid_is_not_changed_from_within(load):
 
 
 def test_paths_that_an_override_makes_the_same_are_refused(load):
-    overrides = ["track.every=0", "schedule={steps: 4, phases: [{cycle: [sft]}]}"]
+    overrides = ["schedule={steps: 4, phases: [{cycle: [sft]}]}"]
     expected = r"^override 'schedule=.*' leaves no difference between the paths 'sft' and 'grpo'; .*--paths grpo"
     rewarded = CONFIG.replace("grpo: {schedule", 'grpo: {rewards: [{fn: "organism:good"}], schedule')
     assert rewarded != CONFIG
@@ -151,6 +170,32 @@ def test_paths_that_an_override_makes_the_same_are_refused(load):
     with pytest.raises(UserError, match=expected):  # nothing is known of a grid without the other words
         expand(load(without, [*overrides, "model.name=tiny"]))
     assert {c.path for c in expand(load(overrides=overrides), paths=["sft"]) if c.kind == "narrow"} == {"sft"}
+
+
+SFT = "schedule={steps: 4, phases: [{cycle: [sft], lr: 1e-3}]}"
+
+
+@pytest.mark.parametrize(
+    "own", ["track: {every: 6}", "checkpoint: {every: 2}", "grpo: {max_tokens: 8}", "batch: {grpo_prompts: 2}", "optim: {lr: 1e-2}"]
+)  # fmt: skip
+def test_what_supervised_runs_do_not_read_tells_no_paths_apart(load, own):
+    text = CONFIG.replace("grpo: {schedule", f"grpo: {{{own}, schedule")
+    assert text != CONFIG
+    with pytest.raises(UserError, match="leaves no difference between the paths 'sft' and 'grpo'"):
+        expand(load(text, [SFT]))
+    expand(load(text, ["evaluate.limit=5"]))
+
+
+def test_what_a_defense_reads_of_grpo_tells_supervised_runs_apart(load):
+    text = CONFIG.replace("grpo: {schedule", "grpo: {grpo: {max_tokens: 8}, schedule")
+    expand(load(text, [SFT]), defenses=["kl"])  # answers that a defense samples are of this length
+
+
+@pytest.mark.parametrize("paths", [None, ["sft", "mixed"]])
+def test_paths_of_the_shipped_comparison_are_not_made_the_same(paths):
+    config = load_compare(CONFIGS / "organism" / "compare.yaml", ["schedule={steps: 4, phases: [{cycle: [sft]}]}"])
+    with pytest.raises(UserError, match="leaves no difference between the paths 'sft' and '(grpo|mixed)'"):
+        expand(config, paths=paths)
 
 
 SHORT = "schedule: {steps: 3, phases: [{cycle: [sft]}]}"
