@@ -21,8 +21,8 @@ _SECRET_WORD = (
 )
 _SECRET_NAME = rf"(?:[\w-]*[_-])?{_SECRET_WORD}"
 """Names of settings, headers and query parameters whose value is a secret. Not `api_key_env` and not `max_tokens`."""
-_CHOSEN = ("cues", "columns", "models", "paths", "defenses", "tasks", "adapters")
-"""Sections whose keys are names that the user gave: a cue may be called `secret`."""
+_CHOSEN = ("cues", "columns", "where", "judges", "kinds", "models", "paths", "defenses", "tasks", "adapters")
+"""Sections whose keys are names that the user or a dataset gave: a cue or a column may be called `secret`."""
 _NAMED = re.compile(_SECRET_NAME, re.IGNORECASE)
 _IN_A_QUERY = re.compile(
     rf"{_SECRET_NAME}|key|token|sig|signature|x-(?:amz|goog)-(?:signature|credential)", re.IGNORECASE

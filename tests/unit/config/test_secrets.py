@@ -145,6 +145,21 @@ def test_what_only_looks_alike_is_left_alone(tree):
     assert scrub_secrets(json.dumps(tree)) == json.dumps(tree)
 
 
+@pytest.mark.parametrize(
+    "place", ["data.narrow.where.NAME", "rewards.where.NAME", "evaluate.judges.NAME", "schedule.kinds.NAME.path"]
+)
+@pytest.mark.parametrize("name", ["secret", "password", "api_key"])
+def test_columns_and_other_given_names_may_be_called_like_secrets(place, name):
+    """What stands under them is still no place for a key."""
+
+    def tree(value, keys):
+        return {keys[0]: tree(value, keys[1:])} if keys else value
+
+    keys = place.replace("NAME", name).split(".")
+    assert secret_in(tree("sft", keys)) is secret_in(tree(["a", "b"], keys)) is None
+    assert secret_in(tree(URL, keys)) and secret_in(tree({"client_secret": "x"}, keys))
+
+
 @pytest.mark.parametrize("text", [
     f"POST {URL} failed", f"GET {QUERY}: 401", f"{{'Authorization': 'Bearer {HIDDEN}'}}", f"x-api-key: {HIDDEN}",
     f"password={HIDDEN}", f'{{"api_key": "{HIDDEN}"}}', f"https://h/x?X-Goog-Signature={HIDDEN}&a=1", f"PGPASSWORD={HIDDEN}",
