@@ -120,6 +120,16 @@ def read_whole(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None if path.is_file() else {}
 
 
+def run_record(run: Path) -> dict[str, Any]:
+    """A run's run.json, {} when there is none. UserError when it is damaged."""
+    file = run / "run.json"
+    if (record := read_whole(file)) is None:
+        raise UserError(
+            f"{file}: empty or damaged, as after a crash or on a full disk; go on with rlsafe train --resume"
+        )
+    return record
+
+
 def read_lines(path: Path, holding: str = "") -> list[Any]:
     """The values of a .jsonl file, or of those lines that hold a text; [] when there is no such file. An end that is no line (cut
     short, or NULs) is left out, with a warning; UserError that names a line that is not JSON where others follow."""
