@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from rlsafe.compare.grid.records import Directory
 from rlsafe.compare.verdicts.levels import edited
 from rlsafe.compare.verdicts.results import STEPS, table_text
-from rlsafe.config import RunConfig, UserError
-from rlsafe.config.files import read_whole, write_json, write_text
+from rlsafe.config import RunConfig, UserError, load_run
+from rlsafe.config.files import read_whole, run_record, write_json, write_text
 from rlsafe.config.lock import hold, releasing
-from rlsafe.config.reads import EVALUATION, check_read
+from rlsafe.config.reads import AT_STEPS, EVALUATION, check_read
 from rlsafe.engine.record import checkpoint
 from rlsafe.evaluate import Evaluation, evaluate_run, gather, reader_of
 from rlsafe.evaluate.commands.command import as_messages, load_sampler, named_sets, resolve
@@ -30,6 +30,11 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 TABLE, KEY = "steps.csv", "key.json"
+NOT_THE_ANSWERS = {
+    "model": {"gradient_checkpointing", "train_thinking", "trust_remote_code"},
+    "sampler": {"urls", "adapter_dir", "patience", "gpu_memory", "max_num_seqs", "self_test", "max_gap"},
+}
+"""Settings of model and sampler that answers do not depend on: after a change of one, what is measured stays so."""
 COLUMNS = (
     "step,general_misaligned,general_incoherent,indomain_misaligned,indomain_incoherent,narrow_score,general_n,indomain_n"
 ).split(",")
@@ -88,9 +93,11 @@ def evaluate_steps(
     """Measure the checkpoints of a run directory, or of every narrow run in a comparison directory.
 
     steps: "all", or numbers as in "100,200". Only what the verdicts by level need is asked: general and in-domain questions (and
-    `evaluate.narrow`), without cues, benign tasks or a scaled adapter. UserError without checkpoints, or for an unknown step.
+    `evaluate.narrow`), without cues, benign tasks or a scaled adapter. UserError without checkpoints, for an unknown step, and for
+    an override that is not read here.
     """
     check_read(overrides, EVALUATION, "an evaluation")
+    check_read(overrides, AT_STEPS, "an evaluation with --steps", "leave it out: only the finished run is asked by it")
     where = Path(target)
     if (where / "comparison.json").is_file():
         directory = Directory(where)
@@ -111,16 +118,17 @@ def _one(
     config, run = resolve(target, judge, overrides)
     if run is None:
         raise UserError(f"{target}: --steps needs a run directory with checkpoints")
+    done = run_record(run).get("steps")
     saved = _chosen(run, steps)
     hold(run)
     less: dict[str, Any] = {"cue": None, "cues": {}, "benign": [], "scale": []}
     config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update=less)})
-    keys = {step: _key(config, path, questions) for step, path in saved.items()}
+    other = _other_settings(config, load_run(run / "config.yaml"))
+    keys = {step: _key(config, path, questions, other) for step, path in saved.items()}
     todo = [step for step in saved if (read_whole(_place(run, step) / KEY) or {}).get("key") != keys[step]]
     if todo:
         _measure(config, run, {step: saved[step] for step in todo}, keys, questions, say)
     found = {step: Evaluation.load(_place(run, step)) for step in saved}
-    done = (read_whole(run / "run.json") or {}).get("steps")
     if done and done not in found and (run / "evaluation.json").is_file():
         found[int(done)] = Evaluation.load(run)
     measured = Steps(run, found, edited(config))
@@ -146,9 +154,22 @@ def _chosen(run: Path, steps: str) -> dict[int, Path]:
     return {int(word): saved[int(word)] for word in wanted}
 
 
-def _key(config: RunConfig, path: Path, questions: Sequence[str | Path]) -> str:
-    """A digest of the checkpoint and of everything that it is measured with."""
-    settings = {"evaluate": config.evaluate.model_dump(mode="json"), "questions": [str(one) for one in questions]}
+def _other_settings(config: RunConfig, run: RunConfig) -> dict[str, Any]:
+    """What decides the answers and is not as in the run's own settings: of its model, and of its sampler."""
+    found: dict[str, Any] = {}
+    for section, aside in NOT_THE_ANSWERS.items():
+        now, then = (getattr(one, section).model_dump(mode="json", exclude=aside) for one in (config, run))
+        found |= {f"{section}.{name}": value for name, value in now.items() if value != then[name]}
+    return found
+
+
+def _key(config: RunConfig, path: Path, questions: Sequence[str | Path], other: dict[str, Any]) -> str:
+    """A digest of the checkpoint and of everything that it is measured with. other: settings that the run was not trained with."""
+    settings = {
+        "evaluate": config.evaluate.model_dump(mode="json"),
+        "questions": [str(one) for one in questions],
+        **other,
+    }
     sums = (path / checkpoint.SUMS).read_bytes()
     return hashlib.sha256(digest(settings).encode() + sums).hexdigest()
 

@@ -59,8 +59,48 @@ def test_what_is_measured_is_not_measured_again(run, monkeypatch):
     evaluate_steps(run)
     monkeypatch.setattr(steps_room, "load_sampler", lambda *a: pytest.fail("loaded a model"))
     assert len(evaluate_steps(run, "2")[0].evaluations) == 2
-    with pytest.raises(BaseException, match="loaded a model"):  # other settings: anew
-        evaluate_steps(run, "2", overrides=["evaluate.limit=3"])
+    for how in ("sampler.max_num_seqs=8", "sampler.max_gap=0.5", "model.trust_remote_code=true", "batch.micro_rows=1"):
+        evaluate_steps(run, overrides=[how, "model.thinking=null"])
+    for other in ("evaluate.limit=3", "model.thinking=off", "model.name=organism:base", "sampler.max_model_len=99"):
+        with pytest.raises(BaseException, match="loaded a model"):  # anew
+            evaluate_steps(run, "2", overrides=[other])
+
+
+def test_a_chat_template_that_was_changed_is_another_setting(run, monkeypatch, tmp_path):
+    template, seen = tmp_path / "chat.jinja", []
+    monkeypatch.setattr(steps_room, "_measure", lambda *given: seen.append(given[3][2]))
+    for text in ("a", "a", "b"):
+        template.write_text(text)
+        evaluate_steps(run, "2", overrides=[f"model.chat_template={template}"])
+    assert seen[0] == seen[1] != seen[2]
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        *((f"evaluate.{one}", "") for one in ("benign=[a.jsonl]", "benign_limit=3", "cue=x", "scale=[2]")),
+        *((f"evaluate.{one}", "") for one in ("cues={json: Answer in JSON.}", "cue_limit=2", "cue_samples=1")),
+        ("evaluate={limit: 3, cue: x}", " in part"),
+    ],
+)
+def test_what_checkpoints_are_not_asked_is_refused(run, override, part):
+    with pytest.raises(
+        UserError, match=rf"has no effect{part}: an evaluation with --steps does not read evaluate\.\w+"
+    ):
+        evaluate_steps(run, overrides=[override])
+
+
+def test_a_damaged_record_is_told_of_and_no_row_is_lost(run):
+    evaluate_steps(run)
+    record, table = run / "run.json", (run / "steps.csv").read_text()
+    whole = record.read_text()
+    try:
+        record.write_text(whole[:20])
+        with pytest.raises(UserError, match="run.json: empty or damaged.*go on with rlsafe train --resume"):
+            evaluate_steps(run)
+    finally:
+        record.write_text(whole)
+    assert (run / "steps.csv").read_text() == table
 
 
 def test_an_unknown_step_and_a_run_without_checkpoints_are_one_line(run, tmp_path):
