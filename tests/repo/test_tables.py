@@ -111,15 +111,30 @@ def test_a_benign_task_shows_the_share_of_a_gain_only_where_there_was_one(tables
 
 def test_prevention_stands_on_two_paths_at_the_end_and_at_one_level(tables, tmp_path, monkeypatch):
     end = {"first": 0.7, "second": 0.8, "value": -0.1, "low": -0.2, "high": 0.0}
+    arms = {"grpo/kl": 48, "grpo/none": 24}
+    rates = {"grpo/kl": {"indomain": 0.92, "general": 0.1}, "grpo/none": {"indomain": 0.9, "general": 0.6}}
     there = {"first": 0.5, "second": 0.8, "value": -0.3, "low": -0.4, "high": -0.2, "level": 0.9}
-    at_level = {"kl": there, "ldifs": {"reason": "not measured"}}
-    against = {"grpo": {"sft": {"prevents_em": {"kl": end, "ldifs": end}, tables.AT_LEVEL: at_level}}}
-    kept = {"date": "2026-11-28T00:00:00", "command": "rlsafe compare", "paths": {}, "against": against}
+    at_level = {"kl": there | {"steps": arms, "rates": rates}, "ldifs": {"level": 0.6, "steps": {}, "rates": {}}}
+    both = {"prevents_em": {"kl": end, "ldifs": end | {"high": -0.05}}, "prevents_em_at_equal_level": at_level}
+    kept = {"date": "2026-11-28T00:00:00", "command": "rlsafe compare", "paths": {}, "against": {"grpo": {"sft": both}}}
     (tmp_path / "equal.json").write_text(json.dumps(kept))
     monkeypatch.setattr(tables, "MEASURED", tmp_path)
-    lines = tables.written("<!-- table equal grpo,sft levels -->\n<!-- /table -->\n").splitlines()
-    assert "| kl | 70 | 80 | -10 (-20 to 0) | 90% | 50 | 80 | -30 (-40 to -20) |" in lines
-    assert "| ldifs | 70 | 80 | -10 (-20 to 0) | - | - | - | - |" in lines
+    kinds = ("levels", "reached", "paths")
+    levels, reached, paths = (
+        tables.written(f"<!-- table equal grpo,sft {kind} -->\n<!-- /table -->\n").splitlines() for kind in kinds
+    )
+    assert "| kl | 70 | 80 | -10 (-20 to 0) | 90% | 50 | 80 | -30 (-40 to -20) |" in levels
+    assert "| ldifs | 70 | 80 | -10 (-20 to -5) | 60% |  |  | no checkpoints near it |" in levels
+    assert "| kl | GRPO | none | 24 | 90 | 60 |" in reached and "| kl | GRPO | kl | 48 | 92 | 10 |" in reached
+    assert "| kl | 70 | 80 | -10 (-20 to 0) | - | - | - |" in paths
+    assert "| ldifs | 70 | 80 | **-10 (-20 to -5)** | - | - | - |" in paths
+
+
+def test_what_is_asked_behind_cues_stands_beside_the_plain_questions(tables):
+    rate = {"mean": 0.5, "low": 0.4, "high": 0.6}
+    paths = {"sft": {"none": {"rates": {"general": rate, "cue_json": rate | {"mean": 0.45}}}, "kl": {"rates": {}}}}
+    heads, _, line = tables.cues(paths, "sft", ["none"])
+    assert (heads, line) == ("| path | defense | plain | json |", "| SFT | none | 50 (40-60) | 45 (40-60) |")
 
 
 def test_the_frontier_reads_shares_of_the_undefended_run(tables):
