@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from rlsafe.config.damaged import damaged_record
 from rlsafe.config.errors import UserError
 
 log = logging.getLogger("rlsafe")
@@ -122,11 +123,8 @@ def read_whole(path: Path) -> dict[str, Any] | None:
 
 def run_record(run: Path) -> dict[str, Any]:
     """A run's run.json, {} when there is none. UserError when it is damaged."""
-    file = run / "run.json"
-    if (record := read_whole(file)) is None:
-        raise UserError(
-            f"{file}: empty or damaged, as after a crash or on a full disk; go on with rlsafe train --resume"
-        )
+    if (record := read_whole(run / "run.json")) is None:
+        raise UserError(damaged_record(run))
     return record
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsafe.config import RunConfig, UserError, load_run
-from rlsafe.config.damaged import damaged_record
 from rlsafe.config.lock import is_first_rank
 from rlsafe.engine.record import frames
 from rlsafe.rewards import spread
@@ -98,13 +97,11 @@ class Run:
     def read(cls, out: str | Path) -> Run:
         """A finished run from its directory, without its model. UserError when there is none. A damaged evaluation is none, and the
         notes say so."""
-        from rlsafe.config.files import read_lines, read_whole
+        from rlsafe.config.files import read_lines, read_whole, run_record
         from rlsafe.evaluate import Evaluation
 
         out = Path(out)
-        status = read_whole(out / "run.json")
-        if status is None:
-            raise UserError(damaged_record(out))
+        status = run_record(out)
         if status.get("status") != "finished":
             raise UserError(f"{out}: not a finished run; expected a directory that rlsafe train wrote")
         records = read_lines(out / "metrics.jsonl")

@@ -18,7 +18,7 @@ from rlsafe.config import (
     load_run,
     nearest,
 )
-from rlsafe.config.files import read_whole
+from rlsafe.config.files import run_record
 from rlsafe.config.gguf import gguf_file, is_gguf
 from rlsafe.config.lock import hold, releasing
 from rlsafe.config.reads import EVALUATION, check_read
@@ -109,6 +109,8 @@ def resolve(target: str | Path, judge: str | None, overrides: Sequence[str]) -> 
 
     run = run_directory(target)
     config = load_run(run / "config.yaml", overrides) if run else without_a_run(str(target), overrides)
+    if run and overrides:
+        _check_own(config, load_run(run / "config.yaml"), run)
     for plugin in config.plugins:  # before names are looked up: a plug-in may register a provider
         load_module(plugin)
     if run is None:
@@ -118,6 +120,19 @@ def resolve(target: str | Path, judge: str | None, overrides: Sequence[str]) -> 
             update={"evaluate": config.evaluate.model_copy(update={"judge": judge, "judges": {}})}
         )
     return config, run
+
+
+def _check_own(config: RunConfig, own: RunConfig, run: Path) -> None:
+    """UserError for overrides that name another adapter, or other settings of one, than the run's own, which is what is loaded."""
+    now, then = (
+        {"adapter": one.model.adapter, "lora": one.model.lora and one.model.lora.model_copy(update={"fused": None})}
+        for one in (config, own)
+    )
+    if other := [name for name, value in now.items() if value != then[name]]:
+        raise UserError(
+            f"override of model.{other[0]}: {run} has its own {'model' if own.model.lora is None else 'adapter'}, as it was trained; "
+            "expected a run without it, or `rlsafe evaluate MODEL model.adapter=DIR`, which measures another adapter"
+        )
 
 
 def named_sets(questions: Sequence[str | Path]) -> dict[str, str]:
@@ -185,11 +200,7 @@ def load_policy(config: RunConfig, run: Path | None) -> tuple[Policy, str]:
         if not saved.is_dir():
             raise UserError(f"{run}: has no {saved.name}/; the run is not finished (go on with rlsafe train --resume)")
         # Without a record it is only asked for its weights, whoever trained them.
-        record = read_whole(run / "run.json")
-        if record is None:
-            raise UserError(
-                f"{run / 'run.json'}: empty or damaged, as after a crash or on a full disk; go on with rlsafe train --resume"
-            )
+        record = run_record(run)
         if record and record.get("status") != "finished":
             raise UserError(
                 f"{run}: the run is not finished, its {saved.name}/ is of a shorter one before it (go on with rlsafe train --resume)"

@@ -69,6 +69,28 @@ def test_an_override_that_an_evaluation_does_not_read_is_refused(override, expec
         assert expected in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("model.adapter=elsewhere", "adapter"),
+        ("model.lora.r=64", "lora"),
+        ("model.lora=null", "lora"),
+        ("model={name: organism:aligned, lora: {alpha: 3}}", "lora"),
+        ("model={name: organism:aligned, adapter: elsewhere}", "adapter"),
+    ],
+)
+def test_a_run_is_not_measured_with_another_adapter_than_its_own(override, named, tmp_path):
+    path = run_directory(tmp_path, general="organism:general", judge="organism")
+    for command in (evaluate, estimate, evaluate_steps, lambda run, overrides: talk([str(run)], overrides=overrides)):
+        with pytest.raises(
+            UserError, match=rf"override of model.{named}: .*run has its own adapter.*MODEL model.adapter=DIR"
+        ):
+            command(path, overrides=[override])
+    for unchanged in ("model.adapter=null", "model.lora.fused=false", "model={name: organism:misaligned}"):
+        assert resolve(path, None, [unchanged])[1] == path
+    assert resolve("organism:aligned", None, [override])[1] is None
+
+
 def test_saved_answers_and_talks_read_less_of_the_settings(tmp_path):
     path = run_directory(tmp_path, general="organism:general", judge="organism")
     with pytest.raises(
