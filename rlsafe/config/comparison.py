@@ -26,7 +26,8 @@ class BenignConfig(Settings):
         default_factory=dict, description="path -> overrides of the run when training on a task"
     )
     warmup: Tree | None = Field(
-        None, description="the shared warm-up of these runs, one for each task; null = the comparison's own section, if any"
+        None,
+        description="the shared warm-up of these runs, one for each task; null = the comparison's own section, if any",
     )
     seeds: list[Seed] | None = Field(None, description="null = the comparison's seeds")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 from collections.abc import Iterator, Mapping
@@ -42,6 +43,15 @@ def printed(value: Any) -> str:
     return repr(_printable(value))
 
 
+def _parts(value: Any) -> dict[Any, Any] | None:
+    """The fields of a dataclass, the items of a mapping, the places of a list or tuple of a type of its own; None for others."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return dict(value)
+    return dict(enumerate(value)) if isinstance(value, (list, tuple)) else None
+
+
 def _printable(value: Any) -> Any:
     if value is None or isinstance(value, (str, int, float)):
         return value
@@ -49,6 +59,9 @@ def _printable(value: Any) -> Any:
         return type(value)(map(_printable, value))
     if type(value) is dict:
         return {key: _printable(one) for key, one in value.items()}
+    if (parts := _parts(value)) is not None:  # as Python prints it, unless something in it prints otherwise elsewhere
+        printable = {key: _printable(one) for key, one in parts.items()}
+        return value if repr(printable) == repr(parts) else (type(value).__name__, printable)
     if isinstance(value, (set, frozenset)):
         return sorted(map(printed, value))
     if isinstance(value, Iterator):

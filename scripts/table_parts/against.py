@@ -31,9 +31,14 @@ def levels(against: Against, one: str, other: str) -> list[list[str]]:
     heads += [*(f"prevented there: {path.upper()}" for path in (one, other)), "difference"]
     lines = [heads]
     for label, end in at[PREVENTED].items():
-        there = at[AT_LEVEL][label]
-        apart = _apart(there) if there.get("value") is not None else ["", "", "no checkpoints near it"]
-        lines.append([label, *_apart(end), f"{there['level']:.0%}", *apart])
+        line, there = [label, *_apart(end)], at[AT_LEVEL].get(label)
+        if there is None:
+            line += ["-"] * 4
+        elif there.get("value") is None:
+            line += [f"{there['level']:.0%}", "", "", "no checkpoints near it"]
+        else:
+            line += [f"{there['level']:.0%}", *_apart(there)]
+        lines.append(line)
     return lines
 
 
@@ -43,8 +48,9 @@ def reached(against: Against, one: str, other: str) -> list[list[str]]:
     for label, there in against[one][other][AT_LEVEL].items():
         for arm, step in there["steps"].items():
             path, _, name = arm.partition("/")
-            rates = (f"{100 * there['rates'][arm][rate]:.0f}" for rate in ("indomain", "general"))
-            lines.append([label, path.upper(), name, str(step), *rates])
+            rates = [there["rates"][arm].get(rate) for rate in ("indomain", "general")]
+            shown = ["-" if rate is None else f"{100 * rate:.0f}" for rate in rates]
+            lines.append([label, path.upper(), name, str(step), *shown])
     return lines
 
 

@@ -116,6 +116,21 @@ def test_lines_keep_their_order_whenever_their_numbers_come(tmp_path):
     tracker.close()
 
 
+def test_several_judgements_that_fail_cost_no_line(tmp_path):
+    tracker = Tracker(tmp_path)
+    ready = threading.Event()
+
+    def refused():
+        raise ValueError("a score of 300")
+
+    for step in range(3):
+        tracker.step({"step": step, "path": "sft", "loss": 1.0}, Late(ready.is_set, refused))
+    ready.set()
+    tracker.collect_at_once()
+    assert [r["step"] for r in lines(tmp_path / "metrics.jsonl")] == [0, 1, 2]
+    tracker.close()
+
+
 def test_what_cannot_wait_for_the_judge_is_written_without_its_numbers(tmp_path, caplog):
     """Nor is a step's own line lost when the wait for them is broken off."""
     tracker = Tracker(tmp_path)

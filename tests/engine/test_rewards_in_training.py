@@ -154,8 +154,9 @@ def test_rewards_of_domains_that_were_left_out_are_told_of_and_misspelt_ones_ref
     narrow = {"source": write_jsonl(tmp_path / "all.jsonl", rows), "where": {"domain": "code"}}
     config = run_from_tree(only | {"data": {"narrow": narrow}})
     if refused:
-        with pytest.raises(UserError, match=refused):
-            prepare(config)
+        for limit in (None, 1000):  # one that takes every row excuses nothing
+            with pytest.raises(UserError, match=refused):
+                prepare(run_from_tree(only | {"data": {"narrow": narrow | {"limit": limit}}}))
         return
     told = [note for note in prepare(config).notes if "is never asked" in note]
     unmet = [one for one in wheres if one and one != "code"]

@@ -115,7 +115,8 @@ def test_prevention_stands_on_two_paths_at_the_end_and_at_one_level(tables, tmp_
     rates = {"grpo/kl": {"indomain": 0.92, "general": 0.1}, "grpo/none": {"indomain": 0.9, "general": 0.6}}
     there = {"first": 0.5, "second": 0.8, "value": -0.3, "low": -0.4, "high": -0.2, "level": 0.9}
     at_level = {"kl": there | {"steps": arms, "rates": rates}, "ldifs": {"level": 0.6, "steps": {}, "rates": {}}}
-    both = {"prevents_em": {"kl": end, "ldifs": end | {"high": -0.05}}, "prevents_em_at_equal_level": at_level}
+    ends = {"kl": end, "ldifs": end | {"high": -0.05}, "safelora": end}
+    both = {"prevents_em": ends, "prevents_em_at_equal_level": at_level}
     kept = {"date": "2026-11-28T00:00:00", "command": "rlsafe compare", "paths": {}, "against": {"grpo": {"sft": both}}}
     (tmp_path / "equal.json").write_text(json.dumps(kept))
     monkeypatch.setattr(tables, "MEASURED", tmp_path)
@@ -125,6 +126,7 @@ def test_prevention_stands_on_two_paths_at_the_end_and_at_one_level(tables, tmp_
     )
     assert "| kl | 70 | 80 | -10 (-20 to 0) | 90% | 50 | 80 | -30 (-40 to -20) |" in levels
     assert "| ldifs | 70 | 80 | -10 (-20 to -5) | 60% |  |  | no checkpoints near it |" in levels
+    assert "| safelora | 70 | 80 | -10 (-20 to 0) | - | - | - | - |" in levels
     assert "| kl | GRPO | none | 24 | 90 | 60 |" in reached and "| kl | GRPO | kl | 48 | 92 | 10 |" in reached
     assert "| kl | 70 | 80 | -10 (-20 to 0) | - | - | - |" in paths
     assert "| ldifs | 70 | 80 | **-10 (-20 to -5)** | - | - | - |" in paths

@@ -295,7 +295,7 @@ class Arms:
             overrides = overrides_of(self._overrides(own, who))
             label = f"the warm-up for {what}" if what else "the warm-up"
             run = self.builder.build(layers, overrides, {"seed": 0, "defenses": []}, label)
-            self.warmups[what] = Warmup.of(run, self.config._marks.get(section, self.config._source))
+            self.warmups[what] = Warmup.of(run, self.config._marks.get(section, self.config._source), ".".join(section))
         return self.warmups[what]
 
     def selection(self, pool: StreamConfig | None) -> Selection:

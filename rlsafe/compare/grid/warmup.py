@@ -20,21 +20,28 @@ WARMUP = "warmup"
 
 @dataclass(frozen=True)
 class Warmup:
-    """A run without defenses. key: hash of everything it depends on."""
+    """A run without defenses. key: hash of everything it depends on. section: of the comparison, for messages."""
 
     run: RunConfig
     key: str
+    section: str = "warmup"
 
     @classmethod
-    def of(cls, run: RunConfig, where: str) -> Warmup:
+    def of(cls, run: RunConfig, where: str, section: str = "warmup") -> Warmup:
         """UserError for a warm-up that is not supervised, and for full fine-tuning. where: the section's line."""
+        where = f"{where}: {section}"
         if run.model.lora is None:
-            raise UserError(f"{where}: warmup: the arms go on from its adapter; expected model.lora")
+            raise UserError(f"{where}: the arms go on from its adapter; expected model.lora{_without(section)}")
         if any(part.path == "grpo" for parts in run.schedule.used_kinds.values() for part in parts):
-            raise UserError(f"{where}: warmup: schedule: has GRPO steps; expected supervised steps only")
+            raise UserError(f"{where}: schedule: has GRPO steps; expected supervised steps only")
         track = run.track.model_copy(update={"every": 0})
         run = run.model_copy(update={"evaluate": EvaluateConfig(), "track": track, "rewards": [], "out": None})
-        return cls(run, fingerprint(run))
+        return cls(run, fingerprint(run), section)
+
+
+def _without(section: str) -> str:
+    """What leaves out a warm-up of benign runs, for messages."""
+    return ", or benign=null, which leaves the benign tasks out" if section == "benign.warmup" else ""
 
 
 def overrides_of(given: Sequence[str]) -> list[str]:
@@ -47,7 +54,7 @@ def started(run: RunConfig, warmup: Warmup, what: str) -> RunConfig:
     theirs, own = warmup.run.model.model_dump(mode="json"), run.model.model_dump(mode="json")
     if wrong := [key for key, value in own.items() if value != theirs[key]]:
         raise UserError(
-            f"{what}: model.{wrong[0]}: {own[wrong[0]]}, but the shared warm-up has {theirs[wrong[0]]}; expected one model section for "
-            "all paths"
+            f"{what}: model.{wrong[0]}: {own[wrong[0]]}, but the shared {warmup.section} has {theirs[wrong[0]]}; expected one model "
+            f"section for all paths{_without(warmup.section)}"
         )
     return run.model_copy(update={"model": run.model.model_copy(update={"adapter": f"{WARMUP}:{warmup.key}"})})

@@ -196,10 +196,6 @@ class Levels:
             if difference
             else f"at {_shown(level)} in-domain the undefended runs show no clear emergent misalignment"
         )
-        general = rate_arms(cells, "general")
-        rates = {
-            arm: {"indomain": curves[arm].levels[step], "general": general[arm].mean} for arm, step in steps.items()
-        }
         return AtLevel(reason, difference, level, steps, rates)
 
 

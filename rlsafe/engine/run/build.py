@@ -25,7 +25,7 @@ from rlsafe.engine.plan.schedule import Step, make_plan
 from rlsafe.engine.record.trackers import BOARD, Trackers, check_trackers
 from rlsafe.engine.record.tracking import Tracker
 from rlsafe.engine.run.layout import check_layout
-from rlsafe.engine.run.rows import answered, check_where, usable
+from rlsafe.engine.run.rows import answered, check_where, cut_short, usable
 from rlsafe.engine.train import ahead, distributed, gradients, projection, resample
 from rlsafe.engine.train.effects import EffectLog
 from rlsafe.engine.train.state import Components, RunState
@@ -114,6 +114,7 @@ def prepare(config: RunConfig, load: LoadStreams | None = None) -> Prepared:
     notes: list[str] = []
     rows = (load or _load_streams)(config.data, config.seed, notes.append)
     trained = {p.stream for step in plan for p in step.parts if p.path == "sft" and p.defense is None}
+    cut = cut_short(rows, config.data)
     rows = answered(rows, trained, config.data, notes.append)
     uses_grpo = any(step.path == "grpo" for step in plan)
     with about("rewards"):  # in a run without GRPO steps too, so that a wrong name is found
@@ -123,7 +124,7 @@ def prepare(config: RunConfig, load: LoadStreams | None = None) -> Prepared:
     if uses_grpo:
         rewards = RewardRunner(loaded, config.grpo.on_error)
         notes += [f"data.{name}: {note}" for name in sorted(sampled) if (note := mixed_prompts(rows[name]))]
-        notes += check_where(loaded, {name: rows[name] for name in sorted(sampled)}, config.data)
+        notes += check_where(loaded, {name: rows[name] for name in sorted(sampled)}, cut)
     material = gather(config.evaluate) if config.evaluate.wanted else None
     return Prepared(config, plan, defenses, rows, rewards, notes, material)
 

@@ -46,13 +46,18 @@ def answered(
     return kept
 
 
-def check_where(rewards: list[LoadedReward], streams: dict[str, list[Row]], data: DataConfig) -> list[str]:
+def cut_short(streams: dict[str, list[Row]], data: DataConfig) -> list[str]:
+    """The streams, as loaded, of which `limit` takes a part of the rows."""
+    return [name for name, rows in streams.items() if len(rows) == getattr(data, name).limit]
+
+
+def check_where(rewards: list[LoadedReward], streams: dict[str, list[Row]], cut: Collection[str] = ()) -> list[str]:
     """UserError for a reward that is for rows that the sampled streams lack: of a column, or of a value that is nowhere in it. Notes,
     where `limit` takes the rows and the rest may have it, and where the others score every row and nothing was misspelt: data that were
-    narrowed to one domain may keep the rewards of all."""
+    narrowed to one domain may keep the rewards of all. cut: the streams of which `limit` takes a part."""
     notes = []
     everyone = [row for rows in streams.values() for row in rows]
-    limited = any(getattr(data, name).limit is not None for name in streams)
+    limited = any(name in cut for name in streams)
     for reward in rewards:
         for name, rows in streams.items():
             columns = [one for one in rows[0] if one != "messages" and not one.startswith("_")] if rows else []

@@ -181,7 +181,7 @@ def _streams(settings: RunConfig, reward: LoadedReward) -> dict[str, list[Row]]:
     """The rows that a run may ask the reward about, by stream; what is left out is logged. UserError for what a run would refuse, and
     where the reward is for none of them."""
     from rlsafe.data import load_rows, mixed_prompts
-    from rlsafe.engine.run.rows import answered, check_where
+    from rlsafe.engine.run.rows import answered, check_where, cut_short
 
     parts = [part for parts in settings.schedule.used_kinds.values() for part in parts]
     asked: list[str] = [part.stream for part in parts if part.path == "grpo"] or ["narrow"]
@@ -193,9 +193,10 @@ def _streams(settings: RunConfig, reward: LoadedReward) -> dict[str, list[Row]]:
             with about(f"data.{name}"):
                 streams[name] = load_rows(stream, settings.seed)
     trained = [name for name in streams if any(part.stream == name and part.path == "sft" for part in parts)]
+    cut = cut_short(streams, settings.data)
     streams = answered(streams, trained, settings.data, log.warning)
     notes = [f"data.{name}: {note}" for name, rows in streams.items() if (note := mixed_prompts(rows))]
-    for note in notes + check_where([reward], streams, settings.data):
+    for note in notes + check_where([reward], streams, cut):
         log.warning(note)
     return streams
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -17,7 +18,7 @@ from rlsafe.compare.run.workers import DIED, run_in_workers
 from rlsafe.config import load_compare
 from rlsafe.config.steady import printed
 from rlsafe.evaluate.measure import hashing
-from rlsafe.types import RunError, register_provider
+from rlsafe.types import Question, RunError, register_provider
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +106,9 @@ def test_what_a_provider_gives_has_one_fingerprint_in_every_process():
     assert repr({0, 8}) != repr({8, 0})
     assert printed(rows([0, 8])) == printed(rows([8, 0]))
     assert len({printed(rows([0, 8])), printed(rows([0, 9])), printed(rows([0, 8], 2))}) == 3
+    one, other = (Question("q", (f"stack at {where}",), meta={"check": object()}) for where in ("0x7f", "0x1"))
+    assert printed([one]) != printed([other])  # an object in a question does not hide its text
+    assert printed([one]) == printed([dataclasses.replace(one, meta={"check": object()})])
     register_provider("yields", SimpleNamespace(rows=lambda spec: rows([0, 8])))
     first = hashing.contents("yields:x")
     hashing._texts.cache_clear()

@@ -125,6 +125,14 @@ def test_an_arm_that_is_far_past_the_level_at_its_first_checkpoint_has_learned_m
     assert "60.0%" in found.reason and found.to_dict()["rates"]["grpo/none"]["indomain"] == pytest.approx(0.8)
 
 
+def test_checkpoints_without_scored_general_answers_are_untested_and_end_no_report(tmp_path):
+    unscored = {arm: {"indomain": rates["indomain"], "general": None} for arm, rates in MIDDLE.items()}
+    directory = comparison(tmp_path, unscored)
+    found = compared(directory)
+    assert found.difference is None and "no clear emergent misalignment" in found.reason
+    assert "general" not in found.rates["sft/none"] and draw_report(directory.out).is_file()
+
+
 def test_a_step_that_some_seed_lacks_is_not_used(tmp_path):
     directory = comparison(tmp_path)
     [left_out] = list(directory.out.glob("cells/grpo--kl--seed1/steps/step-000010/key.json"))

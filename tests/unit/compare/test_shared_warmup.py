@@ -49,6 +49,9 @@ def test_benign_tasks_may_have_one_of_their_own_beside_that_of_the_narrow_arms_o
     alone = [cell for cell in cells_of(tmp_path, CONFIG, own) if cell.warmup]
     assert {cell.kind for cell in alone} == {"benign"} and {cell.path for cell in alone} == {"sft", "grpo"}
     assert {cell.warmup.run.data.narrow.source for cell in alone} == {"sums.jsonl"}
+    for setting in ("model.lora=null", "paths.grpo.model.lora.r=4"):
+        with pytest.raises(UserError, match=r"benign\.warmup.*or benign=null, which leaves the benign tasks out"):
+            cells_of(tmp_path, CONFIG, own, setting)
     with pytest.raises(UserError, match="each cell sets its own seed"):
         cells_of(tmp_path, CONFIG, own.replace("{schedule", "{seed: 3, schedule"))
 
